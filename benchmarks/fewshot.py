@@ -1,0 +1,89 @@
+"""The paper's Table 3: eight 5-shot tasks through lm-eval, full and pruned, offline, an item a row, resumable.
+
+    python benchmarks/fewshot.py --data ../shared/data/fewshot --limit 200
+    python benchmarks/fewshot.py --model mistralai/Mistral-7B-v0.1 --dtype bfloat16 --data FOLDER --pruners DIR
+
+Prints accuracy with paired bootstrap intervals, and the log-likelihood margin of the right choice: near chance,
+accuracy is noise and the margin still tells whether pruning moved anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sdtp_lib import PruningConfig, TokenPruners, load_model, scorers
+from sdtp_lib.evaluation_tables import fewshot_table, markdown
+from sdtp_lib.harness import SDTPLM
+from sdtp_lib.harness_tasks import TASKS, local_task, run_task
+from sdtp_lib.models import weights_note
+from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+
+SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
+# Table 3 of arXiv 2504.04514, full -> SDTP; printed only beside the same model.
+PAPER = {"Llama-2-7b": (58.62, 59.88), "Mistral-7B": (71.39, 71.24), "bloom-7b1": (54.03, 53.90)}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--device-map", default=None)
+    parser.add_argument("--data", type=Path, default=project_root().parent / "shared" / "data" / "fewshot")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--limit", type=int, default=200, help="items a task")
+    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--presets", nargs="+", default=["keep09"])
+    parser.add_argument("--pruners", type=Path, default=SHIPPED, help="folder of learned pruners")
+    parser.add_argument("--scorers", nargs="*", default=[], choices=["random", "recency", "hidden_norm", "attention"])
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "fewshot")
+    parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
+    return parser.parse_args(arguments)
+
+
+def measure(options: argparse.Namespace, path: Path) -> None:
+    model, tokenizer = load_model(options.model, dtype=options.dtype, device_map=options.device_map)
+    shared = {"pretrained": model, "tokenizer": tokenizer, "batch_size": options.batch_size}
+    chosen = {name: getattr(scorers, name)() for name in options.scorers}
+    if options.pruners.is_dir():
+        chosen = {"SDTP": TokenPruners.from_pretrained(str(options.pruners)).to(model.device).eval(), **chosen}
+    if not chosen:
+        raise SystemExit(f"no pruners in {options.pruners}, and no --scorers: name one of them.")
+    models = {"full": SDTPLM(**shared)}
+    for preset in options.presets:
+        config = PruningConfig.preset(preset, num_layers=model.config.num_hidden_layers)
+        models |= {f"{name} {preset}": SDTPLM(**shared, pruning=config, scorer=s) for name, s in chosen.items()}
+    with RowWriter(path, passport(model, model_name=options.model, weights=weights_note(model))) as writer:
+        for name in options.tasks:
+            try:
+                task = local_task(name, options.data, shots=options.shots)
+            except OSError as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+                continue
+            bar = tqdm(desc=name, unit="item", mininterval=5)
+            run_task(task, models, writer, limit=options.limit, progress=lambda text, bar=bar: bar.update())
+            bar.close()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    path = options.run_dir / "fewshot.jsonl"
+    if not options.tables:
+        measure(options, path)
+    frame = read_frame(path)
+    print(f"\n{options.shots}-shot accuracy x 100; difference to full, paired, 95 % bootstrap; margin in nats\n")
+    print(markdown(fewshot_table(frame), digits=2))
+    for name, (full, pruned) in PAPER.items():
+        if name.lower() in str(frame.model.iloc[0]).lower():
+            print(f"\nThe paper's mean over the eight tasks for {name}: full {full}, SDTP {pruned} (65 % pruned)")
+    for row in frame[frame.kind == "failure"].itertuples():
+        print(f"failed: {row.dataset} {row.item} {row.variant}: {row.error}")
+    print(f"rows: {path}")
+
+
+if __name__ == "__main__":
+    main()

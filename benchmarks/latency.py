@@ -1,0 +1,246 @@
+"""Latency, FLOPs and memory of SDTP beside every alternative: measure, report, compare.
+
+    python benchmarks/latency.py run                                      # SDTP's presets at 1,024, 2,048, 4,096 tokens
+    python benchmarks/latency.py run --alternatives keep09 --lengths 2048 # and everything else one could do
+    python benchmarks/latency.py run --model Qwen/Qwen2-7B-Instruct --lengths 1024 4096 16384 32768
+    python benchmarks/latency.py quality                                  # KL and prefill time of all methods on texts
+    python benchmarks/latency.py dtypes                                   # bfloat16 against float32 on this device
+    python benchmarks/latency.py training                                 # labels and training steps in plain forwards
+    python benchmarks/latency.py memory --lengths 2048 4096 8192          # peak bytes of one prefill
+    python benchmarks/latency.py report data/results/latency/latency.jsonl
+    python benchmarks/latency.py compare OLD.jsonl NEW.jsonl              # ends with 1 if anything got slower
+
+Rows go to ``<out>/latency.jsonl`` one by one, so that a stopped run goes on where it stopped; ``report`` writes
+``latency.md`` and ``latency.json`` beside them (the report's columns are described in `sdtp_lib.latency_report`).
+A row: ``prompt_tokens, method, family, keep_ratio, repetition, status, prefill_ms (= ttft_ms), decode_ms,
+end_to_end_ms, decode_tokens_per_s, new_tokens, part_<name>_ms, tflops, kv_bytes, kv_tokens_per_layer, peak_memory_mb,
+energy_j``.
+Nothing else should run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sdtp_lib import latency_report
+from sdtp_lib.records import RowWriter, atomic_write, passport, project_root, read_rows, write_json
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one of the commands; the exit status is 1 for a comparison that found something slower, else 0."""
+    options = parser().parse_args(arguments)
+    return options.call(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub id")
+    common.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    common.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; by default what load_model chooses")
+    common.add_argument("--attn-implementation", default=None, help="sdpa, eager, flash_attention_2, ...")
+    common.add_argument("--pruners", default=None, help="folder of trained pruners; untrained ones cost the same time")
+    common.add_argument("--out", type=Path, default=None, help="folder of the rows, default data/results/latency")
+    common.add_argument("--seed", type=int, default=0, help="of the prompts")
+    common.add_argument("--repeats", type=int, default=5, help="measured repetitions of each method and length")
+    common.add_argument("--threads", type=int, default=None, help="CPU threads, default torch's own choice")
+
+    def command(name: str, call, help_text: str, parents=(common,)) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text, parents=list(parents))
+        sub.set_defaults(call=call)
+        return sub
+
+    run = command("run", run_latency, "time methods in turn")
+    run.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="prompt tokens")
+    run.add_argument("--new-tokens", type=int, default=128, help="generated, the prefill's included")
+    run.add_argument("--presets", nargs="*", default=["keep09", "keep08", "keep07"], help="of SDTP")
+    run.add_argument("--alternatives", nargs="*", default=[], metavar="PRESET",
+                     help="also time everything else at the final tokens of these presets")  # fmt: skip
+    run.add_argument("--identity", action="store_true", help="also time SDTP at keep ratio 1.0")
+    quality = command("quality", run_quality, "KL and prefill time of every method on held-out texts")
+    quality.add_argument("--prompt-tokens", type=int, default=1024)
+    quality.add_argument("--samples", type=int, default=6, help="of each kind of text")
+    dtypes = command("dtypes", run_dtypes, "bfloat16 against float32")
+    dtypes.add_argument("--prompt-tokens", type=int, default=1024)
+    training = command("training", run_training, "saliency passes and training steps as ratios of plain forwards")
+    training.add_argument("--prompt-tokens", type=int, default=512)
+    training.add_argument("--samples", type=int, default=8, help="trained on, to time a step")
+    memory = command("memory", run_memory, "peak bytes of one prefill, unpruned and keep09")
+    memory.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    report = command("report", write_report, "Markdown and JSON beside a row file", parents=())
+    report.add_argument("rows", type=Path)
+    report.add_argument("--quiet-only", action="store_true",
+                        help="leave out repetitions in which others had the CPU, told by CPU time")  # fmt: skip
+    compare = command("compare", print_comparison, "two row files, cell by cell", parents=())
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    return whole
+
+
+def run_latency(options: argparse.Namespace) -> int:
+    from sdtp_lib import latency_methods, latency_run
+    from sdtp_lib.config import PruningConfig
+    from sdtp_lib.profiling import threads
+
+    model, scorer, writer = _prepared(options)
+
+    def methods_at(tokens: int) -> list[latency_methods.Method]:
+        found = latency_run.presets(model, scorer, options.presets)
+        if options.identity:
+            whole = PruningConfig.preset("keep09", model.config.num_hidden_layers, keep_ratio=1.0)
+            found.insert(1, latency_methods.sdtp(model, whole, scorer, "keep1.0"))
+        return found + latency_run.alternatives(model, scorer, tokens, options.alternatives)
+
+    with threads(options.threads), writer, tqdm(unit=" run") as bar:
+        latency_run.run(
+            model, writer, methods_at, options.lengths, new_tokens=options.new_tokens, repeats=options.repeats,
+            seed=options.seed, progress=latency_run.progress_on(bar),
+        )  # fmt: skip
+    return _report(writer.path)
+
+
+def run_quality(options: argparse.Namespace) -> int:
+    from sdtp_lib import latency_run
+    from sdtp_lib.models import load_model
+    from sdtp_lib.profiling import threads
+
+    model, scorer, writer = _prepared(options)
+    _, tokenizer = load_model(options.model, device="cpu")
+    samples = latency_run.quality_samples(
+        tokenizer, prompt_tokens=options.prompt_tokens, count=options.samples, continuation_tokens=128,
+        seed=options.seed,
+    )  # fmt: skip
+
+    def methods_at(length: int):
+        return latency_run.every_method(model, scorer, latency_run.PRESETS, length)
+
+    with threads(options.threads), writer, tqdm(unit=" sample") as bar:
+        latency_run.run_quality(model, writer, methods_at, samples, progress=latency_run.progress_on(bar))
+    for entry in latency_report.at_equal_quality(read_rows(writer.path)):
+        print(entry)
+    return 0
+
+
+def run_dtypes(options: argparse.Namespace) -> int:
+    import torch
+
+    from sdtp_lib import latency_run
+    from sdtp_lib.profiling import summarise
+
+    model, _, writer = _prepared(options)
+    with writer:
+        rows = latency_run.dtype_comparison(
+            model, options.prompt_tokens, (torch.float32, torch.bfloat16), repeats=options.repeats, seed=options.seed
+        )
+        for row in rows:
+            key = f"dtypes/{options.prompt_tokens}/{row['variant']}/{row['repetition']}"
+            if not writer.done(key):
+                writer.add(key, kind="dtypes", prompt_tokens=options.prompt_tokens, **row)
+    for row in summarise(rows):
+        print(f"{row['variant']}: prefill of {options.prompt_tokens} tokens {row['latency_ms']:,.0f} ms "
+              f"({row['latency_ms_low']:,.0f} to {row['latency_ms_high']:,.0f}), KL {row['kl_nats']:.4f} nats"
+              )  # fmt: skip
+    return 0
+
+
+def run_training(options: argparse.Namespace) -> int:
+    from sdtp_lib import latency_training
+    from sdtp_lib.profiling import threads
+
+    model, _, writer = _prepared(options)
+    layers = range(4, model.config.num_hidden_layers, 3)
+    with threads(options.threads), writer:
+        rows = latency_training.measure_costs(
+            model, layers, prompt_tokens=options.prompt_tokens, samples=options.samples, repeats=options.repeats,
+            seed=options.seed,
+        )  # fmt: skip
+        for row in rows:
+            key = f"training/{options.prompt_tokens}/{row['what']}"
+            if not writer.done(key):
+                writer.add(key, kind="training", prompt_tokens=options.prompt_tokens, **row)
+            print(f"{row['what']:38} {row['ms']:9,.0f} ms  {row['forwards']:5.2f} forwards  "
+                  f"{row['over_backward']:5.2f} of forward + backward")  # fmt: skip
+    return 0
+
+
+def run_memory(options: argparse.Namespace) -> int:
+    from sdtp_lib import latency_run, profiling
+
+    model, scorer, writer = _prepared(options)
+    with writer:
+        for tokens in options.lengths:
+            for method in latency_run.presets(model, scorer, ("keep09",)):
+                if writer.done(f"memory/{tokens}/{method.name}"):
+                    continue
+                ids = latency_run.prompt_ids(model.config.vocab_size, tokens, options.seed).to(model.device)
+                once = profiling.measure_once(lambda m=method, i=ids: m.row_fields(model, i, 1), model.device)
+                allocated = latency_run.peak_allocated(model, method, tokens, options.seed)
+                row = writer.add(
+                    f"memory/{tokens}/{method.name}", kind="memory", prompt_tokens=tokens, method=method.name,
+                    peak_memory_mb=once["peak_memory_mb"], memory_growth_mb=once["memory_growth_mb"],
+                    peak_allocated_mb=allocated / 1e6, kv_bytes=once["kv_bytes"],
+                )  # fmt: skip
+                print(f"{tokens} tokens, {method.name}: peak {row['peak_memory_mb']:,.0f} MB in all, "
+                      f"{row['peak_allocated_mb']:,.0f} MB beyond the weights, KV {row['kv_bytes'] / 1e6:.1f} MB"
+                      )  # fmt: skip
+    return 0
+
+
+def write_report(options: argparse.Namespace) -> int:
+    return _report(options.rows, quiet_only=options.quiet_only)
+
+
+def print_comparison(options: argparse.Namespace) -> int:
+    found = latency_report.compare(read_rows(options.before), read_rows(options.after))
+    print("| prompt | method | what | before ms | after ms | after / before | verdict |\n" + "|---" * 7 + "|")
+    for entry in found:
+        numbers = [f"{entry[name]:,.1f}" if entry[name] else "-" for name in ("before_ms", "after_ms")]
+        ratio = f"{entry['ratio']:.3f}" if entry["ratio"] else "-"
+        print(f"| {entry['prompt_tokens']} | {entry['method']} | {entry['field'].removesuffix('_ms')} | {numbers[0]} "
+              f"| {numbers[1]} | {ratio} | {entry['verdict']} |")  # fmt: skip
+    return int(any(entry["verdict"] == "slower" for entry in found))
+
+
+def _prepared(options: argparse.Namespace):
+    """Model, scorer (trained or untrained pruners) and the open-able writer of a measuring command."""
+    from sdtp_lib import TokenPruners, load_model
+    from sdtp_lib.config import PruningConfig
+    from sdtp_lib.models import weights_note
+
+    model, _ = load_model(
+        options.model, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
+    )
+    if options.pruners:
+        scorer = TokenPruners.from_pretrained(options.pruners)
+    else:
+        config = PruningConfig.preset("keep09", model.config.num_hidden_layers)
+        scorer = TokenPruners(model.config.hidden_size, config.layers)
+    out = options.out or project_root() / "data" / "results" / "latency"
+    run_passport = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
+    return model, scorer.eval(), RowWriter(out / "latency.jsonl", {**run_passport, "pruners": options.pruners})
+
+
+def _report(path: Path, quiet_only: bool = False) -> int:
+    rows = read_rows(path)
+    note = ""
+    if quiet_only:
+        from sdtp_lib.profiling import undisturbed
+
+        quiet = undisturbed(rows, by=("kind", "prompt_tokens", "method", "new_tokens"))
+        note = f"\n{len(rows) - len(quiet)} of {len(rows)} rows left out: other processes had the CPU.\n"
+        rows = quiet
+    text = latency_report.markdown(rows) + note
+    with atomic_write(path.with_suffix(".md")) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    write_json(path.with_suffix(".json"), latency_report.by_length(rows))
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

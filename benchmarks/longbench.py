@@ -1,0 +1,110 @@
+"""LongBench v1 by its official protocol, full and pruned, an item a row, resumable.
+
+    python benchmarks/longbench.py --data FOLDER --datasets multi_news --limit 40 --presets keep09 keep07
+    python benchmarks/longbench.py --model Qwen/Qwen2-7B-Instruct --dtype bfloat16 --data hub --datasets paper \\
+        --presets keep09 --scorers SDTP=DIR recency attention
+
+``--datasets`` takes names and the sets all, english, paper (its 14), eight, longbench-e. Prints scores with paired
+bootstrap intervals; a run that was stopped goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas
+from tqdm import tqdm
+
+from sdtp_lib import PruningConfig, TokenPruners, load_model, longbench, scorers
+from sdtp_lib.evaluation_answers import FULL, Variant, longbench_items, run_items
+from sdtp_lib.evaluation_tables import answers_table, markdown
+from sdtp_lib.models import weights_note
+from sdtp_lib.paper_numbers import TABLE1
+from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+
+SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
+SIMPLE = {"random": scorers.random, "recency": scorers.recency, "hidden_norm": scorers.hidden_norm,
+          "attention": scorers.attention}  # fmt: skip
+CHAT_TOKENS = 64
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--device-map", default=None)
+    parser.add_argument("--data", default="hub", help="folder of <dataset>.jsonl, the official data.zip, or hub")
+    parser.add_argument("--datasets", nargs="+", default=["paper"])
+    parser.add_argument("--limit", type=int, default=None, help="the first so many items by _id")
+    parser.add_argument("--presets", nargs="*", default=["keep09", "keep08", "keep07"])
+    parser.add_argument("--scorers", nargs="+", default=["SDTP"], help="random recency hidden_norm attention NAME=DIR")
+    parser.add_argument(
+        "--max-tokens", type=int, default=None, help="official truncation; default: what the model takes"
+    )
+    parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "longbench")
+    parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
+    return parser.parse_args(arguments)
+
+
+def scorer_named(text: str, model):
+    name, _, folder = text.partition("=")
+    if name in SIMPLE:
+        return name, SIMPLE[name]()
+    path = Path(folder) if folder else SHIPPED
+    if not path.is_dir():
+        raise SystemExit(f"--scorers {text}: no folder {path}; give NAME=DIR with pruners of this model.")
+    return name, TokenPruners.from_pretrained(str(path)).to(model.device).eval()
+
+
+def measure(options: argparse.Namespace, path: Path) -> None:
+    datasets = longbench.resolve(options.datasets)
+    model, tokenizer = load_model(options.model, dtype=options.dtype, device_map=options.device_map)
+    layers = model.config.num_hidden_layers
+    chosen = [scorer_named(text, model) for text in options.scorers]
+    variants = [Variant(FULL)] + [
+        Variant(f"{name} {preset}", PruningConfig.preset(preset, num_layers=layers), scorer)
+        for preset in options.presets
+        for name, scorer in chosen
+    ]
+    positions = getattr(model.config, "max_position_embeddings", None) or 8192
+    stamp = passport(model, model_name=options.model, weights=weights_note(model))
+    with RowWriter(path, stamp) as writer:
+        for dataset in datasets:
+            try:
+                records = longbench.read_records(options.data, dataset)[: options.limit]
+            except OSError as error:
+                print(f"{dataset} is left out: {error}", file=sys.stderr)
+                continue
+            most = options.max_tokens or positions - longbench.task(dataset).max_new_tokens - CHAT_TOKENS
+            bar = tqdm(total=len(records), desc=dataset, unit="item", mininterval=5)
+            items = longbench_items(records, tokenizer, max_tokens=most)
+            run_items(model, tokenizer, items, variants, writer, progress=lambda item, bar=bar: bar.update())
+            bar.close()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    path = options.run_dir / "longbench.jsonl"
+    if not options.tables:
+        measure(options, path)
+    frame = read_frame(path)
+    print("\nScores (official metric, x 100), paired difference to full with its 95 % bootstrap interval\n")
+    print(markdown(answers_table(frame, against=FULL), digits=2))
+    full = frame[(frame.kind == "item") & (frame.variant == FULL)].groupby("dataset").score.mean()
+    if set(longbench.PAPER_14) <= set(full.index):
+        for variant, part in frame[frame.kind == "item"].groupby("variant", sort=False):
+            print(f"AVG (14 data sets) {variant}: {100 * longbench.average(part.groupby('dataset').score.mean()):.2f}")
+    # Never beside another model's figures as if they compared.
+    if "Mistral-7B-Instruct-v0.2" in str(frame.model.iloc[0]):
+        print("\nThe paper's Table 1, the same model:\n")
+        print(markdown(pandas.DataFrame({"method": name} | row for name, row in TABLE1.items()), digits=2))
+    failures = frame[frame.kind == "failure"]
+    for row in failures.itertuples():
+        print(f"failed: {row.dataset} {row.item} {row.variant}: {row.error}")
+    print(f"rows: {path}")
+
+
+if __name__ == "__main__":
+    main()

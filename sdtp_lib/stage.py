@@ -1,0 +1,63 @@
+"""What a scorer is shown at one pruning stage. Axes: B batch, N living tokens, D hidden size, H heads, w queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from sdtp_lib.architectures_attention import attention_from_last
+
+
+class Scorer(Protocol):
+    """Any callable from a stage to one score a token.
+
+    A scorer may also have ``check(model, config)``, called once on entry and free to raise `ValueError`, and
+    ``layers``, the only stages that it can score.
+    """
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        """Scores (B, N), higher is more important; what stands at padding is ignored."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The tokens that are alive before one decoder layer of a prefill.
+
+    Attributes
+    ----------
+    layer_index : int
+        0-based index of the layer before which tokens are dropped.
+    layer : Module
+        That decoder layer.
+    hidden_states : Tensor (B, N, D)
+        What enters it; rows are padded on the left.
+    positions : Tensor (B, N) of int64
+        0-based position of each token among its row's own prompt tokens, -1 for padding.
+    valid : Tensor (B, N) of bool
+        False for padding.
+    position_embeddings
+        The (cos, sin) that the layer will be handed, or None where positions enter otherwise.
+    prompt_lengths : Tensor (B,) of int64
+        Prompt tokens of each row, before any pruning.
+    alibi : Tensor (B * H, 1, N) or None
+        BLOOM's position bias.
+    """
+
+    layer_index: int
+    layer: nn.Module
+    hidden_states: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor
+    position_embeddings: Any
+    prompt_lengths: torch.Tensor
+    alibi: torch.Tensor | None = None
+
+    def attention_from_last(self, window: int) -> torch.Tensor:
+        """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
+        return attention_from_last(
+            self.layer, self.hidden_states, self.position_embeddings, window, self.valid, self.alibi
+        )

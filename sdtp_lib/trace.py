@@ -1,0 +1,110 @@
+"""`PruningTrace`: what a pruned prefill kept, where, and out of which scores.
+
+A record, filled by the engine, read by people. Positions are 0-based indices among a row's own (non-padding) prompt
+tokens. Axes: B batch, N tokens before a cut, K tokens after it, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdtp_lib.records import atomic_write
+
+if TYPE_CHECKING:
+    import pandas
+    import torch
+
+
+@dataclass
+class PruningTrace:
+    """The last prefill inside a ``with token_pruning(...)``; tokens decoded later leave it as it was.
+
+    Attributes
+    ----------
+    kept_positions : dict[int, Tensor (B, K)]
+        Configured layer -> positions alive after the cut there, -1 for left padding.
+    scored_positions : dict[int, Tensor (B, N)]
+        Configured layer -> positions alive before the cut there.
+    scores : dict[int, Tensor (B, N)]
+        Configured layer -> the scores of ``scored_positions``, -inf for padding.
+    prompt_lengths : list[int]
+        Prompt tokens of each row.
+    tokens_per_row : Tensor (L, B)
+        Tokens computed in each layer.
+    kv_bytes_per_layer : list[int]
+        Bytes of keys and values in the cache right after the prefill; empty without a cache.
+    prefills : int
+        Prefills seen so far.
+    """
+
+    kept_positions: dict[int, torch.Tensor] = field(default_factory=dict)
+    scored_positions: dict[int, torch.Tensor] = field(default_factory=dict)
+    scores: dict[int, torch.Tensor] = field(default_factory=dict)
+    prompt_lengths: list[int] = field(default_factory=list)
+    tokens_per_row: torch.Tensor | None = None
+    kv_bytes_per_layer: list[int] = field(default_factory=list)
+    prefills: int = 0
+
+    def begin(self, prompt_lengths: list[int], tokens_per_row: torch.Tensor) -> None:
+        """Forget the previous prefill (called by the engine)."""
+        self.kept_positions, self.scored_positions, self.scores = {}, {}, {}
+        self.kv_bytes_per_layer = []
+        self.prompt_lengths, self.tokens_per_row = list(prompt_lengths), tokens_per_row
+        self.prefills += 1
+
+    @property
+    def tokens_per_layer(self) -> list[int]:
+        """Tokens computed in each of the L layers, of the longest row."""
+        return self._counts().max(dim=1).values.tolist()
+
+    @property
+    def compression_ratio(self) -> float:
+        """1/tau of the paper: prompt tokens / mean tokens computed in a layer, padding not counted."""
+        return sum(self.prompt_lengths) / self._counts().sum(dim=1).double().mean().item()
+
+    def _counts(self) -> torch.Tensor:
+        if self.tokens_per_row is None:
+            raise ValueError("the trace is empty: run model(...) or model.generate(...) inside the `with` first.")
+        return self.tokens_per_row
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One line per row, stage and token alive before it: ``row, layer, position, score, kept``."""
+        import pandas
+
+        self._counts()
+        frames = []
+        for layer, positions in self.scored_positions.items():
+            for row, (before, scores, after) in enumerate(
+                zip(positions.cpu(), self.scores[layer].cpu(), self.kept_positions[layer].cpu(), strict=True)
+            ):
+                real = before >= 0
+                before, scores = before[real].numpy(), scores[real].double().numpy()
+                kept = pandas.Series(before).isin(after.tolist())
+                frames.append(
+                    pandas.DataFrame({"row": row, "layer": layer, "position": before, "score": scores, "kept": kept})
+                )
+        return pandas.concat(frames, ignore_index=True)
+
+    def write_log(self, path: str | Path) -> Path:
+        """Write the prune log as JSON lines, one per stage and row, over a temporary name.
+
+        Fields: ``layer, row, tokens_in, tokens_kept, tokens_pruned, score_min, score_max, score_mean``. No token text.
+        """
+        self._counts()
+        path = Path(path)
+        lines = []
+        for layer, positions in self.scored_positions.items():
+            for row in range(positions.shape[0]):
+                scores = self.scores[layer][row][positions[row] >= 0].double()
+                tokens_in, kept = scores.numel(), int((self.kept_positions[layer][row] >= 0).sum())
+                entry = {"layer": layer, "row": row, "tokens_in": tokens_in, "tokens_kept": kept}
+                entry["tokens_pruned"] = tokens_in - kept
+                entry["score_min"], entry["score_max"] = scores.min().item(), scores.max().item()
+                entry["score_mean"] = scores.mean().item()
+                lines.append(json.dumps(entry))
+        with atomic_write(path) as temporary:
+            Path(temporary).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path

@@ -1,0 +1,199 @@
+"""One training step of the pruners: their losses on a batch, with the language model frozen beside them.
+
+With ``lm_weight`` or ``distill_weight`` the language model runs with pruning *simulated* by masking keys out of
+attention (paper, section 3.3), so that gradients reach the pruners. Axes: B batch, S stages, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdtp_lib import losses
+from sdtp_lib.architectures import layer_inputs
+from sdtp_lib.architectures_attention import key_bias
+from sdtp_lib.pruners import TokenPruners
+from sdtp_lib.saliency import has_hidden, load_hidden
+from sdtp_lib.training_config import TrainingConfig
+
+
+@contextlib.contextmanager
+def simulated_pruning(
+    model: nn.Module, pruners: TokenPruners, prompt_mask: Tensor, keep_ratio: float, config: TrainingConfig
+) -> Iterator[dict[int, Tensor]]:
+    """Pruning by attention masking inside one forward, each stage scored on what the earlier stages left.
+
+    Yields layer -> keep (B, T), filled by the forward: near 0 where a stage has dropped a token, in the graph.
+
+    Parameters
+    ----------
+    prompt_mask
+        (B, T) bool: the prompt's tokens; padding and response never count as dropped.
+    """
+    positions = prompt_mask.long().cumsum(-1) - 1
+    positions = positions.masked_fill(~prompt_mask, -1)
+    lengths = prompt_mask.sum(-1)
+    keeps: dict[int, Tensor] = {}
+    alive, bias = prompt_mask, None
+    with layer_inputs(model, pruners.layers) as seen:
+
+        def bias_of(index: int, key: Tensor) -> Tensor | None:
+            nonlocal alive, bias
+            # A recomputed forward would ask again; the stages of one forward come once each, in order.
+            if index in pruners.layers and index not in keeps:
+                scores = pruners.score(index, seen[index], positions, alive, lengths)
+                open_to_cut = alive & losses.scorable(
+                    alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
+                )
+                protected = alive.sum(-1, keepdim=True) - open_to_cut.sum(-1, keepdim=True)
+                wanted = (alive.sum(-1, keepdim=True) * keep_ratio - protected).clamp(min=0)
+                share = wanted / open_to_cut.sum(-1, keepdim=True).clamp(min=1)
+                soft = losses.soft_keep(scores, open_to_cut, share, config.temperature, config.keep_floor)
+                hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
+                keep = losses.straight_through(soft, hard) if config.straight_through else soft
+                keeps[index] = keep
+                alive = alive & (hard > 0.5)
+                bias = keep.log() if bias is None else bias + keep.log()
+            return None if bias is None else bias.to(key.device, key.dtype)
+
+        with key_bias(model, bias_of):
+            yield keeps
+
+
+class PrunerLoss(nn.Module):
+    """What `Trainer` trains: the pruners with their losses. The language model is no submodule, so it is not saved."""
+
+    def __init__(
+        self, pruners: TokenPruners, language_model: nn.Module, layers: tuple[int, ...], config: TrainingConfig
+    ) -> None:
+        super().__init__()
+        self.pruners, self.layers, self.settings = pruners, layers, config
+        self._frozen = (language_model,)
+        self.draws = torch.Generator().manual_seed(config.seed)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_mask: Tensor,
+        labels: Tensor,
+        hidden: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of one batch: ``labels`` (B, S, T) saliency by stage, ``hidden`` (B, S, T, D) if it was stored."""
+        config = self.settings
+        (language_model,) = self._frozen
+        device = next(self.pruners.parameters()).device
+        at = language_model.get_input_embeddings().weight.device
+        if device != at and not hasattr(language_model, "hf_device_map"):
+            language_model.to(device)
+        keep_ratio = self._keep_ratio()
+        teacher = None
+        if config.needs_labels and hidden is None or config.distill_weight:
+            with torch.no_grad(), layer_inputs(language_model, self.layers) as seen:
+                teacher = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)[0]
+            by_layer = {layer: seen[layer].detach().to(device) for layer in self.layers}
+        if hidden is not None:
+            by_layer = {layer: hidden[:, stage] for stage, layer in enumerate(self.layers)}
+        parts: dict[str, Tensor] = {}
+        if config.needs_labels:
+            parts |= self._label_losses(by_layer, prompt_mask, labels, keep_ratio)
+        if config.simulates_pruning:
+            with simulated_pruning(language_model, self.pruners, prompt_mask, keep_ratio, config):
+                student, targets = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)
+            if config.lm_weight:
+                parts["lm"] = F.cross_entropy(student.float(), targets)
+            if config.distill_weight:
+                parts["distill"] = losses.distillation(student, teacher)
+        weights = config.weights()
+        total = sum(weights[name] * value for name, value in parts.items())
+        return {"loss": total, **{f"{name}_loss": value.detach() for name, value in parts.items()}}
+
+    def _keep_ratio(self) -> float:
+        low, high = self.settings.keep_ratios
+        if not self.training:
+            return self.settings.eval_ratio
+        return low + (high - low) * torch.rand((), generator=self.draws).item()
+
+    def _label_losses(
+        self, by_layer: dict[int, Tensor], prompt_mask: Tensor, labels: Tensor, keep_ratio: float
+    ) -> dict[str, Tensor]:
+        config = self.settings
+        counted = losses.scorable(prompt_mask, config.sink_tokens, config.local_ratio, config.min_local_tokens)
+        positions = (prompt_mask.long().cumsum(-1) - 1).masked_fill(~prompt_mask, -1)
+        found: dict[str, list[Tensor]] = {name: [] for name in ("mse", "rank", "drop")}
+        for stage, layer in enumerate(self.layers):
+            saliency = labels[:, stage]
+            scores = self.pruners.score(layer, by_layer[layer], positions, prompt_mask, prompt_mask.sum(-1))
+            if config.mse_weight:
+                found["mse"].append(losses.masked_mse(scores, losses.log_saliency(saliency, counted), counted))
+            if config.rank_weight:
+                sides = (
+                    losses.cut_weights(saliency, counted, keep_ratio, config.rank_width)
+                    if config.rank_at_cut
+                    else (None, None)
+                )
+                found["rank"].append(losses.pairwise_ranking(scores, saliency, counted, *sides))
+            if config.drop_weight:
+                found["drop"].append(losses.dropped_saliency(scores, saliency, counted, keep_ratio))
+        return {name: torch.stack(values).mean() for name, values in found.items() if values}
+
+    @staticmethod
+    def _response_logits(
+        language_model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(N, V) logits that predict the response tokens, and these tokens (N,)."""
+        response = attention_mask.bool() & ~prompt_mask
+        first = int(response.any(0).nonzero()[0])
+        options: dict[str, Any] = {}
+        if "position_ids" in inspect.signature(type(language_model).forward).parameters:
+            options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        logits = language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            logits_to_keep=input_ids.shape[1] - first + 1,
+            **options,
+        ).logits[:, :-1]
+        here = response[:, first:]
+        return logits[here], input_ids[:, first:][here]
+
+
+class Collator:
+    """Left-padded batches. Labels are put beside the very tokens that they were computed for."""
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self.layers = layers
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": torch.zeros(len(rows), width, dtype=torch.long),
+            "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
+            "prompt_mask": torch.zeros(len(rows), width, dtype=torch.bool),
+            "labels": torch.zeros(len(rows), len(self.layers), width),
+        }
+        hidden = self._stored(rows)
+        if hidden is not None:
+            batch["hidden"] = torch.zeros(len(rows), len(self.layers), width, hidden[0].shape[-1])
+        for index, row in enumerate(rows):
+            start, prompt = width - len(row["input_ids"]), row["prompt_length"]
+            batch["input_ids"][index, start:] = torch.tensor(row["input_ids"])
+            batch["attention_mask"][index, start:] = 1
+            batch["prompt_mask"][index, start : start + prompt] = True
+            for stage, layer in enumerate(self.layers):
+                batch["labels"][index, stage, start : start + prompt] = torch.tensor(row[f"layer_{layer}"])
+            if hidden is not None:
+                batch["hidden"][index, :, start : start + prompt] = hidden[index].float()
+        return batch
+
+    def _stored(self, rows: list[dict[str, Any]]) -> list[Tensor] | None:
+        """(S, P, D) hidden states a row, or None if the label pass did not keep them."""
+        if not all(row.get("file") and has_hidden(row["file"]) for row in rows):
+            return None
+        return [torch.stack([load_hidden(row["file"], layer) for layer in self.layers]) for row in rows]

@@ -1,0 +1,182 @@
+"""Prompts as HTML: each token a span, coloured by its saliency or by the layer at which it was dropped.
+
+Strings in, one HTML fragment out, with its own small style sheet; nothing is displayed or saved. Token text is always
+escaped: prompts come from anywhere and end up in notebooks, Voila pages and reports. Colours are laid under the page's
+own text colour, so a fragment works on light and on dark pages. Hovering a token shows its numbers in the line above
+the text. Knows no model, no torch; of a tokenizer only `decode` and `convert_ids_to_tokens`.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdtp_lib.fates import TokenFates, stage_colours
+
+STYLE = """<style>
+.sdtp{position:relative;font:14px/1.7 system-ui,sans-serif;color:inherit;max-width:1100px}
+.sdtp .head{font-weight:600}
+.sdtp .info{min-height:1.7em;opacity:.75;font-size:13px}
+.sdtp .text{font:13px/1.75 ui-monospace,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere;
+overflow:auto;border:1px solid rgb(128 128 128/.35);border-radius:4px;padding:6px 9px;resize:vertical}
+.sdtp .t{border-radius:2px;padding:1px 0}
+.sdtp .t:hover{outline:2px solid currentColor}
+.sdtp .t:hover::after{content:attr(data-i) var(--fate,"");position:absolute;left:0;top:var(--info-top,1.7em);
+right:0;font:13px/1.7 system-ui,sans-serif;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;
+background:var(--jp-layout-color0,Canvas);color:inherit;pointer-events:none}
+.sdtp .key{display:inline-flex;flex-wrap:wrap;gap:2px 14px;font-size:13px}
+.sdtp .key i{display:inline-block;width:14px;height:14px;margin-right:5px;vertical-align:-2px;border-radius:2px;
+border:1px solid rgb(128 128 128/.5)}
+</style>"""
+
+_TINT = 0.5  # how much of a stage's colour lies under the text: more would hurt the contrast of the text
+
+
+def display_tokens(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """The text of each token as a reader sees it, one string an id (special tokens too).
+
+    Bytes that are part of one character: the character stands at its first token, ``▫`` at the others.
+    """
+    ids = [int(i) for i in ids]
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    texts: list[str] = []
+    pending: list[int] = []
+    for token_id, piece in zip(ids, pieces, strict=True):
+        if pending:
+            together = _decode(tokenizer, [*pending, token_id])
+            if "\ufffd" not in together:
+                texts += [together, *["▫"] * len(pending)]
+                pending = []
+                continue
+            if len(pending) < 3:  # a character has at most four bytes
+                pending.append(token_id)
+                continue
+            texts += ["�"] * len(pending)
+            pending = []
+        text = _decode(tokenizer, [token_id])
+        if "\ufffd" in text:
+            pending = [token_id]
+            continue
+        # sentencepiece decoders drop the space that begins a word
+        texts.append(" " + text if str(piece).startswith("▁") and not text.startswith(" ") else text)
+    return texts + ["�"] * len(pending)
+
+
+def tokens_html(
+    tokens: Sequence[str],
+    values: Sequence[float],
+    *,
+    title: str = "",
+    value_name: str = "saliency",
+    positions: Sequence[int] | None = None,
+    max_height: int = 340,
+    gamma: float = 0.5,
+) -> str:
+    """The text with each token coloured by its value (share of the largest; blue is high).
+
+    Parameters
+    ----------
+    tokens, values
+        T texts and T numbers; NaN leaves a token uncoloured.
+    title
+        Heading above the text; escaped.
+    positions
+        Positions to show instead of 0..T-1.
+    gamma
+        Exponent on the share; 0.5 opens up the low end, where most tokens are.
+    """
+    values = np.asarray(values, float)
+    _same_length(tokens=tokens, values=values)
+    size = np.abs(values)
+    peak = np.nanmax(size) if np.isfinite(size).any() else 0.0
+    depth = np.nan_to_num((size / (peak or 1.0)) ** gamma, nan=0.0)
+    at = positions if positions is not None else range(len(tokens))
+    spans = [
+        f'<span class="t" style="background:rgb(0 114 178/{0.7 * d:.2f})"'
+        f' data-i="position {p} · {html.escape(value_name)} {v:.3g}">{token_text(t)}</span>'
+        for t, v, d, p in zip(tokens, values, depth, at, strict=True)
+    ]
+    return text_block(spans, title=title, max_height=max_height)
+
+
+def dropped_tokens_html(
+    tokens: Sequence[str],
+    fates: TokenFates,
+    *,
+    title: str = "",
+    positions: Sequence[int] | None = None,
+    max_height: int = 340,
+) -> str:
+    """The text with each token on the colour of the layer before which it was dropped; kept tokens stay plain.
+
+    Hovering shows position, scores by layer and the fate. Parameters as in `tokens_html`; ``fates`` says the rest.
+    """
+    _same_length(tokens=tokens, fates=fates.dropped_at)
+    info = token_info(fates, positions)
+    stages = fates.stage_of_token()
+    spans = [
+        f'<span class="t s{s}" data-i="{i} · {fates.layer_label(p)}">{token_text(t)}</span>'
+        for p, (t, s, i) in enumerate(zip(tokens, stages, info, strict=True))
+    ]
+    title = title + (" (approximate)" if fates.approximate else "")
+    return text_block(spans, title=title, key=stage_key(fates), max_height=max_height, extra_css=stage_css(fates))
+
+
+def token_info(fates: TokenFates, positions: Sequence[int] | None = None) -> list[str]:
+    """What hovering a token tells: its position and its score at each stage it reached."""
+    at = positions if positions is not None else range(fates.tokens)
+    columns = fates.scores.T
+    names = [f"L{layer} " for layer in fates.layers]
+    return [
+        " · ".join([f"position {p}", *(f"{n}{x:.3g}" for n, x in zip(names, column, strict=True) if x == x)])
+        for p, column in zip(at, columns.tolist(), strict=True)
+    ]
+
+
+def stage_css(fates: TokenFates) -> str:
+    """Style of the classes ``s0`` .. ``sS``: one background a stage; the last, kept, has none."""
+    rules = [
+        f".sdtp .s{i}{{background:rgb({r} {g} {b}/{_TINT})}}"
+        for i, (r, g, b) in enumerate(stage_colours(len(fates.layers)))
+    ]
+    return f"<style>{''.join(rules)}</style>"
+
+
+def stage_key(fates: TokenFates) -> str:
+    """The legend: a swatch, a layer and a count for each stage, and what was kept."""
+    entries = [
+        f'<span><i class="s{i}"></i>before layer {layer}: {count}</span>'
+        for i, (layer, count) in enumerate(zip(fates.layers, fates.dropped_per_stage(), strict=True))
+    ]
+    return f"{''.join(entries)}<span><i></i>kept to the end: {fates.kept_count} of {fates.tokens}</span>"
+
+
+def text_block(
+    spans: Iterable[str], *, title: str = "", key: str = "", max_height: int = 340, extra_css: str = ""
+) -> str:
+    """Heading, line for what is hovered, scrolling text and legend around finished token spans."""
+    head = f'<div class="head">{html.escape(title)}</div>' if title else ""
+    top = "1.7em" if title else "0"
+    return (
+        f'<div class="sdtp" style="--info-top:{top}">{STYLE}{extra_css}{head}<div class="info">hover a token</div>'
+        f'<div class="text" tabindex="0" role="region" aria-label="prompt" style="max-height:{int(max_height)}px">'
+        f"{''.join(spans)}</div>{f'<div class=key>{key}</div>' if key else ''}</div>"
+    )
+
+
+def token_text(text: str) -> str:
+    """One token's text for HTML: escaped, line ends made visible."""
+    return html.escape(text).replace("\r", "␍").replace("\n", "↵\n")
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _same_length(**lists: Sequence[Any]) -> None:
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"these belong together but differ in length: {lengths}.")

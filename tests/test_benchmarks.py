@@ -1,0 +1,84 @@
+"""The benchmark commands of the evaluation, end to end on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from sdtp_lib.records import RowWriter, project_root, read_rows
+
+
+def command(name):
+    """The ``main`` of one script of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", project_root() / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tiny_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(max_position_embeddings=2048).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_measure_writes_rows_a_table_and_a_picture_and_a_second_run_adds_nothing(model_folder, tmp_path, capsys):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "2", "--oracle-prompts", "1"]
+    arguments += ["--lengths", "128", "--cells", "text", "--settings", "r=0.9", "r=0.7", "--recency-weight", "1"]
+    command("scorers")(arguments)
+    rows = read_rows(tmp_path / "scorers.jsonl")
+    assert len(rows) == 2 * (2 * 7 + 2) and {row["kind"] for row in rows} == {"scorer"}
+    printed = capsys.readouterr().out
+    assert "text@128 (n=2)" in printed and "oracle (n=1)" in printed
+    assert (tmp_path / "quality_over_flops.png").stat().st_size > 10_000
+    command("scorers")(arguments)
+    assert read_rows(tmp_path / "scorers.jsonl") == rows
+
+
+def test_the_weight_of_recency_is_tuned_on_training_samples_only(model_folder, tmp_path):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "1", "--oracle-prompts", "0"]
+    command("scorers")([*arguments, "--lengths", "2000", "--cells", "needle", "--settings", "r=0.7"])
+    rows = read_rows(tmp_path / "scorers.jsonl")
+    tuning = {row["sample"] for row in rows if row["cell"] == "tuning"}
+    measured = {row["sample"] for row in rows if row["cell"] != "tuning"}
+    assert len(tuning) == 4 and not tuning & measured
+    assert all("-test-" in name for name in measured) and not any("-test-" in name for name in tuning)
+
+
+def test_longbench_runs_by_its_protocol_and_goes_on_where_it_stopped(model_folder, tmp_path, capsys):
+    record = {
+        "input": "Question: where?\nType:",
+        "answers": ["Place"],
+        "length": 9,
+        "dataset": "trec",
+        "language": "en",
+    }
+    lines = [
+        json.dumps(record | {"context": f"Question: who?\nType: Person {n}", "all_classes": ["Place"], "_id": f"id{n}"})
+        for n in range(3)
+    ]
+    (tmp_path / "trec.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = ["--model", str(model_folder), "--data", str(tmp_path), "--datasets", "trec", "--presets", "keep09"]
+    arguments += ["--scorers", "recency", "--run-dir", str(tmp_path / "run")]
+    command("longbench")([*arguments, "--limit", "2"])
+    first = read_rows(tmp_path / "run" / "longbench.jsonl")
+    assert [(row["item"], row["variant"]) for row in first] == [
+        (item, variant) for item in ("id0", "id1") for variant in ("full", "recency keep09")
+    ]
+    command("longbench")(arguments)
+    rows = read_rows(tmp_path / "run" / "longbench.jsonl")
+    assert rows[:4] == first and len(rows) == 6
+    assert "| trec | recency keep09 | 3 |" in capsys.readouterr().out
+    with RowWriter(tmp_path / "run" / "longbench.jsonl", {}), pytest.raises(RuntimeError, match="is being written by"):
+        command("longbench")(arguments)
+
+
+def test_unknown_names_end_a_command_before_it_loads_a_model(tmp_path):
+    with pytest.raises(ValueError, match="dataset='qaspar'"):
+        command("longbench")(["--datasets", "qaspar", "--run-dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        command("scorers")(["--cells", "nonsense"])

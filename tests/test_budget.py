@@ -1,0 +1,211 @@
+"""Counts worked by hand, the full count against torch's own counter, and the paper's Table 2."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from sdtp_lib import budget
+from sdtp_lib.budget import ModelShape
+from sdtp_lib.config import PruningConfig
+
+PLAIN = PruningConfig(layers=(1,), keep_ratio=0.9)
+# D = 8, two heads of 4, one KV head, F = 16, V = 10, two layers: small enough to count on paper.
+SMALL = ModelShape(2, 8, 2, 1, 4, 16, 10)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keep_ratio", "expected"),
+    [
+        (1000, 0.9, 900),
+        (1000, 0.7, 700),
+        (10, 0.7, 10),  # 4 + 16 protected: a short prompt is left whole
+        (21, 0.1, 20),
+        (1000, 0.01, 104),  # 4 sinks + a tenth
+        (1001, 0.01, 105),  # the tenth is rounded up
+        (10_000, 0.7, 7000),  # 0.7 * 10_000 is 6999.99.. in binary
+        (1, 0.5, 1),
+        (0, 0.5, 0),
+        (12345, 1.0, 12345),
+    ],
+)
+def test_keep_count_gives_the_values_worked_by_hand(tokens, keep_ratio, expected):
+    assert budget.keep_count(tokens, keep_ratio, PLAIN) == expected
+
+
+def test_overlapping_sinks_and_local_tokens_are_protected_once():
+    assert budget.protected_count(12, PLAIN) == 12
+    assert budget.protected_count(500, PLAIN) == 54
+    assert budget.protected_count(500, PLAIN.replace(sink_tokens=0, local_ratio=0.0, min_local_tokens=0)) == 0
+
+
+def test_tokens_per_layer_drops_before_the_named_layers():
+    config = PruningConfig(layers=(1, 3), keep_ratio=(0.5, 0.8))
+    assert budget.tokens_per_layer(config, 5, 1000) == [1000, 500, 500, 400, 400]
+    assert budget.tokens_per_layer(None, 3, 7) == [7, 7, 7]
+    assert budget.compression_ratio([1000, 500, 500, 400, 400]) == pytest.approx(5000 / 2800)
+
+
+def test_tokens_per_layer_refuses_a_layer_that_the_model_does_not_have():
+    with pytest.raises(ValueError, match="layers"):
+        budget.tokens_per_layer(PruningConfig(layers=(5,)), 5, 100)
+
+
+def test_eight_stages_at_0_7_leave_a_twentieth():
+    config = PruningConfig.preset("keep07", num_layers=28)
+    counts = budget.tokens_per_layer(config, 28, 100_000)
+    assert counts[-1] / counts[0] == pytest.approx(0.7**8, rel=1e-3)
+    with pytest.raises(ValueError, match="27"):
+        budget.kv_bytes(SMALL, counts, 2) and budget.prefill_flops(SMALL, counts[:27])
+
+
+def test_prefill_flops_are_the_ones_counted_on_paper():
+    # A layer's weights: q 8*8, k 8*4, v 8*4, o 8*8, feed-forward 3*8*16 = 576; 10 + 5 tokens.
+    linear = 2 * 576 * (10 + 5)
+    squares = 100 + 25
+    head = 2 * 10 * 8
+    assert budget.prefill_flops(SMALL, [10, 5]) == linear + 2 * squares * 8 + head
+    assert budget.prefill_flops(SMALL, [10, 5], causal=False) == linear + 4 * squares * 8 + head
+    assert budget.prefill_flops(SMALL, [10, 5], logits_positions=10) == linear + 2 * squares * 8 + 10 * head
+    assert budget.prefill_flops(SMALL, [10, 5], pruner_flops=7) == linear + 2 * squares * 8 + head + 7
+
+
+def test_decode_flops_and_kv_bytes_are_the_ones_counted_on_paper():
+    # Two forwards; layer 0 attends to 11 then 12 keys, layer 1 to 6 then 7.
+    assert budget.decode_flops(SMALL, [10, 5], 2) == 2 * 2 * (2 * 576 + 80) + 4 * 8 * (11 + 12 + 6 + 7)
+    assert budget.kv_bytes(SMALL, [10, 5], 2) == 2 * 4 * 2 * 15
+
+
+def test_pruner_flops_count_the_tokens_that_reach_the_stage():
+    assert budget.pruner_flops(8, (1,), [10, 5]) == 2 * 10 * (8 * 2 + 2)
+    assert budget.pruner_flops(8, (1,), [10, 5], width=3) == 2 * 10 * (8 * 3 + 3)
+
+
+def test_the_pruners_cost_under_one_percent_of_the_prefill():
+    shape = ModelShape.named("SmolLM2-135M-Instruct")
+    config = PruningConfig.preset("keep09", 30)
+    counts = budget.tokens_per_layer(config, 30, 2048)
+    assert budget.pruner_flops(576, config.layers, counts) < 0.01 * budget.prefill_flops(shape, counts)
+
+
+@pytest.mark.parametrize("target", [{"speedup": 1.5}, {"final_tokens": 900}, {"mean_tokens": 1500}])
+def test_find_keep_ratio_is_the_largest_that_reaches_its_target(target):
+    shape, config = ModelShape.named("SmolLM2-135M-Instruct"), PruningConfig.preset("keep09", 30)
+    ratio = budget.find_keep_ratio(shape, config, 2048, **target)
+
+    def met(candidate):
+        counts = budget.tokens_per_layer(config.replace(keep_ratio=candidate), 30, 2048)
+        if "final_tokens" in target:
+            return counts[-1] <= 900
+        if "mean_tokens" in target:
+            return sum(counts) / 30 <= 1500
+        return budget.speedup_limit(shape, config.replace(keep_ratio=candidate), 2048) >= 1.5
+
+    assert met(ratio)
+    assert not met(ratio + 1e-3)
+
+
+def test_find_keep_ratio_refuses_what_the_protected_tokens_forbid_and_two_targets():
+    shape, config = ModelShape.named("SmolLM2-135M-Instruct"), PruningConfig.preset("keep09", 30)
+    with pytest.raises(ValueError, match="final_tokens=3 cannot be reached"):
+        budget.find_keep_ratio(shape, config, 2048, final_tokens=3)
+    with pytest.raises(ValueError, match="exactly one"):
+        budget.find_keep_ratio(shape, config, 2048, final_tokens=3, speedup=2.0)
+    assert budget.find_keep_ratio(shape, config, 2048, final_tokens=2048) == 1.0
+
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("logits_positions", [1, 0])
+def test_the_full_count_agrees_with_torchs_counter(family, logits_positions):
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, vocab_size=128, max_position_embeddings=512, **FAMILIES[family],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(torch.arange(200)[None] % 128, logits_to_keep=logits_positions)
+    counted = counter.get_total_flops()
+    shape = ModelShape.from_config(config)
+    expected = budget.prefill_flops(shape, [200] * 3, causal=False, logits_positions=logits_positions or 200)
+    assert expected == pytest.approx(counted, rel=0.01)
+    weights = sum(p.numel() for p in model.parameters())
+    assert shape.parameters == pytest.approx(weights, rel=0.005)
+    assert shape.weight_bytes(torch.bfloat16) == 2 * shape.parameters
+
+
+def test_a_decode_step_agrees_with_torchs_counter():
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+        vocab_size=128,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad():
+        past = model(torch.arange(50)[None], use_cache=True).past_key_values
+        with counter:
+            for token in (1, 2):
+                past = model(torch.tensor([[token]]), past_key_values=past, use_cache=True).past_key_values
+    expected = budget.decode_flops(ModelShape.from_config(config), [50, 50], 2)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_papers_formula_gives_table_2s_unpruned_column():
+    rows = budget.paper_table2()
+    assert len(rows) == 6 * 3 * 3
+    assert max(abs(row["full_error_percent"]) for row in rows) < 0.1
+
+
+def test_one_reading_of_the_layer_list_gives_table_2s_pruned_column():
+    errors = {}
+    for row in budget.paper_table2():
+        errors.setdefault((row["layers"], row["ratio_of"]), []).append(abs(row["pruned_error_percent"]))
+    assert max(errors["before 3, 6 .. 30", "unprotected, end fixed"]) < 0.5
+    assert 2.0 < min(errors["before 4, 7 .. 31", "current"]) < max(errors["before 4, 7 .. 31", "current"]) < 2.5
+
+
+def test_an_honest_count_of_the_papers_model_is_not_the_papers():
+    shape = ModelShape.named("Mistral-7B-Instruct-v0.2")
+    honest = budget.prefill_flops(shape, [4096] * 32, causal=False, logits_positions=4096) / 1e12
+    assert honest == pytest.approx(67.0, rel=0.01)
+
+
+def test_an_unknown_dtype_or_convention_is_refused_by_name():
+    with pytest.raises(ValueError, match="dtype='int3'"):
+        SMALL.weight_bytes("int3")
+    with pytest.raises(ValueError, match="convention='honest'"):
+        budget.prefill_flops(SMALL, [1, 1], convention="honest")
+    with pytest.raises(ValueError, match="num_heads=0"):
+        ModelShape(2, 8, 0, 1, 4, 16, 10)
+    with pytest.raises(ValueError, match="mixture of experts"):
+        ModelShape.from_config({"num_local_experts": 8, "model_type": "mixtral"})
+
+
+def test_budget_needs_no_torch():
+    code = "import sys; import sdtp_lib.budget; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_report_prints_every_layer_list():
+    text = subprocess.run([sys.executable, "-m", "sdtp_lib.budget"], check=True, capture_output=True, text=True).stdout
+    assert text.count("before 3, 6 .. 30") == 18
+    assert math.isclose(float(text.splitlines()[1].split()[-1]), 1.533, abs_tol=1e-3)

@@ -1,0 +1,135 @@
+"""The lm-eval adapter: equal to lm-eval's own HF model at ratio 1.0, batched, and pruned where it says so."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from sdtp_lib import scorers
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.evaluation import continuation_logits
+from sdtp_lib.harness import SDTPLM
+
+CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.6, min_local_tokens=4)
+CONTEXTS = [
+    "the rain in the plain stays on the mainland, it is said, and so on and on it goes",
+    "another tale of it",
+    "x",
+]
+CHOICES = [" at once", " no", " in the end of it all"]
+
+
+def requests(kind="loglikelihood"):
+    if kind == "loglikelihood":
+        pairs = [(context, choice) for context in CONTEXTS for choice in CHOICES] + [("", "it is")]
+    elif kind == "generate_until":
+        pairs = [(context, {"until": ["zz"], "max_gen_toks": 6, "do_sample": False}) for context in CONTEXTS[:2]]
+    else:
+        pairs = [(context,) for context in CONTEXTS]
+    return [
+        Instance(request_type=kind, doc={}, arguments=pair, idx=number, metadata=("tiny", number, 1))
+        for number, pair in enumerate(pairs)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model()
+
+
+@pytest.fixture
+def plain(model, tiny_tokenizer):
+    return HFLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=1)
+
+
+def pruned(model, tokenizer, **options):
+    options = {"pruning": CONFIG, "scorer": scorers.recency(), "batch_size": 1} | options
+    return SDTPLM(pretrained=model, tokenizer=tokenizer, **options)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_ratio_one_gives_lm_evals_own_loglikelihoods_item_by_item(model, tiny_tokenizer, plain, batch_size):
+    whole = pruned(model, tiny_tokenizer, pruning=CONFIG.replace(keep_ratio=1.0), batch_size=batch_size)
+    ours = whole.loglikelihood(requests(), disable_tqdm=True)
+    theirs = plain.loglikelihood(requests(), disable_tqdm=True)
+    assert len(ours) == len(theirs) == 10
+    for (our_value, our_greedy), (their_value, their_greedy) in zip(ours, theirs, strict=True):
+        assert our_value == pytest.approx(their_value, abs=1e-4)
+        assert our_greedy == their_greedy
+
+
+def test_a_pruned_loglikelihood_is_read_from_the_pruned_cache(model, tiny_tokenizer):
+    harness = pruned(model, tiny_tokenizer)
+    (value, _), *_ = harness.loglikelihood(requests(), disable_tqdm=True)
+    context, continuation = harness._encode_pair(CONTEXTS[0], CHOICES[0])
+    logits, trace = continuation_logits(model, context, continuation, CONFIG, scorers.recency())
+    expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(continuation)[:, None]).sum().item()
+    assert value == pytest.approx(expected, abs=1e-4)
+    assert trace.tokens_per_layer[-1] < len(context)
+
+
+def test_batches_of_unequal_contexts_give_the_scores_of_single_ones(model, tiny_tokenizer):
+    single = pruned(model, tiny_tokenizer).loglikelihood(requests(), disable_tqdm=True)
+    batched = pruned(model, tiny_tokenizer, batch_size=4).loglikelihood(requests(), disable_tqdm=True)
+    assert [value for value, _ in batched] == pytest.approx([value for value, _ in single], abs=1e-4)
+
+
+def test_choices_of_one_context_share_one_prefill(model, tiny_tokenizer):
+    harness = pruned(model, tiny_tokenizer)
+    prefills = []
+    original = harness._score
+    harness._score = lambda contexts, options: prefills.append(len(contexts)) or original(contexts, options)
+    harness.loglikelihood(requests(), disable_tqdm=True)
+    assert sum(prefills) == len(CONTEXTS) + 1
+
+
+def test_generation_runs_through_the_engine_and_at_ratio_one_as_lm_eval_does(model, tiny_tokenizer, plain):
+    asked = requests("generate_until")
+    theirs = plain.generate_until(asked, disable_tqdm=True)
+    whole = pruned(model, tiny_tokenizer, pruning=CONFIG.replace(keep_ratio=1.0))
+    assert whole.generate_until(asked, disable_tqdm=True) == theirs
+    harness = pruned(model, tiny_tokenizer)
+    harness.generate_until(asked[:1], disable_tqdm=True)
+    layers = harness.last_trace.tokens_per_layer
+    assert layers[-1] < layers[0] == len(tiny_tokenizer(CONTEXTS[0])["input_ids"])
+
+
+def test_rolling_loglikelihood_is_unpruned_and_says_so(model, tiny_tokenizer, plain, caplog):
+    theirs = plain.loglikelihood_rolling(requests("loglikelihood_rolling"), disable_tqdm=True)
+    with caplog.at_level(logging.WARNING, logger="sdtp_lib.harness"):
+        ours = pruned(model, tiny_tokenizer).loglikelihood_rolling(requests("loglikelihood_rolling"), disable_tqdm=True)
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert "unpruned" in caplog.text
+
+
+def test_without_pruning_it_is_lm_evals_model(model, tiny_tokenizer, plain):
+    neither = SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=1)
+    assert neither.loglikelihood(requests(), disable_tqdm=True) == plain.loglikelihood(requests(), disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pruning": CONFIG, "preset": "keep09", "scorer": "recency"}, "preset='keep09' and pruning"),
+        ({"pruning": CONFIG}, "pruning needs both"),
+        ({"scorer": "recency"}, "pruning needs both"),
+        ({"pruning": CONFIG, "scorer": "recent"}, "scorer='recent' is unknown"),
+        ({"pruning": CONFIG, "scorer": "recency", "pruners": "x"}, "exclude each other"),
+    ],
+)
+def test_contradicting_arguments_are_refused(model, tiny_tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=1, **options)
+
+
+def test_the_command_line_knows_the_model():
+    from lm_eval.api.registry import get_model
+
+    assert get_model("sdtp") is SDTPLM

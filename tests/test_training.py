@@ -1,0 +1,200 @@
+"""Training on `Trainer`: what is saved, what is resumed, which loss reaches what, and the traps of earlier tries."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.engine import token_pruning
+from sdtp_lib.pruners import TokenPruners
+from sdtp_lib.saliency import compute_saliency
+from sdtp_lib.training import simulated_pruning, split_by_id, train_pruners
+from sdtp_lib.training_config import TrainingConfig
+from sdtp_lib.training_step import Collator, PrunerLoss
+
+LAYERS = (1, 3)
+QUICK = TrainingConfig(
+    epochs=2, batch_size=2, eval_share=0.3, min_local_tokens=4, save_steps=3, logging_steps=1, learning_rate=1e-2
+)
+
+
+def samples(count=8, tokens=40):
+    generator = torch.Generator().manual_seed(7)
+    return [
+        {
+            "id": f"s{i}",
+            "prompt_ids": torch.randint(3, 120, (tokens + i,), generator=generator).tolist(),
+            "response_ids": torch.randint(3, 120, (4,), generator=generator).tolist(),
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def labelled(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labels")
+    return compute_saliency(tiny_model(), samples(), LAYERS, cache_dir=folder, progress=False, store_hidden=True)
+
+
+def batch_of(labelled, rows):
+    return Collator(LAYERS)([labelled[i] for i in rows])
+
+
+def test_training_lowers_the_loss_and_saves_pruners_only(tiny_model, labelled, tmp_path):
+    model = tiny_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    config = QUICK.replace(epochs=15, eval_share=0.0)
+    pruners = train_pruners(model, labelled, config, output_dir=tmp_path, progress=False)
+    losses = [entry["loss"] for entry in pruners.history if "loss" in entry]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for file in [*tmp_path.glob("checkpoint-*/*.safetensors"), *tmp_path.glob("pruners/*.safetensors")]:
+        with safe_open(file, "pt") as stored:
+            assert all("stages." in name for name in stored.keys()), file  # noqa: SIM118 - safe_open is no mapping
+    assert sum(f.stat().st_size for f in (tmp_path / "pruners").iterdir()) < 100_000
+    again = TokenPruners.from_pretrained(tmp_path / "pruners")
+    assert again.layers == LAYERS
+    assert again.weights_fingerprint == pruners.weights_fingerprint is not None
+
+
+def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(tiny_model, labelled, tmp_path):
+    unbroken = train_pruners(tiny_model(), labelled, QUICK, output_dir=tmp_path / "a", progress=False)
+    train_pruners(tiny_model(), labelled, QUICK, output_dir=tmp_path / "b", progress=False)
+    last = sorted((tmp_path / "b").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    assert len(last) == 2
+    import shutil
+
+    shutil.rmtree(last[-1])
+    shutil.rmtree(tmp_path / "b" / "pruners")
+    resumed = train_pruners(tiny_model(), labelled, QUICK, output_dir=tmp_path / "b", progress=False)
+    first_step = int(last[0].name.split("-")[1])
+    assert [e["step"] for e in resumed.history if "loss" in e][-1] > first_step
+    assert set(resumed.state_dict()) == set(unbroken.state_dict())
+
+
+@pytest.mark.parametrize("off", ["mse", "rank", "drop"])
+def test_each_loss_can_be_switched_off(tiny_model, labelled, off):
+    config = QUICK.replace(**{"drop_weight": 1.0, f"{off}_weight": 0.0})
+    loss = PrunerLoss(TokenPruners(32, LAYERS), tiny_model(), LAYERS, config)
+    outputs = loss(**batch_of(labelled, [0, 1]))
+    assert {name for name in outputs if name.endswith("_loss")} == {
+        f"{name}_loss" for name in ("mse", "rank", "drop") if name != off
+    }
+
+
+def test_stored_hidden_states_and_a_fresh_forward_give_the_same_losses(tiny_model, labelled):
+    torch.manual_seed(0)
+    loss = PrunerLoss(TokenPruners(32, LAYERS), tiny_model(), LAYERS, QUICK).eval()
+    batch = batch_of(labelled, [0, 3])
+    stored = loss(**batch)["loss"]
+    batch.pop("hidden")
+    torch.testing.assert_close(loss(**batch)["loss"], stored, rtol=2e-3, atol=2e-3)
+
+
+def test_labels_sit_at_their_own_tokens_in_a_padded_batch(labelled):
+    """An earlier reproduction let padding have labels, and labels slide to other tokens."""
+    batch = batch_of(labelled, [0, 7])
+    for index, row in enumerate((0, 7)):
+        prompt = batch["prompt_mask"][index]
+        expected = labelled[row]["input_ids"][: labelled[row]["prompt_length"]]
+        assert batch["input_ids"][index][prompt].tolist() == expected
+        torch.testing.assert_close(batch["labels"][index, 1][prompt], torch.tensor(labelled[row]["layer_3"]))
+        assert (batch["labels"][index][:, ~prompt] == 0).all()
+
+
+def test_the_loss_of_a_row_does_not_change_with_its_padding(tiny_model, labelled):
+    torch.manual_seed(0)
+    loss = PrunerLoss(TokenPruners(32, LAYERS, features=("hidden", "distance", "query")), tiny_model(), LAYERS, QUICK)
+    loss.eval()
+    apart = (loss(**batch_of(labelled, [0]))["rank_loss"] + loss(**batch_of(labelled, [7]))["rank_loss"]) / 2
+    together = loss(**batch_of(labelled, [0, 7]))["rank_loss"]
+    torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_the_pruned_models_loss_reaches_every_stage_of_the_pruners_and_no_weight(
+    tiny_model, labelled, straight_through
+):
+    """An earlier reproduction multiplied hidden states by the mask; here keys are masked in attention."""
+    model = tiny_model()
+    config = QUICK.replace(
+        mse_weight=0.0, rank_weight=0.0, distill_weight=1.0, lm_weight=1.0, straight_through=straight_through
+    )
+    torch.manual_seed(0)
+    pruners = TokenPruners(32, LAYERS)
+    outputs = PrunerLoss(pruners, model, LAYERS, config)(**batch_of(labelled, [0, 5]))
+    outputs["loss"].backward()
+    assert set(outputs) == {"loss", "lm_loss", "distill_loss"}
+    for layer in LAYERS:
+        gradient = pruners.stages[str(layer)].down.weight.grad
+        assert torch.isfinite(gradient).all()
+        assert gradient.abs().sum() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_predicts(tiny_model):
+    model = tiny_model(dtype=torch.float64)
+    torch.manual_seed(3)
+    pruners = TokenPruners(32, LAYERS, features=("hidden", "distance"))
+    ids = torch.tensor([samples(1, 60)[0]["prompt_ids"]])
+    config = TrainingConfig(min_local_tokens=4, keep_floor=1e-6)
+    with token_pruning(model, PruningConfig(LAYERS, 0.7, min_local_tokens=4), pruners) as trace, torch.no_grad():
+        pruned = model(ids).logits[:, -1]
+    with simulated_pruning(model, pruners, torch.ones_like(ids, dtype=torch.bool), 0.7, config) as keep:
+        simulated = model(ids, use_cache=False).logits[:, -1]
+    alive = torch.ones(ids.shape[1], dtype=torch.bool)
+    for layer in LAYERS:
+        alive &= keep[layer][0] > 0.5
+        assert alive.nonzero().flatten().tolist() == trace.kept_positions[layer][0].tolist()
+    torch.testing.assert_close(simulated, pruned, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sample_stays_on_its_side_of_the_split_when_others_come_or_go(labelled):
+    config = TrainingConfig(eval_share=0.4)
+    _, held_out = split_by_id(labelled, config)
+    some = labelled.select([7, 2, 0, 5])
+    _, held_out_of_some = split_by_id(some, config)
+    wanted = set(held_out["sample_id"]) & set(some["sample_id"])
+    assert set(held_out_of_some["sample_id"] if held_out_of_some else []) == wanted
+
+
+def test_training_goes_on_from_given_pruners(tiny_model, labelled, tmp_path):
+    torch.manual_seed(1)
+    start = TokenPruners(32, LAYERS)
+    config = QUICK.replace(learning_rate=1e-9, weight_decay=0.0, epochs=1, eval_share=0.0)
+    before = start.stages["1"].down.weight.detach().clone()
+    after = train_pruners(tiny_model(), labelled, config, pruners=start, output_dir=tmp_path, progress=False)
+    torch.testing.assert_close(after.stages["1"].down.weight, before)
+
+
+def test_samples_without_labels_at_a_layer_are_refused(tiny_model, labelled, tmp_path):
+    with pytest.raises(ValueError, match=r"no labels at \[2\]"):
+        train_pruners(tiny_model(), labelled, QUICK, layers=(1, 2), output_dir=tmp_path)
+    with pytest.raises(ValueError, match="samples is empty"):
+        train_pruners(tiny_model(), [], QUICK, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"mse_weight": -1}, "mse_weight=-1"),
+        ({"mse_weight": 0, "rank_weight": 0}, "every loss"),
+        ({"keep_ratios": (0.9, 0.5)}, "keep_ratios"),
+        ({"eval_share": 1.0}, "eval_share=1.0"),
+        ({"mixed_precision": "int3"}, "int3"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_value(change, match):
+    with pytest.raises(ValueError, match=match):
+        TrainingConfig(**change)
+
+
+def test_the_config_is_plain_json():
+    values = TrainingConfig().to_dict()
+    assert TrainingConfig(**values) == TrainingConfig()
+    assert math.isclose(values["keep_ratios"][0], 0.6)

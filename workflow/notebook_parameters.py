@@ -1,0 +1,235 @@
+"""A notebook's parameters: their names, types, defaults and help, and the checks before a kernel starts.
+
+Reads the one cell tagged `parameters`, in which each line is ``name: type = literal  # help``. papermill itself only
+warns of an unknown name and knows no types; here both are errors, and so are values that the library's checks refuse.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import io
+import json
+import math
+import tokenize
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdtp_lib.config import PRESETS, PruningConfig
+from sdtp_lib.training_config import TrainingConfig
+
+# Layers of models that can be named without reading a file or asking a hub.
+KNOWN_LAYERS = {"embedded": 30}
+# A notebook with these trains, and `TrainingConfig` checks what it has of its fields.
+TRAINING = {"epochs", "learning_rate"}
+PRUNING_FIELDS = tuple(field.name for field in dataclasses.fields(PruningConfig))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One line of a parameters cell."""
+
+    name: str
+    annotation: str
+    default: Any
+    help: str
+
+
+class ParameterError(ValueError):
+    """What is wrong with the parameters of a notebook, one sentence a line."""
+
+
+def load_notebook(path: Path) -> dict[str, Any]:
+    """The notebook's JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParameterError(f"there is no notebook {path.name}: look in notebooks/.") from None
+    except ValueError as error:
+        raise ParameterError(f"{path.name} is not a notebook: {error}.") from None
+
+
+def source_of(cell: Mapping[str, Any]) -> str:
+    """A cell's text; the format allows one string or a list of lines."""
+    source = cell["source"]
+    return source if isinstance(source, str) else "".join(source)
+
+
+def tags_of(cell: Mapping[str, Any]) -> list[str]:
+    """A cell's tags."""
+    return cell.get("metadata", {}).get("tags", [])
+
+
+def code_lines(source: str) -> str:
+    """A cell's source without magics and shell lines, as Python can parse it."""
+    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+
+
+def parameters_of(path: Path) -> dict[str, Parameter]:
+    """The parameters of a notebook by name, in the order of their cell.
+
+    Raises
+    ------
+    ParameterError
+        No such cell, more than one, or a line in it that is not an annotated literal.
+    """
+    cells = [cell for cell in load_notebook(path)["cells"] if "parameters" in tags_of(cell)]
+    if len(cells) != 1:
+        raise ParameterError(f"{path.name} has {len(cells)} cells tagged `parameters`: it needs exactly one.")
+    source = source_of(cells[0])
+    comments = _comments(source)
+    found = {}
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # a docstring
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
+            raise ParameterError(
+                f"{path.name}, parameters cell: `{ast.unparse(statement)}` is not `name: type = value`."
+            )
+        try:
+            default = ast.literal_eval(statement.value)
+        except ValueError:
+            raise ParameterError(
+                f"{path.name}, parameters cell: `{ast.unparse(statement)}` derives a value: only literals belong here."
+            ) from None
+        name = statement.target.id
+        found[name] = Parameter(
+            name, ast.unparse(statement.annotation), default, comments.get(statement.end_lineno, "")
+        )
+    return found
+
+
+def _comments(source: str) -> dict[int, str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+
+
+def matches(value: Any, annotation: str) -> bool:
+    """Whether a value out of YAML or JSON fits a parameter's annotation; lists stand for tuples there."""
+    return _fits(value, ast.parse(annotation, mode="eval").body)
+
+
+def _fits(value: Any, node: ast.expr) -> bool:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _fits(value, node.left) or _fits(value, node.right)
+    if isinstance(node, ast.Constant):
+        return value == node.value and type(value) is type(node.value)
+    if isinstance(node, ast.Subscript):
+        return _fits_generic(value, ast.unparse(node.value), node.slice)
+    plain = {
+        "int": lambda: isinstance(value, int) and not isinstance(value, bool),
+        "float": lambda: isinstance(value, (int, float)) and not isinstance(value, bool),
+        "str": lambda: isinstance(value, str),
+        "bool": lambda: isinstance(value, bool),
+        "list": lambda: isinstance(value, (list, tuple)),
+        "tuple": lambda: isinstance(value, (list, tuple)),
+        "dict": lambda: isinstance(value, dict),
+        "Any": lambda: True,
+    }.get(ast.unparse(node))
+    if plain is None:
+        raise ParameterError(f"the annotation `{ast.unparse(node)}` is not one that can be checked.")
+    return plain()
+
+
+def _fits_generic(value: Any, outer: str, inner: ast.expr) -> bool:
+    parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+    if outer == "Literal":
+        return any(_fits(value, part) for part in parts)
+    if outer == "dict":
+        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+    if outer not in {"list", "tuple"} or not isinstance(value, (list, tuple)):
+        return False
+    if outer == "tuple" and not (len(parts) == 2 and isinstance(parts[1], ast.Constant) and parts[1].value is ...):
+        return len(parts) == len(value) and all(_fits(item, part) for item, part in zip(value, parts, strict=True))
+    return all(_fits(item, parts[0]) for item in value)
+
+
+def check(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All values with which a notebook would run: its defaults, and ``given`` over them.
+
+    Raises
+    ------
+    ParameterError
+        Names every unknown name, wrong type and impossible value, and what would be right.
+    """
+    known = parameters_of(path)
+    faults = [
+        f"{name} is no parameter of {path.stem}: it has {', '.join(known)}." for name in given if name not in known
+    ]
+    for name, value in given.items():
+        if name in known and not matches(value, known[name].annotation):
+            faults.append(
+                f"{name}={value!r} is not of type {known[name].annotation} ({path.stem}: {known[name].help})."
+            )
+    values = {name: given.get(name, parameter.default) for name, parameter in known.items()}
+    if not faults:
+        faults = [f"{fault} ({path.stem})" for fault in impossible(values)]
+    if faults:
+        raise ParameterError("\n".join(faults))
+    return values
+
+
+def impossible(values: Mapping[str, Any]) -> list[str]:
+    """What cannot be though well-typed: numbers out of range, what `PruningConfig` refuses, layers beyond the model."""
+    faults = []
+    for name, value in values.items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                if not math.isfinite(number):
+                    faults.append(f"{name}={number} is not a finite number.")
+                elif number < 0:
+                    faults.append(f"{name}={number} is negative.")
+    presets = values.get("presets", values.get("preset"))
+    for preset in [presets] if isinstance(presets, str) else presets or []:
+        if preset and preset not in PRESETS:
+            faults.append(f"preset={preset!r} is unknown: choose one of {', '.join(PRESETS)}.")
+    faults.extend(_refused_by_config(values))
+    if set(values) >= TRAINING:
+        faults.extend(_refused_by_training(values))
+    return faults
+
+
+def _refused_by_training(values: Mapping[str, Any]) -> list[str]:
+    fields = {field.name: values[field.name] for field in dataclasses.fields(TrainingConfig) if field.name in values}
+    try:
+        TrainingConfig(**fields)
+    except (ValueError, TypeError) as error:
+        return [str(error)]
+    return []
+
+
+def _refused_by_config(values: Mapping[str, Any]) -> list[str]:
+    fields = {name: values[name] for name in PRUNING_FIELDS if values.get(name) not in (None, (), [])}
+    fields.setdefault("layers", (1,))
+    ratios = values.get("keep_ratios") or [None]
+    faults = []
+    for ratio in ratios:
+        try:
+            config = PruningConfig(**(fields if ratio is None else fields | {"keep_ratio": ratio}))
+            layers = layers_of(str(values.get("model_name", "")))
+            if layers is not None:
+                config.validate_for(layers)
+        except ValueError as error:
+            faults.append(str(error))
+    return faults
+
+
+def layers_of(model_name: str) -> int | None:
+    """How many decoder layers a model has, where that is known without a hub: the embedded one, or a local folder's."""
+    config = Path(model_name) / "config.json"
+    if model_name and config.is_file():
+        fields = json.loads(config.read_text())
+        return fields.get("num_hidden_layers", fields.get("n_layer"))
+    return KNOWN_LAYERS.get(model_name)
+
+
+def describe(paths: list[Path]) -> str:
+    """All parameters of the notebooks as text: name, type, default, help."""
+    blocks = []
+    for path in paths:
+        rows = [(p.name, p.annotation, repr(p.default), p.help) for p in parameters_of(path).values()]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ["  ".join(f"{row[column]:<{widths[column]}}" for column in range(3)) + f"  {row[3]}" for row in rows]
+        blocks.append("\n".join([path.stem, *(f"  {line}" for line in lines)]))
+    return "\n\n".join(blocks)

@@ -1,0 +1,137 @@
+"""A sweep as one self-contained HTML page: what ran, tables, Pareto picture, links to executed notebooks, provenance.
+
+    python workflow/report.py embedded              # writes data/results/embedded/report.html
+
+Opens from a file; loads nothing from anywhere. All of it are views of the run's rows and stamps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from result_tables import latency_table, origin, other_tables, rows_of, scorer_table, stamps_of
+
+from sdtp_lib.records import atomic_write, passport, project_root
+
+STYLE = """
+:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent); }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+td:last-child.values { text-align: left; white-space: normal; min-width: 20rem; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+.wide { overflow-x: auto; } .note { opacity: .75; font-size: .9em; } svg { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; background: white; } pre { overflow-x: auto; font-size: .85em; }
+"""
+
+
+def page(run: Path) -> str:
+    """The page of a run's folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no rows.
+    """
+    rows, stamps = rows_of(run), stamps_of(run)
+    if not rows:
+        raise FileNotFoundError(f"there are no rows under {run.name}: run `make study` first.")
+    tables = [table for table in (latency_table(rows), scorer_table(rows)) if table] + other_tables(rows)
+    picture = pareto_svg(rows)
+    title = f"SDTP sweep: {run.name}"
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>",
+        f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+        f"<p>{len(rows):,} rows of {len(stamps)} notebook runs. {html.escape(origin(rows))}</p>",
+        "<h2>What ran</h2>",
+        runs_table(run, stamps),
+    ]
+    if picture:
+        parts += ["<h2>Quality against cost</h2>", f"<figure>{picture}</figure>"]
+    parts += ["<h2>Results</h2>", *(table.html() for table in tables), "<h2>Provenance</h2>", provenance(rows)]
+    return "\n".join(parts) + "\n"
+
+
+def runs_table(run: Path, stamps: Sequence[Mapping[str, Any]]) -> str:
+    """One line an executed notebook, with a link to its copy, relative to the page."""
+    lines = []
+    for stamp in stamps:
+        link = (project_root() / stamp["executed"]).relative_to(run).as_posix()
+        values = {name: value for name, value in stamp["parameters"].items() if name != "run_dir"}
+        lines.append(
+            f"<tr><td><a href='{html.escape(link, quote=True)}'>{html.escape(stamp['notebook'])}</a></td>"
+            f"<td>{html.escape(stamp['folder'].strip('.'))}</td><td>{stamp['seconds']:,.0f}</td>"
+            f"<td>{html.escape(stamp['ended_utc'])}</td><td>{html.escape(stamp['commit'])}</td>"
+            f"<td class=values>{html.escape(json.dumps(values, default=str))}</td></tr>"
+        )
+    head = "".join(f"<th>{name}</th>" for name in ("notebook", "cell", "seconds", "ended", "commit", "parameters"))
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+
+
+def pareto_svg(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """KL against the share of prefill FLOPs that is left, one point a scorer and budget, as inline SVG."""
+    import pandas
+
+    rows = [row for row in rows if row.get("kind") == "scorer" and row.get("kl_nats") is not None]
+    if not rows:
+        return None
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    from sdtp_lib import plots
+    from sdtp_lib.evaluation_tables import scorer_summary
+
+    lines = scorer_summary(pandas.DataFrame(rows))
+    cells = list(dict.fromkeys(lines.cell))
+    with plots.use_style():
+        columns = min(2, len(cells))
+        lines_of_axes = -(-len(cells) // columns)
+        figure, axes = plt.subplots(
+            lines_of_axes, columns, figsize=(6.5 * columns, 4.5 * lines_of_axes), squeeze=False, layout="constrained"
+        )
+        for ax in axes.flat[len(cells) :]:
+            ax.remove()
+        for ax, cell in zip(axes.flat, cells, strict=False):
+            part = lines[(lines.cell == cell) & (lines.kl_nats > 0)]
+            plots.pareto(part, ax, x="prefill_flops_share", y="kl_nats", hue="scorer", text="setting")
+            ax.set_title(str(cell))
+        written = io.StringIO()
+        figure.savefig(written, format="svg", bbox_inches="tight", metadata={"Date": None})
+        plt.close(figure)
+    return written.getvalue()[written.getvalue().index("<svg") :]
+
+
+def provenance(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every value of every passport field that the rows hold."""
+    names = [name for name in passport() if name != "utc"]
+    seen = {name: sorted({str(row.get(name)) for row in rows}) for name in names}
+    return f"<pre>{html.escape(json.dumps(seen, indent=1))}</pre>"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", default="embedded", help="a folder of data/results")
+    options = parser.parse_args(arguments)
+    run = project_root() / "data" / "results" / options.run
+    try:
+        text = page(run)
+    except FileNotFoundError as error:
+        print(f"REFUSED  {error}", file=sys.stderr)
+        return 2
+    with atomic_write(run / "report.html") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print((run / "report.html").relative_to(project_root()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

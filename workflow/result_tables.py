@@ -1,0 +1,199 @@
+"""Result rows of a run as tables: what README and the sweep report show. Views only; nothing is measured here.
+
+Rows of a known kind go through the library's own summaries (`latency_report`, `evaluation_tables`); rows of any other
+kind are averaged over what varies least. A table keeps where its rows come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdtp_lib.records import passport, read_rows
+
+# What says where a row comes from, and so never is a result.
+ORIGIN = {"schema_version", "key", "kind", "notebook", "folder", *passport()}
+AT_MOST_GROUPS = 12
+# Numbers that a run is given, not measures.
+SETTINGS = {"prompt_tokens", "keep_ratio", "new_tokens"}
+
+
+BOLD = re.compile(r"^\*\*(.*)\*\*$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One table: text cells, first row the header, and a sentence on where the numbers come from."""
+
+    name: str
+    title: str
+    header: tuple[str, ...]
+    body: tuple[tuple[str, ...], ...]
+    note: str
+
+    def markdown(self) -> str:
+        """GitHub's Markdown, the note under it."""
+        rows = [self.header, *self.body]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        lines.insert(1, "|" + "---|" * len(self.header))
+        return "\n".join([*lines, "", self.note])
+
+    def html(self) -> str:
+        """A heading, a table and its note, escaped."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
+        cells = [[BOLD.sub(r"<b>\1</b>", html.escape(cell)) for cell in row] for row in self.body]
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
+        title, note = html.escape(self.title), html.escape(self.note)
+        return (
+            f"<h3>{title}</h3><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+            f"<p class=note>{note}</p>"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Table:
+        """The table that `to_dict` wrote."""
+        body = tuple(tuple(row) for row in values["body"])
+        return cls(**{**values, "header": tuple(values["header"]), "body": body})
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """All rows under a run's folder, each with the notebook and the folder (the sweep's cell) that it belongs to."""
+    rows = []
+    for path in sorted(run.rglob("*.jsonl")):
+        folder = path.parent.relative_to(run).as_posix()
+        rows += [{**row, "notebook": path.stem, "folder": "" if folder == "." else folder} for row in read_rows(path)]
+    return rows
+
+
+def stamps_of(run: Path) -> list[dict[str, Any]]:
+    """What the runner wrote of each finished notebook: parameters, seconds, commit, executed copy."""
+    return [
+        {**json.loads(path.read_text(encoding="utf-8")), "folder": path.parent.parent.relative_to(run).as_posix()}
+        for path in sorted(run.rglob(".stamps/*.json"))
+    ]
+
+
+def origin(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence on model, device, versions and commit of rows; where they differ, all values are named."""
+
+    def values(name: str) -> str:
+        found = dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None)
+        return "/".join(found)
+
+    what = [values(name) for name in ("model", "weights", "device", "dtype")]
+    versions = [f"{name} {values(name)}" for name in ("torch", "transformers", "commit", "seed") if values(name)]
+    dates = sorted({str(row["utc"])[:10] for row in rows if row.get("utc")})
+    when = f"measured {dates[0]}" + (f" to {dates[-1]}" if dates[1:] else "") if dates else ""
+    return "; ".join(filter(None, [", ".join(filter(None, what)), ", ".join(versions), when])) + "."
+
+
+def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Prefill, decode and end to end beside the limit, one line a prompt length and method."""
+    from sdtp_lib.latency_report import summary
+
+    rows = [row for row in rows if row.get("kind") == "latency"]
+    if not rows:
+        return None
+    header = (
+        "prompt", "method", "prefill ms", "speed-up", "limit", "share", "decode ms", "end to end ms", "speed-up",
+        "KV cache", "1/tau",
+    )  # fmt: skip
+    body = []
+    for line in summary(rows):
+        if line["status"] != "ok":
+            body.append((f"{line['prompt_tokens']:,}", line["method"], line["status"], *[""] * (len(header) - 3)))
+            continue
+        body.append((
+            f"{line['prompt_tokens']:,}", line["method"], number(line["prefill_ms"]),
+            times(line.get("prefill_speedup")), times(line.get("prefill_limit")),
+            number(line.get("prefill_share_of_limit")), number(line.get("decode_ms")),
+            number(line.get("end_to_end_ms")), times(line.get("end_to_end_speedup")),
+            f"-{line['kv_reduction_percent']:.0f} %" if line.get("kv_reduction_percent") else "",
+            number(line.get("compression_ratio")),
+        ))  # fmt: skip
+    repeats = sorted({line["repetitions"] for line in summary(rows)})
+    note = (
+        f"Medians of {'/'.join(map(str, repeats))} repetitions taken in turn; speed-ups are medians of paired ratios. "
+    )
+    return Table("latency", "Time by prompt length", header, tuple(body), note + origin(rows))
+
+
+def scorer_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """KL to the unpruned model by scorer, one line a data set and budget; the best of each line is marked."""
+    import pandas
+
+    from sdtp_lib.evaluation_tables import scorer_summary
+
+    rows = [row for row in rows if row.get("kind") == "scorer"]
+    if not rows:
+        return None
+    lines = scorer_summary(pandas.DataFrame(rows))
+    scorers = list(dict.fromkeys(lines.scorer))
+    body = []
+    for (cell, setting), part in lines.groupby(["cell", "setting"], sort=False):
+        values = dict(zip(part.scorer, part.kl_nats, strict=True))
+        best = min((value for value in values.values() if not math.isnan(value)), default=None)
+        shown = [f"**{values[s]:.3f}**" if values.get(s) == best else number(values.get(s), 3) for s in scorers]
+        body.append((str(cell), str(setting), str(int(part["items"].iloc[0])), *shown))
+    note = "KL to the unpruned model's next-token distributions, nats per token, lower is better; the best is bold. "
+    header = ("data", "budget", "items", *scorers)
+    return Table("scorers", "How far the output moves, by scorer", header, tuple(body), note + origin(rows))
+
+
+def other_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Rows of every other kind: means of their numbers over the fields that tell groups of rows apart."""
+    import pandas
+
+    tables = []
+    kinds = dict.fromkeys(
+        (row["notebook"], row["kind"]) for row in rows if row.get("kind") not in ("latency", "scorer")
+    )
+    for notebook, kind in kinds:
+        own = [row for row in rows if (row["notebook"], row.get("kind")) == (notebook, kind)]
+        frame = pandas.DataFrame([{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in own])
+        fields = [name for name in frame if name not in ORIGIN]
+        settings = [name for name in fields if name.startswith("pruning_") or name in SETTINGS]
+        measured = [name for name in fields if name not in settings and pandas.api.types.is_numeric_dtype(frame[name])]
+        names = [name for name in fields if name not in measured and name not in settings]
+        # What names single items is averaged over.
+        names = [name for name in names if frame[name].nunique() * 2 <= len(frame)]
+        groups = [name for name in [*settings, *names] if 1 < frame[name].nunique() <= AT_MOST_GROUPS]
+        if not measured:
+            continue
+        groups = (["folder"] if frame.folder.nunique() > 1 else []) + groups[:4]
+        means = (
+            frame.groupby(groups, sort=False)[measured].mean().reset_index()
+            if groups
+            else frame[measured].mean().to_frame().T
+        )
+        body = tuple(
+            tuple(number(value, 4) if isinstance(value, float) else str(value) for value in line)
+            for line in means.itertuples(index=False)
+        )
+        header = tuple(name.replace("_", " ") for name in means)
+        tables.append(
+            Table(f"{notebook}-{kind}", f"{notebook}: {kind}", header, body, f"Means of {len(own)} rows. {origin(own)}")
+        )
+    return tables
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """A number short enough for a table; empty where there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}f}"
+
+
+def times(value: float | None) -> str:
+    """A ratio as ``1.67x``."""
+    return "" if value is None or math.isnan(value) else f"{value:.2f}x"

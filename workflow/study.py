@@ -1,0 +1,129 @@
+"""The study's front door (`make study`): one run of the Snakefile with a parameter set and a profile.
+
+Keeps a second run of the same checkout out, clears what a killed one left locked, and says where the results are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import sweep
+import yaml
+from notebook_parameters import ParameterError
+
+from sdtp_lib.records import project_root
+
+HERE = Path(__file__).resolve().parent
+
+
+def command(params: Path, run: str | None, profile: str, extra: list[str]) -> list[str]:
+    """The snakemake command line of a run."""
+    values = [f"params={params}", *([f"run={run}"] if run else [])]
+    return [
+        sys.executable, "-m", "snakemake",
+        "--snakefile", str(HERE / "Snakefile"), "--directory", ".",
+        "--workflow-profile", str(profile_folder(profile)),
+        *(["--slurm-jobname-prefix", job_prefix()] if on_slurm(profile) else []),
+        "--config", *values, *extra,
+    ]  # fmt: skip
+
+
+def profile_folder(profile: str) -> Path:
+    """A folder with a ``config.yaml``, or one of workflow/profiles by its name."""
+    given = Path(profile).resolve()
+    return given if (given / "config.yaml").is_file() else HERE / "profiles" / profile
+
+
+def on_slurm(profile: str) -> bool:
+    """Whether a profile sends jobs to SLURM."""
+    settings = yaml.safe_load((profile_folder(profile) / "config.yaml").read_text(encoding="utf-8"))
+    return settings.get("executor") == "slurm"
+
+
+def job_prefix() -> str:
+    """How the names of this checkout's SLURM jobs begin."""
+    return "sdtp-" + hashlib.sha256(str(project_root()).encode()).hexdigest()[:8]
+
+
+def wait_for_leftovers() -> None:
+    """Let the jobs of a killed study end: what they finish need not run again."""
+    ours = ["squeue", "--me", "--noheader", "--format", "%i %j"]
+    told = None
+    while True:
+        listed = subprocess.run(ours, capture_output=True, text=True, check=False, timeout=120).stdout.splitlines()
+        left = [line.split()[0] for line in listed if line.split()[1:] and line.split()[1].startswith(job_prefix())]
+        if not left:
+            return
+        if left != told:
+            print(f"waiting for {len(left)} SLURM job(s) of an earlier study: {' '.join(left)}", flush=True)
+            told = left
+        time.sleep(5)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--params", default="embedded", help="a set of workflow/params, or a YAML file")
+    parser.add_argument("--run", help="folder under data/results (default: what the set says)")
+    parser.add_argument("--profile", default="local", help="a folder of workflow/profiles, or any other")
+    options, extra = parser.parse_known_args(arguments)
+    root = project_root()
+    os.chdir(root)
+    options.profile = str(profile_folder(options.profile))
+    if not (Path(options.profile) / "config.yaml").is_file():
+        profiles = ", ".join(sorted(folder.name for folder in (HERE / "profiles").iterdir()))
+        print(f"REFUSED  there is no profile {Path(options.profile).name}: there are {profiles}.", file=sys.stderr)
+        return 2
+    params = Path(options.params)
+    if not params.suffix:
+        params = HERE / "params" / f"{options.params}.yaml"
+    if not params.is_file():
+        sets = ", ".join(sorted(file.stem for file in (HERE / "params").glob("*.yaml")))
+        print(f"REFUSED  there is no parameter set {options.params}: there are {sets}.", file=sys.stderr)
+        return 2
+    try:
+        settings = sweep.read_settings(params, options.run)
+        jobs = sweep.plan(settings, root)
+    except ParameterError as error:
+        print(f"REFUSED  {error}", file=sys.stderr)
+        return 2
+
+    state = Path(".snakemake")
+    state.mkdir(exist_ok=True)
+    with (state / "study.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print("REFUSED  a study is running in this checkout already: wait for it or stop it.", file=sys.stderr)
+            return 2
+        if on_slurm(options.profile):
+            wait_for_leftovers()
+        for job in jobs:
+            if not Path(job.done).exists():
+                Path(job.stamp).unlink(missing_ok=True)  # results were removed by hand
+        todo = [job for job in jobs if not Path(job.stamp).exists()]
+        results = f"data/results/{settings['run']}"
+        if not todo and not extra:
+            print(f"nothing to do: all {len(jobs)} notebook runs of {params.stem} are done; results in {results}")
+            return 0
+        print(f"{len(todo)} of {len(jobs)} notebook runs to do: {', '.join(job.name for job in todo)}", flush=True)
+        run = command(params, options.run, options.profile, extra)
+        # We hold the study's lock, so whoever left these is gone. A stamp is written whole or not at all: none is ever
+        # incomplete, and what a job of a killed study finished meanwhile counts.
+        for left in [*state.glob("locks/*"), *state.glob("incomplete/*")]:
+            left.unlink()
+        # The lock goes on to snakemake: it is held as long as either of the two lives.
+        code = subprocess.run(run, check=False, pass_fds=(lock.fileno(),)).returncode
+        if code == 0:
+            print(f"done; results in {results}, executed notebooks in its folder(s) executed/")
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
