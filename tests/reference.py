@@ -85,3 +85,9 @@ def masked_logits(twin, tokens, alive):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def assert_logits_equal(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    """Equal to ``tolerance`` of the largest logit: a norm's float32 rounding, and so the error, grows with that scale."""
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdtp_lib import PruningConfig, scorers, token_pruning
-from tests.reference import FAMILIES, alive_per_layer, eager_copy, louder, masked_logits
+from tests.reference import FAMILIES, alive_per_layer, assert_logits_equal, eager_copy, louder, masked_logits
 
 CONFIG = PruningConfig(layers=(1, 3, 4), keep_ratio=0.6, min_local_tokens=4)
 EAGER_ONLY = ("gemma2", "bloom")
@@ -55,8 +55,8 @@ def test_prefill_and_twenty_decode_steps_equal_the_masked_reference(tiny_model, 
     alive = alive_per_layer(trace.kept_positions, 70, 6, 0)
     sequence = torch.cat([prompt[0], tokens[0]])
     expected = masked_logits(twin, sequence, alive)
-    torch.testing.assert_close(out.logits[0], expected[trace.kept_positions[4][0]], rtol=0, atol=1e-6)
-    torch.testing.assert_close(logits[0], expected[69:], rtol=0, atol=1e-6)
+    assert_logits_equal(out.logits[0], expected[trace.kept_positions[4][0]])
+    assert_logits_equal(logits[0], expected[69:])
     unpruned = masked_logits(twin, sequence, torch.ones_like(alive))
     assert (unpruned[69:] - expected[69:]).abs().max() > 1e-3, "the reference would not notice missing tokens"
 
@@ -92,7 +92,7 @@ def test_each_row_of_a_padded_batch_gives_what_it_gives_alone(tiny_model, family
             assert (kept[: -len(alone.kept_positions[layer][0])] == -1).all()
         assert together[1][:, index].tolist() == alone.tokens_per_layer
         assert tokens[index].tolist() == alone_tokens[0].tolist()
-        torch.testing.assert_close(logits[index], alone_logits[0], rtol=0, atol=tolerance)
+        assert_logits_equal(logits[index], alone_logits[0], tolerance)
 
 
 @pytest.mark.parametrize(("family", "backend"), CASES)
@@ -126,4 +126,4 @@ def test_a_second_turn_on_the_pruned_cache_equals_the_reference(tiny_model, fami
     assert all(torch.equal(trace.kept_positions[layer], kept) for layer, kept in before.items())
     alive = alive_per_layer(trace.kept_positions, 60, 6, 0)
     expected = masked_logits(eager_copy(model), torch.cat([prompt, turn], dim=1)[0], alive)
-    torch.testing.assert_close(logits, expected[60:], rtol=0, atol=1e-6)
+    assert_logits_equal(logits, expected[60:])
