@@ -88,6 +88,6 @@ def masked_logits(twin, tokens, alive):
 
 
 def assert_logits_equal(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
-    """Equal to ``tolerance`` of the largest logit: a norm's float32 rounding, and so the error, grows with that scale."""
+    """Equal to ``tolerance`` of the largest logit: a float32 norm's rounding, so the error, grows with that scale."""
     scale = max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale)
