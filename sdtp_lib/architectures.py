@@ -210,6 +210,13 @@ def cached_tokens(cache: Any, layer_index: int) -> int:
     return int(cache.get_seq_length(layer_index))
 
 
+def cached_keys(cache: Any | None, layer_index: int, tokens: int) -> torch.Tensor | None:
+    """The keys (B, G, tokens, head size) just cached by ``layer_index``, or None where it holds others."""
+    layers = getattr(cache, "layers", None) or ()
+    keys = getattr(layers[layer_index], "keys", None) if 0 <= layer_index < len(layers) else None
+    return keys if torch.is_tensor(keys) and keys.dim() == 4 and keys.shape[2] == tokens else None
+
+
 def attended_keys(cache: Any, layer_index: int, cached: int, new_tokens: int) -> int:
     """Keys that attention at ``layer_index`` sees when ``new_tokens`` come after ``cached`` ones: the last so many."""
     layers = getattr(cache, "layers", None) or ()

@@ -201,6 +201,34 @@ def attention_from_last(
     """
     window = min(window, hidden_states.shape[1])
     query, key, scale = _queries_and_keys(layer, hidden_states, position_embeddings, window)
+    return _probabilities(layer, query, key, scale, valid, alibi)
+
+
+def attention_from_cached_keys(
+    layer: nn.Module, last_hidden: torch.Tensor, keys: torch.Tensor, position_embeddings: Any, valid: torch.Tensor
+) -> torch.Tensor | None:
+    """The same (B, H, w, N) where ``layer`` has run and its ``keys`` (B, G, N, d) are at hand: no key is projected.
+
+    ``last_hidden`` (B, w, D) are the last tokens as they entered the layer. None for families whose queries cannot be
+    computed apart from the keys.
+    """
+    attention = attention_module(layer)
+    if getattr(getattr(attention, "config", None), "model_type", None) not in _SPLIT_PROJECTIONS:
+        return None
+    query = _rotated(attention, layer.input_layernorm(last_hidden), "q", position_embeddings)
+    return _probabilities(layer, query, keys, float(attention.scaling), valid, None)
+
+
+def _probabilities(
+    layer: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    valid: torch.Tensor | None,
+    alibi: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal softmax (B, H, w, N) of the last w queries over all keys."""
+    window, tokens = query.shape[2], key.shape[2]
     rows, heads, _, size = query.shape
     groups = key.shape[1]
     query = query.reshape(rows, groups, heads // groups, window, size)
@@ -210,7 +238,6 @@ def attention_from_last(
         logits = torch.tanh(logits / cap) * cap
     if alibi is not None:
         logits = logits + alibi.reshape(rows, heads, 1, -1)
-    tokens = hidden_states.shape[1]
     columns = torch.arange(tokens, device=logits.device)
     seen = columns[None, :] <= columns[tokens - window :, None]
     seen = seen[None, None] if valid is None else seen[None, None] & valid[:, None, None, :].to(logits.device)
@@ -245,17 +272,21 @@ def _split_projections(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The same for families with q_proj and k_proj of their own: queries of the last tokens only, and no values."""
     normed = layer.input_layernorm(hidden_states)
-    query = attention.q_proj(normed[:, -window:]).unflatten(-1, (-1, attention.head_dim))
-    key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
-    if hasattr(attention, "q_norm"):
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    query = _rotated(attention, normed[:, -window:], "q", tables)
+    return query, _rotated(attention, normed, "k", tables), float(attention.scaling)
+
+
+def _rotated(attention: nn.Module, normed: torch.Tensor, which: str, tables: Any) -> torch.Tensor:
+    """Queries (``which="q"``) or keys (``"k"``) (B, heads, n, d) of the last n tokens, normed and rotated."""
+    found = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, f"{which}_norm"):
+        found = getattr(attention, f"{which}_norm")(found)
+    found = found.transpose(1, 2)
     if getattr(attention, "use_rope", True):
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        cos, sin = tables
-        query = rotate(query, query, cos[:, -window:], sin[:, -window:])[0]
-        key = rotate(key, key, cos, sin)[1]
-    return query, key, float(attention.scaling)
+        cos, sin = (table[:, -normed.shape[1] :] for table in tables)
+        found = rotate(found, found, cos, sin)[0]
+    return found
 
 
 def _capture(_module: nn.Module, query, key, _value, _mask, scaling=None, **_kwargs):

@@ -81,7 +81,8 @@ def token_pruning(model: nn.Module, config: PruningConfig, scorer: Scorer) -> It
             cleanup.callback(model.register_forward_pre_hook(session.before_model(names), with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_pre_hook(session.before_stack, with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_hook(session.after_stack, always_call=True).remove)
-        for index, layer in enumerate(architecture.layers[first:], start=first):
+        # From the layer before the first stage on: a scorer may ask what was attended to there.
+        for index, layer in enumerate(architecture.layers[max(0, first - 1) :], start=max(0, first - 1)):
             hook = session.before_layer(index, layer_signature(layer))
             cleanup.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if (norm := architecture.fixed_length_norm()) is not None:

@@ -38,9 +38,7 @@ def presets(
     return [methods.unpruned(model), *(methods.sdtp(model, config, scorer, name) for name, config in configs.items())]
 
 
-def alternatives(
-    model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence[str] = ("keep09",)
-) -> list[Method]:
+def alternatives(model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence[str] = ("keep09",)) -> list[Method]:
     """What else one could do, each at the same number of final tokens as SDTP with the preset it stands beside.
 
     Attention by stages (LazyLLM), one-layer propagation half way (FastKV), the one-layer filter at two fifths of the

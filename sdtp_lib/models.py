@@ -180,9 +180,7 @@ def _embedded_folder(cache: Path) -> Path:
         _drop_stale(cache, folder.name)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=cache))
     except OSError as error:
-        raise OSError(
-            f"Cannot write the cache {cache} ({error.strerror}): set SDTP_CACHE to your own."
-        ) from error
+        raise OSError(f"Cannot write the cache {cache} ({error.strerror}): set SDTP_CACHE to your own.") from error
     try:
         _convert(gguf, partial)
         try:
@@ -191,9 +189,7 @@ def _embedded_folder(cache: Path) -> Path:
             if not folder.is_dir():  # else another process finished first with the same bytes: use its folder
                 raise
     except OSError as error:
-        raise OSError(
-            f"Cannot fill the cache {cache} ({error}): free 600 MB there or set SDTP_CACHE."
-        ) from error
+        raise OSError(f"Cannot fill the cache {cache} ({error}): free 600 MB there or set SDTP_CACHE.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

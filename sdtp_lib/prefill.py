@@ -14,14 +14,16 @@ import torch
 from torch import nn
 
 from sdtp_lib import budget
-from sdtp_lib.architectures import Architecture, cache_of, cached_tokens, kv_bytes
+from sdtp_lib.architectures import Architecture, cache_of, cached_keys, cached_tokens, kv_bytes
 from sdtp_lib.architectures_masks import backend_mask
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.continuation import PrefillRecord, remember
 from sdtp_lib.errors import PruningNotSupported
 from sdtp_lib.selection import gather_tokens, select_positions
-from sdtp_lib.stage import Scorer, Stage
+from sdtp_lib.stage import LayerBefore, Scorer, Stage
 from sdtp_lib.trace import PruningTrace
+
+LAST_TOKENS = 64  # inputs of each layer that stay at hand for a scorer that asks what was attended to
 
 
 def tokens_plan(config: PruningConfig, num_layers: int, lengths: list[int]) -> list[list[int]]:
@@ -66,6 +68,7 @@ class Prefill:
         if self.padded:
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
         self.living: torch.Tensor | None = None  # columns (B, K) of the living tokens once some are gone
+        self.last_inputs: tuple[int, torch.Tensor] | None = None
         self.cache: Any = None
         self.segments: list[tuple[int, torch.Tensor, bool]] = []
         self._not_finite: list[tuple[int, torch.Tensor]] = []
@@ -81,6 +84,9 @@ class Prefill:
             arguments = self._shortened(index, full)
         if index in self.config.layers and self._cut(index, layer, arguments):
             arguments = self._shortened(index, {**full, "hidden_states": arguments["hidden_states"]})
+        if index + 1 in self.config.layers:
+            # A copy of the few: a view would keep the whole tensor alive for one more layer.
+            self.last_inputs = (index, arguments["hidden_states"][:, -LAST_TOKENS:].clone())
         return arguments if self.living is not None else None
 
     def _cut(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> bool:
@@ -92,6 +98,7 @@ class Prefill:
             layer_index=index, layer=layer, hidden_states=hidden, positions=positions, valid=valid,
             position_embeddings=arguments.get("position_embeddings"),
             prompt_lengths=self.prompt_lengths.to(hidden.device), alibi=arguments.get("alibi"),
+            before=self._layer_before(index, hidden),
         )  # fmt: skip
         scores = self._checked_scores(index, self.scorer(stage), valid)
         trace.scored_positions[index], trace.scores[index] = positions, scores
@@ -110,6 +117,14 @@ class Prefill:
         self.segments.append((index, self.positions, self.padded))
         trace.kept_positions[index] = self.positions
         return True
+
+    def _layer_before(self, index: int, hidden: torch.Tensor) -> LayerBefore | None:
+        keys = cached_keys(self.cache, index - 1, hidden.shape[1])
+        if keys is None or self.last_inputs is None or self.last_inputs[0] != index - 1:
+            return None
+        if keys.device != hidden.device:  # a device_map splits the model here
+            return None
+        return LayerBefore(self.architecture.layers[index - 1], keys, self.last_inputs[1])
 
     def _checked_scores(self, index: int, scores: Any, valid: torch.Tensor) -> torch.Tensor:
         if not torch.is_tensor(scores) or scores.shape != valid.shape:

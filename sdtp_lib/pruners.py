@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from sdtp_lib.blend import Blend
+
 FEATURES = ("hidden", "distance", "query")
 HEADS = ("score", "gumbel")
 _DECAYS = (8.0, 32.0, 128.0, 512.0)  # tokens
@@ -43,6 +45,9 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         query-key product with the last ``query_window`` tokens.
     query_rank, query_heads, query_window
         Size of the query-key term: R dimensions in all, split over H heads.
+    blend
+        Fields of `sdtp_lib.blend.Blend`: how the learned score is smoothed and mixed with attention and recency when
+        tokens are chosen (never in training). None: the learned score alone, as in the paper.
     num_layers, model_type, base_model, weights_fingerprint
         Which model they were trained on: sizes are checked (error), the fingerprint too (warning).
     default_ratio
@@ -53,7 +58,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
     Raises
     ------
     ValueError
-        For an unknown feature or head, no layers, or a rank that the heads do not divide.
+        For an unknown feature or head, no layers, a rank that the heads do not divide, or a blend of nothing.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         query_rank: int = 32,
         query_heads: int = 8,
         query_window: int = 16,
+        blend: dict[str, float | int] | None = None,
         num_layers: int | None = None,
         model_type: str | None = None,
         base_model: str | None = None,
@@ -88,6 +94,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         self.width = int(width or max(1, hidden_size // 4))
         self.features, self.head, self.default_ratio = tuple(features), head, default_ratio
         self.query_rank, self.query_heads, self.query_window = query_rank, query_heads, query_window
+        self.blend = None if blend is None else Blend(**blend)
         self.num_layers, self.model_type, self.base_model = num_layers, model_type, base_model
         self.weights_fingerprint, self.notes = weights_fingerprint, dict(notes or {})
         # String keys: module names may not hold dots and ModuleDict wants strings.
@@ -149,7 +156,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         network = self.stages[str(stage.layer_index)]
         # Under a device_map each decoder layer has its own device: its pruner moves there once.
         network.to(hidden_states.device)
-        return network(hidden_states, stage.positions, stage.valid, stage.prompt_lengths)
+        learned = network(hidden_states, stage.positions, stage.valid, stage.prompt_lengths)
+        return learned if self.blend is None else self.blend(learned, stage)
 
     def score(
         self, layer: int, hidden_states: Tensor, positions: Tensor, valid: Tensor, prompt_lengths: Tensor
@@ -191,6 +199,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         flops = 2 * self.width * (inputs + extra) + 2 * (self.width + extra) * (2 if self.head == "gumbel" else 1)
         if "query" in self.features:
             flops += 2 * self.query_rank * inputs + 2 * self.query_rank * self.query_window
+        if self.blend is not None:
+            flops += self.blend.flops_per_token(inputs)
         return float(flops)
 
     def extra_repr(self) -> str:
@@ -223,11 +233,7 @@ class _StagePruner(nn.Module):
 
     def logits(self, hidden_states: Tensor, positions: Tensor, valid: Tensor, prompt_lengths: Tensor) -> Tensor:
         """(B, n, 1) the score, or (B, n, 2) the paper's drop and keep logits; float32."""
-        # Hidden states grow a hundredfold with depth and have a few huge dimensions: without a norm the first layer
-        # of the pruner saturates. Statistics in float32, the matrix product in the model's own type.
-        normed = hidden_states.float()
-        normed = (normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + 1e-6)).to(hidden_states.dtype)
-        inner = _linear(normed, self.down).float()
+        inner, keys = self._projected(hidden_states)
         if not (self.uses_distance or self.uses_query):
             return self.out(F.gelu(inner))
         distance = (prompt_lengths[:, None].to(positions.device) - 1 - positions).clamp(min=0)
@@ -235,21 +241,31 @@ class _StagePruner(nn.Module):
         if self.uses_distance:
             side.append(_distance_inputs(distance, prompt_lengths))
         if self.uses_query:
-            side.append(self._query_inputs(normed, distance, valid))
+            side.append(self._query_inputs(hidden_states, keys, distance, valid))
         side = torch.cat(side, dim=-1)
         return self.out(F.gelu(inner + self.side(side))) + self.skip(side)
 
-    def _query_inputs(self, normed: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
+    def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Inner activations (B, n, width) and keys (B, n, R) of the normalised hidden states: one product, float32."""
+        # Hidden states grow a hundredfold with depth and have a few huge dimensions: without a norm the first layer of
+        # the pruner saturates. The norm is one number a token, so it is applied after the product, to fewer numbers.
+        layers = [self.down, self.key] if self.uses_query else [self.down]
+        weight = torch.cat([layer.weight for layer in layers]).to(hidden_states.dtype)
+        product = F.linear(_safe(hidden_states), weight).float() * _inverse_rms(_safe(hidden_states))
+        inner, keys = product.split([self.down.out_features, product.shape[-1] - self.down.out_features], dim=-1)
+        return inner + self.down.bias.float(), keys
+
+    def _query_inputs(self, hidden_states: Tensor, keys: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
         """(B, n, H): what the last tokens look for, per head; log-mean-exp over the last ``query_window`` tokens."""
         # The prompt's last tokens, wherever they stand: in training the response comes after them in the same row.
         columns = torch.arange(valid.shape[1], device=valid.device)
         end = (columns * valid).amax(dim=1, keepdim=True)
         places = end - torch.arange(self.window - 1, -1, -1, device=valid.device)
         within = places.clamp(min=0)
-        last = normed.gather(1, within[..., None].expand(-1, -1, normed.shape[-1]))
+        last = _safe(hidden_states.gather(1, within[..., None].expand(-1, -1, hidden_states.shape[-1])))
         asks = (places >= 0) & valid.gather(1, within) & (distance.gather(1, within) < self.window)
-        queries = _linear(last, self.query).float().unflatten(-1, (self.heads, -1))
-        keys = _linear(normed, self.key).float().unflatten(-1, (self.heads, -1))
+        queries = F.linear(last, self.query.weight.to(last.dtype)).float() * _inverse_rms(last)
+        queries, keys = (each.unflatten(-1, (self.heads, -1)) for each in (queries, keys))
         products = torch.einsum("bqhr,bnhr->bnhq", queries, keys) / math.sqrt(keys.shape[-1])
         products = products.masked_fill(~asks[:, None, None, :], -torch.inf)
         count = asks.sum(-1).clamp(min=1).float().log()[:, None, None]
@@ -263,9 +279,17 @@ def weights_fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
-def _linear(inputs: Tensor, layer: nn.Linear) -> Tensor:
-    bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
-    return F.linear(inputs, layer.weight.to(inputs.dtype), bias)
+def _inverse_rms(hidden_states: Tensor) -> Tensor:
+    """(B, n, 1), float32: one over the root mean square of each token's hidden state."""
+    norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.rsqrt(norms.square() / hidden_states.shape[-1] + 1e-6)
+
+
+def _safe(hidden_states: Tensor) -> Tensor:
+    """The same direction within float16's range: there, a product of large hidden states could overflow."""
+    if hidden_states.dtype != torch.float16:
+        return hidden_states
+    return (hidden_states.float() * _inverse_rms(hidden_states)).to(torch.float16)
 
 
 def _distance_inputs(distance: Tensor, prompt_lengths: Tensor) -> Tensor:

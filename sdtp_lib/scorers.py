@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+from sdtp_lib.blend import standardised, strongest_neighbour
 from sdtp_lib.stage import Scorer, Stage
 
 
@@ -107,10 +107,7 @@ class _Attention:
     def __call__(self, stage: Stage) -> torch.Tensor:
         probabilities = stage.attention_from_last(self.window)
         if self.kernel > 1:
-            rows, heads, queries, tokens = probabilities.shape
-            by_head = probabilities.sum(dim=2)
-            by_head = functional.max_pool1d(by_head, self.kernel, stride=1, padding=self.kernel // 2)
-            return by_head.mean(dim=1)
+            return strongest_neighbour(probabilities.sum(dim=2), self.kernel).mean(dim=1)
         return probabilities.mean(dim=(1, 2))
 
 
@@ -144,13 +141,8 @@ class _Weighted:
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         total = torch.zeros(stage.positions.shape, device=stage.positions.device)
-        real = stage.valid.to(torch.float32)
-        count = real.sum(dim=1, keepdim=True).clamp_min(1)
         for scorer, weight in self.parts:
-            scores = torch.where(stage.valid, scorer(stage).float(), 0.0)
-            mean = scores.sum(dim=1, keepdim=True) / count
-            deviation = ((scores - mean).square() * real).sum(dim=1, keepdim=True).div(count).sqrt()
-            total += weight * (scores - mean) / deviation.clamp_min(1e-12)
+            total += weight * standardised(scorer(stage), stage.valid)
         return total
 
     def check(self, model: Any, config: Any) -> None:

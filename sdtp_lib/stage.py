@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from sdtp_lib.architectures_attention import attention_from_last
+from sdtp_lib.architectures_attention import attention_from_cached_keys, attention_from_last
 
 
 class Scorer(Protocol):
@@ -21,6 +21,15 @@ class Scorer(Protocol):
     def __call__(self, stage: Stage) -> torch.Tensor:
         """Scores (B, N), higher is more important; what stands at padding is ignored."""
         ...
+
+
+@dataclass(frozen=True)
+class LayerBefore:
+    """What the layer before a stage leaves behind: itself, its keys (B, G, N, d), its last inputs (B, w, D)."""
+
+    layer: nn.Module
+    keys: torch.Tensor
+    last_hidden: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Stage:
         Prompt tokens of each row, before any pruning.
     alibi : Tensor (B * H, 1, N) or None
         BLOOM's position bias.
+    before : LayerBefore or None
+        The layer that has just run on these tokens, where its keys are in the cache.
     """
 
     layer_index: int
@@ -55,9 +66,24 @@ class Stage:
     position_embeddings: Any
     prompt_lengths: torch.Tensor
     alibi: torch.Tensor | None = None
+    before: LayerBefore | None = None
 
     def attention_from_last(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
         return attention_from_last(
             self.layer, self.hidden_states, self.position_embeddings, window, self.valid, self.alibi
         )
+
+    def attention_just_paid(self, window: int) -> torch.Tensor:
+        """Attention (B, H, w, N) that the last ``window`` tokens paid one layer earlier, from the keys cached there.
+
+        Costs no key projection. Where those keys are not at hand (a first layer, a cache that holds others, families
+        with one fused projection): `attention_from_last`.
+        """
+        before = self.before
+        if before is not None and min(window, self.positions.shape[1]) <= before.last_hidden.shape[1]:
+            last = before.last_hidden[:, -window:]
+            paid = attention_from_cached_keys(before.layer, last, before.keys, self.position_embeddings, self.valid)
+            if paid is not None:
+                return paid
+        return self.attention_from_last(window)

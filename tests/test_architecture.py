@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sdtp_lib"
 # From the ground up. A module may import modules of lower floors; within its own floor only what BESIDE allows.
 FLOORS = (
     {"errors", "provenance", "paper_numbers"},
-    {"records", "config", "training_config", "model_shape"},
+    {"records", "config", "training_config", "model_shape", "blend"},
     {"budget", "selection", "losses", "pruners", "models", "data", "profiling"},
     {"architectures", "tasks", "longbench", "fates", "costmodel"},
     {"stage", "trace", "generation_guard", "plots"},
@@ -32,6 +32,7 @@ NEVER = {
     "data": {"models"},
     "tasks": {"models", "architectures"},
     "pruners": {"selection"},
+    "blend": {"config", "records"},
     "scorers": {"models", "data"},
     "selection": {"models", "config", "budget"},
     "losses": {"models", "config", "data"},

@@ -1,0 +1,95 @@
+"""Choose the weights of a `Blend` on training-side samples, and write them into a folder of pruners.
+
+    python benchmarks/tune_blend.py data/pruners/smollm2-135m-instruct            # about 10 minutes on 2 cores
+    python benchmarks/tune_blend.py DIR --learned 1 2 --recency 0.3 --dry-run
+
+The measure is the KL to the unpruned model on text, long-context tasks and instructions (never the held-out side), as
+a geometric mean over groups and presets, so that no group outweighs another. One row a (candidate, sample); runs resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sdtp_lib import PruningConfig, TokenPruners, evaluation, load_model
+from sdtp_lib.evaluation_cells import cell_samples
+from sdtp_lib.models import weights_note
+from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.tasks import TASKS
+
+GROUPS = {"text": ("text",), "tasks": tuple(TASKS), "instructions": ("instructions",)}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pruners", type=Path, help="folder of TokenPruners; its config.json gets the blend")
+    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
+    parser.add_argument("--presets", nargs="+", default=["keep08", "keep07"], help="at which candidates are compared")
+    parser.add_argument("--learned", type=float, nargs="+", default=[0.7, 1.0, 1.5])
+    parser.add_argument("--attention", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--recency", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--smoothing", type=int, nargs="+", default=[3, 5])
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=10, help="a group: text, tasks (spread over them), instructions")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "blend")
+    parser.add_argument("--dry-run", action="store_true", help="print the winner, leave the folder as it is")
+    return parser.parse_args(arguments)
+
+
+def with_blend(folder: Path, blend: dict) -> TokenPruners:
+    """The pruners of ``folder`` under another blend."""
+    return TokenPruners.from_pretrained(str(folder), blend=blend).eval()
+
+
+def write_blend(folder: Path, blend: dict) -> None:
+    """Put ``blend`` into the folder's config.json, through a temporary name."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"blend": blend}
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    model, tokenizer = load_model(options.model)
+    layers = model.config.num_hidden_layers
+    configs = {preset: PruningConfig.preset(preset, num_layers=layers) for preset in options.presets}
+    grid = itertools.product(options.learned, options.attention, options.recency, options.smoothing)
+    fields = ("learned", "attention", "recency", "smoothing")
+    blends = [dict(zip(fields, values, strict=True)) for values in grid]
+    methods = [
+        evaluation.Method(json.dumps(blend), with_blend(options.pruners, blend).to(model.device)) for blend in blends
+    ]
+    stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
+    with RowWriter(options.run_dir / "blend.jsonl", stamp) as writer:
+        for group, cells in GROUPS.items():
+            each = max(1, options.samples // len(cells))
+            for cell in tqdm(cells, desc=group, unit="cell"):
+                samples = cell_samples(
+                    cell, tokenizer, prompt_tokens=options.prompt_tokens, count=each, seed=options.seed, split="train"
+                )
+                with torch.inference_mode(False):
+                    evaluation.compare_scorers(model, samples, configs, methods, writer, cell=group)
+        rows = read_frame(writer.path)
+    rows = rows[(rows.kind == "scorer") & rows.scorer.isin([method.name for method in methods])]
+    table = rows.pivot_table(index="scorer", columns=["setting", "cell"], values="kl_nats", aggfunc="mean")
+    table["geometric mean"] = table.map(math.log).mean(axis=1).map(math.exp)
+    print(table.sort_values("geometric mean").round(4).to_string())
+    best = json.loads(table["geometric mean"].idxmin())
+    print(f"best at {', '.join(options.presets)}: {best}")
+    if not options.dry_run:
+        write_blend(options.pruners, best)
+        print(f"written to {options.pruners / 'config.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Scores made comparable: standardised, smoothed over neighbours, and mixed at a stage.
+
+A learned score finds what an answer far back needs and is uneven from token to token; what the last tokens attend to,
+and recency, hold running text together. `Blend` weighs the three. Axes: B batch, N living tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Weights of the parts of a score, each standardised over the living tokens of a row first.
+
+    Attributes
+    ----------
+    learned, attention, recency
+        Weights of the pruner's score, of the logarithm of the attention that the last ``window`` tokens paid one layer
+        earlier, and of the position. A weight of 0 leaves the part out and costs nothing.
+    smoothing
+        Neighbours (odd) that the learned score is averaged over: an answer is a span, not a token.
+    window, kernel
+        Of the attention: last tokens that ask, and neighbours of which the strongest counts (SnapKV, arXiv 2404.14469).
+    """
+
+    learned: float = 1.0
+    attention: float = 0.0
+    recency: float = 0.0
+    smoothing: int = 1
+    window: int = 16
+    kernel: int = 7
+
+    def __post_init__(self) -> None:
+        for field in ("smoothing", "kernel"):
+            value = getattr(self, field)
+            if value < 1 or value % 2 == 0:
+                raise ValueError(f"{field}={value} is not an odd number of neighbours: give 1 (none), 3, 5, 7, ...")
+        if self.window < 1:
+            raise ValueError(f"window={self.window} is not a number of tokens: give 1 or more.")
+        if not (self.learned or self.attention or self.recency):
+            raise ValueError("learned, attention and recency are all 0: give at least one a weight.")
+
+    def __call__(self, learned: Tensor, stage: Any) -> Tensor:
+        """The mixed score (B, N), float32, of a `sdtp_lib.stage.Stage` from the pruner's score (B, N) there."""
+        total = torch.zeros_like(learned, dtype=torch.float32)
+        if self.learned:
+            smooth = average_of_neighbours(learned.float(), stage.valid, self.smoothing)
+            total = total + self.learned * standardised(smooth, stage.valid)
+        if self.attention:
+            paid = strongest_neighbour(stage.attention_just_paid(self.window).sum(dim=2), self.kernel).mean(dim=1)
+            total = total + self.attention * standardised((paid + 1e-8).log(), stage.valid)
+        if self.recency:
+            total = total + self.recency * standardised(stage.positions.float(), stage.valid)
+        return total
+
+    def flops_per_token(self, hidden_size: int) -> float:
+        """Floating-point operations a token and stage that the parts add: the queries' products with cached keys."""
+        return 2.0 * self.window * hidden_size if self.attention else 0.0
+
+
+def standardised(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores (B, N) minus their mean, over their deviation, both over the row's ``valid`` tokens; 0 at padding."""
+    real = valid.to(torch.float32)
+    count = real.sum(dim=1, keepdim=True).clamp_min(1)
+    scores = torch.where(valid, scores.float(), 0.0)
+    centred = (scores - scores.sum(dim=1, keepdim=True) / count) * real
+    return centred / (centred.square().sum(dim=1, keepdim=True) / count).sqrt().clamp_min(1e-12)
+
+
+def average_of_neighbours(scores: Tensor, valid: Tensor, kernel: int) -> Tensor:
+    """Mean (B, N) over the ``kernel`` living tokens around each; padding and what lies outside do not count."""
+    if kernel == 1:
+        return scores
+    both = torch.stack([torch.where(valid, scores, 0.0), valid.to(scores.dtype)], dim=1)
+    total, count = functional.avg_pool1d(both, kernel, stride=1, padding=kernel // 2).unbind(dim=1)
+    return total / count.clamp_min(1e-6)
+
+
+def strongest_neighbour(values: Tensor, kernel: int) -> Tensor:
+    """Maximum (B, H, N) over the ``kernel`` tokens around each."""
+    return values if kernel == 1 else functional.max_pool1d(values, kernel, stride=1, padding=kernel // 2)
