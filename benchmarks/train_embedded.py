@@ -21,7 +21,7 @@ import numpy as np
 from sdtp_lib import TrainingConfig, compute_saliency, data, load_model, tasks, train_pruners
 from sdtp_lib.records import passport, project_root, write_json
 
-LENGTHS = ((420, 640), (640, 1000))  # tokens of the shorter and of the longer half of the prompts
+LENGTHS = ((420, 700), (760, 1200))  # tokens of the shorter and of the longer half of the prompts
 LABELS = ("removal", "removal_odds")
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         "--dolly", default="databricks/databricks-dolly-15k", help="Dolly-15k: a JSON-lines file or a Hub data set"
     )
     parser.add_argument("--each", type=int, default=100, help="prompts of each kind that the mix is drawn from")
-    parser.add_argument("--prompts", type=int, default=150, help="how many of the mix to label and train on")
+    parser.add_argument("--prompts", type=int, default=270, help="how many of the mix to label and train on")
     parser.add_argument("--epochs", type=float, default=12.0, help="passes over the prompts")
     parser.add_argument("--seed", type=int, default=0, help="of order, ratios and weights")
     parser.add_argument("--out", default="data/pruners/smollm2-135m-instruct", help="folder of the trained set")
@@ -89,7 +89,7 @@ def main() -> None:
     work = project_root() / arguments.work
     pruners = train_pruners(
         model, labelled, config, layers=layers, label=" + ".join(LABELS), output_dir=work, width=96,
-        features=("hidden", "distance", "query"), base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        features=("hidden", "distance", "query", "attention"), base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         notes={"labels": list(LABELS), "prompts": len(prompts), "seed": arguments.seed},
     )  # fmt: skip
     for entry in pruners.history:

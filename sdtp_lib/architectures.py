@@ -1,9 +1,9 @@
 """The door to transformers' internals: where the decoder layers are, what they are called with, what a cache holds.
 
-With `architectures_masks` and `architectures_attention` this is the only place that knows how a family of models is
-built. It does not know why anyone asks: nothing here prunes. Families that follow the common decoder-layer signature
-(Llama, Mistral, Qwen2/3, Phi-3, OLMo 2, SmolLM3, Gemma 2/3, GPT-NeoX, GPT-2, ...) share one path; BLOOM's alibi is
-the one special case. Axes: B batch, T tokens, D hidden size.
+With `architectures_masks`, `architectures_attention` and `architectures_asking` this is the only place that knows how a
+family of models is built. It does not know why anyone asks: nothing here prunes. Families that follow the common
+decoder-layer signature (Llama, Mistral, Qwen2/3, Phi-3, OLMo 2, SmolLM3, Gemma 2/3, GPT-NeoX, GPT-2, ...) share one
+path; BLOOM's alibi is the one special case. Axes: B batch, T tokens, D hidden size.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.continuation import Continuation, remembered
 from sdtp_lib.errors import PruningNotSupported
 from sdtp_lib.generation_guard import guarded_generate
+from sdtp_lib.looking_back import LAYERS_BACK
 from sdtp_lib.prefill import Prefill, tokens_plan
 from sdtp_lib.stage import Scorer
 from sdtp_lib.trace import PruningTrace
@@ -81,8 +82,9 @@ def token_pruning(model: nn.Module, config: PruningConfig, scorer: Scorer) -> It
             cleanup.callback(model.register_forward_pre_hook(session.before_model(names), with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_pre_hook(session.before_stack, with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_hook(session.after_stack, always_call=True).remove)
-        # From the layer before the first stage on: a scorer may ask what was attended to there.
-        for index, layer in enumerate(architecture.layers[max(0, first - 1) :], start=max(0, first - 1)):
+        # From the layers before the first stage on: a scorer may ask what was attended to there.
+        start = max(0, first - LAYERS_BACK)
+        for index, layer in enumerate(architecture.layers[start:], start=start):
             hook = session.before_layer(index, layer_signature(layer))
             cleanup.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if (norm := architecture.fixed_length_norm()) is not None:

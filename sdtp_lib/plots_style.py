@@ -192,7 +192,9 @@ def save(fig: Figure, path: str | Path, passport: Mapping[str, Any] | None = Non
         target = path.with_suffix(f".{kind}")
         # Without a date an unchanged SVG stays byte for byte the same.
         metadata = {"Date": None} if kind == "svg" else {"Software": "sdtp_lib.plots"}
-        with records.atomic_write(target) as temporary:
+        # A figure without a layout engine would come back from saving with that of rcParams, and move its axes.
+        engineless = {"figure.constrained_layout.use": False, "figure.autolayout": False}
+        with records.atomic_write(target) as temporary, matplotlib.rc_context(engineless):
             fig.savefig(temporary, format=kind, metadata=metadata)
         written.append(target.name)
     records.write_json(path.with_suffix(".json"), {"pictures": written, **(passport or {})})

@@ -19,6 +19,7 @@ from sdtp_lib.architectures_masks import backend_mask
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.continuation import PrefillRecord, remember
 from sdtp_lib.errors import PruningNotSupported
+from sdtp_lib.looking_back import LAYERS_BACK
 from sdtp_lib.selection import gather_tokens, select_positions
 from sdtp_lib.stage import LayerBefore, Scorer, Stage
 from sdtp_lib.trace import PruningTrace
@@ -68,7 +69,7 @@ class Prefill:
         if self.padded:
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
         self.living: torch.Tensor | None = None  # columns (B, K) of the living tokens once some are gone
-        self.last_inputs: tuple[int, torch.Tensor] | None = None
+        self.last_inputs: dict[int, torch.Tensor] = {}  # of the layers since the last cut
         self.cache: Any = None
         self.segments: list[tuple[int, torch.Tensor, bool]] = []
         self._not_finite: list[tuple[int, torch.Tensor]] = []
@@ -84,9 +85,9 @@ class Prefill:
             arguments = self._shortened(index, full)
         if index in self.config.layers and self._cut(index, layer, arguments):
             arguments = self._shortened(index, {**full, "hidden_states": arguments["hidden_states"]})
-        if index + 1 in self.config.layers:
-            # A copy of the few: a view would keep the whole tensor alive for one more layer.
-            self.last_inputs = (index, arguments["hidden_states"][:, -LAST_TOKENS:].clone())
+        if any(index < stage <= index + LAYERS_BACK for stage in self.config.layers):
+            # A copy of the few: a view would keep the whole tensor alive.
+            self.last_inputs[index] = arguments["hidden_states"][:, -LAST_TOKENS:].clone()
         return arguments if self.living is not None else None
 
     def _cut(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> bool:
@@ -98,7 +99,7 @@ class Prefill:
             layer_index=index, layer=layer, hidden_states=hidden, positions=positions, valid=valid,
             position_embeddings=arguments.get("position_embeddings"),
             prompt_lengths=self.prompt_lengths.to(hidden.device), alibi=arguments.get("alibi"),
-            before=self._layer_before(index, hidden),
+            before=self._layers_before(index, hidden),
         )  # fmt: skip
         scores = self._checked_scores(index, self.scorer(stage), valid)
         trace.scored_positions[index], trace.scores[index] = positions, scores
@@ -113,18 +114,19 @@ class Prefill:
         before = chosen if self.living is None else gather_tokens(self.living, chosen)
         self.living = before.masked_fill(chosen < 0, 0)
         arguments["hidden_states"] = gather_tokens(hidden, chosen)
-        self._cut_tensors, self._masks = {}, {}
+        self._cut_tensors, self._masks, self.last_inputs = {}, {}, {}
         self.segments.append((index, self.positions, self.padded))
         trace.kept_positions[index] = self.positions
         return True
 
-    def _layer_before(self, index: int, hidden: torch.Tensor) -> LayerBefore | None:
-        keys = cached_keys(self.cache, index - 1, hidden.shape[1])
-        if keys is None or self.last_inputs is None or self.last_inputs[0] != index - 1:
-            return None
-        if keys.device != hidden.device:  # a device_map splits the model here
-            return None
-        return LayerBefore(self.architecture.layers[index - 1], keys, self.last_inputs[1])
+    def _layers_before(self, index: int, hidden: torch.Tensor) -> dict[int, LayerBefore]:
+        found = {}
+        for earlier in range(max(0, index - LAYERS_BACK), index):
+            keys = cached_keys(self.cache, earlier, hidden.shape[1])
+            # On another device a device_map splits the model between the two.
+            if keys is not None and earlier in self.last_inputs and keys.device == hidden.device:
+                found[earlier] = LayerBefore(self.architecture.layers[earlier], keys, self.last_inputs[earlier])
+        return found
 
     def _checked_scores(self, index: int, scores: Any, valid: torch.Tensor) -> torch.Tensor:
         if not torch.is_tensor(scores) or scores.shape != valid.shape:

@@ -1,15 +1,14 @@
 """`TokenPruners`: one small network a stage that says how much each prompt token matters (paper, section 3.2).
 
 Knows hidden states and positions, not how its scores are used nor how they were learned. The paper's pruner is
-``W2 GELU(W1 x)``, ``W1: D -> D/4``, on the token's hidden state. Two optional inputs, both cheap, tell a token what its
-own hidden state cannot: how far from the end it is, and what the last tokens ask for. Axes: B batch, n tokens, D hidden
-size, Q last tokens, H query heads, R rank.
+``W2 GELU(W1 x)``, ``W1: D -> D/4``, on the token's hidden state. Three optional inputs, all cheap, tell a token what
+its own hidden state cannot: how far from the end it is, what the last tokens ask for, and which heads of the layers
+before have just looked at it. Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention inputs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +19,11 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from sdtp_lib.blend import Blend
+from sdtp_lib.looking_back import ASKING_TOKENS, LAYERS_BACK, looked_back
+from sdtp_lib.pruners_network import DISTANCE_INPUTS, StagePruner
 
-FEATURES = ("hidden", "distance", "query")
+FEATURES = ("hidden", "distance", "query", "attention")
 HEADS = ("score", "gumbel")
-_DECAYS = (8.0, 32.0, 128.0, 512.0)  # tokens
-_DISTANCE_INPUTS = len(_DECAYS) + 4
 
 
 class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_url="https://arxiv.org/abs/2504.04514"):
@@ -42,9 +41,12 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         ``"score"``: D/4 -> 1. ``"gumbel"``: the paper's D/4 -> 2 (drop, keep), sampled by Gumbel-softmax in training.
     features
         Inputs: ``"hidden"`` always; ``"distance"`` adds the distance to the prompt's end, ``"query"`` a low-rank
-        query-key product with the last ``query_window`` tokens.
+        query-key product with the last ``query_window`` tokens, ``"attention"`` what each head of the layers before
+        paid to the token (`sdtp_lib.looking_back`), the strongest of ``attention_kernel`` neighbours.
     query_rank, query_heads, query_window
         Size of the query-key term: R dimensions in all, split over H heads.
+    attention_heads
+        Attention heads of the model; needed by ``"attention"``.
     blend
         Fields of `sdtp_lib.blend.Blend`: how the learned score is smoothed and mixed with attention and recency when
         tokens are chosen (never in training). None: the learned score alone, as in the paper.
@@ -72,6 +74,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         query_rank: int = 32,
         query_heads: int = 8,
         query_window: int = 16,
+        attention_heads: int | None = None,
+        attention_kernel: int = 7,
         blend: dict[str, float | int] | None = None,
         num_layers: int | None = None,
         model_type: str | None = None,
@@ -83,7 +87,12 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         super().__init__()
         unknown = sorted(set(features) - set(FEATURES))
         if unknown or "hidden" not in features:
-            raise ValueError(f"features={tuple(features)} must hold 'hidden' and may add 'distance' and 'query' only.")
+            more = ", ".join(FEATURES[1:])
+            raise ValueError(f"features={tuple(features)} must hold 'hidden' and may add {more} only.")
+        if "attention" in features and not attention_heads:
+            raise ValueError("attention_heads=None: the input 'attention' needs the model's number of attention heads.")
+        if attention_kernel < 1 or attention_kernel % 2 == 0:
+            raise ValueError(f"attention_kernel={attention_kernel} is not an odd number of neighbours: give 1, 3, 5.")
         if head not in HEADS:
             raise ValueError(f"head={head!r} is unknown: choose one of {', '.join(HEADS)}.")
         if not layers:
@@ -94,11 +103,13 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         self.width = int(width or max(1, hidden_size // 4))
         self.features, self.head, self.default_ratio = tuple(features), head, default_ratio
         self.query_rank, self.query_heads, self.query_window = query_rank, query_heads, query_window
+        self.attention_heads, self.attention_kernel = attention_heads, attention_kernel
+        self.looked_back = looked_back(self.layers) if "attention" in self.features else {}
         self.blend = None if blend is None else Blend(**blend)
         self.num_layers, self.model_type, self.base_model = num_layers, model_type, base_model
         self.weights_fingerprint, self.notes = weights_fingerprint, dict(notes or {})
         # String keys: module names may not hold dots and ModuleDict wants strings.
-        self.stages = nn.ModuleDict({str(layer): _StagePruner(self) for layer in self.layers})
+        self.stages = nn.ModuleDict({str(layer): StagePruner(self) for layer in self.layers})
 
     @classmethod
     def for_model(cls, model: nn.Module, layers: Sequence[int], **options: Any) -> TokenPruners:
@@ -109,6 +120,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             "model_type": text.model_type,
             "base_model": getattr(model, "name_or_path", None) or None,
             "weights_fingerprint": weights_fingerprint(model),
+            "attention_heads": text.num_attention_heads,
         }
         return cls(text.hidden_size, layers, **{**described, **options})
 
@@ -156,11 +168,20 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         network = self.stages[str(stage.layer_index)]
         # Under a device_map each decoder layer has its own device: its pruner moves there once.
         network.to(hidden_states.device)
-        learned = network(hidden_states, stage.positions, stage.valid, stage.prompt_lengths)
+        attention = None
+        if self.looked_back:
+            attention = stage.attention_mass(self.looked_back[stage.layer_index], ASKING_TOKENS)
+        learned = network(hidden_states, stage.positions, stage.valid, stage.prompt_lengths, attention)
         return learned if self.blend is None else self.blend(learned, stage)
 
     def score(
-        self, layer: int, hidden_states: Tensor, positions: Tensor, valid: Tensor, prompt_lengths: Tensor
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        prompt_lengths: Tensor,
+        attention: Tensor | None = None,
     ) -> Tensor:
         """Differentiable scores (B, n) at ``layer``.
 
@@ -172,8 +193,10 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             (B, n): index of each token in its own prompt (-1 for padding), and which tokens are real.
         prompt_lengths
             (B,) real tokens a prompt.
+        attention
+            (B, n, A), `Stage.attention_mass` of the layers in ``looked_back[layer]``; with the input ``"attention"``.
         """
-        return self.stages[str(layer)](hidden_states, positions, valid, prompt_lengths)
+        return self.stages[str(layer)](hidden_states, positions, valid, prompt_lengths, attention)
 
     def keep_probability(
         self,
@@ -182,126 +205,44 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         positions: Tensor,
         valid: Tensor,
         prompt_lengths: Tensor,
+        attention: Tensor | None = None,
         tau: float = 1.0,
     ) -> Tensor:
         """(B, n) the paper's M = GumbelSoftmax(pi), the share of "keep" in a relaxed sample; ``head="gumbel"`` only."""
         if self.head != "gumbel":
             raise ValueError("head='score' has no keep probability: make TokenPruners(..., head='gumbel').")
-        logits = self.stages[str(layer)].logits(hidden_states, positions, valid, prompt_lengths)
+        logits = self.stages[str(layer)].logits(hidden_states, positions, valid, prompt_lengths, attention)
         return F.gumbel_softmax(logits, tau=tau, dim=-1)[..., 1]
 
     def flops_per_token(self) -> float:
         """Floating-point operations that one stage spends on one token (a multiply-add counts 2)."""
         inputs = self.hidden_size
-        extra = (_DISTANCE_INPUTS if "distance" in self.features else 0) + (
-            self.query_heads if "query" in self.features else 0
-        )
+        extra = self.side_inputs
         flops = 2 * self.width * (inputs + extra) + 2 * (self.width + extra) * (2 if self.head == "gumbel" else 1)
         if "query" in self.features:
             flops += 2 * self.query_rank * inputs + 2 * self.query_rank * self.query_window
+        if "attention" in self.features:
+            flops += LAYERS_BACK * 2 * ASKING_TOKENS * inputs
         if self.blend is not None:
             flops += self.blend.flops_per_token(inputs)
         return float(flops)
+
+    @property
+    def side_inputs(self) -> int:
+        """Inputs of a pruner beside the hidden state."""
+        sizes = {
+            "distance": DISTANCE_INPUTS,
+            "query": self.query_heads,
+            "attention": LAYERS_BACK * (self.attention_heads or 0),
+        }
+        return sum(size for name, size in sizes.items() if name in self.features)
 
     def extra_repr(self) -> str:
         """For ``print(pruners)``."""
         return f"layers={list(self.layers)}, features={self.features}, head={self.head!r}, base={self.base_model!r}"
 
 
-class _StagePruner(nn.Module):
-    """The network of one stage: normalised hidden state and side inputs -> inner width -> score."""
-
-    def __init__(self, owner: TokenPruners) -> None:
-        super().__init__()
-        size, width = owner.hidden_size, owner.width
-        self.uses_distance, self.uses_query = "distance" in owner.features, "query" in owner.features
-        self.heads, self.window = owner.query_heads, owner.query_window
-        self.down = nn.Linear(size, width)
-        outputs = 2 if owner.head == "gumbel" else 1
-        self.out = nn.Linear(width, outputs)
-        extra = (_DISTANCE_INPUTS if self.uses_distance else 0) + (self.heads if self.uses_query else 0)
-        if extra:
-            self.side = nn.Linear(extra, width, bias=False)
-            self.skip = nn.Linear(extra, outputs, bias=False)
-        if self.uses_query:
-            self.query = nn.Linear(size, owner.query_rank, bias=False)
-            self.key = nn.Linear(size, owner.query_rank, bias=False)
-
-    def forward(self, hidden_states: Tensor, positions: Tensor, valid: Tensor, prompt_lengths: Tensor) -> Tensor:
-        logits = self.logits(hidden_states, positions, valid, prompt_lengths)
-        return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
-
-    def logits(self, hidden_states: Tensor, positions: Tensor, valid: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """(B, n, 1) the score, or (B, n, 2) the paper's drop and keep logits; float32."""
-        inner, keys = self._projected(hidden_states)
-        if not (self.uses_distance or self.uses_query):
-            return self.out(F.gelu(inner))
-        distance = (prompt_lengths[:, None].to(positions.device) - 1 - positions).clamp(min=0)
-        side = []
-        if self.uses_distance:
-            side.append(_distance_inputs(distance, prompt_lengths))
-        if self.uses_query:
-            side.append(self._query_inputs(hidden_states, keys, distance, valid))
-        side = torch.cat(side, dim=-1)
-        return self.out(F.gelu(inner + self.side(side))) + self.skip(side)
-
-    def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Inner activations (B, n, width) and keys (B, n, R) of the normalised hidden states: one product, float32."""
-        # Hidden states grow a hundredfold with depth and have a few huge dimensions: without a norm the first layer of
-        # the pruner saturates. The norm is one number a token, so it is applied after the product, to fewer numbers.
-        layers = [self.down, self.key] if self.uses_query else [self.down]
-        weight = torch.cat([layer.weight for layer in layers]).to(hidden_states.dtype)
-        product = F.linear(_safe(hidden_states), weight).float() * _inverse_rms(_safe(hidden_states))
-        inner, keys = product.split([self.down.out_features, product.shape[-1] - self.down.out_features], dim=-1)
-        return inner + self.down.bias.float(), keys
-
-    def _query_inputs(self, hidden_states: Tensor, keys: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
-        """(B, n, H): what the last tokens look for, per head; log-mean-exp over the last ``query_window`` tokens."""
-        # The prompt's last tokens, wherever they stand: in training the response comes after them in the same row.
-        columns = torch.arange(valid.shape[1], device=valid.device)
-        end = (columns * valid).amax(dim=1, keepdim=True)
-        places = end - torch.arange(self.window - 1, -1, -1, device=valid.device)
-        within = places.clamp(min=0)
-        last = _safe(hidden_states.gather(1, within[..., None].expand(-1, -1, hidden_states.shape[-1])))
-        asks = (places >= 0) & valid.gather(1, within) & (distance.gather(1, within) < self.window)
-        queries = F.linear(last, self.query.weight.to(last.dtype)).float() * _inverse_rms(last)
-        queries, keys = (each.unflatten(-1, (self.heads, -1)) for each in (queries, keys))
-        products = torch.einsum("bqhr,bnhr->bnhq", queries, keys) / math.sqrt(keys.shape[-1])
-        products = products.masked_fill(~asks[:, None, None, :], -torch.inf)
-        count = asks.sum(-1).clamp(min=1).float().log()[:, None, None]
-        pooled = products.logsumexp(-1) - count
-        return torch.where(torch.isfinite(pooled), pooled, torch.zeros_like(pooled))
-
-
 def weights_fingerprint(model: nn.Module) -> str:
     """A short hash of the first numbers of the embedding, the same in float32 and bfloat16 and on any device."""
     sample = model.get_input_embeddings().weight.detach()[:64, :64].to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
-
-
-def _inverse_rms(hidden_states: Tensor) -> Tensor:
-    """(B, n, 1), float32: one over the root mean square of each token's hidden state."""
-    norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
-    return torch.rsqrt(norms.square() / hidden_states.shape[-1] + 1e-6)
-
-
-def _safe(hidden_states: Tensor) -> Tensor:
-    """The same direction within float16's range: there, a product of large hidden states could overflow."""
-    if hidden_states.dtype != torch.float16:
-        return hidden_states
-    return (hidden_states.float() * _inverse_rms(hidden_states)).to(torch.float16)
-
-
-def _distance_inputs(distance: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """(B, n, 8) smooth functions of the distance to the end (tokens) and of the place in the prompt."""
-    distance = distance.float()
-    length = prompt_lengths.to(distance.device)[:, None].float().clamp(min=1)
-    decays = [torch.exp(-distance / scale) for scale in _DECAYS]
-    place = [
-        torch.log1p(distance) / 4,
-        distance / length,
-        # At padding the place would be -1 and its logarithm -inf, which times a zero gradient is still NaN.
-        torch.log1p((length - 1 - distance).clamp(min=0)) / 4,
-        (length.log() / 4).expand_as(distance),
-    ]
-    return torch.stack([*decays, *place], dim=-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sdtp_lib.architectures import layer_inputs
+from sdtp_lib.architectures_asking import attention_looked_back_at
+from sdtp_lib.looking_back import ASKING_TOKENS, looked_back
 from sdtp_lib.models import cache_directory, fingerprint
 from sdtp_lib.records import atomic_write
 from sdtp_lib.saliency_labels import LABELS, LOSS_ON, block_effects, saliency_of
@@ -57,7 +59,8 @@ def compute_saliency(
     cache_dir
         Where the labels are kept, default the user's cache. What is there already is not computed again.
     store_hidden
-        Also keep the hidden states of the prompt at ``layers`` in bfloat16, so that pruners train without the model.
+        Also keep the other inputs of pruners at ``layers``, in bfloat16, so that they train without the model: hidden
+        states of the prompt, and what the layers before each paid to its tokens (`looking_back`).
     share
         ``(i, n)``: compute only every n-th sample that is missing, from the i-th; n processes share the work so.
 
@@ -82,7 +85,7 @@ def compute_saliency(
     ids = [sample["id"] for sample in tokenised]
     if len(set(ids)) != len(ids):
         raise ValueError("samples: two of them share an id, and labels are keyed by id; make the ids unique.")
-    about = {"model": fingerprint(model), "layers": layers, "labels": labels, "loss_on": loss_on, "schema": 1}
+    about = {"model": fingerprint(model), "layers": layers, "labels": labels, "loss_on": loss_on, "schema": 2}
     folder = Path(cache_dir or cache_directory()) / "saliency" / _digest(about)
     folder.mkdir(parents=True, exist_ok=True)
     files = {sample["id"]: folder / f"{_digest(sample)}.safetensors" for sample in tokenised}
@@ -92,6 +95,7 @@ def compute_saliency(
         for batch in _batches(missing, batch_size):
             for sample, tensors in _label_batch(model, batch, layers, labels, loss_on, store_hidden):
                 meta = {"sample_id": sample["id"], "category": str(sample.get("category", ""))}
+                meta["looked_back"] = json.dumps(looked_back(layers))
                 with atomic_write(files[sample["id"]]) as temporary:
                     save_file(tensors, str(temporary), metadata=meta)
                 bar.update()
@@ -105,12 +109,21 @@ def load_hidden(file: str | Path, layer: int) -> Tensor:
         return stored.get_tensor(f"hidden_{layer}")
 
 
-def has_hidden(file: str | Path) -> bool:
-    """Whether a label file exists and holds hidden states."""
+def load_attention(file: str | Path, layer: int) -> Tensor:
+    """(P, H x layers) bfloat16: what `Stage.attention_mass` shows before ``layer``, stored by ``store_hidden``."""
+    with safe_open(str(file), "pt") as stored:
+        return stored.get_tensor(f"attention_{layer}")
+
+
+def has_hidden(file: str | Path, back: Mapping[int, Sequence[int]] | None = None) -> bool:
+    """Whether a label file exists and holds hidden states; with ``back``, also the attention looked back at just so."""
     if not Path(file).exists():
         return False
     with safe_open(str(file), "pt") as stored:
-        return any(name.startswith("hidden_") for name in stored.keys())  # noqa: SIM118 - safe_open is no mapping
+        if not any(name.startswith("hidden_") for name in stored.keys()):  # noqa: SIM118 - safe_open is no mapping
+            return False
+        kept = json.loads(stored.metadata().get("looked_back", "{}"))
+    return all(kept.get(str(layer)) == list(layers) for layer, layers in (back or {}).items())
 
 
 def pad_left(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
@@ -141,7 +154,12 @@ def _label_batch(
     for index, sample in enumerate(batch):
         response[index, ids.shape[1] - len(sample["response_ids"]) :] = 1
     target = mask if loss_on == "all" else response
-    with layer_inputs(model, layers if store_hidden else ()) as seen:
+    prompt_mask = (mask - response).bool()
+    back = looked_back(layers) if store_hidden else {}
+    with (
+        layer_inputs(model, layers if store_hidden else ()) as seen,
+        attention_looked_back_at(model, back, ASKING_TOKENS, lambda: prompt_mask) as paid,
+    ):
         saliency = saliency_of(model, ids, mask, target, layers, labels)
     for index, sample in enumerate(batch):
         start = ids.shape[1] - len(rows[index])
@@ -156,7 +174,8 @@ def _label_batch(
             },
         }
         for layer in layers if store_hidden else ():
-            tensors[f"hidden_{layer}"] = seen[layer][index, prompt].detach().to("cpu", torch.bfloat16).contiguous()
+            for name, kept in (("hidden", seen[layer]), ("attention", paid[layer])):
+                tensors[f"{name}_{layer}"] = kept[index, prompt].detach().to("cpu", torch.bfloat16).contiguous()
         yield sample, tensors
 
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdtp_lib.architectures import describe, layer_inputs
-from sdtp_lib.architectures_attention import attention_bias, attention_from_last, attention_mask_out
+from sdtp_lib.architectures_asking import attention_from_last
+from sdtp_lib.architectures_attention import attention_bias, attention_mask_out
 
 LABELS = (
     "gradient_x_hidden", "removal", "removal_by_head", "removal_joint", "removal_odds", "attention_entropy",

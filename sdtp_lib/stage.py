@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from sdtp_lib.architectures_attention import attention_from_cached_keys, attention_from_last
+from sdtp_lib.architectures_asking import attention_from_cached_keys, attention_from_last
 
 
 class Scorer(Protocol):
@@ -25,7 +26,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class LayerBefore:
-    """What the layer before a stage leaves behind: itself, its keys (B, G, N, d), its last inputs (B, w, D)."""
+    """What a layer that has just run leaves behind: itself, its keys (B, G, N, d), its last inputs (B, w, D)."""
 
     layer: nn.Module
     keys: torch.Tensor
@@ -54,8 +55,8 @@ class Stage:
         Prompt tokens of each row, before any pruning.
     alibi : Tensor (B * H, 1, N) or None
         BLOOM's position bias.
-    before : LayerBefore or None
-        The layer that has just run on these tokens, where its keys are in the cache.
+    before : Mapping
+        The last layers that have run on these very tokens, by index, where their keys are in the cache.
     """
 
     layer_index: int
@@ -66,7 +67,7 @@ class Stage:
     position_embeddings: Any
     prompt_lengths: torch.Tensor
     alibi: torch.Tensor | None = None
-    before: LayerBefore | None = None
+    before: Mapping[int, LayerBefore] = field(default_factory=dict)
 
     def attention_from_last(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
@@ -80,10 +81,25 @@ class Stage:
         Costs no key projection. Where those keys are not at hand (a first layer, a cache that holds others, families
         with one fused projection): `attention_from_last`.
         """
-        before = self.before
-        if before is not None and min(window, self.positions.shape[1]) <= before.last_hidden.shape[1]:
-            last = before.last_hidden[:, -window:]
-            paid = attention_from_cached_keys(before.layer, last, before.keys, self.position_embeddings, self.valid)
-            if paid is not None:
-                return paid
-        return self.attention_from_last(window)
+        paid = self._paid_at(self.layer_index - 1, window)
+        return self.attention_from_last(window) if paid is None else paid
+
+    def attention_mass(self, layers: Sequence[int], window: int) -> torch.Tensor:
+        """(B, N, H x layers): what each head of earlier ``layers`` paid to a token, summed over the ``window`` askers.
+
+        Where a layer's keys are not at hand, this stage's own layer stands for all of them.
+        """
+        paid: list[torch.Tensor | None] = []
+        for layer in layers:  # a layer named twice is read once
+            seen = layer in layers[: len(paid)]
+            paid.append(paid[layers.index(layer)] if seen else self._paid_at(layer, window))
+        if any(each is None for each in paid):
+            paid = [self.attention_from_last(window)] * len(layers)
+        return torch.cat([each.sum(dim=2) for each in paid], dim=1).transpose(1, 2)
+
+    def _paid_at(self, layer: int, window: int) -> torch.Tensor | None:
+        before = self.before.get(layer)
+        if before is None or min(window, self.positions.shape[1]) > before.last_hidden.shape[1]:
+            return None
+        last = before.last_hidden[:, -window:]
+        return attention_from_cached_keys(before.layer, last, before.keys, self.position_embeddings, self.valid)

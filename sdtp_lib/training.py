@@ -91,7 +91,7 @@ def train_pruners(
         args=_arguments(config, output_dir, held_out is not None, progress),
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=Collator(layers),
+        data_collator=Collator(layers, pruners.looked_back),
         callbacks=[EarlyStoppingCallback(config.patience)] if held_out is not None and config.patience else [],
     )
     last = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from sdtp_lib import losses
 from sdtp_lib.architectures import layer_inputs
+from sdtp_lib.architectures_asking import attention_looked_back_at
 from sdtp_lib.architectures_attention import key_bias
+from sdtp_lib.looking_back import ASKING_TOKENS
 from sdtp_lib.pruners import TokenPruners
-from sdtp_lib.saliency import has_hidden, load_hidden
+from sdtp_lib.saliency import has_hidden, load_attention, load_hidden
 from sdtp_lib.training_config import TrainingConfig
 
 
@@ -41,13 +43,16 @@ def simulated_pruning(
     lengths = prompt_mask.sum(-1)
     keeps: dict[int, Tensor] = {}
     alive, bias = prompt_mask, None
-    with layer_inputs(model, pruners.layers) as seen:
+    with (
+        layer_inputs(model, pruners.layers) as seen,
+        attention_looked_back_at(model, pruners.looked_back, ASKING_TOKENS, lambda: alive) as paid,
+    ):
 
         def bias_of(index: int, key: Tensor) -> Tensor | None:
             nonlocal alive, bias
             # A recomputed forward would ask again; the stages of one forward come once each, in order.
             if index in pruners.layers and index not in keeps:
-                scores = pruners.score(index, seen[index], positions, alive, lengths)
+                scores = pruners.score(index, seen[index], positions, alive, lengths, paid.get(index))
                 open_to_cut = alive & losses.scorable(
                     alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
                 )
@@ -84,8 +89,13 @@ class PrunerLoss(nn.Module):
         prompt_mask: Tensor,
         labels: Tensor,
         hidden: Tensor | None = None,
+        attention: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of one batch: ``labels`` (B, S, T) saliency by stage, ``hidden`` (B, S, T, D) if it was stored."""
+        """Losses of one batch.
+
+        ``labels`` (B, S, T) are saliency by stage; ``hidden`` (B, S, T, D) and ``attention`` (B, S, T, A) the pruners'
+        other inputs where they were stored with it.
+        """
         config = self.settings
         (language_model,) = self._frozen
         device = next(self.pruners.parameters()).device
@@ -95,11 +105,17 @@ class PrunerLoss(nn.Module):
         keep_ratio = self._keep_ratio()
         teacher = None
         if config.needs_labels and hidden is None or config.distill_weight:
-            with torch.no_grad(), layer_inputs(language_model, self.layers) as seen:
+            back = self.pruners.looked_back
+            with (
+                torch.no_grad(),
+                layer_inputs(language_model, self.layers) as seen,
+                attention_looked_back_at(language_model, back, ASKING_TOKENS, lambda: prompt_mask) as paid,
+            ):
                 teacher = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)[0]
-            by_layer = {layer: seen[layer].detach().to(device) for layer in self.layers}
+            by_layer = {layer: (seen[layer].to(device), _moved(paid.get(layer), device)) for layer in self.layers}
         if hidden is not None:
-            by_layer = {layer: hidden[:, stage] for stage, layer in enumerate(self.layers)}
+            paid = [None] * len(self.layers) if attention is None else attention.unbind(dim=1)
+            by_layer = dict(zip(self.layers, zip(hidden.unbind(dim=1), paid, strict=True), strict=True))
         parts: dict[str, Tensor] = {}
         if config.needs_labels:
             parts |= self._label_losses(by_layer, prompt_mask, labels, keep_ratio)
@@ -121,7 +137,7 @@ class PrunerLoss(nn.Module):
         return low + (high - low) * torch.rand((), generator=self.draws).item()
 
     def _label_losses(
-        self, by_layer: dict[int, Tensor], prompt_mask: Tensor, labels: Tensor, keep_ratio: float
+        self, by_layer: dict[int, tuple[Tensor, Tensor | None]], prompt_mask: Tensor, labels: Tensor, keep_ratio: float
     ) -> dict[str, Tensor]:
         config = self.settings
         counted = losses.scorable(prompt_mask, config.sink_tokens, config.local_ratio, config.min_local_tokens)
@@ -129,7 +145,8 @@ class PrunerLoss(nn.Module):
         found: dict[str, list[Tensor]] = {name: [] for name in ("mse", "rank", "drop")}
         for stage, layer in enumerate(self.layers):
             saliency = labels[:, stage]
-            scores = self.pruners.score(layer, by_layer[layer], positions, prompt_mask, prompt_mask.sum(-1))
+            states, paid = by_layer[layer]
+            scores = self.pruners.score(layer, states, positions, prompt_mask, prompt_mask.sum(-1), paid)
             if config.mse_weight:
                 found["mse"].append(losses.masked_mse(scores, losses.log_saliency(saliency, counted), counted))
             if config.rank_weight:
@@ -167,8 +184,9 @@ class PrunerLoss(nn.Module):
 class Collator:
     """Left-padded batches. Labels are put beside the very tokens that they were computed for."""
 
-    def __init__(self, layers: tuple[int, ...]) -> None:
-        self.layers = layers
+    def __init__(self, layers: tuple[int, ...], back: Mapping[int, Sequence[int]] | None = None) -> None:
+        """``back``: the layers whose attention the pruners look back at (`TokenPruners.looked_back`)."""
+        self.layers, self.back = layers, dict(back or {})
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
@@ -178,9 +196,9 @@ class Collator:
             "prompt_mask": torch.zeros(len(rows), width, dtype=torch.bool),
             "labels": torch.zeros(len(rows), len(self.layers), width),
         }
-        hidden = self._stored(rows)
-        if hidden is not None:
-            batch["hidden"] = torch.zeros(len(rows), len(self.layers), width, hidden[0].shape[-1])
+        stored = self._stored(rows)
+        for name, kept in stored.items():
+            batch[name] = torch.zeros(len(rows), len(self.layers), width, kept[0].shape[-1])
         for index, row in enumerate(rows):
             start, prompt = width - len(row["input_ids"]), row["prompt_length"]
             batch["input_ids"][index, start:] = torch.tensor(row["input_ids"])
@@ -188,12 +206,20 @@ class Collator:
             batch["prompt_mask"][index, start : start + prompt] = True
             for stage, layer in enumerate(self.layers):
                 batch["labels"][index, stage, start : start + prompt] = torch.tensor(row[f"layer_{layer}"])
-            if hidden is not None:
-                batch["hidden"][index, :, start : start + prompt] = hidden[index].float()
+            for name, kept in stored.items():
+                batch[name][index, :, start : start + prompt] = kept[index].float()
         return batch
 
-    def _stored(self, rows: list[dict[str, Any]]) -> list[Tensor] | None:
-        """(S, P, D) hidden states a row, or None if the label pass did not keep them."""
-        if not all(row.get("file") and has_hidden(row["file"]) for row in rows):
-            return None
-        return [torch.stack([load_hidden(row["file"], layer) for layer in self.layers]) for row in rows]
+    def _stored(self, rows: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
+        """``hidden`` (S, P, D) and, if looked at, ``attention`` (S, P, A) a row; nothing if they were not kept."""
+        if not all(row.get("file") and has_hidden(row["file"], self.back) for row in rows):
+            return {}
+        readers = {"hidden": load_hidden, **({"attention": load_attention} if self.back else {})}
+        return {
+            name: [torch.stack([read(row["file"], layer) for layer in self.layers]) for row in rows]
+            for name, read in readers.items()
+        }
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sdtp_lib"
 # From the ground up. A module may import modules of lower floors; within its own floor only what BESIDE allows.
 FLOORS = (
     {"errors", "provenance", "paper_numbers"},
-    {"records", "config", "training_config", "model_shape", "blend"},
+    {"records", "config", "training_config", "model_shape", "blend", "looking_back"},
     {"budget", "selection", "losses", "pruners", "models", "data", "profiling"},
     {"architectures", "tasks", "longbench", "fates", "costmodel"},
     {"stage", "trace", "generation_guard", "plots"},
@@ -27,7 +27,7 @@ FLOORS = (
 BESIDE = {("prefill", "continuation"), ("longbench", "tasks"), ("app", "widgets")}
 # Modules that stay in the dark on purpose: what they must never import, at any depth of function.
 NO_TORCH = {"errors", "provenance", "records", "config", "training_config", "budget", "model_shape", "fates",
-            "paper_numbers", "costmodel", "plots", "views", "widgets"}  # fmt: skip
+            "paper_numbers", "costmodel", "looking_back", "plots", "views", "widgets"}  # fmt: skip
 NEVER = {
     "data": {"models"},
     "tasks": {"models", "architectures"},

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sdtp_lib import PruningConfig, TokenPruners, token_pruning
+from sdtp_lib.architectures_asking import attention_looked_back_at
 from sdtp_lib.blend import Blend, average_of_neighbours, standardised
+from sdtp_lib.looking_back import looked_back
 
 CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.5, min_local_tokens=4, sink_tokens=2)
 MIX = {"learned": 0.7, "attention": 1.0, "recency": 0.3, "smoothing": 5, "window": 4, "kernel": 3}
@@ -52,6 +54,44 @@ def test_after_a_cut_and_under_padding_each_row_reads_its_own_attention(tiny_mod
         kept = alone.seen[4].shape[-1]
         assert alone.scored[4][0].tolist() == together.scored[4][index, -kept:].tolist()
         torch.testing.assert_close(together.seen[4][index, ..., -kept:], alone.seen[4][0], rtol=1e-4, atol=1e-6)
+
+
+class _Masses:
+    """A scorer that keeps every head's attention in the layers before each stage."""
+
+    def __init__(self, back) -> None:
+        self.back, self.seen = back, {}
+
+    def __call__(self, stage):
+        self.seen[stage.layer_index] = stage.attention_mass(self.back[stage.layer_index], 4)
+        return stage.positions.float()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "phi3", "gpt2", "bloom"])
+def test_what_training_reads_in_one_forward_is_what_a_prefill_shows(tiny_model, family):
+    model, back = tiny_model(family), looked_back(CONFIG.layers)
+    rows = [torch.arange(3, 63), torch.arange(20, 60)]
+    response = torch.arange(70, 75)
+    whole, mask = torch.zeros(2, 65, dtype=torch.long), torch.zeros(2, 65, dtype=torch.long)
+    for index, row in enumerate(rows):
+        whole[index, -len(row) - 5 :], mask[index, -len(row) - 5 :] = torch.cat([row, response]), 1
+    prompt = mask.bool() & (torch.arange(65) < 60)
+    with torch.no_grad(), attention_looked_back_at(model, back, 4, lambda: prompt) as paid:
+        # BLOOM counts positions from the mask by itself.
+        places = {} if family == "bloom" else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        model(input_ids=whole, attention_mask=mask, **places)
+    for index, row in enumerate(rows):
+        scorer = _Masses(back)
+        with torch.no_grad(), token_pruning(model, CONFIG.replace(keep_ratio=1.0), scorer):
+            model(input_ids=row[None])
+        for stage in CONFIG.layers:
+            heads = model.config.num_attention_heads
+            assert scorer.seen[stage].shape == (1, len(row), 3 * heads)
+            torch.testing.assert_close(
+                paid[stage][index, 60 - len(row) : 60], scorer.seen[stage][0], rtol=1e-3, atol=1e-5
+            )
+            assert paid[stage][index, 60:].abs().max() == 0
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
 def test_reading_it_projects_no_key_twice(tiny_model):

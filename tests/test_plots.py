@@ -244,6 +244,16 @@ def test_saving_writes_the_picture_and_what_made_it(tmp_path):
     assert sorted(file.name for file in path.parent.iterdir()) == ["one.json", "one.png", "one.svg"]
 
 
+def test_saving_leaves_a_figure_without_layout_engine_without_one_whatever_the_style(tmp_path):
+    # The old bug: between PNG and SVG the figure took the engine of a style set for the whole session, and warned.
+    with matplotlib.rc_context():
+        plots.use_style()
+        fig = plt.Figure(layout="none")
+        fig.add_axes((0.1, 0.1, 0.8, 0.8))
+        plots.save(fig, tmp_path / "placed.png", svg=True)
+        assert fig.get_layout_engine() is None
+
+
 def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = plots.save(plt.subplots()[0], tmp_path / "one.png", {})
     before = path.read_bytes()

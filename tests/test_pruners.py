@@ -15,6 +15,9 @@ from sdtp_lib.pruners import TokenPruners
 LAYERS = (1, 2)
 
 
+ALL = ("hidden", "distance", "query", "attention")
+
+
 def inputs(tokens=40, batch=2, size=32, padding=0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batch, tokens, size, generator=generator)
@@ -28,7 +31,8 @@ def inputs(tokens=40, batch=2, size=32, padding=0, seed=0):
 
 def pruners_with(features=("hidden",), **options):
     torch.manual_seed(0)
-    return TokenPruners(32, LAYERS, features=features, query_rank=8, query_heads=2, query_window=6, **options)
+    sizes = {"query_rank": 8, "query_heads": 2, "query_window": 6, "attention_heads": 2}
+    return TokenPruners(32, LAYERS, features=features, **{**sizes, **options})
 
 
 def test_the_default_pruner_is_the_papers_two_matrices_with_one_output():
@@ -130,6 +134,8 @@ def test_missing_layers_are_named_beside_those_that_exist():
         ({"features": ("hidden", "smell")}, "features"),
         ({"head": "tails"}, "head='tails'"),
         ({"query_rank": 7, "query_heads": 2}, "query_rank=7"),
+        ({"features": ("hidden", "attention"), "attention_heads": None}, "attention_heads=None"),
+        ({"features": ("hidden", "attention"), "attention_heads": 2, "attention_kernel": 4}, "attention_kernel=4"),
     ],
 )
 def test_wrong_options_are_named(options, match):
@@ -168,3 +174,47 @@ def test_scores_of_a_prompt_do_not_depend_on_what_stands_after_it():
     torch.testing.assert_close(scores[:, :20], alone)
     scores[:, :20].sum().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in pruners.parameters())
+
+
+def paid_attention(tokens=40, batch=2, seed=3):
+    """(B, n, A) a made-up share of 16 askers' attention to each token, for two heads in three layers."""
+    generator = torch.Generator().manual_seed(seed)
+    return 16 * torch.randn(batch, 6, tokens, generator=generator).mul(2).softmax(dim=-1).transpose(1, 2)
+
+
+def test_a_token_that_heads_look_at_may_score_otherwise_and_so_may_its_neighbours_only():
+    pruners, paid = pruners_with(ALL), paid_attention()
+    other = paid.clone()
+    other[:, 20, 1] += 5.0
+    change = (pruners.score(1, *inputs(), other) - pruners.score(1, *inputs(), paid)).abs().detach()
+    assert (change[:, 17:24] > 1e-6).all(), "three neighbours on each side see the strongest"
+    assert change[:, :17].max() < 1e-6 and change[:, 24:].max() < 1e-6
+
+
+def test_attention_counts_in_units_of_an_even_share_so_that_length_alone_changes_nothing():
+    pruners = pruners_with(("hidden", "attention"))
+    for tokens in (20, 40):
+        hidden, *rest = inputs(tokens=tokens)
+        even = torch.full((2, tokens, 6), 16 / tokens)
+        scores = pruners.score(1, torch.ones_like(hidden), *rest, even)
+        torch.testing.assert_close(scores, scores[:1, :1].expand_as(scores))
+        torch.testing.assert_close(scores[0, 0], pruners.score(1, torch.ones(1, 8, 32), *inputs(8, 1)[1:],
+                                                               torch.full((1, 8, 6), 2.0))[0, 0])  # fmt: skip
+
+
+def test_looking_back_never_crosses_the_stage_in_front():
+    pruners = TokenPruners(32, (1, 4, 5, 9), features=("hidden", "attention"), attention_heads=2)
+    assert pruners.looked_back == {1: (0, 0, 0), 4: (1, 2, 3), 5: (4, 4, 4), 9: (6, 7, 8)}
+    assert TokenPruners(32, (1, 4)).looked_back == {}
+
+
+def test_with_all_inputs_pruners_stay_below_a_hundredth_of_a_small_models_prefill():
+    from sdtp_lib.budget import ModelShape, prefill_flops
+
+    shape = ModelShape(
+        num_layers=30, hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64, intermediate_size=1536,
+        vocab_size=49152,
+    )  # fmt: skip
+    pruners = TokenPruners(576, tuple(range(4, 30, 3)), width=96, features=ALL, attention_heads=9)
+    share = pruners.flops_per_token() * 1024 * len(pruners.layers) / prefill_flops(shape, [1024] * 30)
+    assert 0.002 < share < 0.01

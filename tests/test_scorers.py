@@ -116,7 +116,7 @@ def test_impossible_windows_and_kernels_are_refused(arguments):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
 def test_the_short_way_to_queries_and_keys_equals_the_layers_own(tiny_model, family, monkeypatch):
-    from sdtp_lib import architectures_attention as door
+    from sdtp_lib import architectures_asking as door
 
     model, prompt = tiny_model(family, dtype=torch.float64), torch.arange(3, 63)[None]
     monkeypatch.setattr(door, "_SPLIT_PROJECTIONS", ())

@@ -136,10 +136,12 @@ def test_the_pruned_models_loss_reaches_every_stage_of_the_pruners_and_no_weight
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_predicts(tiny_model):
+@pytest.mark.parametrize("features", [("hidden", "distance"), ("hidden", "distance", "query", "attention")])
+def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_predicts(tiny_model, features):
     model = tiny_model(dtype=torch.float64)
     torch.manual_seed(3)
-    pruners = TokenPruners(32, LAYERS, features=("hidden", "distance"))
+    # One neighbour: after a cut the engine's neighbours are the living ones, the simulation's also the dropped ones.
+    pruners = TokenPruners(32, LAYERS, features=features, attention_heads=4, attention_kernel=1)
     ids = torch.tensor([samples(1, 60)[0]["prompt_ids"]])
     config = TrainingConfig(min_local_tokens=4, keep_floor=1e-6)
     with token_pruning(model, PruningConfig(LAYERS, 0.7, min_local_tokens=4), pruners) as trace, torch.no_grad():
@@ -151,6 +153,31 @@ def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_pred
         alive &= keep[layer][0] > 0.5
         assert alive.nonzero().flatten().tolist() == trace.kept_positions[layer][0].tolist()
     torch.testing.assert_close(simulated, pruned, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_stored_inputs_give_the_losses_that_the_model_would_give(tiny_model, tmp_path, stored):
+    model = tiny_model()
+    rows = compute_saliency(model, samples(3), LAYERS, cache_dir=tmp_path, progress=False, store_hidden=stored)
+    torch.manual_seed(0)
+    pruners = TokenPruners.for_model(model, LAYERS, features=("hidden", "distance", "query", "attention"))
+    batch = Collator(LAYERS, pruners.looked_back)([rows[i] for i in range(3)])
+    assert ("attention" in batch) == stored
+    loss = PrunerLoss(pruners, model, LAYERS, QUICK).eval()
+    alone = [Collator(LAYERS, pruners.looked_back)([{**rows[i], "file": None}]) for i in range(3)]
+    assert all("attention" not in each for each in alone)
+    expected = torch.stack([loss(**each)["mse_loss"] for each in alone])
+    lengths = torch.tensor([float(each["prompt_mask"].sum()) for each in alone])
+    # Rows weigh by the tokens that count: all but 2 x 4 protected ones (4 sinks, at least 4 or a tenth at the end).
+    counted = lengths - 4 - (0.1 * lengths).ceil().clamp(min=4)
+    torch.testing.assert_close(loss(**batch)["mse_loss"], (expected * counted).sum() / counted.sum(), rtol=2e-2, atol=0)
+
+
+def test_labels_stored_for_other_stages_are_not_taken_for_these(tiny_model, labelled):
+    pruners = TokenPruners.for_model(tiny_model(), (3,), features=("hidden", "attention"))
+    assert pruners.looked_back == {3: (0, 1, 2)}, "stored with stages 1 and 3, stage 3 looks back at 1, 1 and 2"
+    assert "hidden" not in Collator((3,), pruners.looked_back)([labelled[0]])
+    assert "hidden" in Collator((3,))([labelled[0]])
 
 
 def test_a_sample_stays_on_its_side_of_the_split_when_others_come_or_go(labelled):
