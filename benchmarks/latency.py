@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub id")
-    common.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    common.add_argument("--dtype", default="default", help="default (float32 on a CPU), auto, float32, bfloat16, ...")
     common.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; by default what load_model chooses")
     common.add_argument("--attn-implementation", default=None, help="sdpa, eager, flash_attention_2, ...")
     common.add_argument("--pruners", default=None, help="folder of trained pruners; untrained ones cost the same time")

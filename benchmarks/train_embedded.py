@@ -22,7 +22,26 @@ from sdtp_lib import TrainingConfig, compute_saliency, data, load_model, tasks, 
 from sdtp_lib.records import passport, project_root, write_json
 
 LENGTHS = ((420, 700), (760, 1200))  # tokens of the shorter and of the longer half of the prompts
-LABELS = ("removal", "removal_odds")
+LABELS = ("removal", "removal_odds", "gradient_x_hidden")  # all three in one pass
+RECIPES = {
+    # Labels that are summed, inputs and width of a pruner, losses.
+    "ours": {
+        "labels": ("removal", "removal_odds"), "features": ("hidden", "distance", "query", "attention"), "width": 96,
+        "losses": {"mse_weight": 0.5, "rank_weight": 1.0, "drop_weight": 1.0},
+    },
+    # The paper's own: gradient x hidden, the hidden state alone, D / 4, regression and ranking over all pairs. Its
+    # language-model loss is left out: it costs four forwards a prompt and step.
+    "paper": {
+        "labels": ("gradient_x_hidden",), "features": ("hidden",), "width": None,
+        "losses": {"mse_weight": 1.0, "rank_weight": 1.0, "rank_at_cut": False},
+    },
+}  # fmt: skip
+RECIPES["ours, hidden alone"] = {**RECIPES["ours"], "features": ("hidden",)}
+RECIPES["ours, without attention"] = {**RECIPES["ours"], "features": ("hidden", "distance", "query")}
+RECIPES["ours, without rank"] = {**RECIPES["ours"], "losses": {"mse_weight": 0.5, "drop_weight": 1.0, "rank_weight": 0}}
+RECIPES["ours, without rank and mse"] = {
+    **RECIPES["ours"], "losses": {"mse_weight": 0, "rank_weight": 0, "drop_weight": 1.0}
+}  # fmt: skip
 
 
 def mixed_prompts(tokenizer, dolly: str, each: int, seed: int = 0) -> list[dict]:
@@ -53,11 +72,12 @@ def mixed_prompts(tokenizer, dolly: str, each: int, seed: int = 0) -> list[dict]
     return [kind[place] for place in range(longest) for kind in kinds if place < len(kind)]
 
 
-def joined_label(row: dict, layers: tuple[int, ...]) -> dict:
-    """``layer_<l>``: removal saliency of the loss plus that of the log-odds, each over its mean."""
+def joined_label(row: dict, layers: tuple[int, ...], labels: tuple[str, ...]) -> dict:
+    """``layer_<l>``: the sum of ``labels``, each over its mean."""
     joined = {}
     for layer in layers:
-        parts = [np.asarray(row[f"layer_{layer}"]), np.asarray(row[f"layer_{layer}_{LABELS[1]}"])]
+        columns = [f"layer_{layer}" if name == LABELS[0] else f"layer_{layer}_{name}" for name in labels]
+        parts = [np.asarray(row[column]) for column in columns]
         joined[f"layer_{layer}"] = sum(part / max(part.mean(), 1e-30) for part in parts).tolist()
     return joined
 
@@ -70,6 +90,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=100, help="prompts of each kind that the mix is drawn from")
     parser.add_argument("--prompts", type=int, default=270, help="how many of the mix to label and train on")
     parser.add_argument("--epochs", type=float, default=12.0, help="passes over the prompts")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="ours", help="labels, inputs and losses")
     parser.add_argument("--seed", type=int, default=0, help="of order, ratios and weights")
     parser.add_argument("--out", default="data/pruners/smollm2-135m-instruct", help="folder of the trained set")
     parser.add_argument("--work", default="data/results/train-embedded", help="folder of checkpoints")
@@ -81,16 +102,18 @@ def main() -> None:
     print(f"{len(prompts)} prompts:", dict(Counter(sample["category"] for sample in prompts)))
     print("first ids:", ", ".join(str(sample["id"]) for sample in prompts[:6]), "...")
     labelled = compute_saliency(model, prompts, layers, LABELS, store_hidden=True)
-    labelled = labelled.map(lambda row: joined_label(row, layers), desc="joined labels")
+    recipe = RECIPES[arguments.recipe]
+    labelled = labelled.map(lambda row: joined_label(row, layers, recipe["labels"]), desc="joined labels")
     config = TrainingConfig(
         epochs=arguments.epochs, seed=arguments.seed, batch_size=4, learning_rate=2e-3, weight_decay=0.05,
-        mse_weight=0.5, rank_weight=1.0, drop_weight=1.0, eval_share=0.08, patience=0, logging_steps=20,
+        eval_share=0.08, patience=0, logging_steps=20, **recipe["losses"],
     )  # fmt: skip
     work = project_root() / arguments.work
     pruners = train_pruners(
-        model, labelled, config, layers=layers, label=" + ".join(LABELS), output_dir=work, width=96,
-        features=("hidden", "distance", "query", "attention"), base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        notes={"labels": list(LABELS), "prompts": len(prompts), "seed": arguments.seed},
+        model, labelled, config, layers=layers, output_dir=work, width=recipe["width"],
+        features=recipe["features"], base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        notes={"recipe": arguments.recipe, "labels": list(recipe["labels"]), "prompts": len(prompts),
+               "seed": arguments.seed},
     )  # fmt: skip
     for entry in pruners.history:
         if "eval_loss" in entry or entry["step"] % 100 == 0:

@@ -50,8 +50,8 @@ def load_model(
     name
         ``"embedded"``, a local folder, or a Hub id such as ``"Qwen/Qwen2-7B-Instruct"``.
     dtype
-        None (default): float32 on a CPU, 16 bits on a GPU. ``"auto"``: the fastest that is right, that is bfloat16 on a
-        CPU with native bfloat16 too (AVX512-BF16 or AMX). Or a name (``"float32"``) or a ``torch.dtype``.
+        None or ``"default"``: float32 on a CPU, 16 bits on a GPU. ``"auto"``: the fastest that is right, that is
+        bfloat16 on a CPU with native bfloat16 too (AVX512-BF16 or AMX). Or a name (``"float32"``) or a ``torch.dtype``.
     device
         Where the whole model goes; default ``"cuda"`` where there is one, else ``"cpu"``. Not with ``device_map``.
     device_map
@@ -133,11 +133,13 @@ def cache_directory() -> Path:
 
 
 def _named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+    if dtype in (None, "default", "auto") or isinstance(dtype, torch.dtype):
         return dtype if isinstance(dtype, torch.dtype) else None
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is unknown: use 'auto', 'float32', 'bfloat16', 'float16' or a torch dtype.")
+        raise ValueError(
+            f"dtype={dtype!r} is unknown: use 'default', 'auto', 'float32', 'bfloat16', 'float16' or a torch dtype."
+        )
     return found
 
 

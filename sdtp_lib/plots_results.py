@@ -63,6 +63,7 @@ def pareto(
     x_is_cost: bool | None = None,
     y_is_cost: bool | None = None,
     text: str | None = None,
+    legend: bool = True,
 ) -> Axes:
     """All measured points, and the dashed line through those that no other point beats in both ``x`` and ``y``.
 
@@ -75,6 +76,8 @@ def pareto(
         ``loss``. A KL is drawn on a log scale.
     text
         Column written beside each point.
+    legend
+        False where the figure has one legend for several axes.
     """
     ax = axes_or_new(ax)
     need_columns(frame, x, y, what="pareto")
@@ -97,10 +100,24 @@ def pareto(
     ax.plot(best[x], best[y], color=PALETTE["black"], linestyle="--", linewidth=1.2, zorder=2, label="best of all")
     if "kl" in y.lower() and (frame[y] > 0).all():
         ax.set_yscale("log")
-    ax.set_xlabel(x.replace("_", " ") + (" (lower is better)" if x_is_cost else " (higher is better)"))
-    ax.set_ylabel(y.replace("_", " ") + (" (lower is better)" if y_is_cost else " (higher is better)"))
-    ax.legend()
+    ax.set_xlabel(_axis_name(x, x_is_cost))
+    ax.set_ylabel(_axis_name(y, y_is_cost))
+    if legend:
+        ax.legend()
     return ax
+
+
+_NAMES = {
+    "kl_nats": "KL to the unpruned model [nats/token]",
+    "prefill_ms": "time to the first token [ms]",
+    "prefill_speedup": "prefill speed-up [times]",
+    "prefill_flops_share": "prefill FLOPs, share of unpruned",
+}
+
+
+def _axis_name(column: str, is_cost: bool) -> str:
+    better = "lower" if is_cost else "higher"
+    return f"{_NAMES.get(column, column.replace('_', ' '))}\n({better} is better)"
 
 
 def _is_cost(name: str) -> bool:

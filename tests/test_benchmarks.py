@@ -77,6 +77,38 @@ def test_longbench_runs_by_its_protocol_and_goes_on_where_it_stopped(model_folde
         command("longbench")(arguments)
 
 
+def test_labels_are_held_against_the_gold_check_and_a_second_run_adds_nothing(model_folder, tmp_path, capsys):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--cells", "text", "--samples", "1"]
+    arguments += ["--prompt-tokens", "96", "--layers", "4", "--labels", "removal", "gradient_x_hidden"]
+    command("labels")([*arguments, "--presets", "keep09"])
+    rows = read_rows(tmp_path / "labels.jsonl")
+    assert [row["kind"] for row in rows] == ["agreement", "agreement", "scorer", "scorer"]
+    assert all(-1 <= row["rank_agreement"] <= 1 and row["blocks"] == 6 for row in rows[:2])
+    assert "| removal |" in capsys.readouterr().out
+    command("labels")([*arguments, "--presets", "keep09"])
+    assert read_rows(tmp_path / "labels.jsonl") == rows
+
+
+@pytest.mark.parametrize("what", ["first", "stages", "search"])
+def test_schedules_are_compared_at_the_budget_that_was_asked_for(model_folder, tmp_path, capsys, what):
+    arguments = [what, "--model", str(model_folder), "--scorer", "attention", "--cells", "text", "--samples", "1"]
+    arguments += ["--prompt-tokens", "160", "--ratios", "0.8", "--speedup", "1.3", "--run-dir", str(tmp_path)]
+    command("schedules")(arguments)
+    rows = read_rows(tmp_path / "schedules.jsonl")
+    assert len(rows) >= 2 and {row["kind"] for row in rows} == {"scorer"}
+    shares = [row["prefill_flops_share"] for row in rows]
+    if what == "first":
+        assert len({round(share, 3) for share in shares}) > 1, "a later first layer costs more"
+        assert (tmp_path / "by_first.png").exists()
+    else:
+        assert max(shares) - min(shares) < 0.03 and abs(shares[0] - 1 / 1.3) < 0.03
+    printed = capsys.readouterr().out
+    if what == "search":
+        chosen = printed.split("chosen: ")[1].splitlines()[0]
+        held_out = {row["setting"] for row in rows if "|heldout|" in row["cell"]}
+        assert chosen in held_out and len(held_out) <= 2
+
+
 def test_unknown_names_end_a_command_before_it_loads_a_model(tmp_path):
     with pytest.raises(ValueError, match="dataset='qaspar'"):
         command("longbench")(["--datasets", "qaspar", "--run-dir", str(tmp_path)])

@@ -117,6 +117,7 @@ def test_an_unreachable_hub_is_one_sentence_with_the_remedy(monkeypatch):
 def test_an_unknown_dtype_and_a_doubled_device_are_refused_before_loading():
     with pytest.raises(ValueError, match="dtype='float23'"):
         load_model(dtype="float23")
+    assert models._named_dtype("default") is None, "float32 on a CPU, so that figures repeat from machine to machine"
     with pytest.raises(ValueError, match="device_map"):
         load_model(device="cpu", device_map="auto")
 

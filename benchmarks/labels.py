@@ -1,0 +1,116 @@
+"""Which label is right: rank agreement with the gold check, and what each label is worth as an oracle.
+
+    python benchmarks/labels.py                    # about 15 minutes on 2 cores
+    python benchmarks/labels.py --cells text needle --samples 8 --layers 4 13 22
+    python benchmarks/labels.py --tables           # only print what the rows hold
+
+The gold check removes blocks of neighbouring tokens from a layer on, one block at a time, and takes the KL of the
+response (`sdtp_lib.saliency_labels.block_effects`). A label's agreement is its Spearman correlation with that, its
+values summed by block. As an oracle a label is given to the engine as the score. One row a (sample, layer, label) and a
+(sample, setting, label); runs resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas
+import torch
+from tqdm import tqdm
+
+from sdtp_lib import PruningConfig, evaluation, evaluation_tables, load_model
+from sdtp_lib.evaluation_cells import CELLS, cell_samples
+from sdtp_lib.models import weights_note
+from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.saliency_labels import LABELS, block_effects, saliency_of
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "instructions"])
+    parser.add_argument("--samples", type=int, default=3, help="a cell")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 16], help="of the gold check")
+    parser.add_argument("--block-tokens", type=int, default=16, help="removed together in the gold check")
+    parser.add_argument("--presets", nargs="*", default=["keep09", "keep07"], help="at which labels serve as oracles")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "labels")
+    parser.add_argument("--tables", action="store_true", help="print what the rows hold, compute nothing")
+    return parser.parse_args(arguments)
+
+
+def agreement(model, sample: dict, options: argparse.Namespace, writer: RowWriter, cell: str) -> None:
+    """Rows of kind ``agreement``: each label against the gold check at each layer."""
+    keys = {
+        (layer, label): f"gold|{cell}|{sample['id']}|{layer}|{label}"
+        for layer in options.layers
+        for label in options.labels
+    }
+    if all(writer.done(key) for key in keys.values()):
+        return
+    prompt = len(sample["prompt_ids"])
+    ids = torch.tensor([[*sample["prompt_ids"], *sample["response_ids"]]], device=model.device)
+    response = (torch.arange(ids.shape[1], device=ids.device) >= prompt)[None].long()
+    found = saliency_of(model, ids, torch.ones_like(ids), response, options.layers, options.labels)
+    for layer in options.layers:
+        gold = pandas.Series(block_effects(model, ids, response, layer, options.block_tokens).cpu().numpy())
+        for label in options.labels:
+            by_block = [part.sum().item() for part in found[label][layer][0, :prompt].split(options.block_tokens)]
+            key = keys[layer, label]
+            writer.done(key) or writer.add(
+                key, kind="agreement", cell=cell, sample=sample["id"], layer=layer, label=label,
+                rank_agreement=float(pandas.Series(by_block).corr(gold, method="spearman")), blocks=len(gold),
+            )  # fmt: skip
+
+
+def measure(options: argparse.Namespace, path: Path) -> None:
+    model, tokenizer = load_model(options.model)
+    depth = model.config.num_hidden_layers
+    configs = {preset: PruningConfig.preset(preset, num_layers=depth) for preset in options.presets}
+    stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
+    sizes = {"prompt_tokens": options.prompt_tokens, "count": options.samples, "seed": options.seed}
+    plan = [(cell, sample) for cell in options.cells for sample in cell_samples(cell, tokenizer, **sizes)]
+    with RowWriter(path, stamp) as writer, torch.inference_mode(False):
+        for cell, sample in tqdm(plan, unit="sample"):
+            agreement(model, sample, options, writer, cell)
+            oracles = evaluation.oracle_methods(options.labels)
+            evaluation.compare_scorers(model, [sample], configs, oracles, writer, cell=cell)
+
+
+def report(path: Path) -> None:
+    frame = read_frame(path)
+    gold = frame[frame.kind == "agreement"]
+    if len(gold):
+        print("\nSpearman correlation with the gold check, mean over samples and layers\n")
+        wide = gold.pivot_table(index="label", columns="cell", values="rank_agreement", sort=False)
+        counts = gold.groupby("cell")["sample"].nunique()
+        wide.columns = [f"{cell} (n={counts[cell]})" for cell in wide.columns]
+        print(evaluation_tables.markdown(wide.reset_index()))
+    oracles = frame[frame.kind == "scorer"]
+    if len(oracles):
+        summary = evaluation_tables.scorer_summary(oracles)
+        for setting in summary.setting.unique():
+            part = summary[summary.setting == setting]
+            print(f"\n{setting}: KL with the label given as the score, nats a token\n")
+            wide = part.pivot_table(index="scorer", columns="cell", values="kl_nats", sort=False)
+            counts = part.groupby("cell")["items"].max()
+            wide.columns = [f"{cell} (n={counts[cell]})" for cell in wide.columns]
+            print(evaluation_tables.markdown(wide.reset_index(), bold_lowest=list(wide.columns)))
+    for row in frame[frame.kind == "failure"].itertuples():
+        print(f"failed: {row.key}: {row.error}")
+    print(f"\nrows: {path}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    path = options.run_dir / "labels.jsonl"
+    if not options.tables:
+        measure(options, path)
+    report(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Where to prune and how much: the paper's Figures 4 and 5, and a search over schedules at one FLOPs budget.
+
+    python benchmarks/schedules.py first                   # Figure 4: KL by the first pruned layer, r = 0.9, 0.8, 0.7
+    python benchmarks/schedules.py stages --speedup 2.2    # Figure 5: KL by number of stages at equal prefill FLOPs
+    python benchmarks/schedules.py search --speedup 2.2    # the best of a grid, chosen on training-side samples, then
+                                                           # measured on held-out ones beside the even schedule
+    python benchmarks/schedules.py first --scorer attention
+
+A schedule is a list of layers and a keep ratio a stage. The learned score has only its own layers to choose from; the
+simple ones take any. ``--speedup`` is the ratio of causal prefill FLOPs (`sdtp_lib.budget.speedup_limit`). One row a
+(sample, schedule); runs resume. Writes a picture beside the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sdtp_lib import PruningConfig, TokenPruners, budget, evaluation, evaluation_tables, load_model, plots, scorers
+from sdtp_lib.evaluation_cells import CELLS, cell_samples
+from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.models import weights_note
+from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+
+SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
+SIMPLE = {"attention": scorers.attention, "recency": scorers.recency, "random": scorers.random}
+# How unevenly stages drop: the share that a stage drops, relative to the first, falls or rises linearly to this.
+PROFILES = {"even": 1.0, "early": 0.25, "late": 4.0}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("first", "stages", "search"))
+    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
+    parser.add_argument("--scorer", default="SDTP", help="SDTP, SDTP=DIR, attention, recency or random")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "instructions"])
+    parser.add_argument("--samples", type=int, default=6, help="a cell")
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--speedup", type=float, default=2.2, help="wanted ratio of causal prefill FLOPs")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="keep ratios of `first`")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "schedules")
+    return parser.parse_args(arguments)
+
+
+def scorer_named(text: str, depth: int, device) -> tuple[object, list[int]]:
+    """The scorer, and the layers that it can score."""
+    name, _, folder = text.partition("=")
+    if name in SIMPLE and not folder:
+        return SIMPLE[name](), list(range(1, depth))
+    path = Path(folder) if folder else SHIPPED
+    if not path.is_dir():
+        raise SystemExit(f"--scorer {text}: no folder {path}; give SDTP=DIR, or one of {', '.join(SIMPLE)}.")
+    pruners = TokenPruners.from_pretrained(str(path)).to(device).eval()
+    return pruners, list(pruners.layers)
+
+
+def at_budget(
+    shape: ModelShape, layers: Sequence[int], tokens: int, speedup: float, last_share: float = 1.0
+) -> PruningConfig | None:
+    """The schedule at ``layers`` that reaches ``speedup``; None if they cannot.
+
+    ``last_share``: what the last stage drops, relative to the first; linear between.
+    """
+    steps = max(1, len(layers) - 1)
+    weights = [1 + (last_share - 1) * number / steps for number in range(len(layers))]
+
+    def config(drop: float) -> PruningConfig:
+        return PruningConfig(tuple(layers), tuple(max(1e-6, 1 - drop * w / max(weights)) for w in weights))
+
+    if budget.speedup_limit(shape, config(1 - 1e-6), tokens) < speedup:
+        return None
+    low, high = 0.0, 1 - 1e-6
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if budget.speedup_limit(shape, config(middle), tokens) >= speedup else (middle, high)
+    return config(high)
+
+
+def by_first_layer(layers: list[int], depth: int, ratios: Sequence[float]) -> dict[str, PruningConfig]:
+    """Figure 4: every third layer from a first one on, at the ratios as they are (so the cost differs)."""
+    firsts = [layer for layer in layers if layer <= max(10, layers[0])]
+    found = {}
+    for ratio in ratios:
+        for first in firsts:
+            stages = [layer for layer in range(first, depth, 3) if layer in layers]
+            found[f"first {first}, r={ratio}"] = PruningConfig(tuple(stages), ratio)
+    return found
+
+
+def by_stages(shape: ModelShape, layers: list[int], tokens: int, speedup: float) -> dict[str, PruningConfig]:
+    """Figure 5: so many stages, spread evenly from the first layer on, at equal FLOPs."""
+    layers = [layer for layer in layers if layer >= 4] or layers
+    found = {}
+    for count in sorted({1, 2, 3, 5, 7, 10, len(layers)}):
+        if count <= len(layers):
+            places = [layers[round(number * len(layers) / count)] for number in range(count)]
+            config = at_budget(shape, sorted(set(places)), tokens, speedup)
+            if config is not None:
+                found[f"{count} stages"] = config
+    return found
+
+
+def grid(shape: ModelShape, layers: list[int], tokens: int, speedup: float) -> dict[str, PruningConfig]:
+    """Candidates of a search: first layer, distance between stages and profile, all at equal FLOPs."""
+    found = {}
+    for start in range(min(4, len(layers))):
+        for step in (1, 2, 3):
+            for profile, last_share in PROFILES.items():
+                stages = layers[start::step]
+                config = at_budget(shape, stages, tokens, speedup, last_share)
+                if config is not None and (len(stages) > 1 or profile == "even"):
+                    found[f"from {stages[0]} every {step}, {profile}"] = config
+    return found
+
+
+def summary_of(path: Path, settings: Sequence[str], split: str, scorer: str):
+    """Mean KL by schedule and cell, and the geometric mean over cells."""
+    import numpy
+
+    frame = read_frame(path)
+    frame = frame[(frame.kind == "scorer") & (frame.scorer == scorer) & frame.setting.isin(list(settings))]
+    frame = frame[frame.cell.str.endswith(f"|{split}")].assign(cell=frame.cell.str.partition("|")[0])
+    wide = frame.pivot_table(index="setting", columns="cell", values="kl_nats", sort=False)
+    wide["geometric mean"] = numpy.exp(numpy.log(wide.clip(lower=1e-9)).mean(axis=1))
+    wide.insert(0, "1/tau", frame.groupby("setting").compression_ratio.mean())
+    wide.insert(0, "items", frame.groupby("setting")["sample"].count())
+    return wide, frame
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    model, tokenizer = load_model(options.model)
+    shape = ModelShape.from_config(model.config)
+    scorer, layers = scorer_named(options.scorer, shape.num_layers, model.device)
+    tokens, path = options.prompt_tokens, options.run_dir / "schedules.jsonl"
+    name = scorers.name_of(scorer) if options.scorer in SIMPLE else options.scorer
+    method = evaluation.Method(name, scorer)
+    stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
+
+    def measure(configs: dict[str, PruningConfig], split: str) -> None:
+        sizes = {"prompt_tokens": tokens, "count": options.samples, "seed": options.seed, "split": split}
+        plan = [(cell, sample) for cell in options.cells for sample in cell_samples(cell, tokenizer, **sizes)]
+        with RowWriter(path, stamp) as writer, torch.inference_mode(False):
+            for cell, sample in tqdm(plan, unit="sample", desc=split):
+                evaluation.compare_scorers(model, [sample], configs, [method], writer, cell=f"{cell}|{split}|{tokens}")
+
+    if options.what == "search":
+        target = f"x{options.speedup}"
+        candidates = {f"{target}: {k}": c for k, c in grid(shape, layers, tokens, options.speedup).items()}
+        measure(candidates, "train")
+        found, _ = summary_of(path, candidates, f"train|{tokens}", name)
+        print(evaluation_tables.markdown(found.sort_values("geometric mean").reset_index(), digits=4))
+        best = str(found["geometric mean"].idxmin())
+        even = next(iter(candidates))
+        pair = {key: candidates[key] for key in dict.fromkeys((even, best))}
+        measure(pair, "heldout")
+        held, rows = summary_of(path, pair, f"heldout|{tokens}", name)
+        print(f"\nHeld out, the chosen schedule beside '{even}':\n")
+        print(evaluation_tables.markdown(held.reset_index(), digits=4))
+        a, b = (rows[rows.setting == key].set_index("sample").kl_nats for key in (best, even))
+        mean, low, high = evaluation.paired_bootstrap(a, b.loc[a.index])
+        print(f"\nchosen: {best}\n  layers {list(candidates[best].layers)}, keep ratios "
+              f"{[round(r, 4) for r in candidates[best].keep_ratio]}\n"
+              f"KL difference {mean:+.4f} [{low:+.4f}, {high:+.4f}], n = {len(a)}")  # fmt: skip
+        print(f"rows: {path}")
+        return
+    if options.what == "first":
+        configs = by_first_layer(layers, shape.num_layers, options.ratios)
+    else:
+        made = by_stages(shape, layers, tokens, options.speedup)
+        configs = {f"x{options.speedup}: {key}": config for key, config in made.items()}
+    measure(configs, "heldout")
+    found, rows = summary_of(path, configs, f"heldout|{tokens}", name)
+    print(evaluation_tables.markdown(found.reset_index(), digits=4))
+    print(f"rows: {path}\nfigure: {draw(rows, configs, options.what, path, stamp)}")
+
+
+def draw(rows, configs: dict[str, PruningConfig], what: str, path: Path, stamp: dict) -> Path:
+    import matplotlib.pyplot as plt
+
+    plots.use_style()
+    cells = list(rows.cell.unique())
+    figure, axes = plt.subplots(1, len(cells), figsize=(4.6 * len(cells), 3.8), squeeze=False, layout="constrained")
+    label = "first pruned layer" if what == "first" else "stages (equal FLOPs)"
+    for ax, cell in zip(axes.flat, cells, strict=True):
+        part = rows[rows.cell == cell].copy()
+        stages = part.setting.map(lambda key: configs[key])
+        part["x"] = [c.layers[0] if what == "first" else len(c.layers) for c in stages]
+        part["ratio"] = [f"r = {c.keep_ratio}" if what == "first" else cell for c in stages]
+        for number, (ratio, line) in enumerate(part.groupby("ratio", sort=False)):
+            means = line.groupby("x").kl_nats.mean()
+            ax.plot(means.index, means, marker="os^Dv"[number % 5], label=ratio)
+        ax.set(xlabel=label, ylabel="KL to the unpruned model [nats/token]", yscale="log",
+               title=f"{cell} (n = {part['sample'].nunique()})")  # fmt: skip
+        if what == "first":
+            ax.legend()
+    saved = plots.save(figure, path.with_name(f"by_{what}.png"), stamp | {"rows": path.name})
+    plt.close(figure)
+    return saved
+
+
+if __name__ == "__main__":
+    main()
