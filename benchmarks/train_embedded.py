@@ -88,7 +88,7 @@ def main() -> None:
         "--dolly", default="databricks/databricks-dolly-15k", help="Dolly-15k: a JSON-lines file or a Hub data set"
     )
     parser.add_argument("--each", type=int, default=100, help="prompts of each kind that the mix is drawn from")
-    parser.add_argument("--prompts", type=int, default=270, help="how many of the mix to label and train on")
+    parser.add_argument("--prompts", type=int, default=180, help="how many of the mix to label and train on")
     parser.add_argument("--epochs", type=float, default=12.0, help="passes over the prompts")
     parser.add_argument("--recipe", choices=list(RECIPES), default="ours", help="labels, inputs and losses")
     parser.add_argument("--seed", type=int, default=0, help="of order, ratios and weights")
