@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=200, help="items a task")
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--presets", nargs="+", default=["keep09"])
-    parser.add_argument("--pruners", type=Path, default=SHIPPED, help="folder of learned pruners")
+    parser.add_argument("--pruners", nargs="*", default=[f"SDTP={SHIPPED}"], help="learned pruners: NAME=DIR or DIR")
     parser.add_argument("--scorers", nargs="*", default=[], choices=["random", "recency", "hidden_norm", "attention"])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "fewshot")
@@ -49,10 +49,13 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     model, tokenizer = load_model(options.model, dtype=options.dtype, device_map=options.device_map)
     shared = {"pretrained": model, "tokenizer": tokenizer, "batch_size": options.batch_size}
     chosen = {name: getattr(scorers, name)() for name in options.scorers}
-    if options.pruners.is_dir():
-        chosen = {"SDTP": TokenPruners.from_pretrained(str(options.pruners)).to(model.device).eval(), **chosen}
+    for text in options.pruners:
+        name, _, folder = text.rpartition("=")
+        if not Path(folder).is_dir():
+            raise SystemExit(f"--pruners {text}: no folder {folder}; give NAME=DIR, or only --scorers and --pruners.")
+        chosen[name or "SDTP"] = TokenPruners.from_pretrained(folder).to(model.device).eval()
     if not chosen:
-        raise SystemExit(f"no pruners in {options.pruners}, and no --scorers: name one of them.")
+        raise SystemExit("neither --pruners nor --scorers: name one of them.")
     models = {"full": SDTPLM(**shared)}
     for preset in options.presets:
         config = PruningConfig.preset(preset, num_layers=model.config.num_hidden_layers)

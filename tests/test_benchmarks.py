@@ -10,12 +10,17 @@ import pytest
 from sdtp_lib.records import RowWriter, project_root, read_rows
 
 
-def command(name):
-    """The ``main`` of one script of benchmarks/."""
+def script(name):
+    """One script of benchmarks/ as a module."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", project_root() / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+def command(name):
+    """The ``main`` of one script of benchmarks/."""
+    return script(name).main
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,22 @@ def test_schedules_are_compared_at_the_budget_that_was_asked_for(model_folder, t
         chosen = printed.split("chosen: ")[1].splitlines()[0]
         held_out = {row["setting"] for row in rows if "|heldout|" in row["cell"]}
         assert chosen in held_out and len(held_out) <= 2
+
+
+def test_ablations_train_what_is_missing_and_compare_all_of_them(tmp_path, monkeypatch):
+    module, calls = script("ablations"), []
+    monkeypatch.setattr(module, "call", lambda name, *arguments: calls.append((name, *map(str, arguments))))
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "training.json").write_text("{}")
+    recipes = ["--recipes", "paper", "ours, without rank"]
+    module.main(["--dolly", "d.jsonl", *recipes, "--run-dir", str(tmp_path), "--fewshot", "folder"])
+    assert [call[0] for call in calls] == ["train_embedded.py", "scorers.py", "fewshot.py"]
+    assert calls[0][calls[0].index("--recipe") + 1] == "ours, without rank", "the paper's is trained already"
+    names = [f"SDTP paper={tmp_path / 'paper'}", f"SDTP ours, without rank={tmp_path / 'ours-without-rank'}"]
+    assert [part for part in calls[1] if part.startswith("SDTP")] == names
+    assert [part for part in calls[2] if part.startswith("SDTP")] == names
+    with pytest.raises(SystemExit):
+        module.main(["--dolly", "d.jsonl", "--recipes", "nonsense"])
 
 
 def test_unknown_names_end_a_command_before_it_loads_a_model(tmp_path):
