@@ -57,6 +57,8 @@ class Stage:
         BLOOM's position bias.
     before : Mapping
         The last layers that have run on these very tokens, by index, where their keys are in the cache.
+    read : dict
+        Attention that was read already, by layer and window: the parts of a score may ask for the same.
     """
 
     layer_index: int
@@ -68,6 +70,7 @@ class Stage:
     prompt_lengths: torch.Tensor
     alibi: torch.Tensor | None = None
     before: Mapping[int, LayerBefore] = field(default_factory=dict)
+    read: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
 
     def attention_from_last(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
@@ -89,10 +92,7 @@ class Stage:
 
         Where a layer's keys are not at hand, this stage's own layer stands for all of them.
         """
-        paid: list[torch.Tensor | None] = []
-        for layer in layers:  # a layer named twice is read once
-            seen = layer in layers[: len(paid)]
-            paid.append(paid[layers.index(layer)] if seen else self._paid_at(layer, window))
+        paid = [self._paid_at(layer, window) for layer in layers]
         if any(each is None for each in paid):
             paid = [self.attention_from_last(window)] * len(layers)
         return torch.cat([each.sum(dim=2) for each in paid], dim=1).transpose(1, 2)
@@ -101,5 +101,9 @@ class Stage:
         before = self.before.get(layer)
         if before is None or min(window, self.positions.shape[1]) > before.last_hidden.shape[1]:
             return None
-        last = before.last_hidden[:, -window:]
-        return attention_from_cached_keys(before.layer, last, before.keys, self.position_embeddings, self.valid)
+        if (layer, window) not in self.read:
+            last = before.last_hidden[:, -window:]
+            self.read[layer, window] = attention_from_cached_keys(
+                before.layer, last, before.keys, self.position_embeddings, self.valid
+            )
+        return self.read[layer, window]
