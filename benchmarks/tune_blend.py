@@ -32,9 +32,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("pruners", type=Path, help="folder of TokenPruners; its config.json gets the blend")
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--presets", nargs="+", default=["keep08", "keep07"], help="at which candidates are compared")
-    parser.add_argument("--learned", type=float, nargs="+", default=[0.7, 1.0, 1.5])
+    parser.add_argument("--learned", type=float, nargs="+", default=[2.0, 4.0])
     parser.add_argument("--attention", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--recency", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--recency", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--floor", type=float, nargs="+", default=[0.0], help="where the learned part begins to count")
     parser.add_argument("--smoothing", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=10, help="a group: text, tasks (spread over them), instructions")
@@ -63,8 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = load_model(options.model)
     layers = model.config.num_hidden_layers
     configs = {preset: PruningConfig.preset(preset, num_layers=layers) for preset in options.presets}
-    grid = itertools.product(options.learned, options.attention, options.recency, options.smoothing)
-    fields = ("learned", "attention", "recency", "smoothing")
+    grid = itertools.product(options.learned, options.attention, options.recency, options.floor, options.smoothing)
+    fields = ("learned", "attention", "recency", "floor", "smoothing")
     blends = [dict(zip(fields, values, strict=True)) for values in grid]
     methods = [
         evaluation.Method(json.dumps(blend), with_blend(options.pruners, blend).to(model.device)) for blend in blends

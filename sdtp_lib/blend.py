@@ -23,6 +23,9 @@ class Blend:
     learned, attention, recency
         Weights of the pruner's score, of the logarithm of the attention that the last ``window`` tokens paid one layer
         earlier, and of the position. A weight of 0 leaves the part out and costs nothing.
+    floor
+        The learned part counts from so many deviations above its mean on: what stands out stays, and the order of all
+        that does not is left to the other parts. None: the whole range counts.
     smoothing
         Neighbours (odd) that the learned score is averaged over: an answer is a span, not a token.
     window, kernel
@@ -32,6 +35,7 @@ class Blend:
     learned: float = 1.0
     attention: float = 0.0
     recency: float = 0.0
+    floor: float | None = None
     smoothing: int = 1
     window: int = 16
     kernel: int = 7
@@ -51,7 +55,10 @@ class Blend:
         total = torch.zeros_like(learned, dtype=torch.float32)
         if self.learned:
             smooth = average_of_neighbours(learned.float(), stage.valid, self.smoothing)
-            total = total + self.learned * standardised(smooth, stage.valid)
+            standing_out = standardised(smooth, stage.valid)
+            if self.floor is not None:
+                standing_out = (standing_out - self.floor).clamp_min(0)
+            total = total + self.learned * standing_out
         if self.attention:
             paid = strongest_neighbour(stage.attention_just_paid(self.window).sum(dim=2), self.kernel).mean(dim=1)
             total = total + self.attention * standardised((paid + 1e-8).log(), stage.valid)

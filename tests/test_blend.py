@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -156,6 +158,15 @@ def test_recency_alone_as_a_blend_is_recency(tiny_model):
     with torch.no_grad(), token_pruning(model, CONFIG, pruners) as trace:
         model(input_ids=torch.arange(3, 63)[None])
     assert trace.kept_positions[2][0].tolist() == [0, 1, *range(32, 60)]
+
+
+def test_below_its_floor_the_learned_part_orders_nothing():
+    stage = SimpleNamespace(valid=torch.ones(1, 5, dtype=torch.bool), positions=torch.arange(5)[None])
+    learned = torch.tensor([[-3.0, -1.0, -2.0, 0.0, 6.0]])  # mean 0: only the last stands out
+    mixed = Blend(learned=1.0, floor=0.0)(learned, stage)
+    assert mixed[0, :4].tolist() == [0.0] * 4 and mixed[0, 4] > 1
+    order = Blend(learned=1.0, recency=0.1, floor=0.0)(learned, stage)[0].argsort().tolist()
+    assert order == [0, 1, 2, 3, 4], "what does not stand out is ordered by recency"
 
 
 @pytest.mark.parametrize(("field", "value"), [("smoothing", 4), ("kernel", 0), ("window", 0), ("learned", 0.0)])
