@@ -55,8 +55,8 @@ _FIXED = {
     "KV only": ("green", "D"),
     "earlier scheme": ("yellow", "h"),
 }
-_ORDER = ("blue", "orange", "green", "vermillion", "purple", "sky", "black")
-_MARKERS = ("o", "s", "^", "v", "P", "D", "X")
+_ORDER = ("blue", "orange", "green", "vermillion", "purple", "sky", "black", "yellow")
+_MARKERS = ("o", "s", "^", "v", "P", "D", "X", "h")
 
 _SHEET = {
     "figure.figsize": (7.2, 4.0),
