@@ -5,7 +5,9 @@
         --presets keep09 --scorers SDTP=DIR recency attention
 
 ``--datasets`` takes names and the sets all, english, paper (its 14), eight, longbench-e. Prints scores with paired
-bootstrap intervals; a run that was stopped goes on with the same command.
+bootstrap intervals; a run that was stopped goes on with the same command. On several GPUs, a copy of the model on each:
+
+    accelerate launch --num_processes 4 benchmarks/longbench.py --model Qwen/Qwen2-7B-Instruct --datasets paper
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, TokenPruners, load_model, longbench, scorers
 from sdtp_lib.evaluation_answers import FULL, Variant, longbench_items, run_items
+from sdtp_lib.evaluation_sharing import Share
 from sdtp_lib.evaluation_tables import answers_table, markdown
 from sdtp_lib.models import weights_note
 from sdtp_lib.paper_numbers import TABLE1
-from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.records import passport, project_root, read_frame
 
 SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
 SIMPLE = {"random": scorers.random, "recency": scorers.recency, "hidden_norm": scorers.hidden_norm,
@@ -58,9 +61,13 @@ def scorer_named(text: str, model):
     return name, TokenPruners.from_pretrained(str(path)).to(model.device).eval()
 
 
-def measure(options: argparse.Namespace, path: Path) -> None:
+def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
     datasets = longbench.resolve(options.datasets)
-    model, tokenizer = load_model(options.model, dtype=options.dtype, device_map=options.device_map)
+    if share.count > 1 and options.device_map:
+        raise SystemExit("--device-map spreads one model over all devices: not with several processes.")
+    model, tokenizer = load_model(
+        options.model, dtype=options.dtype, device=share.device, device_map=options.device_map
+    )
     layers = model.config.num_hidden_layers
     chosen = [scorer_named(text, model) for text in options.scorers]
     variants = [Variant(FULL)] + [
@@ -70,15 +77,16 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     ]
     positions = getattr(model.config, "max_position_embeddings", None) or 8192
     stamp = passport(model, model_name=options.model, weights=weights_note(model))
-    with RowWriter(path, stamp) as writer:
+    with share.rows(path, stamp) as writer:
         for dataset in datasets:
             try:
                 records = longbench.read_records(options.data, dataset)[: options.limit]
             except OSError as error:
                 print(f"{dataset} is left out: {error}", file=sys.stderr)
                 continue
+            records = share.of(records)
             most = options.max_tokens or positions - longbench.task(dataset).max_new_tokens - CHAT_TOKENS
-            bar = tqdm(total=len(records), desc=dataset, unit="item", mininterval=5)
+            bar = tqdm(total=len(records), desc=dataset, unit="item", mininterval=5, disable=not share.is_first)
             items = longbench_items(records, tokenizer, max_tokens=most)
             run_items(model, tokenizer, items, variants, writer, progress=lambda item, bar=bar: bar.update())
             bar.close()
@@ -87,8 +95,11 @@ def measure(options: argparse.Namespace, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     path = options.run_dir / "longbench.jsonl"
+    share = Share()
     if not options.tables:
-        measure(options, path)
+        measure(options, path, share)
+    if not share.is_first:
+        return
     frame = read_frame(path)
     print("\nScores (official metric, x 100), paired difference to full with its 95 % bootstrap interval\n")
     print(markdown(answers_table(frame, against=FULL), digits=2))

@@ -105,9 +105,7 @@ def attention_looked_back_at(
             handle.remove()
 
 
-def _mass_in_prompts(
-    layer: nn.Module, arguments: Mapping[str, Any], window: int, living: torch.Tensor
-) -> torch.Tensor:
+def _mass_in_prompts(layer: nn.Module, arguments: Mapping[str, Any], window: int, living: torch.Tensor) -> torch.Tensor:
     """(B, T, H) attention that the last ``window`` living tokens of each row pay to its others; 0 where none live."""
     hidden, tables, alibi = arguments["hidden_states"], arguments.get("position_embeddings"), arguments.get("alibi")
     rows, tokens = hidden.shape[:2]

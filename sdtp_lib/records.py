@@ -14,7 +14,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 __all__ = [
-    "SCHEMA_VERSION", "RowWriter", "atomic_write", "commit", "lock_path", "passport", "project_root", "read_frame",
-    "read_rows", "write_json",
+    "SCHEMA_VERSION", "RowWriter", "atomic_write", "commit", "join_rows", "lock_path", "passport", "project_root",
+    "read_frame", "read_rows", "write_json",
 ]  # fmt: skip
 
 
@@ -42,11 +42,14 @@ class RowWriter:
         The ``.jsonl`` file; folders are made. Rows that are there stay and count as done.
     passport
         Fields that every row repeats (see `passport`).
+    known
+        Keys that count as done besides: rows that other files hold.
     """
 
-    def __init__(self, path: str | os.PathLike[str], passport: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], passport: Mapping[str, Any], *, known: Iterable[str] = ()) -> None:
         self.path = Path(path)
         self._passport = dict(passport)
+        self._known = set(known)
         self._done: set[str] = set()
         self._lock: int | None = None
         self._file: Any = None
@@ -56,7 +59,8 @@ class RowWriter:
         self._lock = _take_lock(self.path)
         try:
             _mend_last_line(self.path)
-            self._done = {row["key"] for row in read_rows(self.path) if "key" in row} if self.path.exists() else set()
+            there = read_rows(self.path) if self.path.exists() else []
+            self._done = self._known | {row["key"] for row in there if "key" in row}
             self._file = self.path.open("a", encoding="utf-8")
         except BaseException:
             self._release()
@@ -145,6 +149,33 @@ def read_frame(path: str | os.PathLike[str]) -> pandas.DataFrame:
     import pandas
 
     return pandas.DataFrame.from_records(read_rows(path))
+
+
+def join_rows(path: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]]) -> None:
+    """Move the rows of ``others`` to the end of ``path``, each key once, and remove the files.
+
+    Raises
+    ------
+    RuntimeError
+        If a process has one of the files open for writing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for each in (path, *map(Path, others)):
+            descriptor = _take_lock(each)
+            stack.callback(os.close, descriptor)
+            stack.callback(lock_path(each).unlink, missing_ok=True)
+        rows = read_rows(path) if path.exists() else []
+        keys = {row.get("key") for row in rows}
+        for other in others:
+            rows += [row for row in read_rows(other) if row.get("key") not in keys]
+            keys = {row.get("key") for row in rows}
+        with atomic_write(path) as temporary:
+            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+            temporary.write_text("".join(lines), encoding="utf-8")
+        for other in others:
+            Path(other).unlink()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -54,7 +57,9 @@ def test_the_weight_of_recency_is_tuned_on_training_samples_only(model_folder, t
     assert all("-test-" in name for name in measured) and not any("-test-" in name for name in tuning)
 
 
-def test_longbench_runs_by_its_protocol_and_goes_on_where_it_stopped(model_folder, tmp_path, capsys):
+@pytest.fixture
+def trec_arguments(model_folder, tmp_path):
+    """Arguments of a LongBench run over three items of one data set, rows in ``run``."""
     record = {
         "input": "Question: where?\nType:",
         "answers": ["Place"],
@@ -68,7 +73,11 @@ def test_longbench_runs_by_its_protocol_and_goes_on_where_it_stopped(model_folde
     ]
     (tmp_path / "trec.jsonl").write_text("\n".join(lines) + "\n")
     arguments = ["--model", str(model_folder), "--data", str(tmp_path), "--datasets", "trec", "--presets", "keep09"]
-    arguments += ["--scorers", "recency", "--run-dir", str(tmp_path / "run")]
+    return [*arguments, "--scorers", "recency", "--run-dir", str(tmp_path / "run")]
+
+
+def test_longbench_runs_by_its_protocol_and_goes_on_where_it_stopped(trec_arguments, tmp_path, capsys):
+    arguments = trec_arguments
     command("longbench")([*arguments, "--limit", "2"])
     first = read_rows(tmp_path / "run" / "longbench.jsonl")
     assert [(row["item"], row["variant"]) for row in first] == [
@@ -80,6 +89,36 @@ def test_longbench_runs_by_its_protocol_and_goes_on_where_it_stopped(model_folde
     assert "| trec | recency keep09 | 3 |" in capsys.readouterr().out
     with RowWriter(tmp_path / "run" / "longbench.jsonl", {}), pytest.raises(RuntimeError, match="is being written by"):
         command("longbench")(arguments)
+
+
+def test_two_processes_share_a_longbench_run_and_their_rows_end_in_one_file(trec_arguments, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", str(project_root() / "benchmarks" / "longbench.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project_root())}
+    ended = subprocess.run([*launch, *trec_arguments], env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    path = tmp_path / "run" / "longbench.jsonl"
+    together = {row["key"]: row for row in read_rows(path)}
+    assert len(together) == 6 and [file.name for file in path.parent.glob("*.jsonl*")] == ["longbench.jsonl"]
+    assert ended.stdout.count("| trec | full | 3 |") == 1, "one process prints"
+    path.unlink()
+    command("longbench")(trec_arguments)
+    alone = {row["key"]: row for row in read_rows(path)}
+    assert {key: row["prediction"] for key, row in alone.items()} == {
+        key: row["prediction"] for key, row in together.items()
+    }
+
+
+def test_what_a_killed_shared_run_left_counts_as_done(trec_arguments, tmp_path):
+    path = tmp_path / "run" / "longbench.jsonl"
+    command("longbench")([*trec_arguments, "--limit", "2"])
+    rows = read_rows(path)
+    path.rename(path.with_name("longbench.share1.jsonl"))
+    with RowWriter(path.with_name("longbench.share1.jsonl"), {}), pytest.raises(RuntimeError, match="share1"):
+        command("longbench")(trec_arguments)
+    command("longbench")(trec_arguments)
+    assert read_rows(path)[:4] == rows and len(read_rows(path)) == 6
+    assert not list(path.parent.glob("*share*"))
 
 
 def test_labels_are_held_against_the_gold_check_and_a_second_run_adds_nothing(model_folder, tmp_path, capsys):

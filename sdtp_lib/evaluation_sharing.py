@@ -1,0 +1,95 @@
+"""An evaluation shared among processes: under `accelerate launch` each takes its share of the items, on its own device.
+
+Every process appends to a row file of its own beside the run's one; `gathered` joins them, before a run (what a killed
+one left) and after it. Without a launcher there is one process, which writes the run's own file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from sdtp_lib.records import RowWriter, join_rows, read_rows
+
+T = TypeVar("T")
+
+
+class Share:
+    """This process among those of one launch.
+
+    Attributes
+    ----------
+    index, count
+        Which of how many; 0 and 1 without a launcher.
+    device
+        Where its model belongs; None leaves the choice to `load_model`.
+    """
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=not torch.cuda.is_available())
+        self.index: int = self._state.process_index if self._state else 0
+        self.count: int = self._state.num_processes if self._state else 1
+        self.device: torch.device | None = self._state.device if self._state else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints, and joins the rows."""
+        return self.index == 0
+
+    def of(self, items: Sequence[T]) -> list[T]:
+        """Every ``count``-th of ``items``: neighbours, often of one length, go to different processes."""
+        return list(items)[self.index :: self.count]
+
+    def wait(self) -> None:
+        """Until every process of the launch is here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def rows(self, path: Path, passport: Mapping[str, Any]) -> Iterator[RowWriter]:
+        """This process's writer; rows of a run that was stopped count as done, by however many processes it ran.
+
+        Raises
+        ------
+        RuntimeError
+            If another run writes there.
+        """
+        if self.count == 1:
+            gathered(path)
+            with RowWriter(path, passport) as writer:
+                yield writer
+            return
+        if self.is_first:
+            gathered(path)
+        self.wait()
+        known = {row["key"] for row in read_rows(path)} if path.exists() else set()
+        mine = path.with_name(f"{path.stem}.share{self.index}{path.suffix}")
+        with RowWriter(mine, passport, known=known) as writer:
+            yield writer
+        self.wait()
+        if self.is_first:
+            gathered(path)
+        self.wait()
+
+
+def gathered(path: Path) -> int:
+    """Move the rows of all share files beside ``path`` into it; how many files there were.
+
+    Raises
+    ------
+    RuntimeError
+        If a process still writes to one of them.
+    """
+    shares = sorted(path.parent.glob(f"{path.stem}.share*{path.suffix}"))
+    if shares:
+        join_rows(path, shares)
+    return len(shares)
