@@ -123,7 +123,11 @@ def _mass_in_prompts(layer: nn.Module, arguments: Mapping[str, Any], window: int
 
 
 def attention_from_cached_keys(
-    layer: nn.Module, last_hidden: torch.Tensor, keys: torch.Tensor, position_embeddings: Any, valid: torch.Tensor
+    layer: nn.Module,
+    last_hidden: torch.Tensor,
+    keys: torch.Tensor,
+    position_embeddings: Any,
+    valid: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """The same (B, H, w, N) where ``layer`` has run and its ``keys`` (B, G, N, d) are at hand: no key is projected.
 
@@ -149,17 +153,19 @@ def _probabilities(
     window, tokens = query.shape[2], key.shape[2]
     rows, heads, _, size = query.shape
     groups = key.shape[1]
-    query = query.reshape(rows, groups, heads // groups, window, size)
-    logits = torch.einsum("bgrwd,bgnd->bgrwn", query, key).reshape(rows, heads, window, -1) * scale
+    query = (query * scale).reshape(rows, groups, heads // groups * window, size)
+    logits = (query @ key.transpose(-1, -2)).reshape(rows, heads, window, tokens)
     cap = getattr(attention_module(layer), "attn_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
     if alibi is not None:
         logits = logits + alibi.reshape(rows, heads, 1, -1)
-    columns = torch.arange(tokens, device=logits.device)
-    seen = columns[None, :] <= columns[tokens - window :, None]
-    seen = seen[None, None] if valid is None else seen[None, None] & valid[:, None, None, :].to(logits.device)
-    logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
+    # Only the askers themselves have tokens after them.
+    lowest = torch.finfo(logits.dtype).min
+    later = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., tokens - window :].masked_fill_(later, lowest)
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, None, None, :].to(logits.device), lowest)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
 
 

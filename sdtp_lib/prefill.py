@@ -99,7 +99,7 @@ class Prefill:
             layer_index=index, layer=layer, hidden_states=hidden, positions=positions, valid=valid,
             position_embeddings=arguments.get("position_embeddings"),
             prompt_lengths=self.prompt_lengths.to(hidden.device), alibi=arguments.get("alibi"),
-            before=self._layers_before(index, hidden),
+            before=self._layers_before(index, hidden), padded=self.padded,
         )  # fmt: skip
         scores = self._checked_scores(index, self.scorer(stage), valid)
         trace.scored_positions[index], trace.scores[index] = positions, scores

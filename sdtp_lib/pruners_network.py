@@ -88,10 +88,11 @@ class StagePruner(nn.Module):
         asks = (places >= 0) & valid.gather(1, within) & (distance.gather(1, within) < self.window)
         queries = F.linear(last, self.query.weight.to(last.dtype)).float() * _inverse_rms(last)
         queries, keys = (each.unflatten(-1, (self.heads, -1)) for each in (queries, keys))
-        products = torch.einsum("bqhr,bnhr->bnhq", queries, keys) / math.sqrt(keys.shape[-1])
-        products = products.masked_fill(~asks[:, None, None, :], -torch.inf)
+        # Tokens last: a sum over the few askers then runs along whole rows.
+        products = torch.einsum("bqhr,bnhr->bhqn", queries / math.sqrt(keys.shape[-1]), keys)
+        products = products.masked_fill(~asks[:, None, :, None], -torch.inf)
         count = asks.sum(-1).clamp(min=1).float().log()[:, None, None]
-        pooled = products.logsumexp(-1) - count
+        pooled = products.logsumexp(2).transpose(1, 2) - count
         return torch.where(torch.isfinite(pooled), pooled, torch.zeros_like(pooled))
 
 

@@ -62,7 +62,8 @@ def compute_saliency(
         Also keep the other inputs of pruners at ``layers``, in bfloat16, so that they train without the model: hidden
         states of the prompt, and what the layers before each paid to its tokens (`looking_back`).
     share
-        ``(i, n)``: compute only every n-th sample that is missing, from the i-th; n processes share the work so.
+        ``(i, n)``: label only every n-th sample, from the i-th; n processes share the work so, and whoever comes
+        after them with the whole reads all.
 
     Returns
     -------
@@ -89,7 +90,8 @@ def compute_saliency(
     folder = Path(cache_dir or cache_directory()) / "saliency" / _digest(about)
     folder.mkdir(parents=True, exist_ok=True)
     files = {sample["id"]: folder / f"{_digest(sample)}.safetensors" for sample in tokenised}
-    missing = [s for s in tokenised if not _complete(files[s["id"]], store_hidden)][share[0] :: share[1]]
+    mine = tokenised[share[0] :: share[1]]
+    missing = [s for s in mine if not _complete(files[s["id"]], store_hidden)]
     bar = tqdm(total=len(missing), desc=f"saliency ({', '.join(labels)})", disable=not progress, unit="sample")
     with bar:
         for batch in _batches(missing, batch_size):

@@ -59,6 +59,8 @@ class Stage:
         The last layers that have run on these very tokens, by index, where their keys are in the cache.
     read : dict
         Attention that was read already, by layer and window: the parts of a score may ask for the same.
+    padded : bool
+        Whether there may be padding at all, known without asking the device.
     """
 
     layer_index: int
@@ -71,11 +73,12 @@ class Stage:
     alibi: torch.Tensor | None = None
     before: Mapping[int, LayerBefore] = field(default_factory=dict)
     read: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
+    padded: bool = True
 
     def attention_from_last(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
         return attention_from_last(
-            self.layer, self.hidden_states, self.position_embeddings, window, self.valid, self.alibi
+            self.layer, self.hidden_states, self.position_embeddings, window, self._hidden_padding, self.alibi
         )
 
     def attention_just_paid(self, window: int) -> torch.Tensor:
@@ -97,6 +100,10 @@ class Stage:
             paid = [self.attention_from_last(window)] * len(layers)
         return torch.cat([each.sum(dim=2) for each in paid], dim=1).transpose(1, 2)
 
+    @property
+    def _hidden_padding(self) -> torch.Tensor | None:
+        return self.valid if self.padded else None
+
     def _paid_at(self, layer: int, window: int) -> torch.Tensor | None:
         before = self.before.get(layer)
         if before is None or min(window, self.positions.shape[1]) > before.last_hidden.shape[1]:
@@ -104,6 +111,6 @@ class Stage:
         if (layer, window) not in self.read:
             last = before.last_hidden[:, -window:]
             self.read[layer, window] = attention_from_cached_keys(
-                before.layer, last, before.keys, self.position_embeddings, self.valid
+                before.layer, last, before.keys, self.position_embeddings, self._hidden_padding
             )
         return self.read[layer, window]

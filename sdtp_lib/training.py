@@ -18,6 +18,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from sdtp_lib.pruners import TokenPruners
+from sdtp_lib.records import write_json
 from sdtp_lib.saliency import compute_saliency
 from sdtp_lib.training_config import TrainingConfig
 from sdtp_lib.training_step import Collator, PrunerLoss, simulated_pruning
@@ -53,7 +54,8 @@ def train_pruners(
     pruners
         Pruners to go on with; default new ones, made with ``pruner_options`` (``features=...``).
     output_dir
-        Checkpoints, and the pruners at the end under ``output_dir/pruners``. A checkpoint found there is resumed.
+        Checkpoints, at the end the pruners under ``output_dir/pruners`` and the logged losses in ``history.json``. A
+        checkpoint found there is resumed. Under `accelerate launch` or `notebook_launcher` one process writes.
 
     Returns
     -------
@@ -97,7 +99,10 @@ def train_pruners(
     last = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     trainer.train(resume_from_checkpoint=str(last[-1]) if last and resume else None)
     pruners.history = trainer.state.log_history
-    pruners.eval().save_pretrained(output_dir / "pruners")
+    pruners.eval()
+    if trainer.is_world_process_zero():
+        write_json(output_dir / "history.json", pruners.history)
+        pruners.save_pretrained(output_dir / "pruners")
     return pruners
 
 

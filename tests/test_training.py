@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from sdtp_lib.training import simulated_pruning, split_by_id, train_pruners
 from sdtp_lib.training_config import TrainingConfig
 from sdtp_lib.training_step import Collator, PrunerLoss
 
+ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (1, 3)
 QUICK = TrainingConfig(
     epochs=2, batch_size=2, eval_share=0.3, min_local_tokens=4, save_steps=3, logging_steps=1, learning_rate=1e-2
@@ -40,6 +46,34 @@ def labelled(tiny_model, tmp_path_factory):
     return compute_saliency(tiny_model(), samples(), LAYERS, cache_dir=folder, progress=False, store_hidden=True)
 
 
+TWO_PROCESSES = """
+import json
+from pathlib import Path
+from accelerate import debug_launcher
+from transformers import AutoModelForCausalLM
+from sdtp_lib.evaluation_sharing import Share
+from sdtp_lib.saliency import compute_saliency
+from sdtp_lib.training import train_pruners
+from test_training import LAYERS, QUICK, samples
+
+def work():
+    share, model = Share(), AutoModelForCausalLM.from_pretrained("model")
+    model.requires_grad_(False).eval()
+    about = {"cache_dir": "labels", "progress": False, "store_hidden": True}
+    own = compute_saliency(model, samples(), LAYERS, share=(share.index, share.count), **about)
+    share.wait()
+    labelled = compute_saliency(model, samples(), LAYERS, **about)
+    config = QUICK.replace(epochs=4, eval_share=0.0)
+    pruners = train_pruners(model, labelled, config, output_dir="out", progress=False)
+    weights = float(sum(p.detach().double().sum() for p in pruners.parameters()))
+    told = {"own": min(own.num_rows, 4), "labelled": labelled.num_rows, "weights": weights}
+    Path(f"rank{share.index}.json").write_text(json.dumps(told))
+
+if __name__ == "__main__":
+    debug_launcher(work, num_processes=2)
+"""
+
+
 def batch_of(labelled, rows):
     return Collator(LAYERS)([labelled[i] for i in rows])
 
@@ -59,6 +93,24 @@ def test_training_lowers_the_loss_and_saves_pruners_only(tiny_model, labelled, t
     again = TokenPruners.from_pretrained(tmp_path / "pruners")
     assert again.layers == LAYERS
     assert again.weights_fingerprint == pruners.weights_fingerprint is not None
+
+
+def test_two_processes_train_one_set_from_shared_labels(tiny_model, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "train.py"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["labelled"] == ranks[1]["labelled"] == 8 and ranks[0]["own"] == ranks[1]["own"] == 4
+    assert ranks[0]["weights"] == ranks[1]["weights"], "both processes end with one set"
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "out" / "history.json").read_text()) if "loss" in entry]
+    assert len(losses) == 8, "8 samples in batches of 2 on 2 processes, 4 epochs"
+    saved = TokenPruners.from_pretrained(tmp_path / "out" / "pruners")
+    assert float(sum(p.detach().double().sum() for p in saved.parameters())) == pytest.approx(ranks[0]["weights"])
 
 
 def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(tiny_model, labelled, tmp_path):
