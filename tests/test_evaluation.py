@@ -21,6 +21,7 @@ from sdtp_lib.evaluation import (
     paired_bootstrap,
     perplexity,
 )
+from sdtp_lib.evaluation_agreement import agreement
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.records import RowWriter, read_rows
 
@@ -129,3 +130,14 @@ def test_a_method_that_fails_on_an_item_is_a_row_and_does_not_end_the_run(model,
     rows = {row["scorer"]: row for row in read_rows(tmp_path / "rows.jsonl")}
     assert rows["broken"]["kind"] == "failure" and "out of memory" in rows["broken"]["error"]
     assert rows["random"]["kind"] == "scorer"
+
+
+def test_agreement_is_one_for_the_same_order_and_counts_the_best_that_are_found():
+    label = [0.0, 1.0, 2.0, 3.0]
+    assert agreement([1.0, 2.0, 30.0, 40.0], label, 0.5) == (pytest.approx(1.0), 1.0)
+    correlation, recall = agreement([0.0, 3.0, 1.0, 2.0], label, 0.5)
+    assert correlation == pytest.approx(0.4) and recall == 0.5
+    with pytest.raises(ValueError, match="one number a token"):
+        agreement([1.0], label, 0.5)
+    with pytest.raises(ValueError, match="share=1"):
+        agreement(label, label, 1)
