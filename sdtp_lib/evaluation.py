@@ -184,13 +184,16 @@ def compare_scorers(
     *,
     cell: str,
     progress: Callable[[str], None] | None = None,
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> None:
     """One row for each (cell, sample, config, method) that ``writer`` does not have yet.
 
+    ``around()`` is entered for every pruned run, not for the unpruned one (KV-cache compression, say).
     A row has ``kl_nats`` (a token, to the unpruned model), ``loss_full_nats`` and ``loss_nats`` (a token),
     ``top1_agreement``, ``answer_full`` and ``answer`` (whether greedy decoding gives the answer's tokens; samples with
     an ``answer_mask`` only), ``compression_ratio``, ``prefill_flops_share`` (of unpruned, the pruners' own not
-    counted) and ``seconds``. The unpruned logits are computed once a sample. What fails is a row of kind ``failure``.
+    counted), ``kv_bytes`` of the prompt's cache and ``seconds``. The unpruned logits are computed once a sample. What
+    fails is a row of kind ``failure``.
     """
     shape = ModelShape.from_config(model.config)
     for sample in samples:
@@ -218,11 +221,13 @@ def compare_scorers(
                         method.scorer(model, sample, every_layer) if method.from_sample else method.scorer
                     )
                 used = method.config_for(config, len(prompt)) if method.config_for else config
-                logits, trace = continuation_logits(model, prompt, response, used, made[method.name])
+                with around():
+                    logits, trace = continuation_logits(model, prompt, response, used, made[method.name])
                 measured = _compared(full, logits, sample) | {
                     "compression_ratio": trace.compression_ratio,
                     "prefill_flops_share": budget.prefill_flops(shape, trace.tokens_per_layer)
                     / budget.prefill_flops(shape, [len(prompt)] * shape.num_layers),
+                    "kv_bytes": sum(trace.kv_bytes_per_layer),
                     "keep_ratio": used.keep_ratio,
                     "stages": len(used.layers),
                     "seconds": time.perf_counter() - started,

@@ -5,6 +5,10 @@ kvpress needs transformers < 5.3, so these run in the environment of ``make test
 
 from __future__ import annotations
 
+import json
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -81,3 +85,24 @@ def test_compression_with_padding_is_refused(tiny_model):
             cache = model(input_ids=PROMPT.expand(2, -1), attention_mask=mask, use_cache=True).past_key_values
         with pytest.raises(PruningNotSupported, match="KV-cache compression ran inside"):
             model(input_ids=PROMPT[:, :1].expand(2, -1), past_key_values=cache)
+
+
+def test_the_tables_command_measures_each_press_alone_and_behind_sdtp(tiny_model, tiny_tokenizer, tmp_path, capsys):
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "compression.py"
+    main = runpy.run_path(str(path))["main"]
+    folder = tmp_path / "model"
+    tiny_model(max_position_embeddings=2048).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    arguments = ["--model", str(folder), "--scorer", "recency", "--cells", "needle", "--samples", "2"]
+    arguments += ["--prompt-tokens", "600", "--run-dir", str(tmp_path / "run")]
+    main(arguments)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "compression.jsonl").read_text().splitlines()]
+    assert [row.get("error") for row in rows if row["kind"] == "failure"] == []
+    assert len(rows) == 2 * 5 and "| keep09 | SDTP + SnapKV 40% |" in capsys.readouterr().out
+    held = {(row["sample"], row["scorer"]): row["kv_bytes"] for row in rows}
+    for (sample, name), kv in held.items():
+        if name.startswith("SDTP + "):
+            assert kv == pytest.approx(0.4 * held[sample, "SDTP"], rel=0.02)
+            assert kv < held[sample, name.removeprefix("SDTP + ")]
+    main(arguments)
+    assert len((tmp_path / "run" / "compression.jsonl").read_text().splitlines()) == len(rows)

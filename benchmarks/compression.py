@@ -1,0 +1,115 @@
+"""The paper's Table 6: SDTP, then a smaller KV cache by heavy hitters (H2O) or SnapKV, both from kvpress.
+
+    make bench-compression                                        # in the environment of `make test-floor`
+    .venv-floor/bin/python benchmarks/compression.py --samples 8 --kv 0.4 --presets keep09 keep07
+
+kvpress needs transformers < 5.3, so this runs in .venv-floor. Each press keeps ``--kv`` of the tokens that a layer has,
+after SDTP has dropped its own; the KV share is read from the cache. KL is to the unpruned model with its whole cache.
+All variants run with eager attention, which H2O reads. One row a (cell, sample, variant); runs resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sdtp_lib import PruningConfig, TokenPruners, budget, evaluation, evaluation_tables, load_model, scorers
+from sdtp_lib.evaluation_cells import CELLS, cell_samples
+from sdtp_lib.model_shape import ModelShape, element_bytes
+from sdtp_lib.models import weights_note
+from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+
+SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
+PRESSES = {"H2O": "ObservedAttentionPress", "SnapKV": "SnapKVPress"}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
+    parser.add_argument("--scorer", default="SDTP", help="SDTP, SDTP=DIR, attention or recency")
+    parser.add_argument("--presets", nargs="+", default=["keep09"])
+    parser.add_argument("--kv", type=float, default=0.4, help="share of the cached tokens that a press keeps")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "multi_key", "instructions"])
+    parser.add_argument("--samples", type=int, default=4, help="a cell")
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "compression")
+    options = parser.parse_args(arguments)
+    if not 0 < options.kv < 1:
+        parser.error(f"--kv {options.kv}: give the share of tokens to keep, between 0 and 1.")
+    return options
+
+
+def scorer_named(text: str, model):
+    name, _, folder = text.partition("=")
+    if name in ("attention", "recency"):
+        return getattr(scorers, name)()
+    path = Path(folder) if folder else SHIPPED
+    if not path.is_dir():
+        raise SystemExit(f"--scorer {text}: no folder {path}; give SDTP=DIR with pruners of this model.")
+    return TokenPruners.from_pretrained(str(path)).to(model.device).eval()
+
+
+def variants(options: argparse.Namespace, layers: int) -> list[tuple[str, str, PruningConfig, str | None]]:
+    """(setting, name, config, press): each press alone, SDTP alone, and SDTP before each press."""
+    whole = PruningConfig.preset(options.presets[0], layers, keep_ratio=1.0)
+    found = [("unpruned", f"{press} {options.kv:.0%}", whole, press) for press in PRESSES]
+    for preset in options.presets:
+        config = PruningConfig.preset(preset, layers)
+        found.append((preset, "SDTP", config, None))
+        found += [(preset, f"SDTP + {press} {options.kv:.0%}", config, press) for press in PRESSES]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    try:
+        import kvpress
+    except ImportError:
+        raise SystemExit(
+            "kvpress is not installed (it needs transformers < 5.3): run `make bench-compression`."
+        ) from None
+    model, tokenizer = load_model(options.model, attn_implementation="eager")
+    scorer = scorer_named(options.scorer, model)
+    makers = {name: partial(getattr(kvpress, kind), compression_ratio=1 - options.kv) for name, kind in PRESSES.items()}
+    chosen = variants(options, model.config.num_hidden_layers)
+    stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
+    with RowWriter(options.run_dir / "compression.jsonl", stamp) as writer:
+        cells = {
+            cell: cell_samples(
+                cell, tokenizer, prompt_tokens=options.prompt_tokens, count=options.samples, seed=options.seed
+            )
+            for cell in options.cells
+        }
+        bar = tqdm([(cell, s) for cell, samples in cells.items() for s in samples], unit="sample", mininterval=5)
+        for cell, sample in bar:
+            for setting, name, config, press in chosen:
+                around = contextlib.nullcontext if press is None else lambda made=makers[press]: made()(model)
+                method = evaluation.Method(name, scorer)
+                evaluation.compare_scorers(
+                    model, [sample], {setting: config}, [method], writer, cell=cell, around=around
+                )
+        frame = read_frame(writer.path)
+    report(frame, ModelShape.from_config(model.config), element_bytes(model.dtype))
+
+
+def report(frame, shape: ModelShape, number_bytes: int) -> None:
+    for row in frame[frame.kind == "failure"].itertuples():
+        print(f"failed: {row.cell} {row.sample} {row.setting} {row.scorer}: {row.error}")
+    rows = frame[frame.kind == "scorer"].copy()
+    whole = [budget.kv_bytes(shape, [tokens] * shape.num_layers, number_bytes) for tokens in rows.prompt_tokens]
+    rows["kv share %"] = 100 * rows.kv_bytes / whole
+    summary = evaluation_tables.scorer_summary(rows)
+    table = summary.pivot_table(index=["setting", "scorer"], columns="cell", values="kl_nats", sort=False)
+    table.insert(0, "kv share %", rows.groupby(["setting", "scorer"], sort=False)["kv share %"].mean())
+    counts = ", ".join(f"{cell} n={n}" for cell, n in summary.groupby("cell", sort=False)["items"].max().items())
+    print(f"\nKL to the unpruned model with its whole cache, nats a token ({counts})\n")
+    print(evaluation_tables.markdown(table.reset_index()))
+
+
+if __name__ == "__main__":
+    main()
