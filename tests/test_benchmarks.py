@@ -47,6 +47,22 @@ def test_the_measure_writes_rows_a_table_and_a_picture_and_a_second_run_adds_not
     assert read_rows(tmp_path / "scorers.jsonl") == rows
 
 
+def test_named_scores_alone_are_measured_on_answers_that_the_model_gets_right(model_folder, tmp_path, capsys):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "2", "--oracle-prompts", "0"]
+    arguments += ["--lengths", "600", "--cells", "needle", "--settings", "r=0.9"]
+    command("scorers")([*arguments, "--scores", "recency"])
+    rows = read_rows(tmp_path / "scorers.jsonl")
+    assert {row["scorer"] for row in rows} == {"recency"} and len(rows) == 2
+    # A tiny random model answers nothing: pretend that it had, and that pruning lost one of the two.
+    changed = [row | {"answer_full": True, "answer": number == 0} for number, row in enumerate(rows)]
+    (tmp_path / "scorers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    command("scorers")([*arguments, "--tables"])
+    printed = capsys.readouterr().out
+    assert "of those that the unpruned model gets right (needle@600 2)" in printed and "| 50.0 |" in printed
+    with pytest.raises(SystemExit, match="--scores 'recentness' is unknown: choose among random"):
+        command("scorers")([*arguments, "--scores", "recentness"])
+
+
 def test_the_weight_of_recency_is_tuned_on_training_samples_only(model_folder, tmp_path):
     arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "1", "--oracle-prompts", "0"]
     command("scorers")([*arguments, "--lengths", "2000", "--cells", "needle", "--settings", "r=0.7"])
