@@ -46,6 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-tokens", type=int, default=None, help="official truncation; default: what the model takes"
     )
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts a batch; times are then of whole batches")
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "longbench")
     parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
     return parser.parse_args(arguments)
@@ -88,7 +89,10 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             most = options.max_tokens or positions - longbench.task(dataset).max_new_tokens - CHAT_TOKENS
             bar = tqdm(total=len(records), desc=dataset, unit="item", mininterval=5, disable=not share.is_first)
             items = longbench_items(records, tokenizer, max_tokens=most)
-            run_items(model, tokenizer, items, variants, writer, progress=lambda item, bar=bar: bar.update())
+            run_items(
+                model, tokenizer, items, variants, writer, batch_size=options.batch_size,
+                progress=lambda item, bar=bar: bar.update(),
+            )  # fmt: skip
             bar.close()
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,29 +104,64 @@ def run_items(
     variants: Sequence[Variant],
     writer: RowWriter,
     *,
+    batch_size: int = 1,
     progress: Callable[[Item], None] | None = None,
 ) -> None:
     """One row for each item and variant that ``writer`` does not have yet.
 
-    A row has ``dataset, item, variant, prompt_tokens, was_cut, prediction, score, new_tokens, prefill_seconds`` (to the
-    first token), ``generate_seconds``, and for pruned variants ``tokens_per_layer, compression_ratio, dropped_at``
-    (see `token_fates`).
+    A row has ``dataset, item, variant, prompt_tokens, was_cut, prediction, score, new_tokens, batch, prefill_seconds``
+    (to the first token), ``generate_seconds`` (both of the row's whole batch), and for pruned variants
+    ``tokens_per_layer, compression_ratio, dropped_at`` (see `token_fates`).
+
+    ``batch_size`` prompts of like lengths and equal rules are answered together, padded on the left; a batch that
+    fails is tried again item by item.
     """
-    for item in items:
+    for batch in _batches(items, batch_size):
         for variant in variants:
-            key = f"{item.dataset}|{item.identifier}|{variant.name}"
-            if writer.done(key):
-                continue
-            labels = {"dataset": item.dataset, "item": item.identifier, "variant": variant.name}
-            labels |= {"prompt_tokens": len(item.prompt_ids), "was_cut": item.cut}
-            try:
-                measured = _answered(model, tokenizer, item, variant)
-            except (RuntimeError, ValueError, MemoryError) as error:
-                writer.add(key, kind="failure", **labels, error=f"{type(error).__name__}: {str(error)[:300]}")
-            else:
-                writer.add(key, kind="item", **labels, **measured)
+            todo = [item for item in batch if not writer.done(_key(item, variant))]
+            if todo:
+                _add_answers(model, tokenizer, todo, variant, writer)
         if progress is not None:
-            progress(item)
+            for item in batch:
+                progress(item)
+
+
+def _key(item: Item, variant: Variant) -> str:
+    return f"{item.dataset}|{item.identifier}|{variant.name}"
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Items in their order; for ``size`` above 1 by length within some dozens, so that little of a batch is padding."""
+    if size == 1:
+        yield from ([item] for item in items)
+        return
+    source = iter(items)
+    while some := list(itertools.islice(source, 16 * size)):
+        some.sort(key=lambda item: (item.max_new_tokens, item.stop_ids, len(item.prompt_ids)))
+        for _, alike in itertools.groupby(some, key=lambda item: (item.max_new_tokens, item.stop_ids)):
+            alike = list(alike)
+            yield from (alike[first : first + size] for first in range(0, len(alike), size))
+
+
+def _add_answers(model: Any, tokenizer: Any, items: Sequence[Item], variant: Variant, writer: RowWriter) -> None:
+    try:
+        answers = _answered(model, tokenizer, items, variant)
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if len(items) > 1:
+            for item in items:
+                _add_answers(model, tokenizer, [item], variant, writer)
+            return
+        (item,) = items
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        writer.add(_key(item, variant), kind="failure", **_labels(item, variant), error=reason)
+        return
+    for item, answer in zip(items, answers, strict=True):
+        writer.add(_key(item, variant), kind="item", **_labels(item, variant), **answer)
+
+
+def _labels(item: Item, variant: Variant) -> dict[str, Any]:
+    names = {"dataset": item.dataset, "item": item.identifier, "variant": variant.name}
+    return names | {"prompt_tokens": len(item.prompt_ids), "was_cut": item.cut}
 
 
 class _FirstToken:
@@ -144,16 +180,21 @@ class _FirstToken:
 
 
 @torch.no_grad()
-def _answered(model: Any, tokenizer: Any, item: Item, variant: Variant) -> dict[str, Any]:
+def _answered(model: Any, tokenizer: Any, items: Sequence[Item], variant: Variant) -> list[dict[str, Any]]:
+    """The measured fields of each item, all generated in one batch."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and len(item.prompt_ids) + item.max_new_tokens > limit:
+    longest, new_tokens = max(len(item.prompt_ids) for item in items), items[0].max_new_tokens
+    if limit is not None and longest + new_tokens > limit:
         raise ValueError(
-            f"{len(item.prompt_ids)} prompt and {item.max_new_tokens} new tokens are more than the model's {limit} "
-            "positions: lower the prompt limit."
+            f"{longest} prompt and {new_tokens} new tokens are more than the model's {limit} positions: lower the "
+            "prompt limit."
         )
-    ids = torch.tensor([list(item.prompt_ids)], device=model.device)
     ends = model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
+    filler = ends[0] if ends else 0
+    ids = [[filler] * (longest - len(item.prompt_ids)) + list(item.prompt_ids) for item in items]
+    mask = [[0] * (longest - len(item.prompt_ids)) + [1] * len(item.prompt_ids) for item in items]
+    ends += items[0].stop_ids
     clock = _FirstToken()
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -161,32 +202,42 @@ def _answered(model: Any, tokenizer: Any, item: Item, variant: Variant) -> dict[
         if variant.config is not None:
             trace = stack.enter_context(token_pruning(model, variant.config, variant.scorer))
         output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=item.max_new_tokens,
+            torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=new_tokens,
             min_new_tokens=1,
             do_sample=False,
-            eos_token_id=[*ends, *item.stop_ids] or None,
-            pad_token_id=ends[0] if ends else None,
+            eos_token_id=ends or None,
+            pad_token_id=filler,
             streamer=clock,
         )
     seconds = time.perf_counter() - started
-    new_ids = output[0, ids.shape[1] :]
-    prediction = tokenizer.decode(new_ids, skip_special_tokens=True)
-    fields = {
-        "prediction": prediction,
-        "score": item.score(prediction),
-        "new_tokens": len(new_ids),
-        "prefill_seconds": clock.first_at - started,
-        "generate_seconds": seconds,
+    times = {"batch": len(items), "prefill_seconds": clock.first_at - started, "generate_seconds": seconds}
+    answers = []
+    for row, item in enumerate(items):
+        new_ids = _up_to_its_end(output[row, longest:].tolist(), ends)
+        prediction = tokenizer.decode(new_ids, skip_special_tokens=True)
+        answer = {"prediction": prediction, "score": item.score(prediction), "new_tokens": len(new_ids)} | times
+        answers.append(answer if trace is None else answer | _kept(trace, row, len(item.prompt_ids)))
+    return answers
+
+
+def _up_to_its_end(new_ids: list[int], ends: Sequence[int]) -> list[int]:
+    """What a row generated, its end token included; what stands after it only fills the batch."""
+    for place, token in enumerate(new_ids):
+        if token in ends:
+            return new_ids[: place + 1]
+    return new_ids
+
+
+def _kept(trace: PruningTrace, row: int, tokens: int) -> dict[str, Any]:
+    counts = trace.tokens_per_row[:, row].tolist()
+    packed = _packed(trace, row, tokens, len(counts))
+    return {
+        "tokens_per_layer": counts,
+        "compression_ratio": tokens * len(counts) / sum(counts),
+        "dropped_at": packed,
     }
-    if trace is not None:
-        fields |= {
-            "tokens_per_layer": trace.tokens_per_layer,
-            "compression_ratio": trace.compression_ratio,
-            "dropped_at": _packed(trace, len(item.prompt_ids), len(trace.tokens_per_layer)),
-        }
-    return fields
 
 
 def token_fates(packed: str, layers: Sequence[int], num_layers: int) -> TokenFates:
@@ -195,13 +246,13 @@ def token_fates(packed: str, layers: Sequence[int], num_layers: int) -> TokenFat
     return TokenFates(fate, tuple(layers), num_layers, np.full((len(layers), len(fate)), np.nan))
 
 
-def _packed(trace: PruningTrace, tokens: int, num_layers: int) -> str:
+def _packed(trace: PruningTrace, row: int, tokens: int, num_layers: int) -> str:
     """Compressed: a prompt of 8,192 tokens as a list of numbers would be 30 kB in every row."""
     fate = np.full(tokens, num_layers, dtype=np.int16)
     alive = np.ones(tokens, dtype=bool)
     for layer in sorted(trace.kept_positions):
         kept = np.zeros(tokens, dtype=bool)
-        positions = trace.kept_positions[layer][0].cpu().numpy()
+        positions = trace.kept_positions[layer][row].cpu().numpy()
         kept[positions[positions >= 0]] = True
         fate[alive & ~kept] = layer
         alive = kept

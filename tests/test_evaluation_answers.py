@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -62,6 +63,34 @@ def test_a_prompt_beyond_the_models_positions_is_recorded_and_the_rest_goes_on(t
     assert second["kind"] == "item"
 
 
+def test_a_batch_answers_as_each_item_alone_and_keeps_the_same_tokens(tiny_model, tiny_tokenizer, tmp_path):
+    model = tiny_model()
+    items = [an_item(number, tokens=40 + 9 * number) for number in range(5)]
+    # One ends early: what the batch fills its row with must not count.
+    ids = torch.tensor([items[1].prompt_ids])
+    second = int(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)[0, -1])
+    items = [dataclasses.replace(item, stop_ids=(second,)) for item in items]
+    compared = ("prediction", "new_tokens", "score", "prompt_tokens", "tokens_per_layer", "dropped_at")
+    found = {}
+    for size in (1, 3):
+        with RowWriter(tmp_path / f"rows{size}.jsonl", {}) as writer:
+            run_items(model, tiny_tokenizer, items, VARIANTS, writer, batch_size=size)
+        rows = read_rows(tmp_path / f"rows{size}.jsonl")
+        found[size] = {row["key"]: [row.get(name) for name in compared] for row in rows}
+        assert {row["batch"] for row in rows} == ({1} if size == 1 else {2, 3})
+    assert found[1] == found[3] and len(found[1]) == 15
+    assert found[1]["multi_news|i1|full"][1] <= 2
+
+
+def test_a_batch_that_fails_is_answered_item_by_item(tiny_model, tiny_tokenizer, tmp_path):
+    model = tiny_model(max_position_embeddings=64)
+    items = [an_item(0, tokens=80), an_item(1, tokens=40)]
+    with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
+        run_items(model, tiny_tokenizer, items, [Variant(FULL)], writer, batch_size=2)
+    kinds = {row["item"]: row["kind"] for row in read_rows(tmp_path / "rows.jsonl")}
+    assert kinds == {"i0": "failure", "i1": "item"}
+
+
 def test_a_stop_token_ends_an_answer(tiny_model, tiny_tokenizer, tmp_path):
     model = tiny_model()
     with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
@@ -102,7 +131,7 @@ _KILLED_RUN = """
 
     class Decoder:
         def decode(self, ids, skip_special_tokens=True):
-            return " ".join(map(str, ids.tolist()))
+            return " ".join(map(str, ids))
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4,
