@@ -17,20 +17,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, TokenPruners, budget, evaluation, evaluation_tables, load_model, scorers
+from sdtp_lib import PruningConfig, budget, evaluation, evaluation_tables, load_model
 from sdtp_lib.evaluation_cells import CELLS, cell_samples
+from sdtp_lib.evaluation_named import scorer_named
 from sdtp_lib.model_shape import ModelShape, element_bytes
 from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
 
-SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
 PRESSES = {"H2O": "ObservedAttentionPress", "SnapKV": "SnapKVPress"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
-    parser.add_argument("--scorer", default="SDTP", help="SDTP, SDTP=DIR, attention or recency")
+    parser.add_argument("--scorer", type=scorer_named, default="SDTP", help="SDTP, SDTP=DIR, attention, recency, ...")
     parser.add_argument("--presets", nargs="+", default=["keep09"])
     parser.add_argument("--kv", type=float, default=0.4, help="share of the cached tokens that a press keeps")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "multi_key", "instructions"])
@@ -42,16 +42,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if not 0 < options.kv < 1:
         parser.error(f"--kv {options.kv}: give the share of tokens to keep, between 0 and 1.")
     return options
-
-
-def scorer_named(text: str, model):
-    name, _, folder = text.partition("=")
-    if name in ("attention", "recency"):
-        return getattr(scorers, name)()
-    path = Path(folder) if folder else SHIPPED
-    if not path.is_dir():
-        raise SystemExit(f"--scorer {text}: no folder {path}; give SDTP=DIR with pruners of this model.")
-    return TokenPruners.from_pretrained(str(path)).to(model.device).eval()
 
 
 def variants(options: argparse.Namespace, layers: int) -> list[tuple[str, str, PruningConfig, str | None]]:
@@ -74,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
             "kvpress is not installed (it needs transformers < 5.3): run `make bench-compression`."
         ) from None
     model, tokenizer = load_model(options.model, attn_implementation="eager")
-    scorer = scorer_named(options.scorer, model)
+    scorer = options.scorer.load(model)
     makers = {name: partial(getattr(kvpress, kind), compression_ratio=1 - options.kv) for name, kind in PRESSES.items()}
     chosen = variants(options, model.config.num_hidden_layers)
     stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))

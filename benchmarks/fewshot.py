@@ -15,14 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, TokenPruners, load_model, scorers
+from sdtp_lib import PruningConfig, load_model
+from sdtp_lib.evaluation_named import SIMPLE, scorer_named
 from sdtp_lib.evaluation_tables import fewshot_table, markdown
 from sdtp_lib.harness import SDTPLM
 from sdtp_lib.harness_tasks import TASKS, local_task, run_task
 from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
 
-SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
 # Table 3 of arXiv 2504.04514, full -> SDTP; printed only beside the same model.
 PAPER = {"Llama-2-7b": (58.62, 59.88), "Mistral-7B": (71.39, 71.24), "bloom-7b1": (54.03, 53.90)}
 
@@ -37,8 +37,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=200, help="items a task")
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--presets", nargs="+", default=["keep09"])
-    parser.add_argument("--pruners", nargs="*", default=[f"SDTP={SHIPPED}"], help="learned pruners: NAME=DIR or DIR")
-    parser.add_argument("--scorers", nargs="*", default=[], choices=["random", "recency", "hidden_norm", "attention"])
+    parser.add_argument("--pruners", nargs="*", type=scorer_named, default=None, metavar="NAME[=DIR]",
+                        help="learned pruners; default SDTP, the shipped set; no value: none")  # fmt: skip
+    parser.add_argument("--scorers", nargs="*", default=[], choices=SIMPLE)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "fewshot")
     parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
@@ -48,12 +49,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def measure(options: argparse.Namespace, path: Path) -> None:
     model, tokenizer = load_model(options.model, dtype=options.dtype, device_map=options.device_map)
     shared = {"pretrained": model, "tokenizer": tokenizer, "batch_size": options.batch_size}
-    chosen = {name: getattr(scorers, name)() for name in options.scorers}
-    for text in options.pruners:
-        name, _, folder = text.rpartition("=")
-        if not Path(folder).is_dir():
-            raise SystemExit(f"--pruners {text}: no folder {folder}; give NAME=DIR, or only --scorers and --pruners.")
-        chosen[name or "SDTP"] = TokenPruners.from_pretrained(folder).to(model.device).eval()
+    pruners = [scorer_named("SDTP")] if options.pruners is None else options.pruners
+    named = [*pruners, *map(scorer_named, options.scorers)]
+    chosen = {each.name: each.load(model) for each in named}
     if not chosen:
         raise SystemExit("neither --pruners nor --scorers: name one of them.")
     models = {"full": SDTPLM(**shared)}

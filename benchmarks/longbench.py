@@ -19,17 +19,15 @@ from pathlib import Path
 import pandas
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, TokenPruners, load_model, longbench, scorers
+from sdtp_lib import PruningConfig, load_model, longbench
 from sdtp_lib.evaluation_answers import FULL, Variant, longbench_items, run_items
+from sdtp_lib.evaluation_named import SIMPLE, scorer_named
 from sdtp_lib.evaluation_sharing import Share
 from sdtp_lib.evaluation_tables import answers_table, markdown
 from sdtp_lib.models import weights_note
 from sdtp_lib.paper_numbers import TABLE1
 from sdtp_lib.records import passport, project_root, read_frame
 
-SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
-SIMPLE = {"random": scorers.random, "recency": scorers.recency, "hidden_norm": scorers.hidden_norm,
-          "attention": scorers.attention}  # fmt: skip
 CHAT_TOKENS = 64
 
 
@@ -42,7 +40,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", default=["paper"])
     parser.add_argument("--limit", type=int, default=None, help="the first so many items by _id")
     parser.add_argument("--presets", nargs="*", default=["keep09", "keep08", "keep07"])
-    parser.add_argument("--scorers", nargs="+", default=["SDTP"], help="random recency hidden_norm attention NAME=DIR")
+    parser.add_argument("--scorers", nargs="+", type=scorer_named, default=None, metavar="NAME[=DIR]",
+                        help=f"SDTP (default), NAME=DIR, {', '.join(SIMPLE)}")  # fmt: skip
     parser.add_argument(
         "--max-tokens", type=int, default=None, help="official truncation; default: what the model takes"
     )
@@ -50,16 +49,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "longbench")
     parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
     return parser.parse_args(arguments)
-
-
-def scorer_named(text: str, model):
-    name, _, folder = text.partition("=")
-    if name in SIMPLE:
-        return name, SIMPLE[name]()
-    path = Path(folder) if folder else SHIPPED
-    if not path.is_dir():
-        raise SystemExit(f"--scorers {text}: no folder {path}; give NAME=DIR with pruners of this model.")
-    return name, TokenPruners.from_pretrained(str(path)).to(model.device).eval()
 
 
 def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
@@ -70,7 +59,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
         options.model, dtype=options.dtype, device=share.device, device_map=options.device_map
     )
     layers = model.config.num_hidden_layers
-    chosen = [scorer_named(text, model) for text in options.scorers]
+    chosen = [(named.name, named.load(model)) for named in options.scorers or [scorer_named("SDTP")]]
     variants = [Variant(FULL)] + [
         Variant(f"{name} {preset}", PruningConfig.preset(preset, num_layers=layers), scorer)
         for preset in options.presets

@@ -20,14 +20,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, TokenPruners, budget, evaluation, evaluation_tables, load_model, plots, scorers
+from sdtp_lib import PruningConfig, budget, evaluation, evaluation_tables, load_model, plots
 from sdtp_lib.evaluation_cells import CELLS, cell_samples
+from sdtp_lib.evaluation_named import scorer_named
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
 
-SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
-SIMPLE = {"attention": scorers.attention, "recency": scorers.recency, "random": scorers.random}
 # How unevenly stages drop: the share that a stage drops, relative to the first, falls or rises linearly to this.
 PROFILES = {"even": 1.0, "early": 0.25, "late": 4.0}
 
@@ -36,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("first", "stages", "search"))
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
-    parser.add_argument("--scorer", default="SDTP", help="SDTP, SDTP=DIR, attention, recency or random")
+    parser.add_argument("--scorer", type=scorer_named, default="SDTP", help="SDTP, SDTP=DIR, attention, recency, ...")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "instructions"])
     parser.add_argument("--samples", type=int, default=6, help="a cell")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
@@ -45,18 +44,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "schedules")
     return parser.parse_args(arguments)
-
-
-def scorer_named(text: str, depth: int, device) -> tuple[object, list[int]]:
-    """The scorer, and the layers that it can score."""
-    name, _, folder = text.partition("=")
-    if name in SIMPLE and not folder:
-        return SIMPLE[name](), list(range(1, depth))
-    path = Path(folder) if folder else SHIPPED
-    if not path.is_dir():
-        raise SystemExit(f"--scorer {text}: no folder {path}; give SDTP=DIR, or one of {', '.join(SIMPLE)}.")
-    pruners = TokenPruners.from_pretrained(str(path)).to(device).eval()
-    return pruners, list(pruners.layers)
 
 
 def at_budget(
@@ -136,9 +123,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     model, tokenizer = load_model(options.model)
     shape = ModelShape.from_config(model.config)
-    scorer, layers = scorer_named(options.scorer, shape.num_layers, model.device)
+    scorer = options.scorer.load(model)
+    layers = options.scorer.layers(scorer, shape.num_layers)
     tokens, path = options.prompt_tokens, options.run_dir / "schedules.jsonl"
-    name = scorers.name_of(scorer) if options.scorer in SIMPLE else options.scorer
+    name = options.scorer.name
     method = evaluation.Method(name, scorer)
     stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
 

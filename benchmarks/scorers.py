@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, TokenPruners, evaluation, evaluation_tables, load_model, plots
+from sdtp_lib import PruningConfig, evaluation, evaluation_tables, load_model, plots
 from sdtp_lib.evaluation_cells import CELLS, cell_samples
+from sdtp_lib.evaluation_named import SHIPPED, scorer_named
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
@@ -38,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
-    parser.add_argument("--pruners", action="append", metavar="NAME=DIR", help="learned pruners; NAME begins with SDTP")
+    parser.add_argument("--pruners", action="append", type=scorer_named, metavar="NAME=DIR", help="begins with SDTP")
     parser.add_argument("--prompts", type=int, default=32, help="samples a cell")
     parser.add_argument("--oracle-prompts", type=int, default=8, help="of these, how many for the oracles")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="prompt tokens")
@@ -63,13 +64,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Method]:
     """The pruners named on the command line, or those that ship with the project."""
-    named = [item.partition("=")[::2] for item in options.pruners or []]
-    shipped = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
-    if not named and options.model == "embedded" and shipped.is_dir():
-        named = [(evaluation_tables.LEARNED_PREFIX, shipped)]
-    return [
-        evaluation.Method(name, TokenPruners.from_pretrained(str(path)).to(model.device).eval()) for name, path in named
-    ]
+    shipped = options.model == "embedded" and SHIPPED.is_dir()
+    named = options.pruners or ([scorer_named(evaluation_tables.LEARNED_PREFIX)] if shipped else [])
+    return [evaluation.Method(each.name, each.load(model)) for each in named]
 
 
 def tuned_weight(model, tokenizer, configs, length: int, seed: int, writer: RowWriter) -> float:

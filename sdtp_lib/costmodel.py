@@ -4,8 +4,8 @@ Everything here is a *prediction*. Pure arithmetic on a `ModelShape`, tokens a l
 measured. The hardware's figures are achieved rates, not data-sheet peaks: those of this machine come from
 `profiling_hardware.measure_hardware`, those of named GPUs are a peak times a stated efficiency.
 
-A layer of prefill takes the longer of what its kernels compute and what the host needs to launch them; a decode step
-the bytes of weights and cache it moves plus its launches.
+A prefill takes the longer of what its kernels compute and what the host needs to launch them (where nothing is queued:
+the sum); a decode step likewise, its kernels being the bytes of weights and cache that it moves.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class Hardware:
         Microseconds the host spends on one operation, Python included.
     asynchronous
         True where the host queues work ahead (CUDA): launches then hide behind compute.
+    cache_passes
+        How often a decode step moves the whole cache at ``bandwidth_gb_s``. A DynamicCache concatenates: it reads and
+        writes all of it before attention reads it again; a CPU's caches hide part of that.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Hardware:
     elementwise_gb_s: float
     launch_us: float
     asynchronous: bool = True
+    cache_passes: float = 3.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -64,9 +68,8 @@ HARDWARE = {
 
 # Operations a transformers decoder layer launches, counted with torch's profiler on Llama's (sdpa, one token).
 LAUNCHES_PER_LAYER = 60
-LAUNCHES_PER_STAGE = 40  # scoring, sort, gathers of hidden states and rotary tables
-# A DynamicCache concatenates: each step reads and writes the whole cache before attention reads it again.
-CACHE_PASSES = 3
+# Counted alike at a stage of the shipped pruners: inputs, network, blend, sort, gathers of hidden states and tables.
+LAUNCHES_PER_STAGE = 370
 
 
 def elementwise_bytes(shape: ModelShape, tokens: int, bytes_per_element: int) -> int:
@@ -88,19 +91,18 @@ def prefill_ms(
     pruned_layers: Sequence[int] = (),
 ) -> float:
     """Predicted milliseconds of one prefill (batch 1, logits of the last position), with its stages' own cost."""
-    size, total = element_bytes(dtype), 0.0
+    size, kernels = element_bytes(dtype), 0.0
+    launches = LAUNCHES_PER_LAYER * len(tokens_per_layer) + LAUNCHES_PER_STAGE * len(pruned_layers) + 10
     for tokens in tokens_per_layer:
-        kernels = 1e-9 * 2 * tokens * shape.layer_matmul_weights / hardware.matmul_tflops
+        kernels += 1e-9 * 2 * tokens * shape.layer_matmul_weights / hardware.matmul_tflops
         kernels += 1e-9 * 2 * tokens * tokens * shape.query_width / hardware.attention_tflops
         kernels += 1e-6 * elementwise_bytes(shape, tokens, size) / hardware.elementwise_gb_s
-        total += _with_launches(kernels, LAUNCHES_PER_LAYER, hardware)
     for layer in pruned_layers:
         before, after = tokens_per_layer[layer - 1], tokens_per_layer[layer]
-        scoring = 1e-9 * budget.pruner_flops(shape.hidden_size, [layer], tokens_per_layer) / hardware.matmul_tflops
-        moved = size * shape.hidden_size * (before + 2 * after)
-        total += _with_launches(scoring + 1e-6 * moved / hardware.elementwise_gb_s, LAUNCHES_PER_STAGE, hardware)
+        kernels += 1e-9 * budget.pruner_flops(shape.hidden_size, [layer], tokens_per_layer) / hardware.matmul_tflops
+        kernels += 1e-6 * size * shape.hidden_size * (before + 2 * after) / hardware.elementwise_gb_s
     head = size * shape.vocab_size * shape.hidden_size
-    return total + _with_launches(1e-6 * head / hardware.bandwidth_gb_s, 10, hardware)
+    return _with_launches(kernels + 1e-6 * head / hardware.bandwidth_gb_s, launches, hardware)
 
 
 def decode_ms(
@@ -115,7 +117,7 @@ def decode_ms(
     size = element_bytes(dtype)
     weights = size * (shape.num_layers * shape.layer_matmul_weights + shape.vocab_size * shape.hidden_size)
     grown = sum(kv_lengths_per_layer) + shape.num_layers * (new_tokens + 1) / 2
-    cache = CACHE_PASSES * 2 * shape.key_width * size * grown
+    cache = hardware.cache_passes * 2 * shape.key_width * size * grown
     step = _with_launches(1e-6 * (weights + cache) / hardware.bandwidth_gb_s, _step_launches(shape), hardware)
     return new_tokens * step
 

@@ -6,6 +6,7 @@ models, pruning or predictions.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ def measure_hardware(
     intermediate_size: int,
     num_heads: int,
     head_dim: int,
+    num_kv_heads: int | None = None,
     tokens: int = 2048,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -33,8 +35,10 @@ def measure_hardware(
     -------
     dict
         ``matmul_tflops`` (T x D by D x F and back), ``attention_tflops`` (causal, 2 T^2 H d), ``bandwidth_gb_s``
-        (a product of one row with a large matrix), ``elementwise_gb_s`` (product of two T x F tensors), ``launch_us``
-        (one tiny operation from Python), ``asynchronous``.
+        (a product of one row with a large matrix), ``elementwise_gb_s`` (a norm, a residual and a gated activation, by
+        the bytes that `costmodel.elementwise_bytes` counts), ``launch_us`` (an operation of a tiny module, Python
+        included), ``cache_passes`` (growing a cache by a token and attending to it, in passes over it at that
+        bandwidth), ``asynchronous``.
     """
     options = {"dtype": dtype, "device": device}
     size = torch.empty((), dtype=dtype).element_size()
@@ -45,7 +49,12 @@ def measure_hardware(
     row = torch.randn(1, hidden_size, **options)
     # Large enough that no cache holds it.
     table = torch.randn(max(1, 256_000_000 // (size * hidden_size)), hidden_size, **options)
-    tiny = torch.ones(1, **options)
+    groups = num_kv_heads or num_heads
+    cached = 2 * groups * tokens * head_dim * size
+    # As many layers' caches as no processor cache holds.
+    caches = itertools.cycle(torch.randn(max(2, 64_000_000 // cached), 2, 1, groups, tokens, head_dim, **options))
+    token, asks = torch.randn(1, groups, 1, head_dim, **options), torch.randn(1, num_heads, 1, head_dim, **options)
+    tiny, module = torch.ones(1, 1, 8, **options), torch.nn.Linear(8, 8, **options)
 
     def products() -> None:
         functional.linear(hidden, up)
@@ -54,18 +63,33 @@ def measure_hardware(
     def attention() -> None:
         functional.scaled_dot_product_attention(query, query, query, is_causal=True)
 
+    def elementwise() -> None:
+        hidden + hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6) * row
+        functional.silu(inner) * inner
+
+    def grow() -> None:
+        keys, values = (torch.cat([old, token], dim=2) for old in next(caches))
+        functional.scaled_dot_product_attention(asks, keys, values, enable_gqa=groups != num_heads)
+
+    def four_operations() -> None:
+        tiny + module(tiny).view(1, 8, 1).transpose(1, 2)
+
     with torch.inference_mode():
         product_s = _median_seconds(products, device, repeats)
         attention_s = _median_seconds(attention, device, repeats)
         row_s = _median_seconds(lambda: functional.linear(row, table), device, repeats)
-        elementwise_s = _median_seconds(lambda: inner * inner, device, repeats)
-        launch_s = _seconds_a_launch(lambda: tiny + tiny, device)
+        elementwise_s = _median_seconds(elementwise, device, repeats)
+        grow_s = _median_seconds(grow, device, repeats)
+        launch_s = _seconds_a_launch(four_operations, device) / 4
+    moved = size * tokens * (11 * hidden_size + 5 * intermediate_size)
+    bandwidth = table.nbytes / row_s
     return {
         "matmul_tflops": 1e-12 * 4 * tokens * hidden_size * intermediate_size / product_s,
         "attention_tflops": 1e-12 * 2 * tokens * tokens * num_heads * head_dim / attention_s,
-        "bandwidth_gb_s": 1e-9 * table.nbytes / row_s,
-        "elementwise_gb_s": 1e-9 * 2 * inner.nbytes / elementwise_s,
+        "bandwidth_gb_s": 1e-9 * bandwidth,
+        "elementwise_gb_s": 1e-9 * moved / elementwise_s,
         "launch_us": 1e6 * launch_s,
+        "cache_passes": grow_s * bandwidth / cached,
         "asynchronous": torch.device(device).type == "cuda",
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 
+from sdtp_lib.evaluation_named import scorer_named
 from sdtp_lib.records import RowWriter, project_root, read_rows
 
 
@@ -183,6 +185,27 @@ def test_ablations_train_what_is_missing_and_compare_all_of_them(tmp_path, monke
     assert [part for part in calls[2] if part.startswith("SDTP")] == names
     with pytest.raises(SystemExit):
         module.main(["--dolly", "d.jsonl", "--recipes", "nonsense"])
+
+
+def test_scores_are_named_simple_shipped_or_by_folder(tiny_model, tmp_path):
+    model, shipped = tiny_model(), project_root() / "data" / "pruners" / "smollm2-135m-instruct"
+    assert scorer_named("SDTP") == scorer_named(f"SDTP={shipped}") and scorer_named("SDTP").folder == shipped
+    recency = scorer_named("recency")
+    assert recency.folder is None and recency.layers(recency.load(model), 6) == [1, 2, 3, 4, 5]
+    learned = scorer_named("SDTP")
+    assert learned.layers(learned.load(model), 30) == list(range(4, 30, 3))
+    for wrong in (f"SDTP={tmp_path}", "=somewhere"):
+        with pytest.raises(argparse.ArgumentTypeError, match="no pruners in"):
+            scorer_named(wrong)
+
+
+@pytest.mark.parametrize("arguments", [("longbench", "--scorers"), ("schedules", "first", "--scorer"),
+                                       ("fewshot", "--pruners"), ("scorers", "--pruners")])  # fmt: skip
+def test_pruners_that_are_not_there_end_a_command_before_it_loads_a_model(arguments, tmp_path, capsys):
+    name, *rest = arguments
+    with pytest.raises(SystemExit):
+        command(name)([*rest, f"mine={tmp_path}"])
+    assert f"no pruners in {tmp_path}" in capsys.readouterr().err
 
 
 def test_unknown_names_end_a_command_before_it_loads_a_model(tmp_path):

@@ -85,10 +85,11 @@ def test_a_rate_of_zero_is_refused_by_name():
 def test_measured_rates_are_positive_and_make_a_hardware():
     from sdtp_lib.profiling_hardware import measure_hardware
 
-    rates = measure_hardware(hidden_size=32, intermediate_size=64, num_heads=2, head_dim=16, tokens=128, repeats=2)
+    rates = measure_hardware(hidden_size=32, intermediate_size=64, num_heads=2, head_dim=16, num_kv_heads=1, tokens=128,
+                             repeats=2)  # fmt: skip
     assert rates["asynchronous"] is False
     assert Hardware("here", **rates).matmul_tflops > 1e-4
-    assert 0.05 < rates["launch_us"] < 1000
+    assert 0.05 < rates["launch_us"] < 1000 and rates["cache_passes"] > 0
 
 
 def test_the_limit_of_the_prediction_is_the_budgets():
