@@ -11,7 +11,6 @@ All variants run with eager attention, which H2O reads. One row a (cell, sample,
 from __future__ import annotations
 
 import argparse
-import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -44,17 +43,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def variants(options: argparse.Namespace, layers: int) -> list[tuple[str, str, PruningConfig, str | None]]:
-    """(setting, name, config, press): each press alone, SDTP alone, and SDTP before each press."""
-    whole = PruningConfig.preset(options.presets[0], layers, keep_ratio=1.0)
-    found = [("unpruned", f"{press} {options.kv:.0%}", whole, press) for press in PRESSES]
-    for preset in options.presets:
-        config = PruningConfig.preset(preset, layers)
-        found.append((preset, "SDTP", config, None))
-        found += [(preset, f"SDTP + {press} {options.kv:.0%}", config, press) for press in PRESSES]
-    return found
-
-
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
@@ -65,8 +53,16 @@ def main(arguments: list[str] | None = None) -> None:
         ) from None
     model, tokenizer = load_model(options.model, attn_implementation="eager")
     scorer = options.scorer.load(model)
-    makers = {name: partial(getattr(kvpress, kind), compression_ratio=1 - options.kv) for name, kind in PRESSES.items()}
-    chosen = variants(options, model.config.num_hidden_layers)
+    layers = model.config.num_hidden_layers
+    whole = {"unpruned": PruningConfig.preset(options.presets[0], layers, keep_ratio=1.0)}
+    pruned = {preset: PruningConfig.preset(preset, layers) for preset in options.presets}
+    presses = {
+        f"{name} {options.kv:.0%}": partial(getattr(kvpress, kind), compression_ratio=1 - options.kv)
+        for name, kind in PRESSES.items()
+    }
+    arounds = {name: lambda made=made: made()(model) for name, made in presses.items()}
+    alone = [evaluation.Method(name, scorer, around=around) for name, around in arounds.items()]
+    behind = [evaluation.Method(f"SDTP + {name}", scorer, around=around) for name, around in arounds.items()]
     stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
     with RowWriter(options.run_dir / "compression.jsonl", stamp) as writer:
         cells = {
@@ -77,12 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
         }
         bar = tqdm([(cell, s) for cell, samples in cells.items() for s in samples], unit="sample", mininterval=5)
         for cell, sample in bar:
-            for setting, name, config, press in chosen:
-                around = contextlib.nullcontext if press is None else lambda made=makers[press]: made()(model)
-                method = evaluation.Method(name, scorer)
-                evaluation.compare_scorers(
-                    model, [sample], {setting: config}, [method], writer, cell=cell, around=around
-                )
+            for configs, methods in ((whole, alone), (pruned, [evaluation.Method("SDTP", scorer), *behind])):
+                evaluation.compare_scorers(model, [sample], configs, methods, writer, cell=cell)
         frame = read_frame(writer.path)
     report(frame, ModelShape.from_config(model.config), element_bytes(model.dtype))
 

@@ -118,6 +118,8 @@ class Method:
         Turns the common config and the prompt's tokens into this method's own at equal cost; None: the common one.
     block
         ``"deployable"``, or ``"oracle"`` for scores that have seen the response.
+    around
+        Makes a context for its runs: what else this method does to the model (KV-cache compression, say).
     """
 
     name: str
@@ -125,6 +127,7 @@ class Method:
     config_for: Callable[[PruningConfig, int], PruningConfig] | None = None
     block: str = "deployable"
     from_sample: bool = False
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def baseline_methods(shape: ModelShape, *, recency_weight: float = 0.5) -> list[Method]:
@@ -184,11 +187,9 @@ def compare_scorers(
     *,
     cell: str,
     progress: Callable[[str], None] | None = None,
-    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> None:
     """One row for each (cell, sample, config, method) that ``writer`` does not have yet.
 
-    ``around()`` is entered for every pruned run, not for the unpruned one (KV-cache compression, say).
     A row has ``kl_nats`` (a token, to the unpruned model), ``loss_full_nats`` and ``loss_nats`` (a token),
     ``top1_agreement``, ``answer_full`` and ``answer`` (whether greedy decoding gives the answer's tokens; samples with
     an ``answer_mask`` only), ``compression_ratio``, ``prefill_flops_share`` (of unpruned, the pruners' own not
@@ -221,7 +222,7 @@ def compare_scorers(
                         method.scorer(model, sample, every_layer) if method.from_sample else method.scorer
                     )
                 used = method.config_for(config, len(prompt)) if method.config_for else config
-                with around():
+                with method.around():
                     logits, trace = continuation_logits(model, prompt, response, used, made[method.name])
                 measured = _compared(full, logits, sample) | {
                     "compression_ratio": trace.compression_ratio,

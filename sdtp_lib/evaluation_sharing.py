@@ -1,7 +1,7 @@
 """An evaluation shared among processes: under `accelerate launch` each takes its share of the items, on its own device.
 
-Every process appends to a row file of its own beside the run's one; `gathered` joins them, before a run (what a killed
-one left) and after it. Without a launcher there is one process, which writes the run's own file.
+Every process appends to a row file of its own beside the run's one; they are joined before a run (what a killed one
+left) and after it. Without a launcher there is one process, which writes the run's own file.
 """
 
 from __future__ import annotations
@@ -63,33 +63,23 @@ class Share:
         RuntimeError
             If another run writes there.
         """
-        if self.count == 1:
-            gathered(path)
-            with RowWriter(path, passport) as writer:
-                yield writer
-            return
+        own, known = path, set()
         if self.is_first:
-            gathered(path)
+            _gather(path)
         self.wait()
-        known = {row["key"] for row in read_rows(path)} if path.exists() else set()
-        mine = path.with_name(f"{path.stem}.share{self.index}{path.suffix}")
-        with RowWriter(mine, passport, known=known) as writer:
+        if self.count > 1:
+            own = path.with_name(f"{path.stem}.share{self.index}{path.suffix}")
+            known = {row["key"] for row in read_rows(path)} if path.exists() else set()
+        with RowWriter(own, passport, known=known) as writer:
             yield writer
         self.wait()
         if self.is_first:
-            gathered(path)
+            _gather(path)
         self.wait()
 
 
-def gathered(path: Path) -> int:
-    """Move the rows of all share files beside ``path`` into it; how many files there were.
-
-    Raises
-    ------
-    RuntimeError
-        If a process still writes to one of them.
-    """
+def _gather(path: Path) -> None:
+    """Move the rows of all share files beside ``path`` into it; refused while a process still writes to one."""
     shares = sorted(path.parent.glob(f"{path.stem}.share*{path.suffix}"))
     if shares:
         join_rows(path, shares)
-    return len(shares)

@@ -159,23 +159,13 @@ def join_rows(path: str | os.PathLike[str], others: Sequence[str | os.PathLike[s
     RuntimeError
         If a process has one of the files open for writing.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        for each in (path, *map(Path, others)):
-            descriptor = _take_lock(each)
-            stack.callback(os.close, descriptor)
-            stack.callback(lock_path(each).unlink, missing_ok=True)
-        rows = read_rows(path) if path.exists() else []
-        keys = {row.get("key") for row in rows}
-        for other in others:
-            rows += [row for row in read_rows(other) if row.get("key") not in keys]
-            keys = {row.get("key") for row in rows}
-        with atomic_write(path) as temporary:
-            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-            temporary.write_text("".join(lines), encoding="utf-8")
-        for other in others:
-            Path(other).unlink()
+    with RowWriter(path, {}) as writer:
+        for other in map(Path, others):
+            with RowWriter(other, {}):  # for its lock: nobody writes there any more
+                for row in read_rows(other):
+                    if not writer.done(row["key"]):
+                        writer.add(**{name: value for name, value in row.items() if name != "schema_version"})
+                other.unlink()
 
 
 @contextlib.contextmanager
