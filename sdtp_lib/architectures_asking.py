@@ -58,7 +58,7 @@ def attention_from_last(
 
 @contextlib.contextmanager
 def attention_looked_back_at(
-    model: nn.Module, looked_back: Mapping[int, Sequence[int]], window: int, living: Callable[[], torch.Tensor]
+    model: nn.Module, looked_back: Mapping[int, Sequence[int]], window: int, living: Callable[[int], torch.Tensor]
 ) -> Iterator[dict[int, torch.Tensor]]:
     """What `Stage.attention_mass` would show in a pruned prefill, out of one unpruned forward over prompt and response.
 
@@ -71,7 +71,8 @@ def attention_looked_back_at(
     window
         The prompt's last tokens that ask.
     living
-        Asked at each layer for the prompt's living tokens, (B, T) bool; each row's prompt is in one piece.
+        Layer -> the prompt's tokens that live there, (B, T) bool. Asked before the layer runs, and after what its own
+        stage is shown has been filled in, except in families that show a stage its own layer.
     """
     architecture = describe(model)
     # As at a stage: families whose queries cannot be had apart show the stage's own layer in place of all others.
@@ -84,7 +85,7 @@ def attention_looked_back_at(
         @torch.no_grad()
         def read(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             arguments = named_arguments(names, args, kwargs)
-            paid[index] = _mass_in_prompts(module, arguments, window, living())
+            paid[index] = _mass_in_prompts(module, arguments, window, living(index))
             for stage, layers in sources.items():
                 if layers[-1] == index:
                     found[stage] = torch.cat([paid[layer].to(paid[index].device) for layer in layers], dim=-1)
@@ -109,16 +110,12 @@ def _mass_in_prompts(layer: nn.Module, arguments: Mapping[str, Any], window: int
     """(B, T, H) attention that the last ``window`` living tokens of each row pay to its others; 0 where none live."""
     hidden, tables, alibi = arguments["hidden_states"], arguments.get("position_embeddings"), arguments.get("alibi")
     rows, tokens = hidden.shape[:2]
-    living = living.to(hidden.device)
-    columns = torch.arange(tokens, device=hidden.device)
     mass = []
-    for row in range(rows):
-        first, last = int((living[row] * (tokens - columns)).argmax()), int((living[row] * columns).argmax()) + 1
-        part = slice(first, last)
-        own = None if tables is None else tuple(t[row if t.shape[0] > 1 else 0, part][None] for t in tables)
-        bias = None if alibi is None else alibi.reshape(rows, -1, 1, tokens)[row, ..., part]
-        paid = attention_from_last(layer, hidden[row : row + 1, part], own, window, living[row : row + 1, part], bias)
-        mass.append(torch.nn.functional.pad(paid[0].sum(dim=1), (first, tokens - last)).transpose(0, 1))
+    for row, alive in enumerate(living.to(hidden.device)):
+        own = None if tables is None else tuple(t[row if t.shape[0] > 1 else 0, alive][None] for t in tables)
+        bias = None if alibi is None else alibi.reshape(rows, -1, 1, tokens)[row][..., alive]
+        paid = attention_from_last(layer, hidden[row : row + 1, alive], own, window, None, bias)[0].sum(dim=1)
+        mass.append(paid.new_zeros(tokens, len(paid)).index_put((alive.nonzero()[:, 0],), paid.transpose(0, 1)))
     return torch.stack(mass)
 
 

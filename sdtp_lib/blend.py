@@ -52,18 +52,23 @@ class Blend:
 
     def __call__(self, learned: Tensor, stage: Any) -> Tensor:
         """The mixed score (B, N), float32, of a `sdtp_lib.stage.Stage` from the pruner's score (B, N) there."""
+        paid = stage.attention_just_paid(self.window).sum(dim=2) if self.attention else None
+        return self.mixed(learned, stage.valid, stage.positions, paid)
+
+    def mixed(self, learned: Tensor, valid: Tensor, positions: Tensor, paid: Tensor | None) -> Tensor:
+        """The same, differentiable in ``learned``, from the stage's parts; ``paid`` (B, H, N) sums over the askers."""
         total = torch.zeros_like(learned, dtype=torch.float32)
         if self.learned:
-            smooth = average_of_neighbours(learned.float(), stage.valid, self.smoothing)
-            standing_out = standardised(smooth, stage.valid)
+            smooth = average_of_neighbours(learned.float(), valid, self.smoothing)
+            standing_out = standardised(smooth, valid)
             if self.floor is not None:
                 standing_out = (standing_out - self.floor).clamp_min(0)
             total = total + self.learned * standing_out
         if self.attention:
-            paid = strongest_neighbour(stage.attention_just_paid(self.window).sum(dim=2), self.kernel).mean(dim=1)
-            total = total + self.attention * standardised((paid + 1e-8).log(), stage.valid)
+            strongest = strongest_neighbour(paid, self.kernel).mean(dim=1)
+            total = total + self.attention * standardised((strongest + 1e-8).log(), valid)
         if self.recency:
-            total = total + self.recency * standardised(stage.positions.float(), stage.valid)
+            total = total + self.recency * standardised(positions.float(), valid)
         return total
 
     def flops_per_token(self, hidden_size: int) -> float:

@@ -160,7 +160,7 @@ def _label_batch(
     back = looked_back(layers) if store_hidden else {}
     with (
         layer_inputs(model, layers if store_hidden else ()) as seen,
-        attention_looked_back_at(model, back, ASKING_TOKENS, lambda: prompt_mask) as paid,
+        attention_looked_back_at(model, back, ASKING_TOKENS, lambda _layer: prompt_mask) as paid,
     ):
         saliency = saliency_of(model, ids, mask, target, layers, labels)
     for index, sample in enumerate(batch):

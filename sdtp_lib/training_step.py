@@ -19,7 +19,7 @@ from sdtp_lib import losses
 from sdtp_lib.architectures import layer_inputs
 from sdtp_lib.architectures_asking import attention_looked_back_at
 from sdtp_lib.architectures_attention import key_bias
-from sdtp_lib.looking_back import ASKING_TOKENS
+from sdtp_lib.looking_back import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.pruners import TokenPruners
 from sdtp_lib.saliency import has_hidden, load_attention, load_hidden
 from sdtp_lib.training_config import TrainingConfig
@@ -31,13 +31,27 @@ def simulated_pruning(
 ) -> Iterator[dict[int, Tensor]]:
     """Pruning by attention masking inside one forward, each stage scored on what the earlier stages left.
 
+    Scores are those of inference, blend included.
+
     Yields layer -> keep (B, T), filled by the forward: near 0 where a stage has dropped a token, in the graph.
 
     Parameters
     ----------
     prompt_mask
         (B, T) bool: the prompt's tokens; padding and response never count as dropped.
+
+    Raises
+    ------
+    ValueError
+        For a blend that asks with another window than the one that training reads.
     """
+    blend, back = pruners.blend, pruners.looked_back
+    if blend is not None and blend.attention:
+        if blend.window != ASKING_TOKENS:
+            raise ValueError(
+                f"blend.window={blend.window} cannot be simulated in training: give {ASKING_TOKENS}, or no blend."
+            )
+        back = back or looked_back(pruners.layers)
     positions = prompt_mask.long().cumsum(-1) - 1
     positions = positions.masked_fill(~prompt_mask, -1)
     lengths = prompt_mask.sum(-1)
@@ -45,26 +59,48 @@ def simulated_pruning(
     alive, bias = prompt_mask, None
     with (
         layer_inputs(model, pruners.layers) as seen,
-        attention_looked_back_at(model, pruners.looked_back, ASKING_TOKENS, lambda: alive) as paid,
+        attention_looked_back_at(model, back, ASKING_TOKENS, lambda index: living(index)) as paid,
     ):
 
-        def bias_of(index: int, key: Tensor) -> Tensor | None:
+        def scores_of_living(index: int) -> Tensor:
+            # Side by side, as the engine has them: neighbours are the tokens that are left. Others get 0.
+            order = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(alive.sum(-1).max())]
+            left = alive.gather(1, order)
+            mass = None if index not in paid else _gathered(paid[index], order)
+            own = mass if pruners.looked_back else None
+            places = positions.gather(1, order)
+            scores = pruners.score(index, _gathered(seen[index], order), places, left, lengths, own)
+            if blend is not None:
+                heads = None if mass is None else mass.chunk(LAYERS_BACK, dim=-1)[-1].transpose(1, 2)
+                scores = blend.mixed(scores, left, places, heads)
+            return torch.zeros_like(alive, dtype=scores.dtype).scatter(1, order, scores)
+
+        def cut(index: int) -> None:
             nonlocal alive, bias
             # A recomputed forward would ask again; the stages of one forward come once each, in order.
-            if index in pruners.layers and index not in keeps:
-                scores = pruners.score(index, seen[index], positions, alive, lengths, paid.get(index))
-                open_to_cut = alive & losses.scorable(
-                    alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
-                )
-                protected = alive.sum(-1, keepdim=True) - open_to_cut.sum(-1, keepdim=True)
-                wanted = (alive.sum(-1, keepdim=True) * keep_ratio - protected).clamp(min=0)
-                share = wanted / open_to_cut.sum(-1, keepdim=True).clamp(min=1)
-                soft = losses.soft_keep(scores, open_to_cut, share, config.temperature, config.keep_floor)
-                hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
-                keep = losses.straight_through(soft, hard) if config.straight_through else soft
-                keeps[index] = keep
-                alive = alive & (hard > 0.5)
-                bias = keep.log() if bias is None else bias + keep.log()
+            if index not in pruners.layers or index in keeps:
+                return
+            scores = scores_of_living(index)
+            open_to_cut = alive & losses.scorable(
+                alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
+            )
+            protected = alive.sum(-1, keepdim=True) - open_to_cut.sum(-1, keepdim=True)
+            wanted = (alive.sum(-1, keepdim=True) * keep_ratio - protected).clamp(min=0)
+            share = wanted / open_to_cut.sum(-1, keepdim=True).clamp(min=1)
+            soft = losses.soft_keep(scores, open_to_cut, share, config.temperature, config.keep_floor)
+            hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
+            keep = losses.straight_through(soft, hard) if config.straight_through else soft
+            keeps[index] = keep
+            alive = alive & (hard > 0.5)
+            bias = keep.log() if bias is None else bias + keep.log()
+
+        def living(index: int) -> Tensor:
+            if index in paid:  # What the stage is shown is complete, so its cut comes before others look at this layer.
+                cut(index)
+            return alive
+
+        def bias_of(index: int, key: Tensor) -> Tensor | None:
+            cut(index)
             return None if bias is None else bias.to(key.device, key.dtype)
 
         with key_bias(model, bias_of):
@@ -109,7 +145,7 @@ class PrunerLoss(nn.Module):
             with (
                 torch.no_grad(),
                 layer_inputs(language_model, self.layers) as seen,
-                attention_looked_back_at(language_model, back, ASKING_TOKENS, lambda: prompt_mask) as paid,
+                attention_looked_back_at(language_model, back, ASKING_TOKENS, lambda _layer: prompt_mask) as paid,
             ):
                 teacher = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)[0]
             by_layer = {layer: (seen[layer].to(device), _moved(paid.get(layer), device)) for layer in self.layers}
@@ -219,6 +255,11 @@ class Collator:
             name: [torch.stack([read(row["file"], layer) for layer in self.layers]) for row in rows]
             for name, read in readers.items()
         }
+
+
+def _gathered(values: Tensor, order: Tensor) -> Tensor:
+    """``values`` (B, T, C) of the tokens in ``order`` (B, n)."""
+    return values.gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

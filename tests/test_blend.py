@@ -78,7 +78,7 @@ def test_what_training_reads_in_one_forward_is_what_a_prefill_shows(tiny_model, 
     for index, row in enumerate(rows):
         whole[index, -len(row) - 5 :], mask[index, -len(row) - 5 :] = torch.cat([row, response]), 1
     prompt = mask.bool() & (torch.arange(65) < 60)
-    with torch.no_grad(), attention_looked_back_at(model, back, 4, lambda: prompt) as paid:
+    with torch.no_grad(), attention_looked_back_at(model, back, 4, lambda _layer: prompt) as paid:
         # BLOOM counts positions from the mask by itself.
         places = {} if family == "bloom" else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
         model(input_ids=whole, attention_mask=mask, **places)

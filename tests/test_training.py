@@ -189,11 +189,13 @@ def test_the_pruned_models_loss_reaches_every_stage_of_the_pruners_and_no_weight
 
 
 @pytest.mark.parametrize("features", [("hidden", "distance"), ("hidden", "distance", "query", "attention")])
-def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_predicts(tiny_model, features):
+@pytest.mark.parametrize(
+    "blend", [None, {"learned": 2.0, "attention": 1.0, "recency": 0.2, "floor": 0, "smoothing": 3}]
+)
+def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_predicts(tiny_model, features, blend):
     model = tiny_model(dtype=torch.float64)
     torch.manual_seed(3)
-    # One neighbour: after a cut the engine's neighbours are the living ones, the simulation's also the dropped ones.
-    pruners = TokenPruners(32, LAYERS, features=features, attention_heads=4, attention_kernel=1)
+    pruners = TokenPruners(32, LAYERS, features=features, attention_heads=4, blend=blend)
     ids = torch.tensor([samples(1, 60)[0]["prompt_ids"]])
     config = TrainingConfig(min_local_tokens=4, keep_floor=1e-6)
     with token_pruning(model, PruningConfig(LAYERS, 0.7, min_local_tokens=4), pruners) as trace, torch.no_grad():
@@ -205,6 +207,15 @@ def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_pred
         alive &= keep[layer][0] > 0.5
         assert alive.nonzero().flatten().tolist() == trace.kept_positions[layer][0].tolist()
     torch.testing.assert_close(simulated, pruned, rtol=1e-3, atol=1e-4)
+
+
+def test_a_blend_of_another_window_is_refused_in_training(tiny_model):
+    pruners = TokenPruners(32, LAYERS, blend={"attention": 1.0, "window": 4})
+    with (
+        pytest.raises(ValueError, match=r"blend\.window=4 .* give 16"),
+        simulated_pruning(tiny_model(), pruners, torch.ones(1, 30, dtype=torch.bool), 0.7, TrainingConfig()),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("stored", [True, False])
