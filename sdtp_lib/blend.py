@@ -77,12 +77,16 @@ class Blend:
 
 
 def standardised(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores (B, N) minus their mean, over their deviation, both over the row's ``valid`` tokens; 0 at padding."""
-    real = valid.to(torch.float32)
+    """Scores (B, N) minus their mean, over their deviation, both over the row's ``valid`` tokens; 0 at padding.
+
+    At least float32. Equal scores give 0, with a gradient of 0.
+    """
+    scores = torch.where(valid, scores.to(torch.promote_types(scores.dtype, torch.float32)), 0.0)
+    real = valid.to(scores.dtype)
     count = real.sum(dim=1, keepdim=True).clamp_min(1)
-    scores = torch.where(valid, scores.float(), 0.0)
     centred = (scores - scores.sum(dim=1, keepdim=True) / count) * real
-    return centred / (centred.square().sum(dim=1, keepdim=True) / count).sqrt().clamp_min(1e-12)
+    # Clamped before the root: the root's gradient at 0 is infinite, and times 0 it is NaN.
+    return centred / (centred.square().sum(dim=1, keepdim=True) / count).clamp_min(1e-24).sqrt()
 
 
 def average_of_neighbours(scores: Tensor, valid: Tensor, kernel: int) -> Tensor:

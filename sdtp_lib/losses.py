@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdtp_lib.blend import standardised
+
 # Rows of the pair matrix in memory at once: 256 x 8,192 float32 is 8 MiB a temporary.
 _ROWS_AT_ONCE = 256
 
@@ -37,16 +39,6 @@ def scorable(valid: Tensor, sink_tokens: int, local_ratio: float, min_local_toke
     return valid & (order >= sink_tokens) & (order < count - last)
 
 
-def standardise(values: Tensor, valid: Tensor) -> Tensor:
-    """Each row of ``values`` (B, T) with mean 0 and standard deviation 1 over its valid tokens, 0 elsewhere."""
-    weight = valid.to(values.dtype)
-    count = weight.sum(-1, keepdim=True).clamp(min=1)
-    values = values.masked_fill(~valid, 0)
-    centred = (values - values.sum(-1, keepdim=True) / count) * weight
-    deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-    return centred / deviation.clamp(min=1e-12)
-
-
 def log_saliency(saliency: Tensor, valid: Tensor, floor: float = 1e-3) -> Tensor:
     """Saliency (B, T), heavy-tailed and of arbitrary scale, as standardised logarithms.
 
@@ -55,7 +47,7 @@ def log_saliency(saliency: Tensor, valid: Tensor, floor: float = 1e-3) -> Tensor
     weight = valid.to(saliency.dtype)
     mean = (saliency.masked_fill(~valid, 0) * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1)
     mean = mean.clamp(min=torch.finfo(saliency.dtype).tiny)
-    return standardise((saliency / mean + floor).log(), valid)
+    return standardised((saliency / mean + floor).log(), valid)
 
 
 def masked_mse(scores: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
@@ -137,7 +129,7 @@ def dropped_saliency(
     keep_ratio
         Share of the valid tokens that stays; a number or (B,).
     """
-    standard = standardise(scores, valid)
+    standard = standardised(scores, valid)
     with torch.no_grad():
         count = valid.sum(-1, keepdim=True)
         share = torch.as_tensor(keep_ratio, dtype=torch.float32, device=scores.device).reshape(-1, 1)
@@ -162,7 +154,7 @@ def soft_keep(scores: Tensor, valid: Tensor, keep_ratio: float, temperature: flo
     A sigmoid of the standardised score's distance to the cut. Tokens outside ``valid`` (protected) stay in full. The
     floor tames the gradient of the logarithm that turns this into an attention bias.
     """
-    standard = standardise(scores, valid)
+    standard = standardised(scores, valid)
     with torch.no_grad():
         last_kept = ((valid.sum(-1, keepdim=True) * keep_ratio).long() - 1).clamp(min=0)
         descending = standard.masked_fill(~valid, -torch.inf).sort(-1, descending=True).values

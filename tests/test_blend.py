@@ -116,6 +116,15 @@ def test_without_a_cache_it_falls_back_to_the_stage_s_own_layer(tiny_model):
     torch.testing.assert_close(scorer.seen[2], reported[:, :, -4:], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("valid", [[True, True, True], [False, True, False], [False] * 3])
+def test_equal_scores_and_a_token_alone_have_a_gradient_of_zero(valid):
+    """A stage with one token open to its cut gave NaN weights in a distillation."""
+    scores = torch.ones(1, 3, requires_grad=True)
+    made = standardised(scores, torch.tensor([valid]))
+    made.sum().backward()
+    assert made.tolist() == [[0.0] * 3] and scores.grad.tolist() == [[0.0] * 3]
+
+
 def test_parts_are_standardised_and_smoothed_over_living_tokens_only():
     scores = torch.tensor([[999.0, 1.0, 2.0, 3.0], [4.0, 8.0, 0.0, 4.0]])
     valid = torch.tensor([[False, True, True, True], [True] * 4])
