@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,10 @@ def continuation_logits(
         first = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         logits = first.logits[:, -1:]
         if given.shape[1]:
-            rest = model(input_ids=given, past_key_values=first.past_key_values, use_cache=True).logits
+            # Positions said, not left to the cache's length: a KV-cache compression makes that shorter than the prompt.
+            after = torch.arange(given.shape[1], device=given.device)[None] + len(prompt_ids)
+            places = {"position_ids": after} if "position_ids" in signature(type(model).forward).parameters else {}
+            rest = model(input_ids=given, past_key_values=first.past_key_values, use_cache=True, **places).logits
             logits = torch.cat([logits, rest], dim=1)
     return logits[0].float(), trace
 

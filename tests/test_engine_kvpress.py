@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
+from sdtp_lib.evaluation import continuation_logits
 
 kvpress = pytest.importorskip("kvpress", reason="kvpress needs transformers < 5.3: make test-floor")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -74,6 +75,19 @@ def test_a_second_turn_on_a_compressed_cache_equals_single_steps(tiny_model):
         found.append(torch.cat(outputs))
     # Layers before the first cut get transformers' own mask, later ones ours; a first-layer trap would show here.
     torch.testing.assert_close(found[0][-1], found[1][-1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.6])
+def test_a_continuation_is_scored_at_its_own_positions_not_at_the_compressed_length(tiny_model, keep_ratio):
+    """The cache says 40 tokens where the prompt had 100: positions taken from it gave a KL of 1.6 on running text."""
+    model, config = tiny_model(dtype=torch.float64), CONFIG.replace(keep_ratio=keep_ratio)
+    turn = [7, 8, 9]
+    with PRESSES["SnapKV"]()(model):
+        scored, _ = continuation_logits(model, PROMPT[0].tolist(), [*turn, 3], config, scorers.hidden_norm())
+    _, _, first, cache = _run(model, PRESSES["SnapKV"](), config, steps=0)
+    with torch.no_grad(), token_pruning(model, config, scorers.hidden_norm()):
+        rest = model(torch.tensor([turn]), past_key_values=cache, position_ids=torch.arange(100, 103)[None]).logits[0]
+    torch.testing.assert_close(scored, torch.cat([first, rest]).float(), rtol=0, atol=1e-6)
 
 
 def test_compression_with_padding_is_refused(tiny_model):
