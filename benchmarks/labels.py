@@ -80,25 +80,25 @@ def measure(options: argparse.Namespace, path: Path) -> None:
             evaluation.compare_scorers(model, [sample], configs, oracles, writer, cell=cell)
 
 
+def by_cell(rows: pandas.DataFrame, name: str, value: str) -> pandas.DataFrame:
+    """The mean of ``value``, a row a ``name`` and a column a cell, with the cell's count of samples."""
+    wide = rows.pivot_table(index=name, columns="cell", values=value, sort=False)
+    counts = rows.groupby("cell")["sample"].nunique()
+    wide.columns = [f"{cell} (n={counts[cell]})" for cell in wide.columns]
+    return wide.reset_index()
+
+
 def report(path: Path) -> None:
     frame = read_frame(path)
     gold = frame[frame.kind == "agreement"]
     if len(gold):
         print("\nSpearman correlation with the gold check, mean over samples and layers\n")
-        wide = gold.pivot_table(index="label", columns="cell", values="rank_agreement", sort=False)
-        counts = gold.groupby("cell")["sample"].nunique()
-        wide.columns = [f"{cell} (n={counts[cell]})" for cell in wide.columns]
-        print(evaluation_tables.markdown(wide.reset_index()))
+        print(evaluation_tables.markdown(by_cell(gold, "label", "rank_agreement")))
     oracles = frame[frame.kind == "scorer"]
-    if len(oracles):
-        summary = evaluation_tables.scorer_summary(oracles)
-        for setting in summary.setting.unique():
-            part = summary[summary.setting == setting]
-            print(f"\n{setting}: KL with the label given as the score, nats a token\n")
-            wide = part.pivot_table(index="scorer", columns="cell", values="kl_nats", sort=False)
-            counts = part.groupby("cell")["items"].max()
-            wide.columns = [f"{cell} (n={counts[cell]})" for cell in wide.columns]
-            print(evaluation_tables.markdown(wide.reset_index(), bold_lowest=list(wide.columns)))
+    for setting, part in oracles.groupby("setting", sort=False) if len(oracles) else ():
+        print(f"\n{setting}: KL with the label given as the score, nats a token\n")
+        table = by_cell(part, "scorer", "kl_nats")
+        print(evaluation_tables.markdown(table, bold_lowest=list(table.columns[1:])))
     for row in frame[frame.kind == "failure"].itertuples():
         print(f"failed: {row.key}: {row.error}")
     print(f"\nrows: {path}")

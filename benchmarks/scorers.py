@@ -7,6 +7,7 @@ One command, one row a (cell, sample, setting, scorer), resumable, deterministic
     python benchmarks/scorers.py --pruners SDTP=data/pruners/smollm2-135m-instruct --pruners paper=DIR
     python benchmarks/scorers.py --scores SDTP --cells needle --prompts 500 --lengths 512 --settings r=0.9 --run-dir DIR
     python benchmarks/scorers.py --tables           # only print what the rows hold
+    accelerate launch --num_processes 4 benchmarks/scorers.py   # samples shared among GPUs; with --cpu, among cores
 
 Prints Markdown tables and writes `quality_over_flops.png` beside the rows.
 """
@@ -24,9 +25,10 @@ from tqdm import tqdm
 from sdtp_lib import PruningConfig, evaluation, evaluation_tables, load_model, plots
 from sdtp_lib.evaluation_cells import CELLS, cell_samples
 from sdtp_lib.evaluation_named import SHIPPED, scorer_named
+from sdtp_lib.evaluation_sharing import Share
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.models import weights_note
-from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.records import passport, project_root, read_frame
 
 PRESETS = {"r=0.9": "keep09", "r=0.8": "keep08", "r=0.7": "keep07"}
 QUICK = {"prompts": 3, "lengths": [512], "oracle_prompts": 1, "settings": ["r=0.9", "r=0.7"]}
@@ -69,20 +71,19 @@ def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Metho
     return [evaluation.Method(each.name, each.load(model)) for each in named]
 
 
-def tuned_weight(model, tokenizer, configs, length: int, seed: int, writer: RowWriter) -> float:
+def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share, path: Path, stamp: dict) -> float:
     """Recency's weight beside attention, chosen on training-side samples that the measure never sees."""
     config = {name: configs[name] for name in list(configs)[:1]}
-    losses = {}
     samples = [s for cell in ("text", "needle") for s in cell_samples(
         cell, tokenizer, prompt_tokens=length, count=2, seed=seed, split="train")]  # fmt: skip
-    for weight in WEIGHTS:
-        mixed = evaluation.baseline_methods(ModelShape.from_config(model.config), recency_weight=weight)[-1]
-        method = evaluation.Method(f"weight {weight}", mixed.scorer)
-        evaluation.compare_scorers(model, samples, config, [method], writer, cell="tuning")
-    rows = read_frame(writer.path)
+    shape = ModelShape.from_config(model.config)
+    mixed = {weight: evaluation.baseline_methods(shape, recency_weight=weight)[-1] for weight in WEIGHTS}
+    methods = [evaluation.Method(f"weight {weight}", method.scorer) for weight, method in mixed.items()]
+    with share.rows(path, stamp) as writer:
+        evaluation.compare_scorers(model, share.of(samples), config, methods, writer, cell="tuning")
+    rows = read_frame(path)
     rows = rows[(rows.cell == "tuning") & (rows.kind == "scorer")]
-    losses = rows.groupby("scorer").kl_nats.mean()
-    return float(losses.idxmin().removeprefix("weight "))
+    return float(rows.groupby("scorer").kl_nats.mean().idxmin().removeprefix("weight "))
 
 
 def wanted(methods: list[evaluation.Method], names: list[str] | None) -> list[evaluation.Method]:
@@ -94,40 +95,32 @@ def wanted(methods: list[evaluation.Method], names: list[str] | None) -> list[ev
     return [method for method in methods if names is None or method.name in names]
 
 
-def measure(options: argparse.Namespace, rows_path: Path) -> None:
-    model, tokenizer = load_model(options.model, dtype=options.dtype)
+def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
+    model, tokenizer = load_model(options.model, dtype=options.dtype, device=share.device)
     layers = model.config.num_hidden_layers
     configs = {name: PruningConfig.preset(PRESETS[name], num_layers=layers) for name in options.settings}
     stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
-    with RowWriter(rows_path, stamp) as writer:
-        weight = options.recency_weight
-        if weight is None and (options.scores is None or MIXED in options.scores):
-            weight = tuned_weight(model, tokenizer, configs, min(options.lengths), options.seed, writer)
-        shape = ModelShape.from_config(model.config)
-        deployable = [
-            *evaluation.baseline_methods(shape, recency_weight=weight or 1.0),
-            *learned_methods(options, model),
-        ]
-        deployable = wanted(deployable, options.scores)
-        oracles = evaluation.oracle_methods(options.oracles)
-        # Sample by sample over all cells: a run that is stopped has some of everything.
-        plan = []
-        for length in options.lengths:
-            cells = {
-                cell: cell_samples(
-                    cell, tokenizer, prompt_tokens=length, count=options.prompts, seed=options.seed, split="heldout"
-                )
-                for cell in options.cells
-            }
-            for name in [name for name, samples in cells.items() if not samples]:
-                print(f"{name}: its data are not at hand, left out", file=sys.stderr)
-            plan += [
-                (number, f"{cell}@{length}", sample)
-                for cell, samples in cells.items()
-                for number, sample in enumerate(samples)
-            ]
-        plan.sort(key=lambda item: item[0])
-        bar = tqdm(plan, unit="sample", desc="measure", mininterval=5)
+    weight = options.recency_weight
+    if weight is None and (options.scores is None or MIXED in options.scores):
+        weight = tuned_weight(model, tokenizer, configs, min(options.lengths), options.seed, share, rows_path, stamp)
+    deployable = [
+        *evaluation.baseline_methods(ModelShape.from_config(model.config), recency_weight=weight or 1.0),
+        *learned_methods(options, model),
+    ]
+    deployable = wanted(deployable, options.scores)
+    oracles = evaluation.oracle_methods(options.oracles)
+    # Sample by sample over all cells: a run that is stopped has some of everything.
+    plan = []
+    for length in options.lengths:
+        sizes = {"prompt_tokens": length, "count": options.prompts, "seed": options.seed, "split": "heldout"}
+        for cell in options.cells:
+            samples = cell_samples(cell, tokenizer, **sizes)
+            if not samples and share.is_first:
+                print(f"{cell}: its data are not at hand, left out", file=sys.stderr)
+            plan += [(number, f"{cell}@{length}", sample) for number, sample in enumerate(samples)]
+    plan.sort(key=lambda item: item[0])
+    with share.rows(rows_path, stamp) as writer:
+        bar = tqdm(share.of(plan), unit="sample", desc="measure", mininterval=5, disable=not share.is_first)
         for number, cell, sample in bar:
             bar.set_postfix_str(cell)
             methods = deployable + (oracles if number < options.oracle_prompts else [])
@@ -194,13 +187,15 @@ def draw(summary, rows_path: Path, frame) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    rows_path = options.run_dir / "scorers.jsonl"
+    rows_path, share = options.run_dir / "scorers.jsonl", Share()
+    started = time.perf_counter()
     if not options.tables:
-        started = time.perf_counter()
         with torch.inference_mode(False):
-            measure(options, rows_path)
-        print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
-    report(rows_path)
+            measure(options, rows_path, share)
+    if share.is_first:
+        if not options.tables:
+            print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+        report(rows_path)
 
 
 if __name__ == "__main__":
