@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         named.append(f"SDTP {recipe}={folder}")
     print("\n=== KL to the unpruned model", flush=True)
     pruners = [part for name in named for part in ("--pruners", name)]
-    call("scorers.py", *pruners, "--prompts", options.samples, "--oracle-prompts", 0, "--lengths", 1024,
+    recipes_only = [name.partition("=")[0] for name in named]
+    call("scorers.py", *pruners, "--scores", *recipes_only, "--prompts", options.samples, "--oracle-prompts", 0, "--lengths", 1024,
          "--settings", *options.settings, "--cells", *options.cells, "--run-dir", options.run_dir)  # fmt: skip
     if options.fewshot:
         print(f"\n=== 5-shot accuracy; the paper's Table 4 says {PAPER_TABLE4}", flush=True)
