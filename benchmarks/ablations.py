@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     pruners = [part for name in named for part in ("--pruners", name)]
     recipes_only = [name.partition("=")[0] for name in named]
     call("scorers.py", *pruners, "--scores", *recipes_only, "--prompts", options.samples, "--oracle-prompts", 0,
-         "--lengths", 1024, "--settings", *options.settings, "--cells", *options.cells, "--run-dir", options.run_dir)  # fmt: skip
+         "--lengths", 1024, "--settings", *options.settings, "--cells", *options.cells,
+         "--run-dir", options.run_dir)  # fmt: skip
     if options.fewshot:
         print(f"\n=== 5-shot accuracy; the paper's Table 4 says {PAPER_TABLE4}", flush=True)
         call("fewshot.py", "--data", options.fewshot, "--limit", options.limit, "--pruners", *named,

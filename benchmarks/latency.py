@@ -7,6 +7,7 @@
     python benchmarks/latency.py dtypes                                   # bfloat16 against float32 on this device
     python benchmarks/latency.py training                                 # labels and training steps in plain forwards
     python benchmarks/latency.py memory --lengths 2048 4096 8192          # peak bytes of one prefill
+    python benchmarks/latency.py predict data/results/latency/latency.jsonl # the cost model against rows from here
     python benchmarks/latency.py report data/results/latency/latency.jsonl
     python benchmarks/latency.py compare OLD.jsonl NEW.jsonl              # ends with 1 if anything got slower
 
@@ -44,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--dtype", default="default", help="default (float32 on a CPU), auto, float32, bfloat16, ...")
     common.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; by default what load_model chooses")
     common.add_argument("--attn-implementation", default=None, help="sdpa, eager, flash_attention_2, ...")
-    common.add_argument("--pruners", default=None, help="folder of trained pruners; untrained ones cost the same time")
+    common.add_argument("--pruners", default=None, help="folder of trained pruners; default those that ship for the "
+                        "embedded model, for others untrained ones that see the hidden state alone")  # fmt: skip
     common.add_argument("--out", type=Path, default=None, help="folder of the rows, default data/results/latency")
     common.add_argument("--seed", type=int, default=0, help="of the prompts")
     common.add_argument("--repeats", type=int, default=5, help="measured repetitions of each method and length")
@@ -72,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--samples", type=int, default=8, help="trained on, to time a step")
     memory = command("memory", run_memory, "peak bytes of one prefill, unpruned and keep09")
     memory.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    predict = command("predict", run_predict, "the cost model, with this machine's rates, against its rows")
+    predict.add_argument("rows", type=Path, help="a row file that `run` wrote on this machine")
     report = command("report", write_report, "Markdown and JSON beside a row file", parents=())
     report.add_argument("rows", type=Path)
     report.add_argument("--quiet-only", action="store_true",
@@ -105,7 +109,9 @@ def run_latency(options: argparse.Namespace) -> int:
 
 
 def run_quality(options: argparse.Namespace) -> int:
-    from sdtp_lib import latency_run
+    import pandas
+
+    from sdtp_lib import evaluation_tables, latency_run
     from sdtp_lib.models import load_model
     from sdtp_lib.profiling import threads
 
@@ -121,8 +127,13 @@ def run_quality(options: argparse.Namespace) -> int:
 
     with threads(options.threads), writer, tqdm(unit=" sample") as bar:
         latency_run.run_quality(model, writer, methods_at, samples, progress=latency_run.progress_on(bar))
-    for entry in latency_report.at_equal_quality(read_rows(writer.path)):
-        print(entry)
+    rows = read_rows(writer.path)
+    points = pandas.DataFrame(latency_report.quality_points(rows))
+    print("\nKL to the unpruned model [nats a token] and prefill time\n")
+    columns = ["text", "method", "samples", "kl_nats", "prefill_ms", "prefill_speedup"]
+    print(evaluation_tables.markdown(points[columns]))
+    print("\nEach family at the KL of SDTP keep09: its time over SDTP's, and the same in FLOPs (the bound)\n")
+    print(evaluation_tables.markdown(pandas.DataFrame(latency_report.at_equal_quality(rows)).drop(columns="reference")))
     return 0
 
 
@@ -191,6 +202,36 @@ def run_memory(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_predict(options: argparse.Namespace) -> int:
+    import pandas
+
+    from sdtp_lib import costmodel, evaluation_tables, load_model
+    from sdtp_lib.config import PruningConfig
+    from sdtp_lib.model_shape import ModelShape
+    from sdtp_lib.profiling_hardware import measure_hardware
+
+    summary = latency_report.summary(read_rows(options.rows))
+    model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
+    shape = ModelShape.from_config(model.config)
+    rates = measure_hardware(
+        hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, num_heads=shape.num_heads,
+        head_dim=shape.head_dim, num_kv_heads=shape.num_kv_heads, tokens=2048, dtype=model.dtype, device=model.device,
+        repeats=options.repeats,
+    )  # fmt: skip
+    presets = {name: PruningConfig.preset(name, shape.num_layers) for name in ("keep09", "keep08", "keep07")}
+    dtype = str(model.dtype).removeprefix("torch.")
+    hardware = costmodel.Hardware("this machine", **rates)
+    found = pandas.DataFrame(
+        costmodel.against_measured(shape, hardware, summary, {"unpruned": None, **presets}, dtype=dtype)
+    )
+    print(", ".join(f"{name} {value:.4g}" for name, value in rates.items()))
+    print(evaluation_tables.markdown(found, digits=1))
+    for what, part in found.groupby("what", sort=False):
+        print(f"{what}: error {part.error_percent.min():+.1f} to {part.error_percent.max():+.1f} %, "
+              f"median of absolute errors {part.error_percent.abs().median():.1f} %")  # fmt: skip
+    return 0
+
+
 def write_report(options: argparse.Namespace) -> int:
     return _report(options.rows, quiet_only=options.quiet_only)
 
@@ -210,19 +251,22 @@ def _prepared(options: argparse.Namespace):
     """Model, scorer (trained or untrained pruners) and the open-able writer of a measuring command."""
     from sdtp_lib import TokenPruners, load_model
     from sdtp_lib.config import PruningConfig
+    from sdtp_lib.evaluation_named import SHIPPED
     from sdtp_lib.models import weights_note
 
     model, _ = load_model(
         options.model, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
     )
-    if options.pruners:
-        scorer = TokenPruners.from_pretrained(options.pruners)
+    pruners = options.pruners or (str(SHIPPED) if options.model == "embedded" and SHIPPED.is_dir() else None)
+    if pruners:
+        scorer = TokenPruners.from_pretrained(pruners)
     else:
         config = PruningConfig.preset("keep09", model.config.num_hidden_layers)
         scorer = TokenPruners(model.config.hidden_size, config.layers)
     out = options.out or project_root() / "data" / "results" / "latency"
     run_passport = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
-    return model, scorer.eval(), RowWriter(out / "latency.jsonl", {**run_passport, "pruners": options.pruners})
+    run_passport["pruners"] = Path(pruners).name if pruners else None
+    return model, scorer.eval(), RowWriter(out / "latency.jsonl", run_passport)
 
 
 def _report(path: Path, quiet_only: bool = False) -> int:

@@ -7,7 +7,7 @@ One command, one row a (cell, sample, setting, scorer), resumable, deterministic
     python benchmarks/scorers.py --pruners SDTP=data/pruners/smollm2-135m-instruct --pruners paper=DIR
     python benchmarks/scorers.py --scores SDTP --cells needle --prompts 500 --lengths 512 --settings r=0.9 --run-dir DIR
     python benchmarks/scorers.py --tables           # only print what the rows hold
-    accelerate launch --num_processes 4 benchmarks/scorers.py   # samples shared among GPUs; with --cpu, among cores
+    torchrun --nproc-per-node 4 benchmarks/scorers.py           # samples shared among GPUs or, without one, cores
 
 Prints Markdown tables and writes `quality_over_flops.png` beside the rows.
 """

@@ -49,6 +49,33 @@ def test_the_measure_writes_rows_a_table_and_a_picture_and_a_second_run_adds_not
     assert read_rows(tmp_path / "scorers.jsonl") == rows
 
 
+def test_two_processes_share_the_measure_and_leave_one_file(model_folder, tmp_path):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "2", "--oracle-prompts", "0"]
+    arguments += ["--lengths", "600", "--cells", "text", "needle", "--settings", "r=0.9"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(project_root() / "benchmarks" / "scorers.py"), *arguments],
+        env=quiet, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_rows(tmp_path / "scorers.jsonl")
+    measured = [row["key"] for row in rows if row["cell"] != "tuning"]
+    assert len(measured) == len(set(measured)) == 2 * 2 * 7
+    assert sum(row["cell"] == "tuning" for row in rows) == 4 * 4
+    assert done.stdout.count("### r=0.9") == 1 and not list(tmp_path.glob("*share*.jsonl"))
+
+
+def test_the_latency_command_says_what_quality_costs_and_what_the_cost_model_misses(model_folder, tmp_path, capsys):
+    main, where = command("latency"), ["--model", str(model_folder), "--repeats", "1", "--out", str(tmp_path)]
+    assert main(["quality", *where, "--samples", "1", "--prompt-tokens", "160"]) == 0
+    printed = capsys.readouterr().out
+    assert "| text | method | samples | kl_nats |" in printed and "flops_bound" in printed
+    assert main(["run", *where, "--lengths", "128", "--new-tokens", "3", "--presets", "keep09"]) == 0
+    assert main(["predict", *where, str(tmp_path / "latency.jsonl")]) == 0
+    assert "prefill_ms: error" in capsys.readouterr().out
+
+
 def test_named_scores_alone_are_measured_on_answers_that_the_model_gets_right(model_folder, tmp_path, capsys):
     arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "2", "--oracle-prompts", "0"]
     arguments += ["--lengths", "600", "--cells", "needle", "--settings", "r=0.9"]
