@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import pandas
 
 LEARNED_PREFIX = "SDTP"
+# Under six pairs even the sign test cannot reach 5 % (2 / 2**5 > 0.05), and resampling them only hides that.
+FEWEST_PAIRS = 6
 
 
 def scorer_summary(frame: pandas.DataFrame, *, by: Sequence[str] = ("cell", "setting")) -> pandas.DataFrame:
@@ -54,7 +56,8 @@ def paired_differences(
 ) -> pandas.DataFrame:
     """``scorer`` minus each other scorer, paired by sample: ``difference, low, high, items`` and a ``verdict``.
 
-    The verdict is ``better`` or ``worse`` (lower is better) where the 95 % interval excludes zero, else ``open``.
+    The verdict is ``better`` or ``worse`` (lower is better) where the 95 % interval excludes zero, else ``open``; with
+    fewer than `FEWEST_PAIRS` samples it is ``too few``.
     """
     import pandas
 
@@ -69,6 +72,7 @@ def paired_differences(
                 continue
             mean, low, high = paired_bootstrap(pair[scorer], pair[other])
             verdict = "better" if high < 0 else "worse" if low > 0 else "open"
+            verdict = verdict if len(pair) >= FEWEST_PAIRS else "too few"
             lines.append(
                 dict(zip(by, group, strict=True))
                 | {"against": other, "difference": mean, "low": low, "high": high, "items": len(pair)}

@@ -208,6 +208,8 @@ def test_a_summary_counts_items_and_a_paired_difference_gives_its_verdict():
     differences = paired_differences(frame, "SDTP").set_index("against")
     assert differences.loc["recency", "verdict"] == "better"
     assert paired_differences(frame, "random").set_index("against").loc["SDTP", "verdict"] == "worse"
+    assert set(paired_differences(frame[frame["sample"] < "s5"], "SDTP").verdict) == {"better"}, "s0-s4, s10, s11"
+    assert set(paired_differences(frame[frame["sample"].isin(["s1", "s2", "s3"])], "SDTP").verdict) == {"too few"}
     verdict = best_simple(scorer_summary(frame)).iloc[0]
     assert verdict["best simple"] == "recency" and verdict["learned wins"]
 
