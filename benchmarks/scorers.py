@@ -131,7 +131,7 @@ def report(rows_path: Path) -> None:
     frame = read_frame(rows_path)
     failures = frame[frame.kind == "failure"]
     frame = frame[frame.cell != "tuning"]
-    summary = evaluation_tables.scorer_summary(frame)
+    summary = evaluation_tables.scorer_summary(evaluation_tables.beside_oracles(frame))
     for setting in summary.setting.unique():
         one = summary[summary.setting == setting]
         print(f"\n### {setting}: KL to the unpruned model, nats a token (1/tau {one.compression_ratio.median():.2f})\n")

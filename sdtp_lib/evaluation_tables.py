@@ -51,6 +51,23 @@ def scorer_summary(frame: pandas.DataFrame, *, by: Sequence[str] = ("cell", "set
     return pandas.DataFrame(lines)
 
 
+def beside_oracles(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """``frame`` and, in the oracles' block, the learned scores on the samples that the oracles ran on.
+
+    Oracles often run on fewer samples, and how hard a sample is varies more than how good a score is.
+    """
+    import pandas
+
+    keys = ["cell", "setting", "sample"]
+    oracles = frame[frame.block != "deployable"]
+    learned = frame[(frame.block == "deployable") & frame.scorer.str.startswith(LEARNED_PREFIX)]
+    same = learned.merge(oracles[keys].drop_duplicates(), on=keys)
+    if same.empty:
+        return frame
+    same = same.assign(block=oracles.block.iloc[0], scorer=same.scorer + ", same prompts")
+    return pandas.concat([frame, same], ignore_index=True)
+
+
 def paired_differences(
     frame: pandas.DataFrame, scorer: str, *, by: Sequence[str] = ("cell", "setting"), column: str = "kl_nats"
 ) -> pandas.DataFrame:

@@ -16,6 +16,7 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation_answers import FULL, Item, Variant, longbench_items, run_items, synthetic_items, token_fates
 from sdtp_lib.evaluation_tables import (
     answers_table,
+    beside_oracles,
     best_simple,
     markdown,
     paired_differences,
@@ -212,6 +213,17 @@ def test_a_summary_counts_items_and_a_paired_difference_gives_its_verdict():
     assert set(paired_differences(frame[frame["sample"].isin(["s1", "s2", "s3"])], "SDTP").verdict) == {"too few"}
     verdict = best_simple(scorer_summary(frame)).iloc[0]
     assert verdict["best simple"] == "recency" and verdict["learned wins"]
+
+
+def test_learned_scores_stand_beside_the_oracles_on_the_very_prompts_that_those_had():
+    frame = scorer_rows()
+    oracle = frame[(frame.scorer == "SDTP") & frame["sample"].isin(["s0", "s11"])]
+    frame = pandas.concat([frame, oracle.assign(scorer="oracle: removal", block="oracle", kl_nats=0.01)])
+    summary = scorer_summary(beside_oracles(frame)).set_index("scorer")
+    assert summary.loc["SDTP, same prompts", ["block", "items"]].tolist() == ["oracle", 2]
+    assert summary.loc["SDTP, same prompts", "kl_nats"] == pytest.approx(0.1 + 0.011 / 2)
+    assert summary.loc["SDTP", "items"] == 12 and "recency, same prompts" not in summary.index
+    assert beside_oracles(scorer_rows()).equals(scorer_rows()), "no oracle, nothing added"
 
 
 def test_a_scorer_that_lags_behind_is_compared_on_the_samples_all_have():
