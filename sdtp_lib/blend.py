@@ -79,14 +79,15 @@ class Blend:
 def standardised(scores: Tensor, valid: Tensor) -> Tensor:
     """Scores (B, N) minus their mean, over their deviation, both over the row's ``valid`` tokens; 0 at padding.
 
-    At least float32. Equal scores give 0, with a gradient of 0.
+    At least float32. Equal scores give 0, with a gradient no larger than for scores of deviation 1.
     """
     scores = torch.where(valid, scores.to(torch.promote_types(scores.dtype, torch.float32)), 0.0)
     real = valid.to(scores.dtype)
     count = real.sum(dim=1, keepdim=True).clamp_min(1)
     centred = (scores - scores.sum(dim=1, keepdim=True) / count) * real
-    # Clamped before the root: the root's gradient at 0 is infinite, and times 0 it is NaN.
-    return centred / (centred.square().sum(dim=1, keepdim=True) / count).clamp_min(1e-24).sqrt()
+    variance = centred.square().sum(dim=1, keepdim=True) / count
+    # Replaced before the root: the root's gradient at 0 is infinite, and times 0 it is NaN.
+    return centred / torch.where(variance > 1e-24, variance, 1.0).sqrt()
 
 
 def average_of_neighbours(scores: Tensor, valid: Tensor, kernel: int) -> Tensor:
