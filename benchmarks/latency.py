@@ -208,22 +208,25 @@ def run_predict(options: argparse.Namespace) -> int:
     from sdtp_lib import costmodel, evaluation_tables, load_model
     from sdtp_lib.config import PruningConfig
     from sdtp_lib.model_shape import ModelShape
+    from sdtp_lib.profiling import threads
     from sdtp_lib.profiling_hardware import measure_hardware
 
-    summary = latency_report.summary(read_rows(options.rows))
+    rows = read_rows(options.rows)
+    timed = {row["model"] for row in rows}
+    if timed != {options.model}:
+        raise SystemExit(f"--model {options.model}: {options.rows} has rows of {sorted(timed)}; name that model.")
     model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
     shape = ModelShape.from_config(model.config)
-    rates = measure_hardware(
-        hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, num_heads=shape.num_heads,
-        head_dim=shape.head_dim, num_kv_heads=shape.num_kv_heads, tokens=2048, dtype=model.dtype, device=model.device,
-        repeats=options.repeats,
-    )  # fmt: skip
+    with threads(options.threads):
+        rates = measure_hardware(shape, dtype=model.dtype, device=model.device, repeats=options.repeats)
     presets = {name: PruningConfig.preset(name, shape.num_layers) for name in ("keep09", "keep08", "keep07")}
     dtype = str(model.dtype).removeprefix("torch.")
     hardware = costmodel.Hardware("this machine", **rates)
-    found = pandas.DataFrame(
-        costmodel.against_measured(shape, hardware, summary, {"unpruned": None, **presets}, dtype=dtype)
-    )
+    table = latency_report.summary(rows)
+    found = costmodel.against_measured(shape, hardware, table, {"unpruned": None, **presets}, dtype=dtype)
+    if not found:
+        raise SystemExit(f"{options.rows} has no times of the unpruned model or a preset: make some with `run`.")
+    found = pandas.DataFrame(found)
     print(", ".join(f"{name} {value:.4g}" for name, value in rates.items()))
     print(evaluation_tables.markdown(found, digits=1))
     for what, part in found.groupby("what", sort=False):
@@ -251,15 +254,15 @@ def _prepared(options: argparse.Namespace):
     """Model, scorer (trained or untrained pruners) and the open-able writer of a measuring command."""
     from sdtp_lib import TokenPruners, load_model
     from sdtp_lib.config import PruningConfig
-    from sdtp_lib.evaluation_named import SHIPPED
+    from sdtp_lib.evaluation_named import shipped_for
     from sdtp_lib.models import weights_note
 
     model, _ = load_model(
         options.model, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
     )
-    pruners = options.pruners or (str(SHIPPED) if options.model == "embedded" and SHIPPED.is_dir() else None)
+    pruners = options.pruners or shipped_for(options.model)
     if pruners:
-        scorer = TokenPruners.from_pretrained(pruners)
+        scorer = TokenPruners.from_pretrained(str(pruners))
     else:
         config = PruningConfig.preset("keep09", model.config.num_hidden_layers)
         scorer = TokenPruners(model.config.hidden_size, config.layers)

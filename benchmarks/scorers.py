@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, evaluation_tables, load_model, plots
 from sdtp_lib.evaluation_cells import CELLS, cell_samples
-from sdtp_lib.evaluation_named import SHIPPED, scorer_named
+from sdtp_lib.evaluation_named import scorer_named, shipped_for
 from sdtp_lib.evaluation_sharing import Share
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.models import weights_note
@@ -66,8 +66,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Method]:
     """The pruners named on the command line, or those that ship with the project."""
-    shipped = options.model == "embedded" and SHIPPED.is_dir()
-    named = options.pruners or ([scorer_named(evaluation_tables.LEARNED_PREFIX)] if shipped else [])
+    shipped = [scorer_named(evaluation_tables.LEARNED_PREFIX)] if shipped_for(options.model) else []
+    named = options.pruners or shipped
     return [evaluation.Method(each.name, each.load(model)) for each in named]
 
 

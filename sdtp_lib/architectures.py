@@ -78,6 +78,11 @@ class Architecture:
         return rotary
 
 
+def position_argument(model: nn.Module, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``{"position_ids": positions}`` for a call of ``model``; nothing where it takes none (BLOOM counts the mask)."""
+    return {"position_ids": positions} if "position_ids" in inspect.signature(type(model).forward).parameters else {}
+
+
 def describe(model: nn.Module) -> Architecture:
     """The `Architecture` of a causal LM of transformers, also when wrapped by PEFT.
 

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdtp_lib import budget, scorers
+from sdtp_lib.architectures import position_argument
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.engine import token_pruning
 from sdtp_lib.model_shape import ModelShape
@@ -68,7 +68,7 @@ def continuation_logits(
         if given.shape[1]:
             # Positions said, not left to the cache's length: a KV-cache compression makes that shorter than the prompt.
             after = torch.arange(given.shape[1], device=given.device)[None] + len(prompt_ids)
-            places = {"position_ids": after} if "position_ids" in signature(type(model).forward).parameters else {}
+            places = position_argument(model, after)
             rest = model(input_ids=given, past_key_values=first.past_key_values, use_cache=True, **places).logits
             logits = torch.cat([logits, rest], dim=1)
     return logits[0].float(), trace

@@ -16,6 +16,11 @@ SIMPLE = ("random", "recency", "hidden_norm", "attention")
 SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
 
 
+def shipped_for(model: str) -> Path | None:
+    """The pruners that ship for a model of this name; None if none do."""
+    return SHIPPED if model == "embedded" and SHIPPED.is_dir() else None
+
+
 @dataclass(frozen=True)
 class NamedScorer:
     """A score to be loaded.

@@ -89,7 +89,8 @@ def paired_differences(
                 continue
             mean, low, high = paired_bootstrap(pair[scorer], pair[other])
             verdict = "better" if high < 0 else "worse" if low > 0 else "open"
-            verdict = verdict if len(pair) >= FEWEST_PAIRS else "too few"
+            if len(pair) < FEWEST_PAIRS:
+                verdict = "too few"
             lines.append(
                 dict(zip(by, group, strict=True))
                 | {"against": other, "difference": mean, "low": low, "high": high, "items": len(pair)}

@@ -1,7 +1,7 @@
 """Micro-benchmarks of one device: the achieved rates that a cost model asks for.
 
-Times single operations of given sizes (matrix products, causal attention, streaming, launches) and knows nothing of
-models, pruning or predictions.
+Times single operations of a model's sizes (matrix products, causal attention, streaming, launches) and knows nothing of
+the model itself, pruning or predictions.
 """
 
 from __future__ import annotations
@@ -14,22 +14,19 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.profiling import Stopwatch, synchronise
 
 
 def measure_hardware(
+    shape: ModelShape,
     *,
-    hidden_size: int,
-    intermediate_size: int,
-    num_heads: int,
-    head_dim: int,
-    num_kv_heads: int | None = None,
     tokens: int = 2048,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     repeats: int = 5,
 ) -> dict[str, float | bool]:
-    """Achieved rates for operations of these sizes, medians.
+    """Achieved rates for operations of the sizes of a model and prompt, medians.
 
     Returns
     -------
@@ -40,6 +37,8 @@ def measure_hardware(
         included), ``cache_passes`` (growing a cache by a token and attending to it, in passes over it at that
         bandwidth), ``asynchronous``.
     """
+    hidden_size, intermediate_size = shape.hidden_size, shape.intermediate_size
+    num_heads, head_dim, groups = shape.num_heads, shape.head_dim, shape.num_kv_heads
     options = {"dtype": dtype, "device": device}
     size = torch.empty((), dtype=dtype).element_size()
     hidden, inner = torch.randn(tokens, hidden_size, **options), torch.randn(tokens, intermediate_size, **options)
@@ -49,7 +48,6 @@ def measure_hardware(
     row = torch.randn(1, hidden_size, **options)
     # Large enough that no cache holds it.
     table = torch.randn(max(1, 256_000_000 // (size * hidden_size)), hidden_size, **options)
-    groups = num_kv_heads or num_heads
     cached = 2 * groups * tokens * head_dim * size
     # As many layers' caches as no processor cache holds.
     caches = itertools.cycle(torch.randn(max(2, 64_000_000 // cached), 2, 1, groups, tokens, head_dim, **options))

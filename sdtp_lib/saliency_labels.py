@@ -16,7 +16,6 @@ T tokens, R response tokens, G key/value heads, L layers.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdtp_lib.architectures import describe, layer_inputs
+from sdtp_lib.architectures import describe, layer_inputs, position_argument
 from sdtp_lib.architectures_asking import attention_from_last
 from sdtp_lib.architectures_attention import attention_bias, attention_mask_out
 
@@ -81,8 +80,7 @@ def saliency_of(
     wants_bias = any(name.startswith("removal") for name in labels)
     wants_hidden = "gradient_x_hidden" in labels
     forward = {"attention_mask": attention_mask.long(), "use_cache": False}
-    if "position_ids" in inspect.signature(type(model).forward).parameters:
-        forward["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    forward |= position_argument(model, (attention_mask.long().cumsum(-1) - 1).clamp(min=0))
     if wants_hidden:
         # Somewhere the graph must begin: at the embeddings, since no weight takes a gradient.
         forward["inputs_embeds"] = model.get_input_embeddings()(input_ids).detach().requires_grad_()

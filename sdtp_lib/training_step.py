@@ -7,7 +7,6 @@ attention (paper, section 3.3), so that gradients reach the pruners. Axes: B bat
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdtp_lib import losses
-from sdtp_lib.architectures import layer_inputs
+from sdtp_lib.architectures import layer_inputs, position_argument
 from sdtp_lib.architectures_asking import attention_looked_back_at
 from sdtp_lib.architectures_attention import key_bias
 from sdtp_lib.looking_back import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.pruners import TokenPruners
 from sdtp_lib.saliency import has_hidden, load_attention, load_hidden
+from sdtp_lib.selection import gather_tokens
 from sdtp_lib.training_config import TrainingConfig
 
 
@@ -66,10 +66,10 @@ def simulated_pruning(
             # Side by side, as the engine has them: neighbours are the tokens that are left. Others get 0.
             order = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(alive.sum(-1).max())]
             left = alive.gather(1, order)
-            mass = None if index not in paid else _gathered(paid[index], order)
+            mass = None if index not in paid else gather_tokens(paid[index], order)
             own = mass if pruners.looked_back else None
             places = positions.gather(1, order)
-            scores = pruners.score(index, _gathered(seen[index], order), places, left, lengths, own)
+            scores = pruners.score(index, gather_tokens(seen[index], order), places, left, lengths, own)
             if blend is not None:
                 heads = None if mass is None else mass.chunk(LAYERS_BACK, dim=-1)[-1].transpose(1, 2)
                 scores = blend.mixed(scores, left, places, heads)
@@ -203,15 +203,12 @@ class PrunerLoss(nn.Module):
         """(N, V) logits that predict the response tokens, and these tokens (N,)."""
         response = attention_mask.bool() & ~prompt_mask
         first = int(response.any(0).nonzero()[0])
-        options: dict[str, Any] = {}
-        if "position_ids" in inspect.signature(type(language_model).forward).parameters:
-            options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         logits = language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=False,
             logits_to_keep=input_ids.shape[1] - first + 1,
-            **options,
+            **position_argument(language_model, (attention_mask.cumsum(-1) - 1).clamp(min=0)),
         ).logits[:, :-1]
         here = response[:, first:]
         return logits[here], input_ids[:, first:][here]
@@ -255,11 +252,6 @@ class Collator:
             name: [torch.stack([read(row["file"], layer) for layer in self.layers]) for row in rows]
             for name, read in readers.items()
         }
-
-
-def _gathered(values: Tensor, order: Tensor) -> Tensor:
-    """``values`` (B, T, C) of the tokens in ``order`` (B, n)."""
-    return values.gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

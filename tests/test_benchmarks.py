@@ -74,6 +74,8 @@ def test_the_latency_command_says_what_quality_costs_and_what_the_cost_model_mis
     assert main(["run", *where, "--lengths", "128", "--new-tokens", "3", "--presets", "keep09"]) == 0
     assert main(["predict", *where, str(tmp_path / "latency.jsonl")]) == 0
     assert "prefill_ms: error" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--model embedded: .* name that model"):
+        main(["predict", str(tmp_path / "latency.jsonl")])
 
 
 def test_named_scores_alone_are_measured_on_answers_that_the_model_gets_right(model_folder, tmp_path, capsys):
