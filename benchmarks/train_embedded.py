@@ -10,6 +10,7 @@ killed run goes on. Nothing under ``data/pruners`` is written before the new set
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import shutil
@@ -19,10 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from sdtp_lib import TrainingConfig, compute_saliency, data, load_model, tasks, train_pruners
+from sdtp_lib.evaluation_sharing import Share
 from sdtp_lib.records import passport, project_root, write_json
 
 LENGTHS = ((420, 700), (760, 1200))  # tokens of the shorter and of the longer half of the prompts
-LABELS = ("removal", "removal_odds", "gradient_x_hidden")  # all three in one pass
+RESPONSE_TOKENS = 128  # as in the measure
 RECIPES = {
     # Labels that are summed, inputs and width of a pruner, losses.
     "ours": {
@@ -45,7 +47,7 @@ RECIPES["ours, without rank and mse"] = {
 
 
 def mixed_prompts(tokenizer, dolly: str, each: int, seed: int = 0) -> list[dict]:
-    """``each`` prompts of running text, of packed Dolly records and of synthetic tasks, in turn."""
+    """``each`` prompts of running text, as many synthetic tasks and twice as many packed Dolly records, interleaved."""
     documents = data.long_documents("train")
     records = [record for record in data.load_instructions(dolly, split="train") if record["context"]]
     half, a_task = each // 2, max(1, each // len(tasks.TASKS))
@@ -53,10 +55,11 @@ def mixed_prompts(tokenizer, dolly: str, each: int, seed: int = 0) -> list[dict]
     for turn, (low, high) in enumerate(LENGTHS):
         middle = (low + high) // 2
         text += data.text_windows(
-            documents, tokenizer, prompt_tokens=middle, continuation_tokens=64, limit=half, seed=seed + turn
-        )
+            documents, tokenizer, prompt_tokens=middle, continuation_tokens=RESPONSE_TOKENS, limit=half,
+            seed=seed + turn,
+        )  # fmt: skip
         packed += data.pack_contexts(
-            records, tokenizer, tokens=(low, high), seed=seed + turn, limit=half, response_tokens=48
+            records, tokenizer, tokens=(low, high), seed=seed + turn, limit=2 * half, response_tokens=RESPONSE_TOKENS
         )
         count = a_task // 2 + (a_task % 2 if turn == 0 else 0)
         for name in tasks.TASKS if count else ():
@@ -68,15 +71,16 @@ def mixed_prompts(tokenizer, dolly: str, each: int, seed: int = 0) -> list[dict]
     for index, kind in enumerate(kinds):
         kinds[index] = list({sample["id"]: sample for sample in kind}.values())
         random.Random(seed).shuffle(kinds[index])
-    longest = max(map(len, kinds))
-    return [kind[place] for place in range(longest) for kind in kinds if place < len(kind)]
+    text, packed, made = kinds
+    turns = itertools.zip_longest(text, packed[0::2], made, packed[1::2])
+    return [sample for turn in turns for sample in turn if sample is not None]
 
 
 def joined_label(row: dict, layers: tuple[int, ...], labels: tuple[str, ...]) -> dict:
     """``layer_<l>``: the sum of ``labels``, each over its mean."""
     joined = {}
     for layer in layers:
-        columns = [f"layer_{layer}" if name == LABELS[0] else f"layer_{layer}_{name}" for name in labels]
+        columns = [f"layer_{layer}" if name == labels[0] else f"layer_{layer}_{name}" for name in labels]
         parts = [np.asarray(row[column]) for column in columns]
         joined[f"layer_{layer}"] = sum(part / max(part.mean(), 1e-30) for part in parts).tolist()
     return joined
@@ -87,22 +91,32 @@ def main() -> None:
     parser.add_argument(
         "--dolly", default="databricks/databricks-dolly-15k", help="Dolly-15k: a JSON-lines file or a Hub data set"
     )
-    parser.add_argument("--each", type=int, default=100, help="prompts of each kind that the mix is drawn from")
-    parser.add_argument("--prompts", type=int, default=180, help="how many of the mix to label and train on")
+    parser.add_argument("--each", type=int, default=130, help="prompts of running text that the mix is drawn from")
+    parser.add_argument("--prompts", type=int, default=480, help="how many of the mix to label and train on")
     parser.add_argument("--epochs", type=float, default=12.0, help="passes over the prompts")
     parser.add_argument("--recipe", choices=list(RECIPES), default="ours", help="labels, inputs and losses")
     parser.add_argument("--seed", type=int, default=0, help="of order, ratios and weights")
+    parser.add_argument("--dtype", default=None, help="of the model in the label pass: float32, bfloat16, auto")
+    parser.add_argument("--labels-only", action="store_true", help="label and stop; under torchrun the work is shared")
     parser.add_argument("--out", default="data/pruners/smollm2-135m-instruct", help="folder of the trained set")
     parser.add_argument("--work", default="data/results/train-embedded", help="folder of checkpoints")
     arguments = parser.parse_args()
 
-    model, tokenizer = load_model()
+    share = Share()
+    if share.count > 1 and not arguments.labels_only:
+        raise SystemExit("training runs in one process: under torchrun give --labels-only.")
+    model, tokenizer = load_model(dtype=arguments.dtype, device=share.device)
     layers = tuple(range(4, model.config.num_hidden_layers, 3))
     prompts = mixed_prompts(tokenizer, arguments.dolly, arguments.each)[: arguments.prompts]
-    print(f"{len(prompts)} prompts:", dict(Counter(sample["category"] for sample in prompts)))
-    print("first ids:", ", ".join(str(sample["id"]) for sample in prompts[:6]), "...")
-    labelled = compute_saliency(model, prompts, layers, LABELS, store_hidden=True)
+    if share.is_first:
+        print(f"{len(prompts)} prompts:", dict(Counter(sample["category"] for sample in prompts)))
+        print("first ids:", ", ".join(str(sample["id"]) for sample in prompts[:6]), "...", flush=True)
     recipe = RECIPES[arguments.recipe]
+    labelled = compute_saliency(
+        model, prompts, layers, recipe["labels"], store_hidden=True, share=(share.index, share.count)
+    )
+    if arguments.labels_only:
+        return
     labelled = labelled.map(lambda row: joined_label(row, layers, recipe["labels"]), desc="joined labels")
     config = TrainingConfig(
         epochs=arguments.epochs, seed=arguments.seed, batch_size=4, learning_rate=2e-3, weight_decay=0.05,

@@ -141,6 +141,11 @@ def dropped_saliency(
     return (weight * torch.sigmoid((threshold - standard) / temperature)).sum(-1).mean()
 
 
+def highest(scores: Tensor, valid: Tensor, keep_ratio: float) -> Tensor:
+    """(B, T) bool: the ``keep_ratio`` of the valid tokens (rounded down) that score highest; ties: the later token."""
+    return valid & (_ranks(scores, valid) < (valid.sum(-1, keepdim=True) * keep_ratio).long())
+
+
 def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(teacher || student) in nats, mean over the (N, V) positions given; gradients reach the student only."""
     teacher = teacher_logits.detach().float().log_softmax(-1)

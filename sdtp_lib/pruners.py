@@ -47,6 +47,9 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         Size of the query-key term: R dimensions in all, split over H heads.
     attention_heads
         Attention heads of the model; needed by ``"attention"``.
+    passage_tokens
+        Odd: query and attention inputs also as means over so many living neighbours, since an answer's whole passage
+        matters and not the words alone that the question repeats; 0: not.
     blend
         Fields of `sdtp_lib.blend.Blend`: how the learned score is smoothed and mixed with attention and recency when
         tokens are chosen (never in training). None: the learned score alone, as in the paper.
@@ -76,6 +79,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         query_window: int = 16,
         attention_heads: int | None = None,
         attention_kernel: int = 7,
+        passage_tokens: int = 0,
         blend: dict[str, float | int] | None = None,
         num_layers: int | None = None,
         model_type: str | None = None,
@@ -93,6 +97,11 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             raise ValueError("attention_heads=None: the input 'attention' needs the model's number of attention heads.")
         if attention_kernel < 1 or attention_kernel % 2 == 0:
             raise ValueError(f"attention_kernel={attention_kernel} is not an odd number of neighbours: give 1, 3, 5.")
+        if passage_tokens and (passage_tokens % 2 == 0 or not {"query", "attention"} & set(features)):
+            raise ValueError(
+                f"passage_tokens={passage_tokens} needs an odd number of neighbours, and the input 'query' or "
+                f"'attention' among features={tuple(features)}: give 0, or 33, 65, ... with one of these."
+            )
         if head not in HEADS:
             raise ValueError(f"head={head!r} is unknown: choose one of {', '.join(HEADS)}.")
         if not layers:
@@ -104,6 +113,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         self.features, self.head, self.default_ratio = tuple(features), head, default_ratio
         self.query_rank, self.query_heads, self.query_window = query_rank, query_heads, query_window
         self.attention_heads, self.attention_kernel = attention_heads, attention_kernel
+        self.passage_tokens = int(passage_tokens)
         self.looked_back = looked_back(self.layers) if "attention" in self.features else {}
         self.blend = None if blend is None else Blend(**blend)
         self.num_layers, self.model_type, self.base_model = num_layers, model_type, base_model
@@ -235,7 +245,9 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             "query": self.query_heads,
             "attention": LAYERS_BACK * (self.attention_heads or 0),
         }
-        return sum(size for name, size in sizes.items() if name in self.features)
+        used = {name: size for name, size in sizes.items() if name in self.features}
+        again = {name: size for name, size in used.items() if name != "distance" and self.passage_tokens}
+        return sum(used.values()) + sum(again.values())
 
     def extra_repr(self) -> str:
         """For ``print(pruners)``."""

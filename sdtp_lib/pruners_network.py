@@ -28,6 +28,7 @@ class StagePruner(nn.Module):
         size, width = owner.hidden_size, owner.width
         self.uses_distance, self.uses_query = "distance" in owner.features, "query" in owner.features
         self.kernel = owner.attention_kernel if "attention" in owner.features else None
+        self.passage = owner.passage_tokens
         self.heads, self.window = owner.query_heads, owner.query_window
         self.down = nn.Linear(size, width)
         outputs = 2 if owner.head == "gumbel" else 1
@@ -61,9 +62,15 @@ class StagePruner(nn.Module):
         if self.uses_distance:
             side.append(_distance_inputs(distance, prompt_lengths))
         if self.uses_query:
-            side.append(self._query_inputs(hidden_states, keys, distance, valid))
+            asked = self._query_inputs(hidden_states, keys, distance, valid)
+            side.append(asked)
+            if self.passage:
+                side.append(mean_of_neighbours(asked, valid, self.passage))
         if self.kernel:
-            side.append(_attention_inputs(attention, valid, self.kernel))
+            even = _even_share(attention, valid)
+            side.append(_in_logarithms(strongest_neighbour(even.transpose(1, 2), self.kernel).transpose(1, 2)))
+            if self.passage:
+                side.append(_in_logarithms(mean_of_neighbours(even, valid, self.passage)))
         side = torch.cat(side, dim=-1)
         return self.out(F.gelu(inner + self.side(side))) + self.skip(side)
 
@@ -110,12 +117,26 @@ def _safe(hidden_states: Tensor) -> Tensor:
     return (hidden_states.float() * _inverse_rms(hidden_states)).to(torch.float16)
 
 
-def _attention_inputs(mass: Tensor, valid: Tensor, kernel: int) -> Tensor:
-    """(B, n, A) logarithm of the attention paid to a token or its neighbours, in units of an even share."""
-    even = ASKING_TOKENS / valid.sum(dim=1).clamp(min=1).float()[:, None, None]
-    strongest = strongest_neighbour(mass.float().transpose(1, 2), kernel).transpose(1, 2)
-    # A hundredth of an even share is as good as nothing, and its logarithm would rule.
-    return 0.5 * (strongest / even + 0.01).log() + 1.0
+def mean_of_neighbours(values: Tensor, valid: Tensor, kernel: int) -> Tensor:
+    """Mean (B, n, A) over the ``kernel`` living tokens around each (fewer at the ends), in time that n alone decides."""
+    real = valid[..., None].to(values.dtype)
+    # Sums that run around 0 instead of growing with n keep their digits.
+    centre = (values * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
+    counted = torch.cat([(values - centre) * real, real], dim=-1)
+    sums = F.pad(counted.cumsum(dim=1), (0, 0, kernel // 2 + 1, 0))
+    sums = torch.cat([sums, sums[:, -1:].expand(-1, kernel // 2, -1)], dim=1)
+    total = sums[:, kernel:] - sums[:, :-kernel]
+    return total[..., :-1] / total[..., -1:].clamp(min=1) + centre
+
+
+def _even_share(mass: Tensor, valid: Tensor) -> Tensor:
+    """(B, n, A) attention in units of what each token would get if all got the same, float32."""
+    return mass.float() * (valid.sum(dim=1).clamp(min=1).float()[:, None, None] / ASKING_TOKENS)
+
+
+def _in_logarithms(share: Tensor) -> Tensor:
+    """About -1.3 for no attention, 1 for an even share: a hundredth of it is as good as nothing."""
+    return 0.5 * (share + 0.01).log() + 1.0
 
 
 def _distance_inputs(distance: Tensor, prompt_lengths: Tensor) -> Tensor:

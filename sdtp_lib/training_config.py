@@ -25,6 +25,9 @@ class TrainingConfig:
         Rank only pairs on opposite sides of a cut at a keep ratio drawn from ``keep_ratios``; False: all pairs (paper).
     rank_width
         Share of tokens round the cut in which pairs count most; 0: all pairs across the cut alike.
+    staged
+        The losses on labels see at each stage the tokens that the earlier ones leave at the drawn keep ratio, as in
+        inference; False: the whole prompt at every stage.
     lm_weight, distill_weight
         Weights of the pruned model's cross-entropy on the response (paper) and of its KL to the unpruned model, both
         through simulated pruning; 0 leaves the language model out of the gradient, and training is much cheaper.
@@ -63,6 +66,7 @@ class TrainingConfig:
     drop_weight: float = 0.0
     rank_at_cut: bool = True
     rank_width: float = 0.0
+    staged: bool = True
     lm_weight: float = 0.0
     distill_weight: float = 0.0
     keep_ratios: tuple[float, float] = (0.6, 0.95)

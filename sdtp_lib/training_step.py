@@ -45,66 +45,78 @@ def simulated_pruning(
     ValueError
         For a blend that asks with another window than the one that training reads.
     """
-    blend, back = pruners.blend, pruners.looked_back
-    if blend is not None and blend.attention:
-        if blend.window != ASKING_TOKENS:
-            raise ValueError(
-                f"blend.window={blend.window} cannot be simulated in training: give {ASKING_TOKENS}, or no blend."
-            )
-        back = back or looked_back(pruners.layers)
-    positions = prompt_mask.long().cumsum(-1) - 1
-    positions = positions.masked_fill(~prompt_mask, -1)
-    lengths = prompt_mask.sum(-1)
-    keeps: dict[int, Tensor] = {}
-    alive, bias = prompt_mask, None
+    run = _Simulation(pruners, prompt_mask, keep_ratio, config)
     with (
-        layer_inputs(model, pruners.layers) as seen,
-        attention_looked_back_at(model, back, ASKING_TOKENS, lambda index: living(index)) as paid,
+        layer_inputs(model, pruners.layers) as run.seen,
+        attention_looked_back_at(model, run.back, ASKING_TOKENS, run.living) as run.paid,
+        key_bias(model, run.bias),
     ):
+        yield run.keeps
 
-        def scores_of_living(index: int) -> Tensor:
-            # Side by side, as the engine has them: neighbours are the tokens that are left. Others get 0.
-            order = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(alive.sum(-1).max())]
-            left = alive.gather(1, order)
-            mass = None if index not in paid else gather_tokens(paid[index], order)
-            own = mass if pruners.looked_back else None
-            places = positions.gather(1, order)
-            scores = pruners.score(index, gather_tokens(seen[index], order), places, left, lengths, own)
-            if blend is not None:
-                heads = None if mass is None else mass.chunk(LAYERS_BACK, dim=-1)[-1].transpose(1, 2)
-                scores = blend.mixed(scores, left, places, heads)
-            return torch.zeros_like(alive, dtype=scores.dtype).scatter(1, order, scores)
 
-        def cut(index: int) -> None:
-            nonlocal alive, bias
-            # A recomputed forward would ask again; the stages of one forward come once each, in order.
-            if index not in pruners.layers or index in keeps:
-                return
-            scores = scores_of_living(index)
-            open_to_cut = alive & losses.scorable(
-                alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
-            )
-            protected = alive.sum(-1, keepdim=True) - open_to_cut.sum(-1, keepdim=True)
-            wanted = (alive.sum(-1, keepdim=True) * keep_ratio - protected).clamp(min=0)
-            share = wanted / open_to_cut.sum(-1, keepdim=True).clamp(min=1)
-            soft = losses.soft_keep(scores, open_to_cut, share, config.temperature, config.keep_floor)
-            hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
-            keep = losses.straight_through(soft, hard) if config.straight_through else soft
-            keeps[index] = keep
-            alive = alive & (hard > 0.5)
-            bias = keep.log() if bias is None else bias + keep.log()
+class _Simulation:
+    """One forward under simulated pruning: who is alive so far, and how little of a token each stage has left."""
 
-        def living(index: int) -> Tensor:
-            if index in paid:  # What the stage is shown is complete, so its cut comes before others look at this layer.
-                cut(index)
-            return alive
+    def __init__(self, pruners: TokenPruners, prompt_mask: Tensor, keep_ratio: float, config: TrainingConfig) -> None:
+        self.pruners, self.keep_ratio, self.config = pruners, keep_ratio, config
+        self.back = pruners.looked_back
+        if pruners.blend is not None and pruners.blend.attention:
+            if pruners.blend.window != ASKING_TOKENS:
+                raise ValueError(
+                    f"blend.window={pruners.blend.window} cannot be simulated in training: give {ASKING_TOKENS}, or no "
+                    "blend."
+                )
+            self.back = self.back or looked_back(pruners.layers)
+        self.positions = (prompt_mask.long().cumsum(-1) - 1).masked_fill(~prompt_mask, -1)
+        self.lengths = prompt_mask.sum(-1)
+        self.alive = prompt_mask
+        self.keeps: dict[int, Tensor] = {}
+        self.log_keep: Tensor | None = None  # (B, T), the sum over the stages so far
+        # Filled by the forward: what enters each layer, and what was just attended to.
+        self.seen: dict[int, Tensor] = {}
+        self.paid: dict[int, Tensor] = {}
 
-        def bias_of(index: int, key: Tensor) -> Tensor | None:
-            cut(index)
-            return None if bias is None else bias.to(key.device, key.dtype)
+    def living(self, index: int) -> Tensor:
+        """(B, T) who lives at layer ``index``; asked for by whoever reads attention there."""
+        # What the stage is shown is complete by then, so its cut comes before others look at this layer.
+        if index in self.paid:
+            self._cut(index)
+        return self.alive
 
-        with key_bias(model, bias_of):
-            yield keeps
+    def bias(self, index: int, key: Tensor) -> Tensor | None:
+        """(B, T) what is added to the attention scores of each key at layer ``index``; None before the first cut."""
+        self._cut(index)
+        return None if self.log_keep is None else self.log_keep.to(key.device, key.dtype)
+
+    def _cut(self, index: int) -> None:
+        # A recomputed forward would ask again; the stages of one forward come once each, in order.
+        if index not in self.pruners.layers or index in self.keeps:
+            return
+        config = self.config
+        scores = self._scores(index)
+        open_to_cut = self.alive & losses.scorable(
+            self.alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
+        )
+        living, free = self.alive.sum(-1, keepdim=True), open_to_cut.sum(-1, keepdim=True)
+        share = (living * self.keep_ratio - (living - free)).clamp(min=0) / free.clamp(min=1)
+        soft = losses.soft_keep(scores, open_to_cut, share, config.temperature, config.keep_floor)
+        hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
+        keep = losses.straight_through(soft, hard) if config.straight_through else soft
+        self.keeps[index] = keep
+        self.alive = self.alive & (hard > 0.5)
+        self.log_keep = keep.log() if self.log_keep is None else self.log_keep + keep.log()
+
+    def _scores(self, index: int) -> Tensor:
+        """(B, T) scores as the engine has them, from the living tokens side by side; 0 elsewhere."""
+        pruners, order, left = self.pruners, *_side_by_side(self.alive)
+        mass = gather_tokens(self.paid[index], order) if index in self.paid else None
+        own = mass if pruners.looked_back else None
+        places = self.positions.gather(1, order)
+        scores = pruners.score(index, gather_tokens(self.seen[index], order), places, left, self.lengths, own)
+        if pruners.blend is not None:
+            heads = None if mass is None else mass.chunk(LAYERS_BACK, dim=-1)[-1].transpose(1, 2)
+            scores = pruners.blend.mixed(scores, left, places, heads)
+        return torch.zeros_like(self.alive, dtype=scores.dtype).scatter(1, order, scores)
 
 
 class PrunerLoss(nn.Module):
@@ -176,13 +188,18 @@ class PrunerLoss(nn.Module):
         self, by_layer: dict[int, tuple[Tensor, Tensor | None]], prompt_mask: Tensor, labels: Tensor, keep_ratio: float
     ) -> dict[str, Tensor]:
         config = self.settings
-        counted = losses.scorable(prompt_mask, config.sink_tokens, config.local_ratio, config.min_local_tokens)
         positions = (prompt_mask.long().cumsum(-1) - 1).masked_fill(~prompt_mask, -1)
+        lengths, alive = prompt_mask.sum(-1), prompt_mask
         found: dict[str, list[Tensor]] = {name: [] for name in ("mse", "rank", "drop")}
         for stage, layer in enumerate(self.layers):
-            saliency = labels[:, stage]
             states, paid = by_layer[layer]
-            scores = self.pruners.score(layer, states, positions, prompt_mask, prompt_mask.sum(-1), paid)
+            order, left = _side_by_side(alive)
+            mass = None if paid is None else _share_of_living(gather_tokens(paid, order), left)
+            scores = self.pruners.score(
+                layer, gather_tokens(states, order), positions.gather(1, order), left, lengths, mass
+            )
+            saliency = labels[:, stage].gather(1, order)
+            counted = losses.scorable(left, config.sink_tokens, config.local_ratio, config.min_local_tokens)
             if config.mse_weight:
                 found["mse"].append(losses.masked_mse(scores, losses.log_saliency(saliency, counted), counted))
             if config.rank_weight:
@@ -194,6 +211,9 @@ class PrunerLoss(nn.Module):
                 found["rank"].append(losses.pairwise_ranking(scores, saliency, counted, *sides))
             if config.drop_weight:
                 found["drop"].append(losses.dropped_saliency(scores, saliency, counted, keep_ratio))
+            if config.staged:
+                dropped = counted & ~losses.highest(scores.detach(), counted, keep_ratio)
+                alive = alive & ~torch.zeros_like(alive).scatter(1, order, dropped)
         return {name: torch.stack(values).mean() for name, values in found.items() if values}
 
     @staticmethod
@@ -252,6 +272,18 @@ class Collator:
             name: [torch.stack([read(row["file"], layer) for layer in self.layers]) for row in rows]
             for name, read in readers.items()
         }
+
+
+def _side_by_side(alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns (B, K) of the living tokens of (B, T), in order and first, and which of them (B, K) do live."""
+    order = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(alive.sum(-1).max())]
+    return order, alive.gather(1, order)
+
+
+def _share_of_living(mass: Tensor, left: Tensor) -> Tensor:
+    """Attention (B, K, A) paid by `ASKING_TOKENS` askers, as if what they paid to dropped tokens went to the living."""
+    mass = mass * left[..., None]
+    return mass * (ASKING_TOKENS / mass.sum(dim=1, keepdim=True).clamp_min(1e-6))
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -133,6 +133,14 @@ def test_distillation_is_zero_for_equal_logits_and_positive_elsewhere():
     assert losses.distillation(student, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_highest_takes_the_share_of_the_valid_tokens_and_the_later_of_equal_scores():
+    scores = torch.tensor([[9.0, 1.0, 5.0, 5.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    valid = torch.tensor([[False, True, True, True, True], [True, True, True, True, False]])
+    chosen = losses.highest(scores, valid, 0.5)
+    assert chosen.tolist() == [[False, False, True, True, False], [False, False, True, True, False]]
+    assert not losses.highest(scores, torch.zeros_like(valid), 0.5).any()
+
+
 def test_soft_keep_leaves_protected_tokens_whole_and_reaches_the_scores():
     scores = torch.randn(1, 50, requires_grad=True)
     valid = torch.ones(1, 50, dtype=torch.bool)

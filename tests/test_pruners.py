@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from sdtp_lib.pruners import TokenPruners
+from sdtp_lib.pruners_network import mean_of_neighbours
 
 LAYERS = (1, 2)
 
@@ -97,6 +98,28 @@ def test_the_query_term_lets_the_last_tokens_change_an_early_tokens_score():
     assert not torch.allclose(asking.score(1, hidden, *rest)[:, :30], asking.score(1, other, *rest)[:, :30])
 
 
+@pytest.mark.parametrize("kernel", [3, 7, 101])
+def test_a_passage_is_the_mean_of_the_living_tokens_around(kernel):
+    valid = inputs(padding=5)[2]
+    values = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(1)) * 100
+    found = mean_of_neighbours(values, valid, kernel)
+    for row, at in [(0, 5), (0, 20), (0, 39), (1, 0), (1, 39)]:
+        around = range(max(0, at - kernel // 2), min(40, at + kernel // 2 + 1))
+        living = [place for place in around if valid[row, place]]
+        torch.testing.assert_close(found[row, at], values[row, living].mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_with_passages_a_token_hears_what_its_neighbours_are_asked():
+    hidden, positions, valid, lengths = inputs(batch=1)
+    asked = torch.zeros(1, 40, 6)
+    other = asked.clone()
+    other[0, 10] = 1.0
+    for passage_tokens, reach in ((0, 1), (9, 4)):  # without passages: the strongest of three neighbours
+        pruners = pruners_with(ALL, attention_kernel=3, passage_tokens=passage_tokens)
+        told, silent = (pruners.score(1, hidden, positions, valid, lengths, paid)[0] for paid in (other, asked))
+        assert (told != silent).nonzero().flatten().tolist() == list(range(10 - reach, 10 + reach + 1))
+
+
 def test_gumbel_head_gives_keep_probabilities_and_a_deterministic_score():
     pruners = pruners_with(head="gumbel")
     keep = pruners.keep_probability(1, *inputs())
@@ -136,6 +159,8 @@ def test_missing_layers_are_named_beside_those_that_exist():
         ({"query_rank": 7, "query_heads": 2}, "query_rank=7"),
         ({"features": ("hidden", "attention"), "attention_heads": None}, "attention_heads=None"),
         ({"features": ("hidden", "attention"), "attention_heads": 2, "attention_kernel": 4}, "attention_kernel=4"),
+        ({"features": ("hidden", "query"), "passage_tokens": 4}, "passage_tokens=4"),
+        ({"features": ("hidden", "distance"), "passage_tokens": 5}, "passage_tokens=5"),
     ],
 )
 def test_wrong_options_are_named(options, match):

@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sdtp_lib import losses
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.engine import token_pruning
+from sdtp_lib.looking_back import ASKING_TOKENS
 from sdtp_lib.pruners import TokenPruners
 from sdtp_lib.saliency import compute_saliency
 from sdtp_lib.training import simulated_pruning, split_by_id, train_pruners
 from sdtp_lib.training_config import TrainingConfig
-from sdtp_lib.training_step import Collator, PrunerLoss
+from sdtp_lib.training_step import Collator, PrunerLoss, _share_of_living
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (1, 3)
@@ -83,8 +85,8 @@ def test_training_lowers_the_loss_and_saves_pruners_only(tiny_model, labelled, t
     before = {name: p.clone() for name, p in model.named_parameters()}
     config = QUICK.replace(epochs=15, eval_share=0.0)
     pruners = train_pruners(model, labelled, config, output_dir=tmp_path, progress=False)
-    losses = [entry["loss"] for entry in pruners.history if "loss" in entry]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    logged = [entry["loss"] for entry in pruners.history if "loss" in entry]
+    assert sum(logged[-5:]) < 0.8 * sum(logged[:5])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     for file in [*tmp_path.glob("checkpoint-*/*.safetensors"), *tmp_path.glob("pruners/*.safetensors")]:
         with safe_open(file, "pt") as stored:
@@ -93,6 +95,36 @@ def test_training_lowers_the_loss_and_saves_pruners_only(tiny_model, labelled, t
     again = TokenPruners.from_pretrained(tmp_path / "pruners")
     assert again.layers == LAYERS
     assert again.weights_fingerprint == pruners.weights_fingerprint is not None
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_a_stage_learns_only_about_tokens_that_the_one_before_leaves(tiny_model, labelled, staged):
+    """Labels of dropped tokens at the second stage change nothing if training is staged, and much if it is not."""
+    model = tiny_model()
+    config = QUICK.replace(staged=staged, keep_ratios=(0.5, 0.5), sink_tokens=2)
+    pruners = TokenPruners.for_model(model, LAYERS).eval()
+    step = PrunerLoss(pruners, model, LAYERS, config)
+    batch = batch_of(labelled, [0])
+    prompt = batch["prompt_mask"]
+    scores = pruners.score(
+        LAYERS[0], batch["hidden"][:, 0], prompt.long().cumsum(-1) - 1, prompt, prompt.sum(-1)
+    ).detach()
+    counted = losses.scorable(prompt, 2, config.local_ratio, 4)
+    dropped = counted & ~losses.highest(scores, counted, 0.5)
+    other = {**batch, "labels": batch["labels"].clone()}
+    other["labels"][:, 1][dropped] *= 50
+    changed = {name: not torch.equal(value, step(**other)[name]) for name, value in step(**batch).items()}
+    assert changed == dict.fromkeys(changed, not staged)
+
+
+def test_attention_stored_of_the_whole_prompt_is_shared_among_the_living():
+    mass = torch.rand(1, 10, 2, generator=torch.Generator().manual_seed(0))
+    mass = mass * (ASKING_TOKENS / mass.sum(dim=1, keepdim=True))
+    left = torch.arange(10)[None] < 6
+    shared = _share_of_living(mass, left)
+    assert torch.allclose(shared.sum(dim=1), torch.full((1, 2), float(ASKING_TOKENS)))
+    assert torch.equal(shared[0, 6:], torch.zeros(4, 2))
+    torch.testing.assert_close(shared[0, 0] / shared[0, 1], mass[0, 0] / mass[0, 1])
 
 
 def test_two_processes_train_one_set_from_shared_labels(tiny_model, tmp_path):
@@ -107,8 +139,8 @@ def test_two_processes_train_one_set_from_shared_labels(tiny_model, tmp_path):
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0]["labelled"] == ranks[1]["labelled"] == 8 and ranks[0]["own"] == ranks[1]["own"] == 4
     assert ranks[0]["weights"] == ranks[1]["weights"], "both processes end with one set"
-    losses = [entry["loss"] for entry in json.loads((tmp_path / "out" / "history.json").read_text()) if "loss" in entry]
-    assert len(losses) == 8, "8 samples in batches of 2 on 2 processes, 4 epochs"
+    logged = [entry["loss"] for entry in json.loads((tmp_path / "out" / "history.json").read_text()) if "loss" in entry]
+    assert len(logged) == 8, "8 samples in batches of 2 on 2 processes, 4 epochs"
     saved = TokenPruners.from_pretrained(tmp_path / "out" / "pruners")
     assert float(sum(p.detach().double().sum() for p in saved.parameters())) == pytest.approx(ranks[0]["weights"])
 
@@ -195,7 +227,8 @@ def test_the_pruned_models_loss_reaches_every_stage_of_the_pruners_and_no_weight
 def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_predicts(tiny_model, features, blend):
     model = tiny_model(dtype=torch.float64)
     torch.manual_seed(3)
-    pruners = TokenPruners(32, LAYERS, features=features, attention_heads=4, blend=blend)
+    passage = 5 if "query" in features else 0
+    pruners = TokenPruners(32, LAYERS, features=features, attention_heads=4, passage_tokens=passage, blend=blend)
     ids = torch.tensor([samples(1, 60)[0]["prompt_ids"]])
     config = TrainingConfig(min_local_tokens=4, keep_floor=1e-6)
     with token_pruning(model, PruningConfig(LAYERS, 0.7, min_local_tokens=4), pruners) as trace, torch.no_grad():
