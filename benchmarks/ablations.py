@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dolly", required=True, help="Dolly-15k: a JSON-lines file or a Hub data set")
     parser.add_argument("--recipes", nargs="+", choices=recipes(), default=recipes())
     parser.add_argument("--prompts", type=int, default=180, help="labelled prompts to train on")
-    parser.add_argument("--epochs", type=float, default=12.0)
+    parser.add_argument("--epochs", type=float, default=10.0)
     parser.add_argument("--samples", type=int, default=6, help="held-out prompts a cell of the comparison")
     parser.add_argument("--cells", nargs="+", default=["text", "needle", "multi_doc_qa", "instructions"])
     parser.add_argument("--settings", nargs="+", default=["r=0.8"])

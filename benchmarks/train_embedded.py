@@ -4,7 +4,11 @@ A fixed mix of prompts, printed before anything runs: windows of presidents' add
 documents), Dolly's closed-QA, information-extraction and summarisation records packed among other records' contexts
 (training ids), and synthetic long-context tasks (training vocabulary). Each prompt is labelled once by removal saliency
 of its loss and of its log-odds; the label is their sum, each divided by its mean. Labels are cached by sample, so a
-killed run goes on. Nothing under ``data/pruners`` is written before the new set is complete.
+killed run goes on, and several processes may make them:
+
+    torchrun --nproc-per-node 2 benchmarks/train_embedded.py --dolly PATH --dtype bfloat16 --labels-only
+
+Nothing under ``data/pruners`` is written before the new set is complete.
 """
 
 from __future__ import annotations
@@ -18,32 +22,48 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sdtp_lib import TrainingConfig, compute_saliency, data, load_model, tasks, train_pruners
+from sdtp_lib.blend import average_of_neighbours
 from sdtp_lib.evaluation_sharing import Share
 from sdtp_lib.records import passport, project_root, write_json
 
 LENGTHS = ((420, 700), (760, 1200))  # tokens of the shorter and of the longer half of the prompts
 RESPONSE_TOKENS = 128  # as in the measure
 RECIPES = {
-    # Labels that are summed, inputs and width of a pruner, losses.
+    # Labels that are summed, neighbours that the sum is averaged over, a pruner's inputs and sizes, losses.
     "ours": {
-        "labels": ("removal", "removal_odds"), "features": ("hidden", "distance", "query", "attention"), "width": 96,
+        "labels": ("removal", "removal_odds"), "smoothing": 3,
+        "pruner": {
+            "features": ("hidden", "distance", "query", "attention", "memory"),
+            "width": 64, "query_rank": 64, "query_window": 32, "passage_tokens": 65,
+        },
         "losses": {"mse_weight": 0.5, "rank_weight": 1.0, "drop_weight": 1.0},
     },
     # The paper's own: gradient x hidden, the hidden state alone, D / 4, regression and ranking over all pairs. Its
     # language-model loss is left out: it costs four forwards a prompt and step.
     "paper": {
-        "labels": ("gradient_x_hidden",), "features": ("hidden",), "width": None,
-        "losses": {"mse_weight": 1.0, "rank_weight": 1.0, "rank_at_cut": False},
+        "labels": ("gradient_x_hidden",), "smoothing": 1, "pruner": {"features": ("hidden",)},
+        "losses": {"mse_weight": 1.0, "rank_weight": 1.0, "rank_at_cut": False, "staged": False},
     },
 }  # fmt: skip
-RECIPES["ours, hidden alone"] = {**RECIPES["ours"], "features": ("hidden",)}
-RECIPES["ours, without attention"] = {**RECIPES["ours"], "features": ("hidden", "distance", "query")}
-RECIPES["ours, without rank"] = {**RECIPES["ours"], "losses": {"mse_weight": 0.5, "drop_weight": 1.0, "rank_weight": 0}}
-RECIPES["ours, without rank and mse"] = {
-    **RECIPES["ours"], "losses": {"mse_weight": 0, "rank_weight": 0, "drop_weight": 1.0}
-}  # fmt: skip
+
+
+def _changed(field: str, **changes: object) -> dict:
+    """Our recipe with one of its parts changed."""
+    return {**RECIPES["ours"], field: {**RECIPES["ours"][field], **changes}}
+
+
+RECIPES |= {
+    "ours, hidden alone": _changed("pruner", features=("hidden",), passage_tokens=0),
+    "ours, without attention": _changed("pruner", features=("hidden", "distance", "query", "memory")),
+    "ours, without passages": _changed("pruner", passage_tokens=0),
+    "ours, without memory": _changed("pruner", features=("hidden", "distance", "query", "attention")),
+    "ours, whole prompts": _changed("losses", staged=False),
+    "ours, without rank": _changed("losses", rank_weight=0),
+    "ours, without rank and mse": _changed("losses", rank_weight=0, mse_weight=0),
+}
 
 
 def mixed_prompts(tokenizer, dolly: str, each: int, seed: int = 0) -> list[dict]:
@@ -76,13 +96,14 @@ def mixed_prompts(tokenizer, dolly: str, each: int, seed: int = 0) -> list[dict]
     return [sample for turn in turns for sample in turn if sample is not None]
 
 
-def joined_label(row: dict, layers: tuple[int, ...], labels: tuple[str, ...]) -> dict:
-    """``layer_<l>``: the sum of ``labels``, each over its mean."""
+def joined_label(row: dict, layers: tuple[int, ...], labels: tuple[str, ...], smoothing: int) -> dict:
+    """``layer_<l>``: the sum of ``labels``, each over its mean, averaged over ``smoothing`` neighbours."""
     joined = {}
     for layer in layers:
         columns = [f"layer_{layer}" if name == labels[0] else f"layer_{layer}_{name}" for name in labels]
         parts = [np.asarray(row[column]) for column in columns]
-        joined[f"layer_{layer}"] = sum(part / max(part.mean(), 1e-30) for part in parts).tolist()
+        total = torch.tensor(sum(part / max(part.mean(), 1e-30) for part in parts))[None]
+        joined[f"layer_{layer}"] = average_of_neighbours(total, torch.ones_like(total).bool(), smoothing)[0].tolist()
     return joined
 
 
@@ -93,7 +114,7 @@ def main() -> None:
     )
     parser.add_argument("--each", type=int, default=130, help="prompts of running text that the mix is drawn from")
     parser.add_argument("--prompts", type=int, default=480, help="how many of the mix to label and train on")
-    parser.add_argument("--epochs", type=float, default=12.0, help="passes over the prompts")
+    parser.add_argument("--epochs", type=float, default=10.0, help="passes over the prompts")
     parser.add_argument("--recipe", choices=list(RECIPES), default="ours", help="labels, inputs and losses")
     parser.add_argument("--seed", type=int, default=0, help="of order, ratios and weights")
     parser.add_argument("--dtype", default=None, help="of the model in the label pass: float32, bfloat16, auto")
@@ -117,17 +138,17 @@ def main() -> None:
     )
     if arguments.labels_only:
         return
-    labelled = labelled.map(lambda row: joined_label(row, layers, recipe["labels"]), desc="joined labels")
+    labelled = labelled.map(lambda row: joined_label(row, layers, recipe["labels"], recipe["smoothing"]), desc="joined labels")
     config = TrainingConfig(
         epochs=arguments.epochs, seed=arguments.seed, batch_size=4, learning_rate=2e-3, weight_decay=0.05,
         eval_share=0.08, patience=0, logging_steps=20, **recipe["losses"],
     )  # fmt: skip
     work = project_root() / arguments.work
     pruners = train_pruners(
-        model, labelled, config, layers=layers, output_dir=work, width=recipe["width"],
-        features=recipe["features"], base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        notes={"recipe": arguments.recipe, "labels": list(recipe["labels"]), "prompts": len(prompts),
-               "seed": arguments.seed},
+        model, labelled, config, layers=layers, output_dir=work, base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        notes={"recipe": arguments.recipe, "labels": list(recipe["labels"]), "smoothing": recipe["smoothing"],
+               "prompts": len(prompts), "seed": arguments.seed},
+        **recipe["pruner"],
     )  # fmt: skip
     for entry in pruners.history:
         if "eval_loss" in entry or entry["step"] % 100 == 0:

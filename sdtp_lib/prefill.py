@@ -70,6 +70,7 @@ class Prefill:
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
         self.living: torch.Tensor | None = None  # columns (B, K) of the living tokens once some are gone
         self.last_inputs: dict[int, torch.Tensor] = {}  # of the layers since the last cut
+        self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the living tokens
         self.cache: Any = None
         self.segments: list[tuple[int, torch.Tensor, bool]] = []
         self._not_finite: list[tuple[int, torch.Tensor]] = []
@@ -100,8 +101,10 @@ class Prefill:
             position_embeddings=arguments.get("position_embeddings"),
             prompt_lengths=self.prompt_lengths.to(hidden.device), alibi=arguments.get("alibi"),
             before=self._layers_before(index, hidden), padded=self.padded,
+            carried={name: values.to(hidden.device) for name, values in self.carried.items()},
         )  # fmt: skip
         scores = self._checked_scores(index, self.scorer(stage), valid)
+        self.carried = stage.carried
         trace.scored_positions[index], trace.scores[index] = positions, scores
         kept = self.plan[index]
         if kept == self.alive:
@@ -114,6 +117,7 @@ class Prefill:
         before = chosen if self.living is None else gather_tokens(self.living, chosen)
         self.living = before.masked_fill(chosen < 0, 0)
         arguments["hidden_states"] = gather_tokens(hidden, chosen)
+        self.carried = {name: gather_tokens(values, chosen) for name, values in self.carried.items()}
         self._cut_tensors, self._masks, self.last_inputs = {}, {}, {}
         self.segments.append((index, self.positions, self.padded))
         trace.kept_positions[index] = self.positions

@@ -1,9 +1,9 @@
 """`TokenPruners`: one small network a stage that says how much each prompt token matters (paper, section 3.2).
 
 Knows hidden states and positions, not how its scores are used nor how they were learned. The paper's pruner is
-``W2 GELU(W1 x)``, ``W1: D -> D/4``, on the token's hidden state. Three optional inputs, all cheap, tell a token what
-its own hidden state cannot: how far from the end it is, what the last tokens ask for, and which heads of the layers
-before have just looked at it. Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention inputs.
+``W2 GELU(W1 x)``, ``W1: D -> D/4``, on the token's hidden state. Four optional inputs, all cheap, tell a token what
+its own hidden state cannot: how far from the end it is, what the last tokens ask for, which heads of the layers before
+have just looked at it, and how it scored a stage earlier. Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention inputs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from sdtp_lib.blend import Blend
+from sdtp_lib.blend import Blend, standardised
 from sdtp_lib.looking_back import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.pruners_network import DISTANCE_INPUTS, StagePruner
 
-FEATURES = ("hidden", "distance", "query", "attention")
+FEATURES = ("hidden", "distance", "query", "attention", "memory")
 HEADS = ("score", "gumbel")
 
 
@@ -42,7 +42,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
     features
         Inputs: ``"hidden"`` always; ``"distance"`` adds the distance to the prompt's end, ``"query"`` a low-rank
         query-key product with the last ``query_window`` tokens, ``"attention"`` what each head of the layers before
-        paid to the token (`sdtp_lib.looking_back`), the strongest of ``attention_kernel`` neighbours.
+        paid to the token (`sdtp_lib.looking_back`), the strongest of ``attention_kernel`` neighbours, ``"memory"`` the
+        standardised score of the stage before (0 at the first): heads that look for an answer sit in few layers.
     query_rank, query_heads, query_window
         Size of the query-key term: R dimensions in all, split over H heads.
     attention_heads
@@ -181,7 +182,10 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         attention = None
         if self.looked_back:
             attention = stage.attention_mass(self.looked_back[stage.layer_index], ASKING_TOKENS)
-        learned = network(hidden_states, stage.positions, stage.valid, stage.prompt_lengths, attention)
+        memory = stage.carried.get("score") if "memory" in self.features else None
+        learned = network(hidden_states, stage.positions, stage.valid, stage.prompt_lengths, attention, memory)
+        if "memory" in self.features:
+            stage.carried["score"] = standardised(learned, stage.valid)
         return learned if self.blend is None else self.blend(learned, stage)
 
     def score(
@@ -192,6 +196,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         valid: Tensor,
         prompt_lengths: Tensor,
         attention: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> Tensor:
         """Differentiable scores (B, n) at ``layer``.
 
@@ -205,8 +210,10 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             (B,) real tokens a prompt.
         attention
             (B, n, A), `Stage.attention_mass` of the layers in ``looked_back[layer]``; with the input ``"attention"``.
+        memory
+            (B, n), the standardised scores of the stage before; None at the first.
         """
-        return self.stages[str(layer)](hidden_states, positions, valid, prompt_lengths, attention)
+        return self.stages[str(layer)](hidden_states, positions, valid, prompt_lengths, attention, memory)
 
     def keep_probability(
         self,
@@ -216,12 +223,13 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         valid: Tensor,
         prompt_lengths: Tensor,
         attention: Tensor | None = None,
+        memory: Tensor | None = None,
         tau: float = 1.0,
     ) -> Tensor:
         """(B, n) the paper's M = GumbelSoftmax(pi), the share of "keep" in a relaxed sample; ``head="gumbel"`` only."""
         if self.head != "gumbel":
             raise ValueError("head='score' has no keep probability: make TokenPruners(..., head='gumbel').")
-        logits = self.stages[str(layer)].logits(hidden_states, positions, valid, prompt_lengths, attention)
+        logits = self.stages[str(layer)].logits(hidden_states, positions, valid, prompt_lengths, attention, memory)
         return F.gumbel_softmax(logits, tau=tau, dim=-1)[..., 1]
 
     def flops_per_token(self) -> float:
@@ -244,9 +252,10 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             "distance": DISTANCE_INPUTS,
             "query": self.query_heads,
             "attention": LAYERS_BACK * (self.attention_heads or 0),
+            "memory": 1,
         }
         used = {name: size for name, size in sizes.items() if name in self.features}
-        again = {name: size for name, size in used.items() if name != "distance" and self.passage_tokens}
+        again = {name: size for name, size in used.items() if name in ("query", "attention") and self.passage_tokens}
         return sum(used.values()) + sum(again.values())
 
     def extra_repr(self) -> str:

@@ -28,7 +28,7 @@ class StagePruner(nn.Module):
         size, width = owner.hidden_size, owner.width
         self.uses_distance, self.uses_query = "distance" in owner.features, "query" in owner.features
         self.kernel = owner.attention_kernel if "attention" in owner.features else None
-        self.passage = owner.passage_tokens
+        self.passage, self.uses_memory = owner.passage_tokens, "memory" in owner.features
         self.heads, self.window = owner.query_heads, owner.query_window
         self.down = nn.Linear(size, width)
         outputs = 2 if owner.head == "gumbel" else 1
@@ -52,6 +52,7 @@ class StagePruner(nn.Module):
         valid: Tensor,
         prompt_lengths: Tensor,
         attention: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> Tensor:
         """(B, n, 1) the score, or (B, n, 2) the paper's drop and keep logits; float32."""
         inner, keys = self._projected(hidden_states)
@@ -71,6 +72,8 @@ class StagePruner(nn.Module):
             side.append(_in_logarithms(strongest_neighbour(even.transpose(1, 2), self.kernel).transpose(1, 2)))
             if self.passage:
                 side.append(_in_logarithms(mean_of_neighbours(even, valid, self.passage)))
+        if self.uses_memory:
+            side.append((torch.zeros_like(inner[..., 0]) if memory is None else memory)[..., None])
         side = torch.cat(side, dim=-1)
         return self.out(F.gelu(inner + self.side(side))) + self.skip(side)
 

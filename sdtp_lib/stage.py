@@ -59,6 +59,8 @@ class Stage:
         The last layers that have run on these very tokens, by index, where their keys are in the cache.
     read : dict
         Attention that was read already, by layer and window: the parts of a score may ask for the same.
+    carried : dict
+        What a scorer leaves for the stages after, (B, N) tensors by name; what is left of them here.
     padded : bool
         Whether there may be padding at all, known without asking the device.
     """
@@ -73,6 +75,7 @@ class Stage:
     alibi: torch.Tensor | None = None
     before: Mapping[int, LayerBefore] = field(default_factory=dict)
     read: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
+    carried: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     padded: bool = True
 
     def attention_from_last(self, window: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from sdtp_lib import losses
 from sdtp_lib.architectures import layer_inputs, position_argument
 from sdtp_lib.architectures_asking import attention_looked_back_at
 from sdtp_lib.architectures_attention import key_bias
+from sdtp_lib.blend import standardised
 from sdtp_lib.looking_back import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.pruners import TokenPruners
 from sdtp_lib.saliency import has_hidden, load_attention, load_hidden
@@ -72,6 +73,7 @@ class _Simulation:
         self.alive = prompt_mask
         self.keeps: dict[int, Tensor] = {}
         self.log_keep: Tensor | None = None  # (B, T), the sum over the stages so far
+        self.memory: Tensor | None = None  # (B, T), the pruner's own scores at the stage before
         # Filled by the forward: what enters each layer, and what was just attended to.
         self.seen: dict[int, Tensor] = {}
         self.paid: dict[int, Tensor] = {}
@@ -112,11 +114,13 @@ class _Simulation:
         mass = gather_tokens(self.paid[index], order) if index in self.paid else None
         own = mass if pruners.looked_back else None
         places = self.positions.gather(1, order)
-        scores = pruners.score(index, gather_tokens(self.seen[index], order), places, left, self.lengths, own)
+        memory = None if self.memory is None else self.memory.gather(1, order)
+        scores = pruners.score(index, gather_tokens(self.seen[index], order), places, left, self.lengths, own, memory)
+        self.memory = _at_all(standardised(scores, left).detach(), order, self.alive)
         if pruners.blend is not None:
             heads = None if mass is None else mass.chunk(LAYERS_BACK, dim=-1)[-1].transpose(1, 2)
             scores = pruners.blend.mixed(scores, left, places, heads)
-        return torch.zeros_like(self.alive, dtype=scores.dtype).scatter(1, order, scores)
+        return _at_all(scores, order, self.alive)
 
 
 class PrunerLoss(nn.Module):
@@ -189,15 +193,17 @@ class PrunerLoss(nn.Module):
     ) -> dict[str, Tensor]:
         config = self.settings
         positions = (prompt_mask.long().cumsum(-1) - 1).masked_fill(~prompt_mask, -1)
-        lengths, alive = prompt_mask.sum(-1), prompt_mask
+        lengths, alive, memory = prompt_mask.sum(-1), prompt_mask, None
         found: dict[str, list[Tensor]] = {name: [] for name in ("mse", "rank", "drop")}
         for stage, layer in enumerate(self.layers):
             states, paid = by_layer[layer]
             order, left = _side_by_side(alive)
             mass = None if paid is None else _share_of_living(gather_tokens(paid, order), left)
+            before = None if memory is None else memory.gather(1, order)
             scores = self.pruners.score(
-                layer, gather_tokens(states, order), positions.gather(1, order), left, lengths, mass
+                layer, gather_tokens(states, order), positions.gather(1, order), left, lengths, mass, before
             )
+            memory = _at_all(standardised(scores, left).detach(), order, alive)
             saliency = labels[:, stage].gather(1, order)
             counted = losses.scorable(left, config.sink_tokens, config.local_ratio, config.min_local_tokens)
             if config.mse_weight:
@@ -213,7 +219,7 @@ class PrunerLoss(nn.Module):
                 found["drop"].append(losses.dropped_saliency(scores, saliency, counted, keep_ratio))
             if config.staged:
                 dropped = counted & ~losses.highest(scores.detach(), counted, keep_ratio)
-                alive = alive & ~torch.zeros_like(alive).scatter(1, order, dropped)
+                alive = alive & ~_at_all(dropped, order, alive)
         return {name: torch.stack(values).mean() for name, values in found.items() if values}
 
     @staticmethod
@@ -278,6 +284,11 @@ def _side_by_side(alive: Tensor) -> tuple[Tensor, Tensor]:
     """Columns (B, K) of the living tokens of (B, T), in order and first, and which of them (B, K) do live."""
     order = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(alive.sum(-1).max())]
     return order, alive.gather(1, order)
+
+
+def _at_all(values: Tensor, order: Tensor, alive: Tensor) -> Tensor:
+    """``values`` (B, K) of the living put back at their columns ``order``: (B, T), 0 elsewhere."""
+    return torch.zeros_like(alive, dtype=values.dtype).scatter(1, order, values)
 
 
 def _share_of_living(mass: Tensor, left: Tensor) -> Tensor:

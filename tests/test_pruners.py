@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sdtp_lib.blend import standardised
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.engine import token_pruning
 from sdtp_lib.pruners import TokenPruners
 from sdtp_lib.pruners_network import mean_of_neighbours
 
@@ -118,6 +121,30 @@ def test_with_passages_a_token_hears_what_its_neighbours_are_asked():
         pruners = pruners_with(ALL, attention_kernel=3, passage_tokens=passage_tokens)
         told, silent = (pruners.score(1, hidden, positions, valid, lengths, paid)[0] for paid in (other, asked))
         assert (told != silent).nonzero().flatten().tolist() == list(range(10 - reach, 10 + reach + 1))
+
+
+def test_a_stage_remembers_what_the_one_before_thought_of_the_tokens_that_are_left(tiny_model):
+    model, seen = tiny_model(), []
+    ids = torch.randint(3, 120, (1, 60), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    pruners = TokenPruners.for_model(model, LAYERS, features=("hidden", "memory"))
+
+    def scorer(stage):
+        seen.append((stage.positions, {name: values.clone() for name, values in stage.carried.items()}))
+        return pruners(stage)
+
+    config = PruningConfig(LAYERS, 0.7, min_local_tokens=4)
+    with token_pruning(model, config, scorer) as trace, torch.no_grad():
+        model(ids)
+    assert seen[0][1] == {}, "nothing is remembered at the first stage"
+    places, remembered = seen[1][0], seen[1][1]["score"]
+    first = trace.scores[LAYERS[0]]
+    assert remembered.shape == places.shape == (1, trace.kept_positions[LAYERS[0]].shape[1])
+    torch.testing.assert_close(remembered, standardised(first, torch.ones_like(first, dtype=torch.bool))[:, places[0]])
+    hidden, *rest = inputs(batch=1)
+    memory = torch.randn(1, 40, generator=torch.Generator().manual_seed(1))
+    told, silent = (pruners_with(("hidden", "memory")).score(2, hidden, *rest, None, m) for m in (memory, None))
+    assert (told != silent).all()
 
 
 def test_gumbel_head_gives_keep_probabilities_and_a_deterministic_score():

@@ -220,7 +220,7 @@ def test_the_pruned_models_loss_reaches_every_stage_of_the_pruners_and_no_weight
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("features", [("hidden", "distance"), ("hidden", "distance", "query", "attention")])
+@pytest.mark.parametrize("features", [("hidden", "distance"), ("hidden", "distance", "query", "attention", "memory")])
 @pytest.mark.parametrize(
     "blend", [None, {"learned": 2.0, "attention": 1.0, "recency": 0.2, "floor": 0, "smoothing": 3}]
 )
