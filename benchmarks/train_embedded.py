@@ -138,7 +138,8 @@ def main() -> None:
     )
     if arguments.labels_only:
         return
-    labelled = labelled.map(lambda row: joined_label(row, layers, recipe["labels"], recipe["smoothing"]), desc="joined labels")
+    joined = {"layers": layers, "labels": recipe["labels"], "smoothing": recipe["smoothing"]}
+    labelled = labelled.map(joined_label, fn_kwargs=joined, desc="joined labels")
     config = TrainingConfig(
         epochs=arguments.epochs, seed=arguments.seed, batch_size=4, learning_rate=2e-3, weight_decay=0.05,
         eval_share=0.08, patience=0, logging_steps=20, **recipe["losses"],

@@ -3,7 +3,8 @@
 Knows hidden states and positions, not how its scores are used nor how they were learned. The paper's pruner is
 ``W2 GELU(W1 x)``, ``W1: D -> D/4``, on the token's hidden state. Four optional inputs, all cheap, tell a token what
 its own hidden state cannot: how far from the end it is, what the last tokens ask for, which heads of the layers before
-have just looked at it, and how it scored a stage earlier. Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention inputs.
+have just looked at it, and how it scored a stage earlier.
+Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention inputs.
 """
 
 from __future__ import annotations

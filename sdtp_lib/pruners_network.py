@@ -121,7 +121,7 @@ def _safe(hidden_states: Tensor) -> Tensor:
 
 
 def mean_of_neighbours(values: Tensor, valid: Tensor, kernel: int) -> Tensor:
-    """Mean (B, n, A) over the ``kernel`` living tokens around each (fewer at the ends), in time that n alone decides."""
+    """Mean (B, n, A) over the ``kernel`` living tokens around each, fewer at the ends; as fast for any kernel."""
     real = valid[..., None].to(values.dtype)
     # Sums that run around 0 instead of growing with n keep their digits.
     centre = (values * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
