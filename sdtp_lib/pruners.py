@@ -183,10 +183,11 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         attention = None
         if self.looked_back:
             attention = stage.attention_mass(self.looked_back[stage.layer_index], ASKING_TOKENS)
-        memory = stage.carried.get("score") if "memory" in self.features else None
+        own = f"score of {id(self)}"  # others, mixed with this one, may remember theirs
+        memory = stage.carried.get(own)
         learned = network(hidden_states, stage.positions, stage.valid, stage.prompt_lengths, attention, memory)
         if "memory" in self.features:
-            stage.carried["score"] = standardised(learned, stage.valid)
+            stage.carried[own] = standardised(learned, stage.valid)
         return learned if self.blend is None else self.blend(learned, stage)
 
     def score(

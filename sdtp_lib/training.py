@@ -21,7 +21,8 @@ from sdtp_lib.pruners import TokenPruners
 from sdtp_lib.records import write_json
 from sdtp_lib.saliency import compute_saliency
 from sdtp_lib.training_config import TrainingConfig
-from sdtp_lib.training_step import Collator, PrunerLoss, simulated_pruning
+from sdtp_lib.training_simulation import simulated_pruning
+from sdtp_lib.training_step import Collator, PrunerLoss
 
 __all__ = ["TrainingConfig", "simulated_pruning", "split_by_id", "train_pruners"]
 

@@ -137,7 +137,7 @@ def test_a_stage_remembers_what_the_one_before_thought_of_the_tokens_that_are_le
     with token_pruning(model, config, scorer) as trace, torch.no_grad():
         model(ids)
     assert seen[0][1] == {}, "nothing is remembered at the first stage"
-    places, remembered = seen[1][0], seen[1][1]["score"]
+    places, (remembered,) = seen[1][0], seen[1][1].values()
     first = trace.scores[LAYERS[0]]
     assert remembered.shape == places.shape == (1, trace.kept_positions[LAYERS[0]].shape[1])
     torch.testing.assert_close(remembered, standardised(first, torch.ones_like(first, dtype=torch.bool))[:, places[0]])
