@@ -89,8 +89,8 @@ def pareto(
     look = series_look([name for name, _ in groups])
     for name, part in groups:
         part = part.sort_values(x)
-        lines = {"linestyle": "-" if joined else "none", "linewidth": 1.4, "zorder": 3}
-        ax.plot(part[x], part[y], label=None if name is None else str(name), **lines, **look[name])
+        lines = {**look[name], "linewidth": 1.4, "zorder": 3} | ({} if joined else {"linestyle": "none"})
+        ax.plot(part[x], part[y], label=None if name is None else str(name), **lines)
     if text:
         for _, point in frame.iterrows():
             at = (point[x], point[y])
@@ -158,7 +158,8 @@ def score_by_group(
         means = part.groupby(group).mean(numeric_only=True).reindex(groups)
         at = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         label = None if name is None else str(name)
-        bars = ax.bar(at, means[score], width * 0.92, label=label, color=look[name]["color"], zorder=2)
+        hatch = "//" if "linestyle" in look[name] else None  # dashed where lines are drawn
+        bars = ax.bar(at, means[score], width * 0.92, label=label, color=look[name]["color"], hatch=hatch, zorder=2)
         if {f"{score}_low", f"{score}_high"} <= set(means.columns):
             reach = np.clip([means[score] - means[f"{score}_low"], means[f"{score}_high"] - means[score]], 0, None)
             ax.errorbar(at, means[score], yerr=reach, fmt="none", color="#222222", capsize=2, linewidth=1, zorder=3)

@@ -37,13 +37,18 @@ _FIXED = {
     "unpruned": ("black", "X"),
     "none": ("black", "X"),
     "learned": ("blue", "o"),
+    "SDTP": ("blue", "o"),
     "pruners": ("blue", "o"),
     "oracle": ("purple", "*"),
     "removal": ("purple", "*"),
     "attention": ("orange", "s"),
+    "attention, pooled": ("orange", "P", "--"),
+    "attention + recency": ("black", "h"),
+    "paper's pruner": ("yellow", "d"),
     "recency": ("green", "^"),
     "random": ("vermillion", "v"),
     "hidden_norm": ("sky", "D"),
+    "hidden norm": ("sky", "D"),
     "keep09": ("blue", "o"),
     "keep08": ("orange", "s"),
     "keep07": ("vermillion", "v"),
@@ -114,18 +119,26 @@ def use_style(scale: float = 1.0) -> _Style:
 
 
 def series_look(names: list[Any]) -> dict[Any, dict[str, str]]:
-    """Colour and marker of each series by name: fixed for known scorers and presets, the next free one for others."""
+    """Colour and marker of each series by name: fixed for known scorers and presets, the next free one for others.
+
+    A colour that comes a second time is dashed: more series than colours are still told apart.
+    """
     look: dict[Any, dict[str, str]] = {}
     for name in names:
         fixed = _FIXED.get(str(name))
         if fixed:
-            look[name] = {"color": PALETTE[fixed[0]], "marker": fixed[1]}
+            look[name] = dict(zip(("color", "marker", "linestyle"), (PALETTE[fixed[0]], *fixed[1:]), strict=False))
     taken = {entry["color"] for entry in look.values()}
-    free = [i for i, color in enumerate(_ORDER) if PALETTE[color] not in taken] or list(range(len(_ORDER)))
+    free = [i for i, color in enumerate(_ORDER) if PALETTE[color] not in taken]
+    order = free + [i for i in range(len(_ORDER)) if i not in free]
     others = [name for name in names if name not in look]
-    for i, name in enumerate(others):
-        index = free[i % len(free)]
-        look[name] = {"color": PALETTE[_ORDER[index]], "marker": _MARKERS[index]}
+    for place, name in enumerate(others):
+        index = order[place % len(order)]
+        # The marker moves on with each round through the colours, so that no two series share both.
+        round_ = place // len(order) + (place % len(order) >= len(free))
+        look[name] = {"color": PALETTE[_ORDER[index]], "marker": _MARKERS[(index + 3 * round_) % len(_MARKERS)]}
+        if round_:
+            look[name]["linestyle"] = "--"
     return {name: look[name] for name in names}
 
 

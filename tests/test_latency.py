@@ -212,12 +212,25 @@ def test_labels_and_training_steps_are_given_in_plain_forwards(tiny_model, monke
 
 
 @pytest.mark.slow
-def test_a_training_step_takes_time_and_leaves_nothing_behind(tiny_model, tmp_path, monkeypatch):
+def test_a_training_step_is_what_further_samples_cost_and_leaves_nothing_behind(tiny_model, tmp_path, monkeypatch):
     from sdtp_lib import latency_training
 
+    readings = iter([9.0, 10.0, 16.0])  # seconds of the run before the clock, of three samples, of six
+
+    class Clock:
+        def __init__(self, _device):
+            self.reading = next(readings)
+
+        def mark(self, name):
+            self.name = name
+
+        def parts_ms(self):
+            return {self.name: 1e3 * self.reading}
+
+    monkeypatch.setattr(latency_training.profiling, "Stopwatch", Clock)
     monkeypatch.setattr(latency_training.tempfile, "tempdir", str(tmp_path))
     samples = [{"id": str(n), "prompt_ids": list(range(5, 69)), "response_ids": [7, 8, n]} for n in range(6)]
-    assert latency_training.training_seconds(tiny_model(), samples, (2, 4)) > 0
+    assert latency_training.training_seconds(tiny_model(), samples, (2, 4)) == 2.0
     assert list(tmp_path.iterdir()) == []
 
 

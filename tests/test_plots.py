@@ -52,6 +52,31 @@ def test_a_scorer_keeps_its_colour_whatever_else_is_drawn():
     assert len({entry["color"] for entry in among.values()}) == 3
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["random", "recency", "hidden norm", "attention", "attention, pooled", "one-layer filter",
+         "attention + recency", "paper's pruner", "SDTP"],
+        ["recency", *(f"mine {i}" for i in range(12))],
+    ],
+)  # fmt: skip
+def test_more_series_than_colours_are_still_told_apart(names):
+    looks = plots.series_look(names).values()
+    assert len({(look["color"], look.get("linestyle", "-")) for look in looks}) == len(names)
+    assert len({(look["color"], look["marker"]) for look in looks}) == len(names)
+
+
+def test_points_and_bars_take_dashed_series_too(ax):
+    names = ["attention", "attention, pooled"]
+    frame = pd.DataFrame({"method": names, "prefill_speedup": [1.5, 2.0], "kl_nats": [0.1, 0.2]})
+    plots.pareto(frame, ax)
+    assert {line.get_linestyle() for line in ax.lines if line.get_label() in names} == {"None"}
+    figure, bars = plt.subplots()
+    plots.score_by_group(frame.assign(group="text"), bars, group="group", score="kl_nats", hue="method")
+    assert [bar.get_hatch() for bar in bars.patches] == [None, "//"]
+    plt.close(figure)
+
+
 def test_the_heatmap_shows_each_layers_share_of_its_own_maximum(ax):
     plots.saliency_heatmap(np.array([[1.0, 4.0], [-10.0, 5.0]]), ["a", "$b$"], ax=ax, layers=[4, 7])
     assert np.allclose(ax.images[0].get_array(), [[0.25, 1.0], [1.0, 0.5]])
