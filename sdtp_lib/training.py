@@ -76,7 +76,7 @@ def train_pruners(
         text = model.config.get_text_config()
         found = sorted(int(name[6:]) for name in labelled.column_names if name[6:].isdigit()) if labelled else []
         layers = pruners.layers if pruners is not None else found or range(4, text.num_hidden_layers, 3)
-    layers = tuple(layers)
+    layers = tuple(sorted(layers))
     if labelled is None:
         labelled = compute_saliency(
             model, samples, layers, label, loss_on, tokenizer, label_batch_size, cache_dir, progress

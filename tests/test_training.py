@@ -97,6 +97,13 @@ def test_training_lowers_the_loss_and_saves_pruners_only(tiny_model, labelled, t
     assert again.weights_fingerprint == pruners.weights_fingerprint is not None
 
 
+def test_stages_are_trained_in_the_order_of_the_layers_however_they_are_given(tiny_model, labelled, tmp_path):
+    pruners = train_pruners(
+        tiny_model(), labelled, QUICK.replace(epochs=1), layers=LAYERS[::-1], output_dir=tmp_path, progress=False
+    )
+    assert pruners.layers == LAYERS
+
+
 @pytest.mark.parametrize("staged", [True, False])
 def test_a_stage_learns_only_about_tokens_that_the_one_before_leaves(tiny_model, labelled, staged):
     """Labels of dropped tokens at the second stage change nothing if training is staged, and much if it is not."""
