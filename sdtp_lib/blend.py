@@ -90,13 +90,18 @@ def standardised(scores: Tensor, valid: Tensor) -> Tensor:
     return centred / torch.where(variance > 1e-24, variance, 1.0).sqrt()
 
 
-def average_of_neighbours(scores: Tensor, valid: Tensor, kernel: int) -> Tensor:
-    """Mean (B, N) over the ``kernel`` living tokens around each; padding and what lies outside do not count."""
+def average_of_neighbours(values: Tensor, valid: Tensor, kernel: int) -> Tensor:
+    """Mean of (B, N) or (B, A, N) over the ``kernel`` living tokens around each; what is not ``valid`` (B, N) is no one.
+
+    Equal values have exactly equal means, so that ties stay ties.
+    """
     if kernel == 1:
-        return scores
-    both = torch.stack([torch.where(valid, scores, 0.0), valid.to(scores.dtype)], dim=1)
-    total, count = functional.avg_pool1d(both, kernel, stride=1, padding=kernel // 2).unbind(dim=1)
-    return total / count.clamp_min(1e-6)
+        return values
+    rows = values if values.dim() == 3 else values[:, None]
+    real = valid[:, None]
+    both = torch.cat([torch.where(real, rows, 0.0), real.to(values.dtype)], dim=1)
+    pooled = functional.avg_pool1d(both, kernel, stride=1, padding=kernel // 2)
+    return (pooled[:, :-1] / pooled[:, -1:].clamp_min(1e-6)).view_as(values)
 
 
 def strongest_neighbour(values: Tensor, kernel: int) -> Tensor:

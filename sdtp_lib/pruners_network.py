@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdtp_lib.blend import strongest_neighbour
+from sdtp_lib.blend import average_of_neighbours, strongest_neighbour
 from sdtp_lib.looking_back import ASKING_TOKENS
 
 _DECAYS = (8.0, 32.0, 128.0, 512.0)  # tokens
@@ -59,22 +59,22 @@ class StagePruner(nn.Module):
         if not self.has_side:
             return self.out(F.gelu(inner))
         distance = (prompt_lengths[:, None].to(positions.device) - 1 - positions).clamp(min=0)
-        side = []
+        side = []  # each (B, inputs, n)
         if self.uses_distance:
             side.append(_distance_inputs(distance, prompt_lengths))
         if self.uses_query:
             asked = self._query_inputs(hidden_states, keys, distance, valid)
             side.append(asked)
             if self.passage:
-                side.append(mean_of_neighbours(asked, valid, self.passage))
+                side.append(average_of_neighbours(asked, valid, self.passage))
         if self.kernel:
             even = _even_share(attention, valid)
-            side.append(_in_logarithms(strongest_neighbour(even.transpose(1, 2), self.kernel).transpose(1, 2)))
+            side.append(_in_logarithms(strongest_neighbour(even, self.kernel)))
             if self.passage:
-                side.append(_in_logarithms(mean_of_neighbours(even, valid, self.passage)))
+                side.append(_in_logarithms(average_of_neighbours(even, valid, self.passage)))
         if self.uses_memory:
-            side.append((torch.zeros_like(inner[..., 0]) if memory is None else memory)[..., None])
-        side = torch.cat(side, dim=-1)
+            side.append((torch.zeros_like(inner[..., 0]) if memory is None else memory)[:, None])
+        side = torch.cat(side, dim=1).transpose(1, 2)
         return self.out(F.gelu(inner + self.side(side))) + self.skip(side)
 
     def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class StagePruner(nn.Module):
         return inner + self.down.bias.float(), keys
 
     def _query_inputs(self, hidden_states: Tensor, keys: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
-        """(B, n, H): what the last tokens look for, per head; log-mean-exp over the last ``query_window`` tokens."""
+        """(B, H, n): what the last tokens look for, per head; log-mean-exp over the last ``query_window`` tokens."""
         # The prompt's last tokens, wherever they stand: in training the response comes after them in the same row.
         columns = torch.arange(valid.shape[1], device=valid.device)
         end = (columns * valid).amax(dim=1, keepdim=True)
@@ -102,7 +102,7 @@ class StagePruner(nn.Module):
         products = torch.einsum("bqhr,bnhr->bhqn", queries / math.sqrt(keys.shape[-1]), keys)
         products = products.masked_fill(~asks[:, None, :, None], -torch.inf)
         count = asks.sum(-1).clamp(min=1).float().log()[:, None, None]
-        pooled = products.logsumexp(2).transpose(1, 2) - count
+        pooled = products.logsumexp(2) - count
         return torch.where(torch.isfinite(pooled), pooled, torch.zeros_like(pooled))
 
 
@@ -120,21 +120,9 @@ def _safe(hidden_states: Tensor) -> Tensor:
     return (hidden_states.float() * _inverse_rms(hidden_states)).to(torch.float16)
 
 
-def mean_of_neighbours(values: Tensor, valid: Tensor, kernel: int) -> Tensor:
-    """Mean (B, n, A) over the ``kernel`` living tokens around each, fewer at the ends; as fast for any kernel."""
-    real = valid[..., None].to(values.dtype)
-    # Sums that run around 0 instead of growing with n keep their digits.
-    centre = (values * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
-    counted = torch.cat([(values - centre) * real, real], dim=-1)
-    sums = F.pad(counted.cumsum(dim=1), (0, 0, kernel // 2 + 1, 0))
-    sums = torch.cat([sums, sums[:, -1:].expand(-1, kernel // 2, -1)], dim=1)
-    total = sums[:, kernel:] - sums[:, :-kernel]
-    return total[..., :-1] / total[..., -1:].clamp(min=1) + centre
-
-
 def _even_share(mass: Tensor, valid: Tensor) -> Tensor:
-    """(B, n, A) attention in units of what each token would get if all got the same, float32."""
-    return mass.float() * (valid.sum(dim=1).clamp(min=1).float()[:, None, None] / ASKING_TOKENS)
+    """(B, A, n) attention (B, n, A) in units of what each token would get if all got the same, float32."""
+    return mass.float().transpose(1, 2) * (valid.sum(dim=1).clamp(min=1).float()[:, None, None] / ASKING_TOKENS)
 
 
 def _in_logarithms(share: Tensor) -> Tensor:
@@ -143,7 +131,7 @@ def _in_logarithms(share: Tensor) -> Tensor:
 
 
 def _distance_inputs(distance: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """(B, n, 8) smooth functions of the distance to the end (tokens) and of the place in the prompt."""
+    """(B, 8, n) smooth functions of the distance to the end (tokens) and of the place in the prompt."""
     distance = distance.float()
     length = prompt_lengths.to(distance.device)[:, None].float().clamp(min=1)
     decays = [torch.exp(-distance / scale) for scale in _DECAYS]
@@ -154,4 +142,4 @@ def _distance_inputs(distance: Tensor, prompt_lengths: Tensor) -> Tensor:
         torch.log1p((length - 1 - distance).clamp(min=0)) / 4,
         (length.log() / 4).expand_as(distance),
     ]
-    return torch.stack([*decays, *place], dim=-1)
+    return torch.stack([*decays, *place], dim=1)

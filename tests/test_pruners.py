@@ -10,11 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sdtp_lib.blend import standardised
+from sdtp_lib.blend import average_of_neighbours, standardised
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.engine import token_pruning
 from sdtp_lib.pruners import TokenPruners
-from sdtp_lib.pruners_network import mean_of_neighbours
 
 LAYERS = (1, 2)
 
@@ -105,7 +104,7 @@ def test_the_query_term_lets_the_last_tokens_change_an_early_tokens_score():
 def test_a_passage_is_the_mean_of_the_living_tokens_around(kernel):
     valid = inputs(padding=5)[2]
     values = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(1)) * 100
-    found = mean_of_neighbours(values, valid, kernel)
+    found = average_of_neighbours(values.transpose(1, 2), valid, kernel).transpose(1, 2)
     for row, at in [(0, 5), (0, 20), (0, 39), (1, 0), (1, 39)]:
         around = range(max(0, at - kernel // 2), min(40, at + kernel // 2 + 1))
         living = [place for place in around if valid[row, place]]
