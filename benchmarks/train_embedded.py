@@ -21,7 +21,6 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from sdtp_lib import TrainingConfig, compute_saliency, data, load_model, tasks, train_pruners
@@ -101,8 +100,8 @@ def joined_label(row: dict, layers: tuple[int, ...], labels: tuple[str, ...], sm
     joined = {}
     for layer in layers:
         columns = [f"layer_{layer}" if name == labels[0] else f"layer_{layer}_{name}" for name in labels]
-        parts = [np.asarray(row[column]) for column in columns]
-        total = torch.tensor(sum(part / max(part.mean(), 1e-30) for part in parts))[None]
+        parts = [torch.tensor(row[column], dtype=torch.float64) for column in columns]
+        total = sum(part / part.mean().clamp(min=1e-30) for part in parts)[None]
         joined[f"layer_{layer}"] = average_of_neighbours(total, torch.ones_like(total).bool(), smoothing)[0].tolist()
     return joined
 

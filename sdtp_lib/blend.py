@@ -91,7 +91,7 @@ def standardised(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def average_of_neighbours(values: Tensor, valid: Tensor, kernel: int) -> Tensor:
-    """Mean of (B, N) or (B, A, N) over the ``kernel`` living tokens around each; what is not ``valid`` (B, N) is no one.
+    """Mean of (B, N) or (B, A, N) over the ``kernel`` tokens around each that are ``valid`` (B, N).
 
     Equal values have exactly equal means, so that ties stay ties.
     """

@@ -16,7 +16,7 @@ from sdtp_lib import losses
 from sdtp_lib.architectures import layer_inputs
 from sdtp_lib.architectures_asking import attention_looked_back_at
 from sdtp_lib.architectures_attention import key_bias
-from sdtp_lib.blend import standardised
+from sdtp_lib.blend import Blend, standardised
 from sdtp_lib.looking_back import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.pruners import TokenPruners
 from sdtp_lib.selection import gather_tokens
@@ -52,6 +52,51 @@ def simulated_pruning(
         yield run.keeps
 
 
+class LivingTokens:
+    """The prompt tokens of a batch that are left at a stage, scored side by side as in the engine.
+
+    Attributes
+    ----------
+    alive
+        (B, T) bool; who drops tokens, replaces it.
+    order, left
+        Set by `score`: columns (B, K) of the living tokens, in order and first, and which of them (B, K) do live.
+    """
+
+    def __init__(self, pruners: TokenPruners, prompt_mask: Tensor) -> None:
+        self.pruners, self.alive = pruners, prompt_mask
+        self.positions = (prompt_mask.long().cumsum(-1) - 1).masked_fill(~prompt_mask, -1)
+        self.lengths = prompt_mask.sum(-1)
+        self.memory: Tensor | None = None  # (B, T), the pruner's own scores at the stage before
+
+    def score(
+        self, layer: int, hidden: Tensor, paid: Tensor | None, blend: Blend | None = None, whole: bool = False
+    ) -> Tensor:
+        """Scores (B, K) of the living tokens, from what the whole row (B, T, D) and (B, T, A) shows at ``layer``.
+
+        ``paid`` is shared among the living if it was paid to the ``whole`` prompt. ``blend`` mixes the score.
+        """
+        self.order = (~self.alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(self.alive.sum(-1).max())]
+        self.left = self.alive.gather(1, self.order)
+        mass = None if paid is None else gather_tokens(paid, self.order)
+        if whole and mass is not None:
+            mass = share_of_living(mass, self.left)
+        own = mass if self.pruners.looked_back else None
+        places = self.positions.gather(1, self.order)
+        memory = None if self.memory is None else self.memory.gather(1, self.order)
+        states = gather_tokens(hidden, self.order)
+        scores = self.pruners.score(layer, states, places, self.left, self.lengths, own, memory)
+        self.memory = self.put_back(standardised(scores, self.left).detach())
+        if blend is None:
+            return scores
+        heads = None if mass is None else mass.chunk(LAYERS_BACK, dim=-1)[-1].transpose(1, 2)
+        return blend.mixed(scores, self.left, places, heads)
+
+    def put_back(self, values: Tensor) -> Tensor:
+        """``values`` (B, K) of the living at their columns: (B, T), 0 elsewhere."""
+        return torch.zeros_like(self.alive, dtype=values.dtype).scatter(1, self.order, values)
+
+
 class _Simulation:
     """One forward under simulated pruning: who is alive so far, and how little of a token each stage has left."""
 
@@ -65,12 +110,9 @@ class _Simulation:
                     "blend."
                 )
             self.back = self.back or looked_back(pruners.layers)
-        self.positions = (prompt_mask.long().cumsum(-1) - 1).masked_fill(~prompt_mask, -1)
-        self.lengths = prompt_mask.sum(-1)
-        self.alive = prompt_mask
+        self.tokens = LivingTokens(pruners, prompt_mask)
         self.keeps: dict[int, Tensor] = {}
         self.log_keep: Tensor | None = None  # (B, T), the sum over the stages so far
-        self.memory: Tensor | None = None  # (B, T), the pruner's own scores at the stage before
         # Filled by the forward: what enters each layer, and what was just attended to.
         self.seen: dict[int, Tensor] = {}
         self.paid: dict[int, Tensor] = {}
@@ -80,7 +122,7 @@ class _Simulation:
         # What the stage is shown is complete by then, so its cut comes before others look at this layer.
         if index in self.paid:
             self._cut(index)
-        return self.alive
+        return self.tokens.alive
 
     def bias(self, index: int, key: Tensor) -> Tensor | None:
         """(B, T) what is added to the attention scores of each key at layer ``index``; None before the first cut."""
@@ -91,41 +133,22 @@ class _Simulation:
         # A recomputed forward would ask again; the stages of one forward come once each, in order.
         if index not in self.pruners.layers or index in self.keeps:
             return
-        config = self.config
-        scores = self._scores(index)
-        open_to_cut = self.alive & losses.scorable(
-            self.alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
+        config, tokens = self.config, self.tokens
+        scores = tokens.put_back(tokens.score(index, self.seen[index], self.paid.get(index), self.pruners.blend))
+        open_to_cut = tokens.alive & losses.scorable(
+            tokens.alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
         )
-        living, free = self.alive.sum(-1, keepdim=True), open_to_cut.sum(-1, keepdim=True)
+        living, free = tokens.alive.sum(-1, keepdim=True), open_to_cut.sum(-1, keepdim=True)
         share = (living * self.keep_ratio - (living - free)).clamp(min=0) / free.clamp(min=1)
         soft = losses.soft_keep(scores, open_to_cut, share, config.temperature, config.keep_floor)
         hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
         keep = losses.straight_through(soft, hard) if config.straight_through else soft
         self.keeps[index] = keep
-        self.alive = self.alive & (hard > 0.5)
+        tokens.alive = tokens.alive & (hard > 0.5)
         self.log_keep = keep.log() if self.log_keep is None else self.log_keep + keep.log()
 
-    def _scores(self, index: int) -> Tensor:
-        """(B, T) scores as the engine has them, from the living tokens side by side; 0 elsewhere."""
-        pruners, order, left = self.pruners, *side_by_side(self.alive)
-        mass = gather_tokens(self.paid[index], order) if index in self.paid else None
-        own = mass if pruners.looked_back else None
-        places = self.positions.gather(1, order)
-        memory = None if self.memory is None else self.memory.gather(1, order)
-        scores = pruners.score(index, gather_tokens(self.seen[index], order), places, left, self.lengths, own, memory)
-        self.memory = at_all(standardised(scores, left).detach(), order, self.alive)
-        if pruners.blend is not None:
-            heads = None if mass is None else mass.chunk(LAYERS_BACK, dim=-1)[-1].transpose(1, 2)
-            scores = pruners.blend.mixed(scores, left, places, heads)
-        return at_all(scores, order, self.alive)
 
-
-def side_by_side(alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns (B, K) of the living tokens of (B, T), in order and first, and which of them (B, K) do live."""
-    order = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(alive.sum(-1).max())]
-    return order, alive.gather(1, order)
-
-
-def at_all(values: Tensor, order: Tensor, alive: Tensor) -> Tensor:
-    """``values`` (B, K) of the living put back at their columns ``order``: (B, T), 0 elsewhere."""
-    return torch.zeros_like(alive, dtype=values.dtype).scatter(1, order, values)
+def share_of_living(mass: Tensor, left: Tensor) -> Tensor:
+    """Attention (B, K, A) paid by `ASKING_TOKENS` askers, as if what they paid to dropped tokens went to the living."""
+    mass = mass * left[..., None]
+    return mass * (ASKING_TOKENS / mass.sum(dim=1, keepdim=True).clamp_min(1e-6))

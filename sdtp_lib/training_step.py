@@ -1,6 +1,6 @@
 """One training step of the pruners: their losses on a batch, with the language model frozen beside them.
 
-Axes: B batch, S stages, T tokens, D hidden size, A attention inputs, K columns that hold the living tokens of a row.
+Axes: B batch, S stages, T tokens, P prompt tokens, D hidden size, A attention inputs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from sdtp_lib import losses
 from sdtp_lib.architectures import layer_inputs, position_argument
 from sdtp_lib.architectures_asking import attention_looked_back_at
-from sdtp_lib.blend import standardised
 from sdtp_lib.looking_back import ASKING_TOKENS
 from sdtp_lib.pruners import TokenPruners
 from sdtp_lib.saliency import has_hidden, load_attention, load_hidden
-from sdtp_lib.selection import gather_tokens
 from sdtp_lib.training_config import TrainingConfig
-from sdtp_lib.training_simulation import at_all, side_by_side, simulated_pruning
+from sdtp_lib.training_simulation import LivingTokens, simulated_pruning
 
 
 class PrunerLoss(nn.Module):
@@ -92,21 +90,12 @@ class PrunerLoss(nn.Module):
     def _label_losses(
         self, by_layer: dict[int, tuple[Tensor, Tensor | None]], prompt_mask: Tensor, labels: Tensor, keep_ratio: float
     ) -> dict[str, Tensor]:
-        config = self.settings
-        positions = (prompt_mask.long().cumsum(-1) - 1).masked_fill(~prompt_mask, -1)
-        lengths, alive, memory = prompt_mask.sum(-1), prompt_mask, None
+        config, tokens = self.settings, LivingTokens(self.pruners, prompt_mask)
         found: dict[str, list[Tensor]] = {name: [] for name in ("mse", "rank", "drop")}
         for stage, layer in enumerate(self.layers):
-            states, paid = by_layer[layer]
-            order, left = side_by_side(alive)
-            mass = None if paid is None else _share_of_living(gather_tokens(paid, order), left)
-            before = None if memory is None else memory.gather(1, order)
-            scores = self.pruners.score(
-                layer, gather_tokens(states, order), positions.gather(1, order), left, lengths, mass, before
-            )
-            memory = at_all(standardised(scores, left).detach(), order, alive)
-            saliency = labels[:, stage].gather(1, order)
-            counted = losses.scorable(left, config.sink_tokens, config.local_ratio, config.min_local_tokens)
+            scores = tokens.score(layer, *by_layer[layer], whole=True)
+            saliency = labels[:, stage].gather(1, tokens.order)
+            counted = losses.scorable(tokens.left, config.sink_tokens, config.local_ratio, config.min_local_tokens)
             if config.mse_weight:
                 found["mse"].append(losses.masked_mse(scores, losses.log_saliency(saliency, counted), counted))
             if config.rank_weight:
@@ -120,7 +109,7 @@ class PrunerLoss(nn.Module):
                 found["drop"].append(losses.dropped_saliency(scores, saliency, counted, keep_ratio))
             if config.staged:
                 dropped = counted & ~losses.highest(scores.detach(), counted, keep_ratio)
-                alive = alive & ~at_all(dropped, order, alive)
+                tokens.alive = tokens.alive & ~tokens.put_back(dropped)
         return {name: torch.stack(values).mean() for name, values in found.items() if values}
 
     @staticmethod
@@ -179,12 +168,6 @@ class Collator:
             name: [torch.stack([read(row["file"], layer) for layer in self.layers]) for row in rows]
             for name, read in readers.items()
         }
-
-
-def _share_of_living(mass: Tensor, left: Tensor) -> Tensor:
-    """Attention (B, K, A) paid by `ASKING_TOKENS` askers, as if what they paid to dropped tokens went to the living."""
-    mass = mass * left[..., None]
-    return mass * (ASKING_TOKENS / mass.sum(dim=1, keepdim=True).clamp_min(1e-6))
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

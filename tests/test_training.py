@@ -21,7 +21,8 @@ from sdtp_lib.pruners import TokenPruners
 from sdtp_lib.saliency import compute_saliency
 from sdtp_lib.training import simulated_pruning, split_by_id, train_pruners
 from sdtp_lib.training_config import TrainingConfig
-from sdtp_lib.training_step import Collator, PrunerLoss, _share_of_living
+from sdtp_lib.training_simulation import share_of_living
+from sdtp_lib.training_step import Collator, PrunerLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (1, 3)
@@ -128,7 +129,7 @@ def test_attention_stored_of_the_whole_prompt_is_shared_among_the_living():
     mass = torch.rand(1, 10, 2, generator=torch.Generator().manual_seed(0))
     mass = mass * (ASKING_TOKENS / mass.sum(dim=1, keepdim=True))
     left = torch.arange(10)[None] < 6
-    shared = _share_of_living(mass, left)
+    shared = share_of_living(mass, left)
     assert torch.allclose(shared.sum(dim=1), torch.full((1, 2), float(ASKING_TOKENS)))
     assert torch.equal(shared[0, 6:], torch.zeros(4, 2))
     torch.testing.assert_close(shared[0, 0] / shared[0, 1], mass[0, 0] / mass[0, 1])
