@@ -4,8 +4,8 @@
     python benchmarks/ablations.py --dolly PATH --fewshot FOLDER --limit 100  # and 5-shot accuracy (Table 4)
     python benchmarks/ablations.py --dolly PATH --longbench FOLDER            # and LongBench (Table 5)
 
-Recipes are those of `train_embedded.py`; all share one label pass, so each costs minutes. What is trained already is
-not trained again; rows resume. On 2 cores: 20 minutes of labels once, 3 minutes a recipe, then the comparison.
+Recipes are those of `train_embedded.py`; all of ours share one label pass, the paper's has its own. What is trained
+already is not trained again; rows resume. On 2 cores: 20 minutes of labels each, 3 minutes a recipe, then the comparison.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ colour, marker and dash in every figure, so that a figure also reads in grey.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,16 +130,14 @@ def series_look(names: list[Any]) -> dict[Any, dict[str, str]]:
         if fixed:
             look[name] = dict(zip(("color", "marker", "linestyle"), (PALETTE[fixed[0]], *fixed[1:]), strict=False))
     taken = {entry["color"] for entry in look.values()}
-    free = [i for i, color in enumerate(_ORDER) if PALETTE[color] not in taken]
-    order = free + [i for i in range(len(_ORDER)) if i not in free]
-    others = [name for name in names if name not in look]
-    for place, name in enumerate(others):
-        index = order[place % len(order)]
-        # The marker moves on with each round through the colours, so that no two series share both.
-        round_ = place // len(order) + (place % len(order) >= len(free))
-        look[name] = {"color": PALETTE[_ORDER[index]], "marker": _MARKERS[(index + 3 * round_) % len(_MARKERS)]}
-        if round_:
-            look[name]["linestyle"] = "--"
+    once = [{"color": PALETTE[color], "marker": marker} for color, marker in zip(_ORDER, _MARKERS, strict=True)]
+    again = [
+        {"color": PALETTE[color], "marker": marker, "linestyle": "--"}
+        for color, marker in zip(_ORDER, _MARKERS[3:] + _MARKERS[:3], strict=True)
+    ]
+    again.sort(key=lambda entry: entry["color"] not in taken)
+    free = itertools.cycle([entry for entry in once if entry["color"] not in taken] + again)
+    look |= {name: next(free) for name in names if name not in look}
     return {name: look[name] for name in names}
 
 
