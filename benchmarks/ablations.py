@@ -5,7 +5,7 @@
     python benchmarks/ablations.py --dolly PATH --longbench FOLDER            # and LongBench (Table 5)
 
 Recipes are those of `train_embedded.py`; all of ours share one label pass, the paper's has its own. What is trained
-already is not trained again; rows resume. On 2 cores: 20 minutes of labels each, 3 minutes a recipe, then the comparison.
+already is not trained again; rows resume. On 2 cores: 20 minutes of labels each, 3 minutes a recipe, then comparing.
 """
 
 from __future__ import annotations
