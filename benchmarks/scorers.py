@@ -127,8 +127,10 @@ def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
             evaluation.compare_scorers(model, [sample], configs, methods, writer, cell=cell)
 
 
-def report(rows_path: Path) -> None:
+def report(rows_path: Path, only: list[str] | None = None) -> None:
     frame = read_frame(rows_path)
+    if only is not None:
+        frame = frame[frame.scorer.isin(only)]
     failures = frame[frame.kind == "failure"]
     frame = frame[frame.cell != "tuning"]
     summary = evaluation_tables.scorer_summary(evaluation_tables.beside_oracles(frame))
@@ -195,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     if share.is_first:
         if not options.tables:
             print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
-        report(rows_path)
+        report(rows_path, options.scores)
 
 
 if __name__ == "__main__":

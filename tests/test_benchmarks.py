@@ -49,6 +49,10 @@ def test_the_measure_writes_rows_a_table_and_a_picture_and_a_second_run_adds_not
     assert (tmp_path / "quality_over_flops.png").stat().st_size > 10_000
     command("scorers")(arguments)
     assert read_rows(tmp_path / "scorers.jsonl") == rows
+    capsys.readouterr()
+    command("scorers")([*arguments, "--tables", "--scores", "recency"])
+    printed = capsys.readouterr().out
+    assert "recency" in printed and "hidden norm" not in printed and "oracle" not in printed
 
 
 def test_two_processes_share_the_measure_and_leave_one_file(model_folder, tmp_path):
