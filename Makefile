@@ -67,7 +67,7 @@ lab: $(READY) ## open JupyterLab on the notebooks
 
 .PHONY: app
 app: $(READY) ## serve the pruning views without code cells, on loopback with a token
-	$(BIN)/python -m sdtp_lib.app
+	$(BIN)/python -m sdtp_lib.explorer.app
 
 .PHONY: report
 report: $(READY) ## one HTML page from the rows of a run (RUN=folder)
@@ -105,12 +105,13 @@ $(FLOOR)/.ready: pyproject.toml constraints-floor.txt
 
 .PHONY: test-floor
 test-floor: $(FLOOR)/.ready ## the engine's tests on the oldest supported transformers, with kvpress
-	$(FLOOR)/bin/python -m pytest tests/test_engine_reference.py tests/test_engine_generation.py \
-	    tests/test_engine_refusals.py tests/test_engine_kvpress.py tests/test_scorers.py $(PYTEST_FLAGS)
+	$(FLOOR)/bin/python -m pytest tests/pruning/test_engine_reference.py \
+	    tests/pruning/test_engine_generation.py tests/pruning/test_engine_refusals.py \
+	    tests/pruning/test_engine_kvpress.py tests/scorers/test_simple.py $(PYTEST_FLAGS)
 
 .PHONY: properties
 properties: $(READY) ## the engine's property tests, 1,000 cases instead of 60
-	SDTP_PROPERTY_CASES=1000 $(BIN)/python -m pytest tests/test_engine_properties.py --hypothesis-show-statistics
+	SDTP_PROPERTY_CASES=1000 $(BIN)/python -m pytest tests/pruning/test_engine_properties.py --hypothesis-show-statistics
 
 .PHONY: browser
 browser: $(READY) ## install Debian's Chromium where that can be done; else say why not

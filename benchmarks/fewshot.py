@@ -16,12 +16,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, load_model
-from sdtp_lib.evaluation_named import SIMPLE, scorer_named
-from sdtp_lib.evaluation_tables import fewshot_table, markdown
+from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
+from sdtp_lib.evaluation.tables import fewshot_table, markdown
 from sdtp_lib.harness import SDTPLM
-from sdtp_lib.harness_tasks import TASKS, local_task, run_task
 from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.scorers.by_name import SIMPLE, scorer_named
 
 # Table 3 of arXiv 2504.04514, full -> SDTP; printed only beside the same model.
 PAPER = {"Llama-2-7b": (58.62, 59.88), "Mistral-7B": (71.39, 71.24), "bloom-7b1": (54.03, 53.90)}

@@ -5,7 +5,7 @@
     python benchmarks/labels.py --tables           # only print what the rows hold
 
 The gold check removes blocks of neighbouring tokens from a layer on, one block at a time, and takes the KL of the
-response (`sdtp_lib.saliency_labels.block_effects`). A label's agreement is its Spearman correlation with that, its
+response (`sdtp_lib.training.labels.block_effects`). A label's agreement is its Spearman correlation with that, its
 values summed by block. As an oracle a label is given to the engine as the score. One row a (sample, layer, label) and a
 (sample, setting, label); runs resume.
 """
@@ -19,11 +19,12 @@ import pandas
 import torch
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, evaluation, evaluation_tables, load_model
-from sdtp_lib.evaluation_cells import CELLS, cell_samples
+from sdtp_lib import PruningConfig, evaluation, load_model
+from sdtp_lib.data.test_sets import CELLS, cell_samples
+from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
-from sdtp_lib.saliency_labels import LABELS, block_effects, saliency_of
+from sdtp_lib.training.labels import LABELS, block_effects, saliency_of
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

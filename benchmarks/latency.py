@@ -12,7 +12,7 @@
     python benchmarks/latency.py compare OLD.jsonl NEW.jsonl              # ends with 1 if anything got slower
 
 Rows go to ``<out>/latency.jsonl`` one by one, so that a stopped run goes on where it stopped; ``report`` writes
-``latency.md`` and ``latency.json`` beside them (the report's columns are described in `sdtp_lib.latency_report`).
+``latency.md`` and ``latency.json`` beside them (the report's columns are described in `sdtp_lib.latency.report`).
 A row: ``prompt_tokens, method, family, keep_ratio, repetition, status, prefill_ms (= ttft_ms), decode_ms,
 end_to_end_ms, decode_tokens_per_s, new_tokens, part_<name>_ms, tflops, kv_bytes, kv_tokens_per_layer, peak_memory_mb,
 energy_j``.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdtp_lib import latency_report
+from sdtp_lib.latency import report as latency_report
 from sdtp_lib.records import RowWriter, atomic_write, passport, project_root, read_rows, write_json
 
 
@@ -87,9 +87,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_latency(options: argparse.Namespace) -> int:
-    from sdtp_lib import latency_methods, latency_run
     from sdtp_lib.config import PruningConfig
-    from sdtp_lib.profiling import threads
+    from sdtp_lib.latency import methods as latency_methods
+    from sdtp_lib.latency import run as latency_run
+    from sdtp_lib.latency.measure import threads
 
     model, scorer, writer = _prepared(options)
 
@@ -111,9 +112,10 @@ def run_latency(options: argparse.Namespace) -> int:
 def run_quality(options: argparse.Namespace) -> int:
     import pandas
 
-    from sdtp_lib import evaluation_tables, latency_run
+    from sdtp_lib.evaluation import tables as evaluation_tables
+    from sdtp_lib.latency import run as latency_run
+    from sdtp_lib.latency.measure import threads
     from sdtp_lib.models import load_model
-    from sdtp_lib.profiling import threads
 
     model, scorer, writer = _prepared(options)
     _, tokenizer = load_model(options.model, device="cpu")
@@ -140,8 +142,8 @@ def run_quality(options: argparse.Namespace) -> int:
 def run_dtypes(options: argparse.Namespace) -> int:
     import torch
 
-    from sdtp_lib import latency_run
-    from sdtp_lib.profiling import summarise
+    from sdtp_lib.latency import run as latency_run
+    from sdtp_lib.latency.measure import summarise
 
     model, _, writer = _prepared(options)
     with writer:
@@ -160,8 +162,8 @@ def run_dtypes(options: argparse.Namespace) -> int:
 
 
 def run_training(options: argparse.Namespace) -> int:
-    from sdtp_lib import latency_training
-    from sdtp_lib.profiling import threads
+    from sdtp_lib.latency import training_cost as latency_training
+    from sdtp_lib.latency.measure import threads
 
     model, _, writer = _prepared(options)
     layers = range(4, model.config.num_hidden_layers, 3)
@@ -180,7 +182,8 @@ def run_training(options: argparse.Namespace) -> int:
 
 
 def run_memory(options: argparse.Namespace) -> int:
-    from sdtp_lib import latency_run, profiling
+    from sdtp_lib.latency import measure as profiling
+    from sdtp_lib.latency import run as latency_run
 
     model, scorer, writer = _prepared(options)
     with writer:
@@ -205,11 +208,13 @@ def run_memory(options: argparse.Namespace) -> int:
 def run_predict(options: argparse.Namespace) -> int:
     import pandas
 
-    from sdtp_lib import costmodel, evaluation_tables, load_model
+    from sdtp_lib import load_model
     from sdtp_lib.config import PruningConfig
+    from sdtp_lib.evaluation import tables as evaluation_tables
+    from sdtp_lib.latency import cost_model as costmodel
+    from sdtp_lib.latency.hardware import measure_hardware
+    from sdtp_lib.latency.measure import threads
     from sdtp_lib.model_shape import ModelShape
-    from sdtp_lib.profiling import threads
-    from sdtp_lib.profiling_hardware import measure_hardware
 
     rows = read_rows(options.rows)
     timed = {row["model"] for row in rows}
@@ -254,8 +259,8 @@ def _prepared(options: argparse.Namespace):
     """Model, scorer (trained or untrained pruners) and the open-able writer of a measuring command."""
     from sdtp_lib import TokenPruners, load_model
     from sdtp_lib.config import PruningConfig
-    from sdtp_lib.evaluation_named import shipped_for
     from sdtp_lib.models import weights_note
+    from sdtp_lib.scorers.by_name import shipped_for
 
     model, _ = load_model(
         options.model, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
@@ -276,7 +281,7 @@ def _report(path: Path, quiet_only: bool = False) -> int:
     rows = read_rows(path)
     note = ""
     if quiet_only:
-        from sdtp_lib.profiling import undisturbed
+        from sdtp_lib.latency.measure import undisturbed
 
         quiet = undisturbed(rows, by=("kind", "prompt_tokens", "method", "new_tokens"))
         note = f"\n{len(rows) - len(quiet)} of {len(rows)} rows left out: other processes had the CPU.\n"

@@ -19,14 +19,15 @@ from pathlib import Path
 import pandas
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, load_model, longbench
-from sdtp_lib.evaluation_answers import FULL, Variant, longbench_items, run_items
-from sdtp_lib.evaluation_named import SIMPLE, scorer_named
-from sdtp_lib.evaluation_sharing import Share
-from sdtp_lib.evaluation_tables import answers_table, markdown
+from sdtp_lib import PruningConfig, load_model
+from sdtp_lib.data import longbench
+from sdtp_lib.evaluation.answers import FULL, Variant, longbench_items, run_items
+from sdtp_lib.evaluation.tables import answers_table, markdown
 from sdtp_lib.models import weights_note
-from sdtp_lib.paper_numbers import TABLE1
+from sdtp_lib.paper import TABLE1
+from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root, read_frame
+from sdtp_lib.scorers.by_name import SIMPLE, scorer_named
 
 CHAT_TOKENS = 64
 

@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, budget, evaluation, evaluation_tables, load_model, plots
-from sdtp_lib.evaluation_cells import CELLS, cell_samples
-from sdtp_lib.evaluation_named import scorer_named
+from sdtp_lib import PruningConfig, budget, evaluation, load_model, plots
+from sdtp_lib.data.test_sets import CELLS, cell_samples
+from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.scorers.by_name import scorer_named
 
 # How unevenly stages drop: the share that a stage drops, relative to the first, falls or rises linearly to this.
 PROFILES = {"even": 1.0, "early": 0.25, "late": 4.0}

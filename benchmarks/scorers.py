@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, evaluation, evaluation_tables, load_model, plots
-from sdtp_lib.evaluation_cells import CELLS, cell_samples
-from sdtp_lib.evaluation_named import scorer_named, shipped_for
-from sdtp_lib.evaluation_sharing import Share
+from sdtp_lib import PruningConfig, evaluation, load_model, plots
+from sdtp_lib.data.test_sets import CELLS, cell_samples
+from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.models import weights_note
+from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root, read_frame
+from sdtp_lib.scorers.by_name import scorer_named, shipped_for
 
 PRESETS = {"r=0.9": "keep09", "r=0.8": "keep08", "r=0.7": "keep07"}
 QUICK = {"prompts": 3, "lengths": [512], "oracle_prompts": 1, "settings": ["r=0.9", "r=0.7"]}

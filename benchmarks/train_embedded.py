@@ -23,10 +23,11 @@ from pathlib import Path
 
 import torch
 
-from sdtp_lib import TrainingConfig, compute_saliency, data, load_model, tasks, train_pruners
-from sdtp_lib.blend import average_of_neighbours
-from sdtp_lib.evaluation_sharing import Share
+from sdtp_lib import TrainingConfig, compute_saliency, data, load_model, train_pruners
+from sdtp_lib.data import tasks
+from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root, write_json
+from sdtp_lib.scorers.blend import average_of_neighbours
 
 LENGTHS = ((420, 700), (760, 1200))  # tokens of the shorter and of the longer half of the prompts
 RESPONSE_TOKENS = 128  # as in the measure

@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, TokenPruners, evaluation, load_model
-from sdtp_lib.evaluation_cells import cell_samples
+from sdtp_lib.data.tasks import TASKS
+from sdtp_lib.data.test_sets import cell_samples
 from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
-from sdtp_lib.tasks import TASKS
 
 GROUPS = {"text": ("text",), "tasks": tuple(TASKS), "instructions": ("instructions",)}
 

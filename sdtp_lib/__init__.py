@@ -1,6 +1,16 @@
 """SDTP: saliency-driven dynamic token pruning for the prefill of causal language models (arXiv 2504.04514).
 
 Importing this package loads neither torch nor transformers: each public name is fetched from its module on first use.
+
+    pruning/        the method: score, cut, shorten, decode        config      what is pruned; presets
+    architectures/  the one door to transformers' internals        budget      tokens, FLOPs, bytes: pure counting
+    scorers/        all that scores tokens                         model_shape the sizes that decide cost
+    training/       from samples to token pruners                  models      load_model
+    data/           what is trained and measured on                records     result rows
+    evaluation/     what it costs in quality                       provenance  where a number comes from
+    latency/        what it saves                                  processes   one run shared among processes
+    plots/ views/   pictures, HTML                                 paper       what the paper prints, ours beside it
+    explorer/       the sliders                                    harness     SDTPLM: lm-eval with pruned prompts
 """
 
 from __future__ import annotations
@@ -12,14 +22,14 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "PruningConfig": "config",
-    "PruningNotSupported": "errors",
-    "PruningTrace": "trace",
-    "TokenPruners": "pruners",
-    "TrainingConfig": "training_config",
-    "compute_saliency": "saliency",
+    "PruningNotSupported": "config",
+    "PruningTrace": "pruning.trace",
+    "TokenPruners": "scorers.token_pruners",
+    "TrainingConfig": "training.config",
+    "compute_saliency": "training.saliency",
     "load_model": "models",
-    "token_pruning": "engine",
-    "train_pruners": "training",
+    "token_pruning": "pruning.engine",
+    "train_pruners": "training.trainer",
 }
 _SUBMODULES = ("budget", "records", "scorers")
 
@@ -27,15 +37,14 @@ __all__ = ["__version__", *_HOME_OF, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from sdtp_lib import budget, records, scorers
-    from sdtp_lib.config import PruningConfig
-    from sdtp_lib.engine import token_pruning
-    from sdtp_lib.errors import PruningNotSupported
+    from sdtp_lib.config import PruningConfig, PruningNotSupported
     from sdtp_lib.models import load_model
-    from sdtp_lib.pruners import TokenPruners
-    from sdtp_lib.saliency import compute_saliency
-    from sdtp_lib.trace import PruningTrace
-    from sdtp_lib.training import train_pruners
-    from sdtp_lib.training_config import TrainingConfig
+    from sdtp_lib.pruning.engine import token_pruning
+    from sdtp_lib.pruning.trace import PruningTrace
+    from sdtp_lib.scorers.token_pruners import TokenPruners
+    from sdtp_lib.training.config import TrainingConfig
+    from sdtp_lib.training.saliency import compute_saliency
+    from sdtp_lib.training.trainer import train_pruners
 
 
 def __getattr__(name: str) -> Any:

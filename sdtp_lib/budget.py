@@ -1,8 +1,7 @@
 """What a pruning configuration costs and saves: tokens a layer, 1/tau, FLOPs, KV bytes.
 
 Pure functions of a `PruningConfig` and a `ModelShape`: no torch, no model in memory, nothing measured. The engine asks
-`keep_count` here, so the plan and the execution cannot drift apart. ``python -m sdtp_lib.budget`` prints how far each
-reading of the paper's layer list is from its Table 2.
+`keep_count` here, so the plan and the execution cannot drift apart.
 
 Axis letters: T prompt tokens, K kept tokens, D hidden size, L layers. ``tokens_per_layer`` has L entries, the tokens
 that each decoder layer computes. FLOPs count a multiply-add as 2; norms, rotary positions, softmax and activations
@@ -13,9 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sdtp_lib import paper_numbers
 from sdtp_lib.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -191,60 +189,6 @@ def find_keep_ratio(
     return low
 
 
-def paper_table2() -> list[dict[str, Any]]:
-    """How far ``convention="paper"`` is from Table 2, for each prompt length and reading of the layer list.
-
-    Three readings of "keep 0.9": of the current tokens (this library); of the current unprotected ones; of the
-    unprotected ones when the protected end is the last tenth of the *prompt* and does not shrink.
-    """
-    shape = ModelShape.named("Mistral-7B-Instruct-v0.2")
-    rows = []
-    for printed in paper_numbers.TABLE2:
-        tokens = printed["prompt_tokens"]
-        full = prefill_flops(shape, [tokens] * shape.num_layers, convention="paper") / 1e12
-        for list_name, layers in paper_numbers.TABLE2_LAYER_LISTS.items():
-            for reading in ("current", "unprotected", "unprotected, end fixed"):
-                counts = _paper_counts(tokens, layers, reading, shape.num_layers)
-                pruned = prefill_flops(shape, counts, convention="paper") / 1e12
-                rows.append(
-                    {
-                        "prompt_tokens": tokens,
-                        "layers": list_name,
-                        "ratio_of": reading,
-                        "full_tflops": full,
-                        "full_error_percent": 100 * (full / printed["prefill_tflops"] - 1),
-                        "pruned_tflops": pruned,
-                        "pruned_error_percent": 100 * (pruned / printed["prefill_tflops_sdtp"] - 1),
-                        "compression_ratio": compression_ratio(counts),
-                    }
-                )
-    return rows
-
-
-def _paper_counts(tokens: int, layers: tuple[int, ...], reading: str, num_layers: int) -> list[int]:
-    ratio, alive, counts = paper_numbers.PAPER_KEEP_RATIO, tokens, []
-    for layer in range(num_layers):
-        if layer in layers:
-            protected = 4 + math.ceil(0.1 * (tokens if reading == "unprotected, end fixed" else alive))
-            free = alive if reading == "current" else alive - protected
-            alive += math.floor(ratio * free + 1e-9) - free
-        counts.append(alive)
-    return counts
-
-
 def _check_layers(shape: ModelShape, per_layer: Sequence[int]) -> None:
     if len(per_layer) != shape.num_layers:
         raise ValueError(f"{len(per_layer)} entries for {shape.num_layers} layers: give the tokens of every layer.")
-
-
-def _print_paper_table2() -> None:
-    print(" prompt layers             ratio of                     full    error    pruned    error  1/tau")
-    for row in paper_table2():
-        print(
-            "{prompt_tokens:7d} {layers:18} {ratio_of:23} {full_tflops:9.2f} {full_error_percent:+7.3f}% "
-            "{pruned_tflops:9.2f} {pruned_error_percent:+7.2f}% {compression_ratio:6.3f}".format(**row)
-        )
-
-
-if __name__ == "__main__":
-    _print_paper_table2()

@@ -1,4 +1,7 @@
-"""What to prune: `PruningConfig`, its fields, units, checks and presets.
+"""What to prune: `PruningConfig`, its fields, units, checks and presets; and what cannot be: `PruningNotSupported`.
+
+A bad *field* (a ratio outside (0, 1], an unknown preset) is a ``ValueError``. A *use* that cannot be pruned correctly
+(a static cache, an encoder-decoder) is a `PruningNotSupported`. Both say what was given and what to do instead.
 
 Pure data: knows no torch, no model and no scorer. One dial, the keep ratio; token counts, FLOPs and bytes follow from
 it in `sdtp_lib.budget`.
@@ -13,6 +16,10 @@ from typing import Any
 
 PRESETS = ("keep09", "keep08", "keep07", "paper-low")
 POSITION_MODES = ("original", "compact")
+
+
+class PruningNotSupported(RuntimeError):
+    """A use of the model that token pruning cannot serve correctly; the message names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from sdtp_lib import scorers
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.engine import token_pruning
 from sdtp_lib.models import load_model
-from sdtp_lib.pruners import TokenPruners
-from sdtp_lib.trace import PruningTrace
+from sdtp_lib.pruning.engine import token_pruning
+from sdtp_lib.pruning.trace import PruningTrace
+from sdtp_lib.scorers.token_pruners import TokenPruners
 
 _LOGGER = logging.getLogger(__name__)
 _SIMPLE = {

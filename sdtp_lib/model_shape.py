@@ -9,13 +9,34 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sdtp_lib.paper_numbers import MODEL_FIELDS
-
 _BYTES_PER_ELEMENT = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1,
 }  # fmt: skip
 # Two matrices in the feed-forward part (up, down) instead of three (gate, up, down).
 _UNGATED_TYPES = ("bloom", "falcon", "gpt2", "gpt_neox", "opt", "phi")
+# Configuration fields of the models that the study names, so that predictions need no hub.
+MODEL_FIELDS = {
+    "SmolLM2-135M-Instruct": {
+        "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "Mistral-7B-Instruct-v0.2": {
+        "model_type": "mistral", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+    "Qwen2-7B-Instruct": {
+        "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False,
+    },
+    "Llama-2-7B": {
+        "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+    "BLOOM-7B1": {
+        "model_type": "bloom", "n_layer": 30, "hidden_size": 4096, "n_head": 32, "vocab_size": 250880,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 
 
 def element_bytes(dtype: Any) -> int:

@@ -11,7 +11,7 @@ import inspect
 
 import torch
 
-from sdtp_lib.architectures import describe
+from sdtp_lib.architectures.layers import describe
 
 # family -> what its tiny config needs beyond the shared sizes; windows are shorter than the prompts
 FAMILIES = {

@@ -6,43 +6,63 @@ import ast
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+import sdtp_lib
+
 PACKAGE = Path(__file__).resolve().parent.parent / "sdtp_lib"
 
-# From the ground up. A module may import modules of lower floors; within its own floor only what BESIDE allows.
+# From the ground up. A part is a folder, or a module beside the folders; it may import parts of lower floors only.
 FLOORS = (
-    {"errors", "provenance", "paper_numbers"},
-    {"records", "config", "training_config", "model_shape", "blend", "looking_back"},
-    {"budget", "selection", "losses", "pruners", "models", "data", "profiling"},
-    {"architectures", "tasks", "longbench", "fates", "costmodel"},
-    {"stage", "trace", "generation_guard", "plots"},
-    {"continuation", "prefill", "saliency", "scorers", "views"},
-    {"engine", "widgets"},
-    {"training", "evaluation"},
-    {"harness", "app", "latency"},
+    {"provenance", "models", "model_shape", "config"},
+    {"records", "budget", "architectures"},
+    {"data", "pruning", "processes"},
+    {"scorers"},
+    {"views", "plots"},
+    {"explorer", "training", "harness"},
+    {"evaluation"},
+    {"latency"},
+    {"paper"},
 )
-BESIDE = {("prefill", "continuation"), ("longbench", "tasks"), ("app", "widgets")}
+# The same within a folder, module by module. Its `__init__` stands on top and imports nothing from outside.
+INSIDE = {
+    "architectures": ({"caches", "masks"}, {"layers"}, {"attention_bias"}, {"attention_weights"}),
+    "data": ({"texts"}, {"samples"}, {"tasks", "longbench"}, {"test_sets"}),
+    "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard"}, {"continuation"}, {"prefill"},
+                {"engine"}),
+    "scorers": ({"blend"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name"}),
+    "views": ({"tokens", "layer_map"},),
+    "plots": ({"style"}, {"cost", "results", "tokens"}),
+    "explorer": ({"state"}, {"live_html", "export", "app"}, {"widgets"}),
+    "training": ({"config", "labels", "losses"}, {"saliency", "simulation"}, {"step"}, {"trainer"}),
+    "evaluation": ({"statistics", "divergence", "methods", "answers", "fewshot"}, {"compare", "tables"}),
+    "latency": ({"memory", "report", "cost_model"}, {"measure"}, {"generation", "hardware", "training_cost"},
+                {"methods"}, {"run"}),
+}  # fmt: skip
 # Modules that stay in the dark on purpose: what they must never import, at any depth of function.
-NO_TORCH = {"errors", "provenance", "records", "config", "training_config", "budget", "model_shape", "fates",
-            "paper_numbers", "costmodel", "looking_back", "plots", "views", "widgets"}  # fmt: skip
+NO_TORCH = {"provenance", "records", "config", "budget", "model_shape", "paper", "plots", "views", "training.config",
+            "pruning.token_fates", "latency.cost_model", "explorer.state", "explorer.live_html", "explorer.export",
+            "explorer.widgets"}  # fmt: skip
 NEVER = {
-    "data": {"models"},
-    "tasks": {"models", "architectures"},
-    "pruners": {"selection"},
-    "blend": {"config", "records"},
+    "data": {"models", "architectures"},
+    "pruning": {"models"},
+    "pruning.selection": {"config", "budget", "records"},
     "scorers": {"models", "data"},
-    "selection": {"models", "config", "budget"},
-    "losses": {"models", "config", "data"},
-    "profiling": {"config", "selection", "budget", "pruners"},
-    "models": {"config", "selection", "budget"},
-    "architectures": {"pruners", "losses", "data"},
-    "engine": {"models", "data", "pruners", "scorers", "losses"},
-    "saliency": {"pruners", "losses"},
-    "training": {"plots"},
-    "evaluation": {"plots"},
+    "scorers.blend": {"config", "records", "budget", "pruning", "architectures"},
+    "scorers.token_pruners": {"pruning.selection"},
+    "scorers.stage_network": {"pruning.selection"},
+    "training": {"plots", "views"},
+    "training.losses": {"models", "config", "data", "pruning", "architectures"},
+    "training.saliency": {"scorers"},
+    "training.labels": {"scorers", "models"},
+    "evaluation": {"plots", "views"},
+    "latency.memory": {"config", "budget", "pruning", "scorers"},
+    "latency.measure": {"config", "budget", "pruning", "scorers"},
+    "latency.generation": {"config", "budget", "pruning", "scorers"},
+    "latency.hardware": {"config", "budget", "pruning", "scorers"},
 }
 # Only `architectures` may know these of transformers and torch.
 INTERNAL_MODULES = ("transformers.cache_utils", "transformers.masking_utils", "transformers.models",
@@ -57,24 +77,32 @@ INTERNAL_NAMES = {
 
 
 # Hooks are torch's, but they change how a model runs: only these put them on, inside a `with`.
-HOOKED = {"architectures", "engine"}
+HOOKED = {"architectures", "pruning.engine"}
 HOOKS = {
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
     "register_full_backward_pre_hook", "register_module_forward_hook", "register_module_forward_pre_hook",
 }  # fmt: skip
 
 
-def family(module: str) -> str:
-    """Parts of one module, split for length, count as that module: architectures_masks is architectures."""
-    known = set().union(*FLOORS)
-    stem = module.split(".")[-1]
-    while stem not in known and "_" in stem:
-        stem = stem.rpartition("_")[0]
-    return stem
-
-
 def modules() -> list[Path]:
-    return sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def name_of(path: Path) -> str:
+    """``pruning.engine``; a folder's ``__init__`` has the folder's name."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+each_module = pytest.mark.parametrize("path", modules(), ids=name_of)
+
+
+def part_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def among(module: str, names: Iterable[str]) -> bool:
+    """Whether ``names`` has the module or its folder."""
+    return module in names or part_of(module) in names
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -96,26 +124,29 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def edges(path: Path) -> set[str]:
-    """The sdtp_lib modules that a file imports."""
-    stems = {module.stem for module in modules()}
+    """The sdtp_lib modules that a file imports; names of the public face count as the module they come from."""
+    known = {name_of(module) for module in modules()}
     found = set()
     for name in imported(ast.parse(path.read_text())):
-        parts = name.split(".")
-        if parts[0] == "sdtp_lib":
-            found.update(part for part in parts[1:2] if part in stems)
-    return found
+        first, _, rest = name.partition(".")
+        if first == "sdtp_lib":
+            rest = sdtp_lib._HOME_OF.get(rest, rest)
+            found |= {next((near for near in (rest, rest.rpartition(".")[0]) if near in known), "")}
+    return found - {""}
 
 
-def floor_of(module: str) -> int:
-    return next(number for number, floor in enumerate(FLOORS) if family(module) in floor)
+def floor_of(name: str, floors: tuple[set[str], ...]) -> int:
+    return next((number for number, floor in enumerate(floors) if name in floor), len(floors))
 
 
 def allowed(upper: str, lower: str) -> bool:
-    if family(upper) == family(lower):
-        return True
-    if family(lower) in NEVER.get(family(upper), ()):
+    if among(lower, NEVER.get(upper, set()) | NEVER.get(part_of(upper), set())):
         return False
-    return floor_of(lower) < floor_of(upper) or (family(upper), family(lower)) in BESIDE
+    if part_of(upper) != part_of(lower):
+        return upper not in INSIDE and floor_of(part_of(lower), FLOORS) < floor_of(part_of(upper), FLOORS)
+    floors = INSIDE[part_of(upper)]
+    above, below = (floor_of(name.partition(".")[2], floors) for name in (upper, lower))
+    return below < above
 
 
 def internals_used(tree: ast.AST) -> set[str]:
@@ -130,56 +161,75 @@ def attributes_used(tree: ast.AST, names: set[str]) -> set[str]:
     return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in names}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+@each_module
 def test_every_module_has_its_floor(path):
-    assert family(path.stem) in set().union(*FLOORS), f"{path.name} has no place in FLOORS: decide what it may import"
+    part, _, inner = name_of(path).partition(".")
+    assert part in set().union(*FLOORS), f"{part} has no place in FLOORS: decide what it may import"
+    if inner:
+        assert inner in set().union(*INSIDE[part]), f"{part}.{inner} has no place in INSIDE: decide what it may import"
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+@each_module
 def test_imports_run_one_way(path):
-    wrong = sorted(lower for lower in edges(path) if not allowed(path.stem, lower))
-    assert not wrong, f"{path.stem} may not import {wrong}"
+    wrong = sorted(lower for lower in edges(path) if not allowed(name_of(path), lower))
+    assert not wrong, f"{name_of(path)} may not import {wrong}"
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+@each_module
 def test_only_architectures_knows_transformers_internals(path):
-    if family(path.stem) != "architectures":
+    if part_of(name_of(path)) != "architectures":
         assert not internals_used(ast.parse(path.read_text()))
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+@each_module
 def test_only_the_engine_and_its_door_put_hooks_on_a_model(path):
-    if family(path.stem) not in HOOKED:
+    if not among(name_of(path), HOOKED):
         assert not attributes_used(ast.parse(path.read_text()), HOOKS)
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+@each_module
 def test_the_pure_modules_import_no_torch(path):
-    if family(path.stem) in NO_TORCH:
+    if among(name_of(path), NO_TORCH):
         tops = {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
         assert not tops & {"torch", "transformers", "safetensors", "accelerate"}
-        assert {family(lower) for lower in edges(path)} <= NO_TORCH
+        assert not [lower for lower in edges(path) if not among(lower, NO_TORCH)]
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+def test_the_pure_modules_load_no_torch():
+    names = [name for path in modules() if among(name := name_of(path), NO_TORCH)]
+    program = f"import importlib, sys\nfor name in {names}: importlib.import_module('sdtp_lib.' + name)\n"
+    assert run_python(program + "print('torch' in sys.modules)").strip() == "False"
+
+
+@each_module
 def test_a_module_opens_with_its_contract(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring and len(docstring) > 60
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+@each_module
 def test_a_module_can_be_read_in_one_go(path):
     assert len(path.read_text().splitlines()) <= 330, "about 250 lines a module: split it"
 
 
 def test_no_module_is_a_drawer():
-    assert not {path.stem for path in modules()} & {"utils", "helpers", "common", "misc"}
+    names = {name for path in modules() for name in name_of(path).split(".")}
+    assert not names & {"utils", "helpers", "common", "misc"}
 
 
 def test_the_checks_see_a_forbidden_import_in_a_function():
-    source = "def f():\n    from sdtp_lib.engine import token_pruning\n    import sdtp_lib.models\n"
-    assert imported(ast.parse(source)) == {"sdtp_lib.engine.token_pruning", "sdtp_lib.models"}
-    assert not allowed("config", "engine") and not allowed("data", "models") and allowed("engine", "architectures")
+    source = "def f():\n    from sdtp_lib.pruning.engine import token_pruning\n    import sdtp_lib.models\n"
+    assert imported(ast.parse(source)) == {"sdtp_lib.pruning.engine.token_pruning", "sdtp_lib.models"}
+    assert not allowed("config", "pruning.engine") and not allowed("data.samples", "models")
+    assert allowed("pruning.engine", "architectures.layers") and not allowed("architectures.layers", "pruning.engine")
+    assert allowed("pruning.engine", "pruning.prefill") and not allowed("pruning.prefill", "pruning.engine")
+    assert not allowed("pruning", "config"), "a folder's __init__ imports its own modules only"
+
+
+def test_the_checks_see_an_import_through_the_public_face(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text("from sdtp_lib import scorers, token_pruning\n")
+    assert edges(file) == {"scorers", "pruning.engine"}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +308,7 @@ def test_importing_every_module_leaves_transformers_and_torch_as_they_were():
         after = state()
         assert after == before, [(a, b) for a, b in zip(before, after) if a != b]
     """
-    names = [path.stem for path in modules() if family(path.stem) not in {"harness", "app"}]
+    names = [name_of(path) for path in modules() if path.stem not in {"harness", "fewshot", "app"}]
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program).replace("MODULES", repr(names))],
         capture_output=True, text=True, check=False, cwd=PACKAGE.parent,

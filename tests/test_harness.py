@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from sdtp_lib import scorers
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.evaluation import continuation_logits
+from sdtp_lib.evaluation.divergence import continuation_logits
 from sdtp_lib.harness import SDTPLM
 
 CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.6, min_local_tokens=4)

@@ -90,7 +90,7 @@ def test_the_embedded_model_is_pinned_alike_everywhere():
     name, version = next(iter(constraints.APART.items()))
     places = {
         path.name: re.findall(rf"{name}==([\d.]+)", path.read_text())
-        for path in (ROOT / "Makefile", ROOT / "environment.yml", ROOT / "constraints.txt", *tracked("sdtp_lib/*.py"))
+        for path in (ROOT / "Makefile", ROOT / "environment.yml", ROOT / "constraints.txt", *tracked("sdtp_lib/**.py"))
     }
     assert all(found == version for versions in places.values() for found in versions)
     assert places["Makefile"] and places["environment.yml"]
@@ -119,6 +119,31 @@ def test_the_links_of_the_documents_lead_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
             if not re.match(r"[a-z]+:", target):
                 assert (document.parent / target).exists(), f"{document.name} links to {target}, which is not there"
+
+
+def test_readmes_tree_names_every_folder_and_no_other():
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("## What is where") :].split("```")[1]
+    lines = [re.match(r"( *)([\w.-]+/?) +\S", line) for line in tree.strip().splitlines()]
+    assert all(lines), "each line of the tree says what is there"
+    named = {("sdtp_lib/" if line[1] else "") + line[2] for line in lines}
+    files = [path.relative_to(ROOT) for path in tracked("*")]
+    if files:
+        top = {f"{path.parts[0]}/" for path in files if len(path.parts) > 1 and not path.parts[0].startswith(".")}
+        library = {f"sdtp_lib/{path.parts[1]}/" for path in files if path.match("sdtp_lib/*/*")}
+        assert {name for name in named if name.endswith("/")} == top | library
+    assert all((ROOT / name).exists() for name in named)
+    beside = re.search(r"beside its folders: ([\w, ]+)", tree)[1].split(", ")
+    modules = {path.stem for path in (ROOT / "sdtp_lib").glob("*.py")} - {"__init__"}
+    assert set(beside) == modules
+
+
+def test_every_folder_of_the_library_is_packaged():
+    from setuptools import find_packages
+
+    found = set(find_packages(str(ROOT), include=PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]))
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "sdtp_lib").rglob("*.py")}
+    assert found == {".".join(folder.parts) for folder in folders}
 
 
 def test_no_tracked_file_holds_an_absolute_path():

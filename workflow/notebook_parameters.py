@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib.config import PRESETS, PruningConfig
-from sdtp_lib.training_config import TrainingConfig
+from sdtp_lib.training.config import TrainingConfig
 
 # Layers of models that can be named without reading a file or asking a hub.
 KNOWN_LAYERS = {"embedded": 30}

@@ -88,7 +88,7 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]]) -> str | None:
     import matplotlib.pyplot as plt
 
     from sdtp_lib import plots
-    from sdtp_lib.evaluation_tables import scorer_summary
+    from sdtp_lib.evaluation.tables import scorer_summary
 
     lines = scorer_summary(pandas.DataFrame(rows))
     cells = list(dict.fromkeys(lines.cell))

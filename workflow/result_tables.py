@@ -99,7 +99,7 @@ def origin(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     """Prefill, decode and end to end beside the limit, one line a prompt length and method."""
-    from sdtp_lib.latency_report import summary
+    from sdtp_lib.latency.report import summary
 
     rows = [row for row in rows if row.get("kind") == "latency"]
     if not rows:
@@ -132,7 +132,7 @@ def scorer_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     """KL to the unpruned model by scorer, one line a data set and budget; the best of each line is marked."""
     import pandas
 
-    from sdtp_lib.evaluation_tables import scorer_summary
+    from sdtp_lib.evaluation.tables import scorer_summary
 
     rows = [row for row in rows if row.get("kind") == "scorer"]
     if not rows:

@@ -1,6 +1,6 @@
 """README's support matrix as a view of a test run: which families and attention backends pass the reference tests.
 
-python workflow/support.py        # runs tests/test_engine_reference.py, then rewrites README's block
+python workflow/support.py        # runs tests/pruning/test_engine_reference.py, then rewrites README's block
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from result_tables import Table
 
 from sdtp_lib.records import passport, project_root, write_json
 
-TESTS = "tests/test_engine_reference.py"
+TESTS = "tests/pruning/test_engine_reference.py"
 BACKENDS = ("sdpa", "eager")
 CASE = re.compile(r"test_(?P<claim>\w+)\[(?:.*-)?(?P<family>\w+)-(?P<backend>\w+)\]")
 

@@ -4,8 +4,9 @@ A parameter set (workflow/params/*.yaml) names a run, values for all notebooks (
 and axes (`sweep`). An axis counts for a notebook that has such a parameter, and for every notebook that builds on one:
 so a sweep over keep ratios trains once. ``"{02_training}/pruners"`` is a path in the folder of the job built on.
 
-Every job has a fingerprint of what its results follow from: the notebook's code, its parameters, the library modules
-that it reaches, the files that it reads, the fingerprints that it builds on. Staleness is a question of fingerprints,
+Every job has a fingerprint of what its results follow from: the notebook's code, its parameters, the parts of the
+library that it reaches, the files that it reads, the fingerprints that it builds on. A part is a folder of the library,
+or a module beside the folders; a part is reached as a whole. Staleness is a question of fingerprints,
 never of file times.
 """
 
@@ -214,14 +215,24 @@ def _normal(source: str) -> str:
 
 
 def reached(path: Path, root: Path) -> dict[str, Path]:
-    """The library's modules that a notebook imports, and those that these import, in functions too."""
-    files = {file.stem: file for file in (root / "sdtp_lib").glob("*.py")}
-    pending = set().union(*(_imports(ast.parse(source), files) for source in _importing(path)), set())
+    """The library's modules that a notebook's results hang on, by their dotted names.
+
+    All modules of a folder as soon as one of them is imported, by the notebook or by a module that is reached, in
+    functions too: who changes ``evaluation/`` makes stale what imports anything of it.
+    """
+    parts: dict[str, dict[str, Path]] = {}
+    for file in (root / "sdtp_lib").rglob("*.py"):
+        name = file.relative_to(root / "sdtp_lib").with_suffix("").parts
+        parts.setdefault(name[0], {})[".".join(name)] = file
+    parts.pop("__init__", None)
+    pending = set().union(*(_imports(ast.parse(source)) for source in _importing(path)))
+    done: set[str] = set()
     found: dict[str, Path] = {}
-    while pending:
-        module = pending.pop()
-        found[module] = files[module]
-        pending |= _module_imports(files[module], tuple(files)) - set(found)
+    while pending := (pending - done) & set(parts):
+        part = pending.pop()
+        done.add(part)
+        found |= parts[part]
+        pending |= set().union(*(_module_imports(file) for file in parts[part].values()))
     return found
 
 
@@ -231,8 +242,8 @@ def _importing(path: Path) -> Iterator[str]:
             yield code_lines(source_of(cell))
 
 
-def _imports(tree: ast.AST, files: Any) -> set[str]:
-    homes = _homes() if "__init__" in files else {}
+def _imports(tree: ast.AST) -> set[str]:
+    """The parts of the library that are imported: ``sdtp_lib.data.tasks`` is of the part ``data``."""
     found = set()
     for node in ast.walk(tree):
         names = []
@@ -240,23 +251,21 @@ def _imports(tree: ast.AST, files: Any) -> set[str]:
             names = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [[*node.module.split("."), alias.name] for alias in node.names]
-        for first, *rest in names:
-            if first == "sdtp_lib" and rest:
-                found.add(homes.get(rest[0], rest[0]))
-    return found & set(files)
+        found.update(_homes().get(rest[0], rest[0]) for first, *rest in names if first == "sdtp_lib" and rest)
+    return found
 
 
 @functools.cache
 def _homes() -> dict[str, str]:
-    """Which module a name of the lazy package comes from."""
+    """Which part a name of the lazy package comes from."""
     import sdtp_lib
 
-    return dict(sdtp_lib._HOME_OF)
+    return {name: home.partition(".")[0] for name, home in sdtp_lib._HOME_OF.items()}
 
 
 @functools.cache
-def _module_imports(file: Path, names: tuple[str, ...]) -> set[str]:
-    return _imports(ast.parse(file.read_text(encoding="utf-8")), names)
+def _module_imports(file: Path) -> set[str]:
+    return _imports(ast.parse(file.read_text(encoding="utf-8")))
 
 
 @functools.cache

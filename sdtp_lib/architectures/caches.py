@@ -1,0 +1,84 @@
+"""What a cache of transformers holds: tokens seen, keys, lengths and bytes of each layer; and which caches are refused.
+
+Part of the door to transformers' internals; knows cache layers, not decoder layers. Axes: B batch, G key-value heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sdtp_lib.config import PruningNotSupported
+
+CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+
+
+def cache_of(arguments: dict[str, Any]) -> Any | None:
+    """The cache among a layer's or a model's arguments, or None."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def tokens_seen(cache: Any | None) -> int:
+    """Tokens in the cache before this pass: the length of layer 0, which is never pruned."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def cached_tokens(cache: Any, layer_index: int) -> int:
+    """Tokens that layer ``layer_index`` has cached so far (a sliding layer counts those it has let go, too)."""
+    layers = getattr(cache, "layers", None)
+    if layers is not None and layer_index >= len(layers):
+        return 0
+    return int(cache.get_seq_length(layer_index))
+
+
+def cached_keys(cache: Any | None, layer_index: int, tokens: int) -> torch.Tensor | None:
+    """The keys (B, G, tokens, head size) just cached by ``layer_index``, or None where it holds others."""
+    layers = getattr(cache, "layers", None) or ()
+    keys = getattr(layers[layer_index], "keys", None) if 0 <= layer_index < len(layers) else None
+    return keys if torch.is_tensor(keys) and keys.dim() == 4 and keys.shape[2] == tokens else None
+
+
+def attended_keys(cache: Any, layer_index: int, cached: int, new_tokens: int) -> int:
+    """Keys that attention at ``layer_index`` sees when ``new_tokens`` come after ``cached`` ones: the last so many."""
+    layers = getattr(cache, "layers", None) or ()
+    layer = layers[layer_index] if layer_index < len(layers) else None
+    if getattr(layer, "is_sliding", False):
+        window = getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", cached + 1)
+        cached = min(cached, int(window) - 1)
+    return cached + new_tokens
+
+
+def refuse_cache(cache: Any) -> None:
+    """Raise `PruningNotSupported` for a cache whose layers cannot differ in length."""
+    layers = getattr(cache, "layers", None)
+    if layers is None and not hasattr(cache, "get_seq_length"):
+        raise PruningNotSupported(
+            f"past_key_values={type(cache).__name__} is not a transformers Cache: use DynamicCache(config=...)."
+        )
+    static = any(getattr(layer, "is_compileable", False) for layer in layers or ())
+    if static or getattr(cache, "is_compileable", False):
+        raise PruningNotSupported(
+            f"past_key_values={type(cache).__name__} is a static cache, one length for all layers: use a dynamic cache "
+            "(cache_implementation='dynamic', or none)."
+        )
+
+
+def cache_lengths(past_key_values: Any) -> list[int]:
+    """Keys that each layer of a cache holds in memory."""
+    return [_layer_length(layer) for layer in past_key_values.layers]
+
+
+def _layer_length(layer: Any) -> int:
+    if getattr(layer, "_quantized_keys", None) is not None:  # its ``keys`` are the unquantised rest only
+        return int(layer.get_seq_length())
+    keys = getattr(layer, "keys", None)
+    return int(keys.shape[-2]) if keys is not None and keys.numel() else 0
+
+
+def kv_bytes(past_key_values: Any) -> list[int]:
+    """Bytes of keys and values that each layer of a cache holds, unquantised tensors only."""
+    return [
+        sum(t.nbytes for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if torch.is_tensor(t))
+        for layer in past_key_values.layers
+    ]

@@ -1,0 +1,217 @@
+"""The door to transformers' internals: where the decoder layers are, and what they are called with.
+
+With its neighbours in this folder this is the only place that knows how a family of models is built. It does not know
+why anyone asks: nothing here prunes. Families that follow the common decoder-layer signature (Llama, Mistral, Qwen2/3,
+Phi-3, OLMo 2, SmolLM3, Gemma 2/3, GPT-NeoX, GPT-2, ...) share one path; BLOOM's alibi is the one special case. Axes:
+B batch, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdtp_lib.architectures.caches import CACHE_NAMES
+from sdtp_lib.config import PruningNotSupported
+
+ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+_ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
+# Their stacks end in ``hidden_states.view(-1, prompt length, D)``.
+_RESHAPE_OUTPUT = ("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "codegen")
+# What a decoder layer may be called with and we know how to shorten (or may safely leave alone).
+_KNOWN_ARGUMENTS = {
+    "hidden_states", "attention_mask", "position_ids", "position_embeddings", "alibi", "use_cache", "output_attentions",
+    "cache_position", "head_mask", "encoder_hidden_states", "encoder_attention_mask", "layer_idx", *CACHE_NAMES,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a model keeps what the engine needs.
+
+    Attributes
+    ----------
+    stack
+        The module that owns the decoder layers and whose forward is called once a pass.
+    layers
+        The decoder layers, in order.
+    config
+        The text configuration that the layers read.
+    """
+
+    stack: nn.Module
+    layers: nn.ModuleList
+    config: Any
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def backend(self) -> str:
+        """The attention backend in force now, such as ``"sdpa"``."""
+        return str(getattr(self.config, "_attn_implementation", None) or "eager")
+
+    def sliding_window(self, layer_index: int) -> int | None:
+        """Tokens that layer ``layer_index`` sees at most (its own included), or None for full attention."""
+        window = getattr(self.config, "sliding_window", None)
+        layer_types = getattr(self.config, "layer_types", None)
+        if window is None or (layer_types is not None and layer_types[layer_index] != "sliding_attention"):
+            return None
+        return int(window)
+
+    def fixed_length_norm(self) -> nn.Module | None:
+        """The final norm where the stack reshapes its output to the prompt's length (GPT-2 and its kin), else None."""
+        return getattr(self.stack, "ln_f", None) if self.model_type in _RESHAPE_OUTPUT else None
+
+    def rotary(self) -> nn.Module | None:
+        """The one rotary module of the stack, or None where positions enter otherwise or by layer type."""
+        rotary = getattr(self.stack, "rotary_emb", None)
+        if rotary is None or "layer_type" in inspect.signature(type(rotary).forward).parameters:
+            return None
+        return rotary
+
+
+def position_argument(model: nn.Module, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``{"position_ids": positions}`` for a call of ``model``; nothing where it takes none (BLOOM counts the mask)."""
+    return {"position_ids": positions} if "position_ids" in inspect.signature(type(model).forward).parameters else {}
+
+
+def describe(model: nn.Module) -> Architecture:
+    """The `Architecture` of a causal LM of transformers, also when wrapped by PEFT.
+
+    Raises
+    ------
+    PruningNotSupported
+        For a compiled model, an encoder-decoder, a vision-language model, or decoder layers that cannot be found or
+        that take arguments which nobody taught us to shorten; the message names what is missing.
+    """
+    name = type(model).__name__
+    if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+        raise PruningNotSupported(
+            f"{name} is compiled with torch.compile, which would freeze the token count of each layer: "
+            "prune the model that was given to torch.compile."
+        )
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise PruningNotSupported(f"{name} has no transformers configuration: give a causal LM of transformers.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise PruningNotSupported(f"{name} is an encoder-decoder: token pruning serves decoder-only language models.")
+    text_config = config.get_text_config()
+    if text_config is not config or getattr(config, "vision_config", None) is not None:
+        raise PruningNotSupported(
+            f"{name} is a multimodal model, whose image tokens are not text: give its language model "
+            "(a ...ForCausalLM of the text configuration)."
+        )
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise PruningNotSupported(
+            f"{name} uses chunked attention, whose chunks are not known over kept tokens: use a model with full or "
+            "sliding attention."
+        )
+    stack, layers = _find_stack(model, config)
+    architecture = Architecture(stack, layers, config)
+    for index, layer in enumerate(layers):
+        missing = missing_from_signature(layer)
+        if missing:
+            raise PruningNotSupported(
+                f"{name}: decoder layer {index} ({type(layer).__name__}) {missing}, so its inputs cannot be shortened: "
+                "see CONTRIBUTING.md, 'Adding a family'."
+            )
+    return architecture
+
+
+def _find_stack(model: nn.Module, config: Any) -> tuple[nn.Module, nn.ModuleList]:
+    count = getattr(config, "num_hidden_layers", None)
+    for owner in model.modules():
+        for child in owner.children():
+            if isinstance(child, nn.ModuleList) and 0 < len(child) == count and _attention_of(child[0]) is not None:
+                return owner, child
+    raise PruningNotSupported(
+        f"{type(model).__name__}: no list of {count} decoder layers with an attention module "
+        f"({', '.join(_ATTENTION_NAMES)}) was found: see CONTRIBUTING.md, 'Adding a family'."
+    )
+
+
+def _attention_of(layer: nn.Module) -> nn.Module | None:
+    return next((module for name in _ATTENTION_NAMES if (module := getattr(layer, name, None)) is not None), None)
+
+
+def attention_module(layer: nn.Module) -> nn.Module:
+    """The self-attention of a decoder layer."""
+    attention = _attention_of(layer)
+    if attention is None:
+        names = ", ".join(_ATTENTION_NAMES)
+        raise PruningNotSupported(f"{type(layer).__name__} has no attention module named {names}.")
+    return attention
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of ``model``, in order."""
+    return describe(model).layers
+
+
+def num_layers(model: nn.Module) -> int:
+    """L, the number of decoder layers."""
+    return len(decoder_layers(model))
+
+
+def model_family(model: nn.Module) -> str:
+    """transformers' ``model_type``, such as ``"llama"``."""
+    return describe(model).model_type
+
+
+# --- what a decoder layer is called with
+
+
+def layer_signature(layer: nn.Module) -> tuple[str, ...]:
+    """Argument names of the layer's forward, without ``self`` and ``**kwargs``."""
+    # The class's own forward: accelerate replaces the instance's by a wrapper without names.
+    parameters = list(inspect.signature(type(layer).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+
+
+def missing_from_signature(layer: nn.Module) -> str:
+    """What keeps a layer from being served by the common path, in words; empty if nothing does."""
+    names = layer_signature(layer)
+    if not names or names[0] != "hidden_states":
+        return f"takes {names[0] if names else 'nothing'!r} first instead of 'hidden_states'"
+    if "attention_mask" not in names:
+        return "takes no 'attention_mask'"
+    if not any(name in names for name in CACHE_NAMES):
+        return f"takes no cache ({', '.join(CACHE_NAMES)})"
+    unknown = [name for name in names if name not in _KNOWN_ARGUMENTS]
+    return f"takes the unknown argument(s) {', '.join(unknown)}" if unknown else ""
+
+
+def named_arguments(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional and keyword arguments of one layer call, by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+# --- hidden states
+
+
+@contextlib.contextmanager
+def layer_inputs(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Record the hidden state (B, T, D) that enters each of ``layers`` in every forward inside the ``with``."""
+    decoder = decoder_layers(model)
+    seen: dict[int, torch.Tensor] = {}
+
+    def recorder(index: int):
+        def record(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen[index] = args[0] if args else kwargs["hidden_states"]
+
+        return record
+
+    handles = [decoder[i].register_forward_pre_hook(recorder(i), with_kwargs=True) for i in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

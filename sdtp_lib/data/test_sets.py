@@ -1,0 +1,80 @@
+"""The cells of the measure: which samples a comparison runs on, by name and prompt length.
+
+``text`` (held-out documents), the five synthetic tasks (test split), ``instructions`` (held-out Dolly items that have a
+context, packed; without the file the embedded records), ``multi_news`` (real LongBench, where its file is at hand).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sdtp_lib.data.longbench import as_sample as longbench_sample
+from sdtp_lib.data.longbench import read_records
+from sdtp_lib.data.samples import (
+    CONTEXT_CATEGORIES,
+    load_instructions,
+    long_documents,
+    pack_contexts,
+    stable_number,
+    text_windows,
+)
+from sdtp_lib.data.tasks import TASKS, as_sample, synthetic_tasks
+from sdtp_lib.records import project_root
+
+CELLS = ("text", *TASKS, "instructions", "multi_news")
+CONTINUATION_TOKENS = 128
+
+
+def shared_data() -> Path:
+    """The folder of data sets beside the repository, or what ``SDTP_SHARED_DATA`` names; it need not exist."""
+    return Path(os.environ.get("SDTP_SHARED_DATA") or project_root().parent / "shared" / "data")
+
+
+def cell_samples(
+    cell: str, tokenizer: Any, *, prompt_tokens: int, count: int, seed: int = 0, split: str = "heldout"
+) -> list[dict[str, Any]]:
+    """At most ``count`` samples of a cell, prompts of about (text: exactly) ``prompt_tokens``.
+
+    ``split="train"`` gives the other side of every split, for tuning a weight without looking at what is measured.
+    An empty list where the cell's data are not at hand.
+
+    Raises
+    ------
+    ValueError
+        For an unknown cell.
+    """
+    if cell not in CELLS:
+        raise ValueError(f"cell={cell!r} is unknown: choose among {', '.join(CELLS)}.")
+    if cell == "text":
+        return text_windows(
+            long_documents(split),
+            tokenizer,
+            prompt_tokens=prompt_tokens,
+            continuation_tokens=CONTINUATION_TOKENS,
+            limit=count,
+            seed=seed,
+        )
+    if cell in TASKS:
+        side = "test" if split == "heldout" else "train"
+        records = synthetic_tasks(
+            cell, tokenizer=tokenizer, prompt_tokens=prompt_tokens, count=count, seed=seed, split=side
+        )
+        return [as_sample(record, tokenizer) for record in records]
+    if cell == "instructions":
+        dolly = shared_data() / "dolly-15k.jsonl"
+        records = load_instructions(dolly if dolly.is_file() else "embedded", split=split)
+        records = [record for record in records if record["category"] in CONTEXT_CATEGORIES]
+        lengths = (prompt_tokens - prompt_tokens // 16, prompt_tokens)
+        return pack_contexts(
+            records, tokenizer, tokens=lengths, seed=seed, limit=count, response_tokens=CONTINUATION_TOKENS
+        )
+    folder = shared_data() / "longbench"
+    if split != "heldout" or not (folder / "multi_news.jsonl").is_file():
+        return []
+    records = sorted(read_records(folder, "multi_news"), key=lambda r: stable_number("multi_news", seed, r["_id"]))
+    return [
+        longbench_sample(record, tokenizer, max_tokens=prompt_tokens, response_tokens=CONTINUATION_TOKENS)
+        for record in records[:count]
+    ]

@@ -1,0 +1,26 @@
+"""What pruning costs in quality. The programs' few names are offered here: ``evaluation.compare_scorers(...)``.
+
+`divergence` from the unpruned model on one continuation, `methods` that are compared, `compare` them as rows, `answers`
+to tasks with a right answer, `fewshot` tasks through lm-eval, `statistics` and `tables` of rows. Draws nothing.
+"""
+
+from __future__ import annotations
+
+from sdtp_lib.evaluation.compare import LOSSLESS_PERPLEXITY_PERCENT, compare_scorers
+from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence, mean_loss
+from sdtp_lib.evaluation.methods import Method, baseline_methods, one_layer_config, oracle_methods
+from sdtp_lib.evaluation.statistics import paired_bootstrap, perplexity
+
+__all__ = [
+    "LOSSLESS_PERPLEXITY_PERCENT",
+    "Method",
+    "baseline_methods",
+    "compare_scorers",
+    "continuation_logits",
+    "kl_divergence",
+    "mean_loss",
+    "one_layer_config",
+    "oracle_methods",
+    "paired_bootstrap",
+    "perplexity",
+]

@@ -1,0 +1,102 @@
+"""Methods held against the unpruned model, sample by sample, as rows: divergence, loss, answers, tokens and bytes.
+
+Knows what a method is, not which there are, and no plots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdtp_lib import budget
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence, mean_loss
+from sdtp_lib.evaluation.methods import Method
+from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.records import RowWriter
+
+LOSSLESS_PERPLEXITY_PERCENT = 5.0
+
+
+def compare_scorers(
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    configs: Mapping[str, PruningConfig],
+    methods: Sequence[Method],
+    writer: RowWriter,
+    *,
+    cell: str,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """One row for each (cell, sample, config, method) that ``writer`` does not have yet.
+
+    A row has ``kl_nats`` (a token, to the unpruned model), ``loss_full_nats`` and ``loss_nats`` (a token),
+    ``top1_agreement``, ``answer_full`` and ``answer`` (whether greedy decoding gives the answer's tokens; samples with
+    an ``answer_mask`` only), ``compression_ratio``, ``prefill_flops_share`` (of unpruned, the pruners' own not
+    counted), ``kv_bytes`` of the prompt's cache and ``seconds``. The unpruned logits are computed once a sample. What
+    fails is a row of kind ``failure``.
+    """
+    shape = ModelShape.from_config(model.config)
+    for sample in samples:
+        prompt, response = sample["prompt_ids"], sample["response_ids"]
+        todo = [
+            (f"{cell}|{sample['id']}|{config_name}|{method.name}", config_name, config, method)
+            for method in methods
+            for config_name, config in configs.items()
+        ]
+        todo = [item for item in todo if not writer.done(item[0])]
+        if not todo:
+            continue
+        full = None
+        made: dict[str, Scorer] = {}
+        for key, config_name, config, method in todo:
+            labels = {"cell": cell, "sample": sample["id"], "setting": config_name, "scorer": method.name}
+            labels |= {"block": method.block, "category": sample["category"], "prompt_tokens": len(prompt)}
+            started = time.perf_counter()
+            try:
+                if full is None:
+                    full, _ = continuation_logits(model, prompt, response)
+                if method.name not in made:
+                    every_layer = sorted({layer for c in configs.values() for layer in c.layers})
+                    made[method.name] = (
+                        method.scorer(model, sample, every_layer) if method.from_sample else method.scorer
+                    )
+                used = method.config_for(config, len(prompt)) if method.config_for else config
+                with method.around():
+                    logits, trace = continuation_logits(model, prompt, response, used, made[method.name])
+                measured = _compared(full, logits, sample) | {
+                    "compression_ratio": trace.compression_ratio,
+                    "prefill_flops_share": budget.prefill_flops(shape, trace.tokens_per_layer)
+                    / budget.prefill_flops(shape, [len(prompt)] * shape.num_layers),
+                    "kv_bytes": sum(trace.kv_bytes_per_layer),
+                    "keep_ratio": used.keep_ratio,
+                    "stages": len(used.layers),
+                    "seconds": time.perf_counter() - started,
+                }
+                writer.add(key, kind="scorer", **labels, **measured)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                writer.add(key, kind="failure", **labels, error=f"{type(error).__name__}: {str(error)[:300]}")
+        if progress is not None:
+            progress(f"{cell} {sample['id']}")
+
+
+def _compared(full: Tensor, logits: Tensor, sample: Mapping[str, Any]) -> dict[str, Any]:
+    response = sample["response_ids"]
+    fields: dict[str, Any] = {
+        "kl_nats": kl_divergence(full, logits),
+        "loss_full_nats": mean_loss(full, response),
+        "loss_nats": mean_loss(logits, response),
+        "response_tokens": len(response),
+        "top1_agreement": (full.argmax(-1) == logits.argmax(-1)).double().mean().item(),
+    }
+    if "answer_mask" in sample:
+        at = torch.tensor(sample["answer_mask"], device=logits.device)
+        wanted = torch.tensor(response, device=logits.device)[at]
+        fields["answer_full"] = bool((full[at].argmax(-1) == wanted).all())
+        fields["answer"] = bool((logits[at].argmax(-1) == wanted).all())
+    return fields

@@ -1,0 +1,75 @@
+"""How far a pruned model is from the unpruned one on a continuation: its logits, KL and loss.
+
+The continuation of a prompt is scored from the prompt's cache, full or pruned; it is itself never pruned. Axes: R
+continuation tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdtp_lib.architectures.layers import position_argument
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.pruning.engine import token_pruning
+from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.pruning.trace import PruningTrace
+
+
+@torch.no_grad()
+def continuation_logits(
+    model: Any,
+    prompt_ids: Sequence[int],
+    continuation_ids: Sequence[int],
+    config: PruningConfig | None = None,
+    scorer: Scorer | None = None,
+) -> tuple[Tensor, PruningTrace | None]:
+    """Logits that predict each continuation token, read from the (pruned) cache of one prefill of the prompt.
+
+    Parameters
+    ----------
+    prompt_ids, continuation_ids
+        Token ids of one prompt (at least two) and of what follows it (at least one).
+    config, scorer
+        How to prune the prompt; both None for the unpruned model.
+
+    Returns
+    -------
+    logits : Tensor (R, V) of float32
+        Row i predicts ``continuation_ids[i]``.
+    trace : PruningTrace or None
+        What the prefill kept.
+    """
+    if (config is None) != (scorer is None):
+        raise ValueError("give both config and scorer to prune, or neither for the unpruned model.")
+    if len(prompt_ids) < 2 or len(continuation_ids) < 1:
+        raise ValueError(f"{len(prompt_ids)} prompt and {len(continuation_ids)} continuation tokens: need 2 and 1.")
+    prompt = torch.tensor([list(prompt_ids)], device=model.device)
+    given = torch.tensor([list(continuation_ids)[:-1]], device=model.device)
+    with contextlib.ExitStack() as stack:
+        trace = None if config is None else stack.enter_context(token_pruning(model, config, scorer))
+        first = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        logits = first.logits[:, -1:]
+        if given.shape[1]:
+            # Positions said, not left to the cache's length: a KV-cache compression makes that shorter than the prompt.
+            after = torch.arange(given.shape[1], device=given.device)[None] + len(prompt_ids)
+            places = position_argument(model, after)
+            rest = model(input_ids=given, past_key_values=first.past_key_values, use_cache=True, **places).logits
+            logits = torch.cat([logits, rest], dim=1)
+    return logits[0].float(), trace
+
+
+def kl_divergence(full_logits: Tensor, pruned_logits: Tensor) -> float:
+    """Mean over R of KL(full || pruned), nats a token, from logits (R, V)."""
+    full, pruned = F.log_softmax(full_logits, dim=-1), F.log_softmax(pruned_logits, dim=-1)
+    return F.kl_div(pruned, full, reduction="none", log_target=True).sum(-1).double().mean().item()
+
+
+def mean_loss(logits: Tensor, token_ids: Sequence[int]) -> float:
+    """Mean negative log-likelihood of ``token_ids`` (R,), nats a token."""
+    return F.cross_entropy(logits, torch.tensor(list(token_ids), device=logits.device)).item()

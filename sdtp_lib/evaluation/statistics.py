@@ -1,0 +1,60 @@
+"""Figures from lists of numbers: perplexity, paired differences with their interval, and how well a score orders tokens
+like a label, over the whole range and where a cut falls. Knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas
+
+
+def agreement(scores: Any, label: Any, share: float) -> tuple[float, float]:
+    """Spearman's rank correlation of ``scores`` (T,) with ``label`` (T,), and the recall of the label's best tokens.
+
+    Parameters
+    ----------
+    share
+        Which part of the tokens counts as best, in (0, 1): recall is the part of the label's best that is among the
+        score's best; a random score has correlation 0 and recall ``share``.
+
+    Raises
+    ------
+    ValueError
+        For arrays of different lengths, or a share outside (0, 1).
+    """
+    scores, label = np.asarray(scores, dtype=np.float64), np.asarray(label, dtype=np.float64)
+    if scores.shape != label.shape or scores.ndim != 1:
+        raise ValueError(f"scores of shape {scores.shape} and label of {label.shape}: give one number a token in both.")
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} is not in (0, 1): name the part of the tokens that counts as best.")
+    count = max(1, int(share * len(label)))
+    found = np.intersect1d(np.argsort(label)[-count:], np.argsort(scores)[-count:])
+    correlation = pandas.Series(scores).corr(pandas.Series(label), method="spearman")
+    return float(correlation), len(found) / count
+
+
+def perplexity(losses: Sequence[float]) -> float:
+    """exp of the mean of per-token losses in nats (of items of equal length)."""
+    return math.exp(float(np.mean(losses)))
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], seed: int = 0, *, resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of ``a - b`` over pairs, and its percentile bootstrap interval.
+
+    Raises
+    ------
+    ValueError
+        If the lists differ in length or are empty.
+    """
+    if len(a) != len(b) or len(a) == 0:
+        raise ValueError(f"paired values of length {len(a)} and {len(b)}: need as many of each, at least one.")
+    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    draws = np.random.default_rng(seed).integers(0, len(differences), size=(resamples, len(differences)))
+    low, high = np.quantile(differences[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(differences.mean()), float(low), float(high)

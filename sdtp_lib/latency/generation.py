@@ -1,0 +1,106 @@
+"""Greedy generation with its clock inside: the time to the first token apart from decode.
+
+Knows a causal LM's forward and nothing else: a prefill and a decode step are callables, so that any way to fill a
+cache is timed by the same loop. No value is read from the device before the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdtp_lib.latency.measure import Stopwatch
+
+
+@dataclass
+class Generation:
+    """What a timed generation gave.
+
+    Attributes
+    ----------
+    token_ids : Tensor (B, N)
+        The new tokens, the prefill's one included.
+    cache
+        The cache after the last step.
+    parts_ms : dict
+        Milliseconds by part: the prefill's parts and ``"decode"``.
+    """
+
+    token_ids: torch.Tensor
+    cache: Any
+    parts_ms: dict[str, float]
+
+    def fields(self) -> dict[str, float | int | None]:
+        """The row fields: TTFT, decode, end to end, tokens per second."""
+        decode_ms = self.parts_ms.get("decode", 0.0)
+        ttft_ms = sum(self.parts_ms.values()) - decode_ms
+        steps = self.token_ids.shape[1] - 1
+        return {
+            "ttft_ms": ttft_ms,
+            "prefill_ms": ttft_ms,
+            "decode_ms": decode_ms if steps else None,
+            "end_to_end_ms": ttft_ms + decode_ms,
+            "new_tokens": steps + 1,
+            "decode_tokens_per_s": 1e3 * self.token_ids.shape[0] * steps / decode_ms if steps else None,
+        }
+
+
+def timed_generation(
+    prefill: Callable[[Stopwatch], tuple[torch.Tensor, Any]],
+    step: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]],
+    new_tokens: int,
+    watch: Stopwatch,
+) -> Generation:
+    """Prefill once, then ``new_tokens - 1`` greedy steps.
+
+    Parameters
+    ----------
+    prefill
+        ``prefill(watch) -> (logits (B, .., V), cache)``; it may mark parts of its own, the rest counts as
+        ``"prefill"``.
+    step
+        ``step(token_ids (B, 1), cache) -> (logits, cache)``.
+    watch
+        Started by the caller, so that whatever it sets up counts too.
+    """
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens={new_tokens}: the prefill itself gives the first token, so ask for 1 or more.")
+    with torch.inference_mode():
+        logits, cache = prefill(watch)
+        token = logits[:, -1].argmax(dim=-1, keepdim=True)
+        watch.mark("prefill")
+        tokens = [token]
+        for _ in range(new_tokens - 1):
+            logits, cache = step(token, cache)
+            token = logits[:, -1].argmax(dim=-1, keepdim=True)
+            tokens.append(token)
+        watch.mark("decode")
+    return Generation(torch.cat(tokens, dim=1), cache, watch.parts_ms())
+
+
+def plain_prefill(model: Any, input_ids: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, Any]:
+    """One forward over the prompt (B, T) that fills a cache; logits for the last position only."""
+    output = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **arguments)
+    return output.logits, output.past_key_values
+
+
+def plain_step(model: Any, token_ids: torch.Tensor, cache: Any, **arguments: Any) -> tuple[torch.Tensor, Any]:
+    """One forward over one new token a row (B, 1)."""
+    output = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
+    return output.logits, output.past_key_values
+
+
+def prefill_and_decode(
+    model: Any, input_ids: torch.Tensor, new_tokens: int, watch: Stopwatch | None = None
+) -> Generation:
+    """Greedy generation of ``new_tokens`` by the model as it is (or as a surrounding ``with`` has made it)."""
+    watch = watch or Stopwatch(input_ids.device)
+    return timed_generation(
+        lambda _watch: plain_prefill(model, input_ids),
+        lambda token, cache: plain_step(model, token, cache),
+        new_tokens,
+        watch,
+    )

@@ -1,0 +1,260 @@
+"""Views of latency rows: the table beside the limits, JSON by length, Markdown, and two runs compared.
+
+Pure: rows (see `run`) in, plain data and text out; no torch, no model, nothing measured here.
+
+Limits: the prefill's is the ratio of causal FLOPs; end to end it is what would be left of the unpruned run's own
+milliseconds if prefill reached its limit and decode moved only weights and the shorter cache.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+UNPRUNED = "unpruned"
+PIPELINE = ("filter pass", "pruned pass", "prefill", "second pass", "cache cut")
+_TIMES = ("prefill_ms", "decode_ms", "end_to_end_ms")
+_COUNTED = ("family", "keep_ratio", "prune_layers", "tflops", "compression_ratio", "kv_bytes", "kv_tokens_per_layer",
+            "new_tokens", "weight_bytes", "device", "dtype", "model", "weights")  # fmt: skip
+_NOISE = 0.03  # share of a median below which two runs are called equal whatever their quartiles say
+
+
+def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a prompt length and method: medians, quartiles, paired speed-ups, limits and shares of them.
+
+    Columns: ``prompt_tokens, method, status, repetitions``; ``prefill_ms, decode_ms, end_to_end_ms`` and each with
+    ``_q1``, ``_q3``; ``prefill_speedup, decode_speedup, end_to_end_speedup`` (medians of ratios of paired repetitions)
+    with ``_q1``, ``_q3``; ``prefill_limit, end_to_end_limit, prefill_share_of_limit, end_to_end_share_of_limit``;
+    ``tflops, flops_reduction_percent, kv_bytes, kv_reduction_percent, kv_tokens_per_layer, kept_tokens,
+    peak_memory_mb, energy_j, decode_tokens_per_s, compression_ratio, family, keep_ratio``.
+    """
+    cells = _cells(row for row in rows if row.get("kind") == "latency")
+    table = []
+    for (tokens, method), group in cells.items():
+        measured = [row for row in group if row.get("status") == "ok"]
+        entry: dict[str, Any] = {"prompt_tokens": tokens, "method": method, "repetitions": len(measured)}
+        entry["status"] = "ok" if measured else "out of memory"
+        entry |= {name: group[-1].get(name) for name in _COUNTED}
+        for name in (*_TIMES, "decode_tokens_per_s", "peak_memory_mb", "memory_growth_mb", "energy_j"):
+            _spread(entry, name, [row[name] for row in measured if row.get(name) is not None])
+        lengths = entry["kv_tokens_per_layer"]
+        entry["kept_tokens"] = lengths[-1] if lengths else None
+        base_rows = [row for row in cells.get((tokens, UNPRUNED), []) if row.get("status") == "ok"]
+        if measured and base_rows:
+            _compare_to_unpruned(entry, measured, base_rows)
+        table.append(entry)
+    return table
+
+
+def _compare_to_unpruned(entry: dict[str, Any], measured: list, base_rows: list) -> None:
+    by_repetition = {row["repetition"]: row for row in base_rows}
+    for name in _TIMES:
+        pairs = [(by_repetition[row["repetition"]].get(name), row.get(name)) for row in measured
+                 if row["repetition"] in by_repetition]  # fmt: skip
+        _spread(entry, name.replace("_ms", "_speedup"), [base / own for base, own in pairs if base and own])
+    base = base_rows[0]
+    entry["flops_reduction_percent"] = 100 * (1 - entry["tflops"] / base["tflops"])
+    entry["kv_reduction_percent"] = 100 * (1 - entry["kv_bytes"] / base["kv_bytes"])
+    entry["prefill_limit"] = base["tflops"] / entry["tflops"]
+    prefill = statistics.median(row["prefill_ms"] for row in base_rows)
+    decodes = [row["decode_ms"] for row in base_rows if row.get("decode_ms") is not None]
+    entry["end_to_end_limit"] = None
+    if decodes:
+        moved = (base["weight_bytes"] + entry["kv_bytes"]) / (base["weight_bytes"] + base["kv_bytes"])
+        decode = statistics.median(decodes)
+        entry["end_to_end_limit"] = (prefill + decode) / (prefill / entry["prefill_limit"] + decode * moved)
+    for name in ("prefill", "end_to_end"):
+        limit, reached = entry[f"{name}_limit"], entry.get(f"{name}_speedup")
+        entry[f"{name}_share_of_limit"] = reached / limit if limit and reached else None
+
+
+def by_length(rows: Iterable[Mapping[str, Any]], sdtp: str = "keep09") -> dict[str, dict[str, Any]]:
+    """The report as data: prompt length -> ``baseline``, ``sdtp``, ``speedup``, ``kv_reduction`` (share, 0 to 1)."""
+    report: dict[str, dict[str, Any]] = {}
+    table = summary(rows)
+    for entry in table:
+        base = next((e for e in table if (e["prompt_tokens"], e["method"]) == (entry["prompt_tokens"], UNPRUNED)), None)
+        if entry["method"] != sdtp or base is None or "ok" not in (entry["status"], base["status"]):
+            continue
+        percent = entry.get("kv_reduction_percent")
+        report[str(entry["prompt_tokens"])] = {
+            "baseline": _figures(base),
+            "sdtp": _figures(entry),
+            "speedup": {name: entry.get(f"{name}_speedup") for name in ("prefill", "decode", "end_to_end")},
+            "speedup_limit": {name: entry.get(f"{name}_limit") for name in ("prefill", "end_to_end")},
+            "kv_reduction": None if percent is None else percent / 100,
+        }
+    return report
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The report as Markdown: one table in the shape of the paper's Table 2, every method at every length."""
+    table = summary(rows)
+    if not table:
+        return "No latency rows.\n"
+    first = next(row for row in rows if row.get("kind") == "latency")
+    described = ", ".join(
+        str(first[name]) for name in ("model", "weights", "device", "dtype", "attn_implementation") if first.get(name)
+    )
+    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "commit") if first.get(name))
+    new_tokens = sorted({row["new_tokens"] for row in table if row["new_tokens"]})
+    lines = [
+        f"{described}; batch 1, {'/'.join(map(str, new_tokens))} new tokens; {versions}.",
+        "Medians of repetitions taken in turn; speed-ups are medians of paired ratios; "
+        "in brackets the share of the FLOPs limit.",
+        "",
+        "| prompt | method | prefill ms | speed-up | decode ms | speed-up | end to end ms | speed-up | TFLOPs | 1/tau "
+        "| KV MB | peak MB |",
+        "|" + "---|" * 12,
+    ]
+    for row in table:
+        if row["status"] != "ok":
+            lines.append(f"| {row['prompt_tokens']} | {row['method']} | out of memory |" + " |" * 9)
+            continue
+        lines.append(
+            f"| {row['prompt_tokens']} | {row['method']} | {_number(row['prefill_ms'])} | {_gain(row, 'prefill')} "
+            f"| {_number(row.get('decode_ms'))} | {_gain(row, 'decode')} | {_number(row['end_to_end_ms'])} "
+            f"| {_gain(row, 'end_to_end')} | {row['tflops']:.3f} | {row['compression_ratio']:.2f} "
+            f"| {row['kv_bytes'] / 1e6:.1f} | {_number(row.get('peak_memory_mb'))} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Two runs, cell by cell: ``prompt_tokens, method, field, before_ms, after_ms, ratio, verdict``.
+
+    ``ratio`` is after / before. A change counts (``faster``, ``slower``) if it is above 3 % and the quartiles of the
+    two runs do not overlap; else the verdict is ``equal``. Cells that only one run has are ``missing``.
+    """
+    old, new = ({(row["prompt_tokens"], row["method"]): row for row in summary(rows)} for rows in (before, after))
+    found = []
+    for cell in dict.fromkeys([*old, *new]):
+        for field in ("prefill_ms", "decode_ms"):
+            a, b = old.get(cell, {}), new.get(cell, {})
+            entry = {"prompt_tokens": cell[0], "method": cell[1], "field": field, "before_ms": a.get(field),
+                     "after_ms": b.get(field), "ratio": None, "verdict": "missing"}  # fmt: skip
+            if a.get(field) and b.get(field):
+                entry["ratio"] = ratio = b[field] / a[field]
+                apart = a[f"{field}_q3"] < b[f"{field}_q1"] or b[f"{field}_q3"] < a[f"{field}_q1"]
+                changed = apart and abs(ratio - 1) > _NOISE
+                entry["verdict"] = ("slower" if ratio > 1 else "faster") if changed else "equal"
+            elif a.get(field) is None and b.get(field) is None:
+                continue
+            found.append(entry)
+    return found
+
+
+def at_equal_quality(rows: Iterable[Mapping[str, Any]], reference: str = "keep09") -> list[dict[str, Any]]:
+    """How long each family of methods takes to be as good as ``reference``, by text: rows of kind ``quality``.
+
+    Within a family, log KL is interpolated over the median prefill time between measured ratios. A family that is worse
+    at every ratio gets ``prefill_ms`` None with ``verdict`` "never as good"; one that is better at every ratio gets its
+    fastest time and "better throughout". ``sdtp_is_faster_by`` is the family's time over the reference's, and
+    ``flops_bound`` what it would be if both ran at the same FLOPs a second.
+    """
+    points = quality_points(rows)
+    found = []
+    for text in dict.fromkeys(point["text"] for point in points):
+        of_text = [point for point in points if point["text"] == text]
+        goal = next((point for point in of_text if point["method"] == reference), None)
+        if goal is None:
+            continue
+        for family in dict.fromkeys(point["family"] for point in of_text if point["family"] != UNPRUNED):
+            if family == goal["family"]:
+                continue
+            line = sorted((p for p in of_text if p["family"] == family), key=lambda p: p["prefill_ms"])
+            reached, verdict = _reached(line, goal["kl_nats"])
+            found.append(
+                {"text": text, "reference": reference, "reference_ms": goal["prefill_ms"], "kl_nats": goal["kl_nats"],
+                 "family": family, "verdict": verdict, "prefill_ms": reached["prefill_ms"] if reached else None,
+                 "sdtp_is_faster_by": reached["prefill_ms"] / goal["prefill_ms"] if reached else None,
+                 "flops_bound": reached["tflops"] / goal["tflops"] if reached else None}
+            )  # fmt: skip
+    return found
+
+
+def quality_points(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One point a text and method: mean KL over samples, median prefill time, and its paired speed-up over unpruned."""
+    cells: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("kind") == "quality":
+            cells.setdefault((row["text"], row["method"]), []).append(row)
+    points = []
+    for (text, method), group in cells.items():
+        base = {row["sample"]: row["prefill_ms"] for row in cells.get((text, UNPRUNED), [])}
+        gains = [base[row["sample"]] / row["prefill_ms"] for row in group if row["sample"] in base]
+        points.append(
+            {"text": text, "method": method, "family": group[0]["family"], "keep_ratio": group[0]["keep_ratio"],
+             "samples": len(group), "tflops": group[0]["tflops"],
+             "kl_nats": statistics.fmean(row["kl_nats"] for row in group),
+             "prefill_ms": statistics.median(row["prefill_ms"] for row in group),
+             "prefill_speedup": statistics.median(gains) if gains else None}
+        )  # fmt: skip
+    return points
+
+
+def _reached(line: list[dict[str, Any]], kl: float) -> tuple[dict[str, float] | None, str]:
+    """Milliseconds and TFLOPs at which a family's points, ascending in time, reach ``kl``, interpolated on log KL."""
+    good = [point for point in line if point["kl_nats"] <= kl]
+    if not good:
+        return None, "never as good"
+    right = good[0]
+    if right is line[0]:
+        return right, "better throughout"
+    left = line[line.index(right) - 1]
+    span = math.log(left["kl_nats"]) - math.log(max(right["kl_nats"], 1e-12))
+    share = (math.log(left["kl_nats"]) - math.log(kl)) / span
+    return {name: left[name] + share * (right[name] - left[name]) for name in ("prefill_ms", "tflops")}, "interpolated"
+
+
+def _cells(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:
+    cells: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["prompt_tokens"], row["method"]), []).append(row)
+    return cells
+
+
+def _spread(entry: dict[str, Any], name: str, values: list[float]) -> None:
+    if not values:
+        entry[name] = entry[f"{name}_q1"] = entry[f"{name}_q3"] = None
+        return
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    entry[f"{name}_q1"], entry[name], entry[f"{name}_q3"] = quartiles
+
+
+def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
+    names = (*_TIMES, "decode_tokens_per_s", "tflops", "kv_bytes", "kv_tokens_per_layer", "peak_memory_mb", "energy_j",
+             "compression_ratio", "status", "repetitions")  # fmt: skip
+    return {name: entry.get(name) for name in names}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _gain(row: Mapping[str, Any], name: str) -> str:
+    gain, share = row.get(f"{name}_speedup"), row.get(f"{name}_share_of_limit")
+    if gain is None or row["method"] == UNPRUNED:
+        return "-"
+    return f"{gain:.2f}x" + (f" ({share:.3f})" if share else "")
+
+
+def parts(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where the prefill of each method goes: ``method, part, ms``, medians over the samples of ``quality`` rows."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.get("kind") == "quality":
+            for part, ms in row["parts_ms"].items():
+                values.setdefault((row["method"], part), []).append(ms)
+    methods = list(dict.fromkeys(method for method, _ in values))
+    table = []
+    for method in methods:
+        for part in PIPELINE:
+            ms = statistics.median(values.get((method, part), [0.0]))
+            # The first method names every part, so that a picture stacks them in the order in which they happen. What
+            # is left for "prefill" after a method's last part of its own is no time at all.
+            if method == methods[0] or ms > 0.05:
+                table.append({"method": method, "part": part, "ms": ms})
+    return table

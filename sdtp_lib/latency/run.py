@@ -1,0 +1,295 @@
+"""Measure methods side by side on one model and keep every repetition as a row.
+
+Ties `methods` (what is computed), `measure` (how it is measured) and `records` (where it goes) together. A
+run that was stopped goes on at the repetition where it stopped. Knows no table and no picture: those are views of the
+rows (`report`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sdtp_lib import budget, data
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.data import tasks
+from sdtp_lib.evaluation.divergence import kl_divergence
+from sdtp_lib.latency import measure, methods
+from sdtp_lib.latency.generation import plain_prefill
+from sdtp_lib.latency.memory import peak_allocated_bytes
+from sdtp_lib.latency.methods import Method
+from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.records import RowWriter, read_rows
+from sdtp_lib.scorers.simple import attention
+
+Progress = Callable[[str], None]
+
+
+PRESETS = ("keep09", "keep08", "keep07")
+
+
+def presets(
+    model: Any, scorer: Scorer, names: Sequence[str] = PRESETS, prompt_tokens: int | None = None
+) -> list[Method]:
+    """The unpruned model and SDTP with each preset, scored by ``scorer``; the same at every prompt length."""
+    layers = budget.ModelShape.from_config(model.config).num_layers
+    configs = {name: PruningConfig.preset(name, layers) for name in names}
+    return [methods.unpruned(model), *(methods.sdtp(model, config, scorer, name) for name, config in configs.items())]
+
+
+def alternatives(model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence[str] = ("keep09",)) -> list[Method]:
+    """What else one could do, each at the same number of final tokens as SDTP with the preset it stands beside.
+
+    Attention by stages (LazyLLM), one-layer propagation half way (FastKV), the one-layer filter at two fifths of the
+    depth (GemFilter's place), a shortened cache only (SnapKV), and the earlier reproduction's scheme. The one-layer
+    methods get the keep ratio that leaves as many tokens; the presets' name is part of theirs.
+    """
+    shape = budget.ModelShape.from_config(model.config)
+    found = []
+    for name in names:
+        config = PruningConfig.preset(name, shape.num_layers)
+        final = budget.tokens_per_layer(config, shape.num_layers, prompt_tokens)[-1]
+
+        def one_layer(at: int, config: PruningConfig = config, final: int = final) -> PruningConfig:
+            # A tenth of the whole prompt, protected at one cut, can be more than ten stages leave.
+            once = config.replace(layers=(at,), keep_ratio=0.5, local_ratio=0.0)
+            return once.replace(keep_ratio=budget.find_keep_ratio(shape, once, prompt_tokens, final_tokens=final))
+
+        found += [
+            methods.sdtp(model, config, attention(window=8), f"attention {name}", "attention by stages"),
+            methods.one_layer_propagation(model, one_layer(shape.num_layers // 2), f"one-layer propagation {name}"),
+            methods.one_layer_filter(model, one_layer(round(0.4 * shape.num_layers)), f"one-layer filter {name}"),
+            methods.kv_only(model, config, f"KV only {name}"),
+            methods.earlier_scheme(model, config, scorer, f"earlier scheme {name}"),
+        ]
+    return found
+
+
+def every_method(model: Any, scorer: Scorer, names: Sequence[str], prompt_tokens: int) -> list[Method]:
+    """`presets` and `alternatives` together."""
+    return presets(model, scorer, names) + alternatives(model, scorer, prompt_tokens, names)
+
+
+def progress_on(bar: Any) -> Progress:
+    """Progress lines as the description of a tqdm bar."""
+
+    def show(text: str) -> None:
+        bar.set_description(text)
+        bar.update()
+
+    return show
+
+
+def quality_samples(
+    tokenizer: Any, *, prompt_tokens: int, count: int, continuation_tokens: int = 64, seed: int = 0
+) -> dict[str, list[dict[str, Any]]]:
+    """Held-out texts for `run_quality`: running English, and prompts that ask about one sentence far back."""
+    needles = tasks.synthetic_tasks(
+        "needle", tokenizer=tokenizer, prompt_tokens=prompt_tokens, count=count, seed=seed, split="test"
+    )
+    windows = data.text_windows(
+        data.long_documents("heldout"), tokenizer, prompt_tokens=prompt_tokens,
+        continuation_tokens=continuation_tokens, limit=count, seed=seed,
+    )  # fmt: skip
+    return {"text": windows, "needle": [tasks.as_sample(record, tokenizer) for record in needles]}
+
+
+def run(
+    model: Any,
+    writer: RowWriter,
+    methods_at: Callable[[int], list[Method]],
+    prompt_lengths: Iterable[int],
+    *,
+    new_tokens: int = 128,
+    repeats: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Time every method at every length in turn; one row of kind ``latency`` a method, length and repetition.
+
+    Parameters
+    ----------
+    methods_at
+        Prompt length -> methods; the unpruned one must be among them.
+    new_tokens
+        Generated in all, the prefill's token included; 1 measures the prefill alone.
+    seed
+        Of the prompts, which are random token ids: latency does not depend on what they say.
+
+    Returns
+    -------
+    list of rows
+        Those measured now (`read_rows` gives all).
+    """
+    written: list[dict[str, Any]] = []
+    for tokens in prompt_lengths:
+        written += _run_length(model, writer, methods_at(tokens), tokens, new_tokens, repeats, seed, progress)
+    return written
+
+
+def _run_length(
+    model: Any,
+    writer: RowWriter,
+    found: list[Method],
+    tokens: int,
+    new_tokens: int,
+    repeats: int,
+    seed: int,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    shape = budget.ModelShape.from_config(model.config)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    ids = prompt_ids(shape.vocab_size, tokens, seed).to(model.device)
+    by_name = {method.name: method for method in found}
+    written: list[dict[str, Any]] = []
+
+    def key(name: str, repetition: int) -> str:
+        return f"{tokens}+{new_tokens}/{name}/{repetition}"
+
+    def done(name: str, repetition: int) -> bool:
+        return writer.done(key(name, repetition)) or name in exhausted
+
+    def keep(row: dict[str, Any]) -> None:
+        name = row.pop("variant")
+        # The generation's own clock, which starts before the session opens, is the latency.
+        row.pop("latency_ms")
+        counted = {"prompt_tokens": tokens, "weight_bytes": weights, **describe(by_name[name], shape, tokens)}
+        row = {"new_tokens": new_tokens, **row}
+        written.append(writer.add(key(name, row["repetition"]), kind="latency", **counted, **row))
+
+    exhausted = {
+        row["method"]
+        for row in (read_rows(writer.path) if writer.path.exists() else [])
+        if row.get("status") == measure.OUT_OF_MEMORY and row.get("prompt_tokens") == tokens
+    }
+    missing = [name for name in by_name if not all(done(name, repetition) for repetition in range(repeats))]
+    # A GPU loads kernels by shape, so every method warms up; on a CPU memory is what must be touched once, and the
+    # unpruned method, which is the first, touches the most.
+    for name in missing if ids.is_cuda else missing[:1]:
+        if progress:
+            progress(f"{tokens} tokens, {name}: warm-up")
+        measure.measure_once(lambda name=name: by_name[name].row_fields(model, ids, min(new_tokens, 2)), ids.device)
+    measure.measure(
+        {name: lambda name=name: by_name[name].row_fields(model, ids, new_tokens) for name in missing},
+        repeats=repeats, warmup=0, device=ids.device, on_row=keep, done=done,
+        progress=None if progress is None else lambda text: progress(f"{tokens} tokens, {text}"),
+    )  # fmt: skip
+    return written
+
+
+def describe(method: Method, shape: budget.ModelShape, prompt_tokens: int) -> dict[str, Any]:
+    """What a method computes at a length, counted: the fields of its rows that no clock is needed for."""
+    passes = method.computed(prompt_tokens)
+    config = method.config
+    ratio = config.keep_ratio if config is not None else None
+    return {
+        "method": method.name,
+        "family": method.family,
+        "keep_ratio": ratio if not isinstance(ratio, tuple) else None,
+        "prune_layers": list(config.layers) if config is not None else None,
+        "tflops": method.tflops(shape, prompt_tokens),
+        "tokens_computed_per_layer": [sum(counts) for counts in zip(*passes, strict=True)],
+        "compression_ratio": prompt_tokens * shape.num_layers / sum(sum(counts) for counts in passes),
+    }
+
+
+def run_quality(
+    model: Any,
+    writer: RowWriter,
+    methods_at: Callable[[int], list[Method]],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Quality and prefill time of every method on the same texts; one row of kind ``quality`` a method and sample.
+
+    Parameters
+    ----------
+    samples
+        Name of the kind of text -> samples (see `data`). The response is scored from the cache that the method's
+        prefill left, and compared with the unpruned model: KL in nats a token.
+    """
+    shape = budget.ModelShape.from_config(model.config)
+    written = []
+    for text, group in samples.items():
+        for number, sample in enumerate(group):
+            ids = torch.tensor([sample["prompt_ids"]], device=model.device)
+            response = torch.tensor([sample["response_ids"]], device=model.device)
+            found = methods_at(ids.shape[1])
+            # Turned like the repetitions of a latency run, so that each method stands at each place.
+            found = found[number % len(found) :] + found[: number % len(found)]
+            todo = [m for m in found if not writer.done(f"quality/{text}/{sample['id']}/{m.name}")]
+            if not todo:
+                continue
+            if progress:
+                progress(f"quality on {text} {number + 1} of {len(group)}")
+            with torch.inference_mode():
+                full = _scored(methods.unpruned(model), model, ids, response)[0]
+                for method in todo:
+                    logits, parts = _scored(method, model, ids, response)
+                    written.append(
+                        writer.add(
+                            f"quality/{text}/{sample['id']}/{method.name}", kind="quality", text=text,
+                            sample=sample["id"], prompt_tokens=ids.shape[1],
+                            prefill_ms=sum(parts.values()), parts_ms=parts,
+                            kl_nats=kl_divergence(full, logits), **describe(method, shape, ids.shape[1]),
+                        )
+                    )  # fmt: skip
+    return written
+
+
+def _scored(
+    method: Method, model: Any, ids: torch.Tensor, response: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Logits (R, V) of each response token, and the milliseconds of the prefill's parts."""
+    watch = measure.Stopwatch(ids.device)
+    with method.open(model) as session:
+        logits, cache = session.prefill(ids, watch)
+        watch.mark("prefill")
+        parts = watch.parts_ms()
+        rows = [logits[0, -1:].float()]
+        if response.shape[1] > 1:
+            rows.append(session.step(response[:, :-1], cache)[0][0].float())
+    return torch.cat(rows), parts
+
+
+def peak_allocated(model: Any, method: Method, prompt_tokens: int, seed: int = 0) -> int:
+    """Most bytes of tensors alive at once during one prefill, the weights not counted (a separate, untimed pass)."""
+    ids = prompt_ids(budget.ModelShape.from_config(model.config).vocab_size, prompt_tokens, seed).to(model.device)
+
+    def prefill() -> Any:
+        with torch.inference_mode(), method.open(model) as session:
+            return session.prefill(ids)
+
+    return peak_allocated_bytes(prefill, ids.device)
+
+
+def dtype_comparison(
+    model: Any, prompt_tokens: int, dtypes: Sequence[torch.dtype], *, repeats: int = 3, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Prefill time in each type, in turn, and the last position's KL to the first type; the model's own is put back."""
+    ids = prompt_ids(budget.ModelShape.from_config(model.config).vocab_size, prompt_tokens, seed).to(model.device)
+    before, logits = model.dtype, {}
+    rows: list[dict[str, Any]] = []
+    try:
+        for repetition in range(-1, repeats):
+            for dtype in dtypes:
+                model.to(dtype)
+                with torch.inference_mode():
+                    row = measure.measure_once(
+                        lambda dtype=dtype: logits.update({dtype: plain_prefill(model, ids)[0][0].float()}), ids.device
+                    )
+                if repetition >= 0:
+                    name = str(dtype).removeprefix("torch.")
+                    kl = kl_divergence(logits[dtypes[0]], logits[dtype])
+                    rows.append({"variant": name, "repetition": repetition, "kl_nats": kl, **row})
+    finally:
+        model.to(before)
+    return rows
+
+
+def prompt_ids(vocab_size: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids (1, T), the same for the same seed and length."""
+    return torch.randint(0, vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed * 1_000_003 + tokens))

@@ -1,0 +1,51 @@
+"""Every figure of the study under one name: ``from sdtp_lib import plots``.
+
+Frames and arrays in, axes out. Functions draw on the axes they are given (or on those of a new figure), return them,
+and never show or save; `use_style` is the one style sheet and `save` the one way to a file. Knows no model.
+"""
+
+from __future__ import annotations
+
+from sdtp_lib.plots.cost import memory_over_length, speedup_over_length, stacked_time
+from sdtp_lib.plots.results import (
+    loss_curves,
+    pareto,
+    pareto_front,
+    quality_over_flops,
+    recall_by_layer,
+    score_by_group,
+    slope_chart,
+)
+from sdtp_lib.plots.style import PALETTE, SEQUENTIAL, save, series_look, use_style
+from sdtp_lib.plots.tokens import (
+    dropped_text,
+    kept_overlap,
+    kept_share_by_position,
+    saliency_heatmap,
+    salient_share_by_layer,
+    token_layer_map,
+)
+
+__all__ = [
+    "PALETTE",
+    "SEQUENTIAL",
+    "dropped_text",
+    "kept_overlap",
+    "kept_share_by_position",
+    "loss_curves",
+    "memory_over_length",
+    "pareto",
+    "pareto_front",
+    "quality_over_flops",
+    "recall_by_layer",
+    "saliency_heatmap",
+    "salient_share_by_layer",
+    "save",
+    "score_by_group",
+    "series_look",
+    "slope_chart",
+    "speedup_over_length",
+    "stacked_time",
+    "token_layer_map",
+    "use_style",
+]

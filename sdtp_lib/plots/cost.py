@@ -1,0 +1,140 @@
+"""Figures of measured cost: speed-up beside its limit, time split into prefill and decode, memory over length.
+
+Knows frames by their column names; the defaults are those of the latency rows. Draws on given axes, never shows or
+saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from sdtp_lib.plots.style import PALETTE, axes_or_new, lines_by, need_columns
+
+_PART_COLOURS = (PALETTE["blue"], PALETTE["orange"], PALETTE["vermillion"], PALETTE["green"], PALETTE["purple"])
+_HATCHES = ("", "///", "...", "xx", "--")
+
+
+def length_axis(ax: Axes, lengths: Sequence[float]) -> None:
+    """Make the x axis of ``ax`` one of prompt lengths: log base 2, each measured length written out."""
+    lengths = sorted({float(n) for n in lengths})
+    if len(lengths) > 1:
+        ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("prompt length [tokens]")
+
+
+def speedup_over_length(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    x: str = "prompt_tokens",
+    y: str = "prefill_speedup",
+    limit: str | None = None,
+    hue: str = "method",
+    y_label: str | None = None,
+) -> Axes:
+    """Measured speed-up (marked lines) and the limit its FLOPs allow (dashes in the same colour) over prompt length.
+
+    Parameters
+    ----------
+    frame
+        ``x``, ``y`` and optionally ``hue``; ``<y>_q1`` and ``<y>_q3`` give a band. Rows of equal length are drawn as
+        their median.
+    limit
+        Column of the limit; by default that of ``y`` with ``limit`` for ``speedup``, if the frame has it.
+    """
+    ax = axes_or_new(ax)
+    need_columns(frame, x, y, what="speedup_over_length")
+    limit = limit or y.replace("speedup", "limit")
+    look = lines_by(frame, ax, x, y, hue, low=f"{y}_q1", high=f"{y}_q3")
+    if limit != y and limit in frame.columns and frame[limit].notna().any():
+        for name, part in frame.groupby(hue, sort=False) if hue in frame.columns else [(None, frame)]:
+            middle = part.dropna(subset=[limit]).groupby(x)[limit].median()
+            ax.plot(middle.index, middle, "--", color=look[name]["color"], linewidth=1.4, alpha=0.9)
+        ax.plot([], [], "--", color=PALETTE["black"], linewidth=1.4, label="limit (FLOPs)")
+    ax.axhline(1, color=PALETTE["black"], linewidth=1, linestyle=":")
+    length_axis(ax, frame[x])
+    ax.set_ylabel(y_label or f"{y.removesuffix('_speedup').replace('_', ' ')} speed-up [times]")
+    ax.set_ylim(bottom=min(0.9, 0.95 * float(frame[y].min())))
+    ax.legend()
+    return ax
+
+
+def stacked_time(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    method: str = "method",
+    part: str = "part",
+    value: str = "ms",
+    x_label: str = "time [ms]",
+) -> Axes:
+    """One horizontal bar a ``method`` from its ``part``s, the total written at its end.
+
+    ``frame`` is long: one row a method and part with its time in ``value``; rows of one cell are drawn as their median.
+    """
+    ax = axes_or_new(ax)
+    need_columns(frame, method, part, value, what="stacked_time")
+    methods, parts = list(frame[method].unique()), list(frame[part].unique())
+    middle = frame.pivot_table(index=method, columns=part, values=value, aggfunc="median").reindex(methods)[parts]
+    at = np.arange(len(methods))
+    left = np.zeros(len(methods))
+    for i, name in enumerate(parts):
+        width = middle[name].fillna(0.0).to_numpy()
+        # hatching keeps the parts apart in grey prints
+        look = {"color": _PART_COLOURS[i % 5], "hatch": _HATCHES[i % 5], "edgecolor": "white"}
+        ax.barh(at, width, 0.62, left=left, label=str(name), zorder=2, **look)
+        left += width
+    for position, total in zip(at, left, strict=True):
+        ax.annotate(f" {total:,.4g}", (total, position), va="center", fontsize=9.5)
+    ax.set_yticks(at, [str(name) for name in methods])
+    ax.invert_yaxis()
+    ax.set_xlabel(x_label)
+    ax.set_xlim(0, 1.14 * left.max() if len(left) and left.max() > 0 else 1)
+    ax.grid(False, axis="y")
+    ax.legend(ncols=min(len(parts), 4), loc="lower left", bbox_to_anchor=(0, 1.0))
+    return ax
+
+
+def memory_over_length(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    x: str = "prompt_tokens",
+    hue: str = "method",
+    peak: str | None = "peak_memory_mb",
+    kv: str | None = "kv_bytes",
+) -> Axes:
+    """Peak memory (solid) and the KV cache in it (dashed) over prompt length, in MB; GB where more than 2,000 MB.
+
+    ``frame`` has ``x``, ``hue`` and at least one of ``peak`` (MB) and ``kv`` (bytes); a column that is missing or None
+    is left out.
+    """
+    ax = axes_or_new(ax)
+    shown = {
+        label: frame[column] / scale
+        for label, column, scale in (("peak memory", peak, 1.0), ("KV cache", kv, 1e6))
+        if column in frame.columns and frame[column].notna().any()
+    }
+    if not shown:
+        raise ValueError(f"memory_over_length needs {peak!r} or {kv!r}: the frame has {list(frame.columns)}.")
+    big = max(values.max() for values in shown.values()) > 2000
+    for label, values in shown.items():
+        dashes = "--" if label == "KV cache" and len(shown) > 1 else "-"
+        scaled = frame.assign(_mb=values / (1000 if big else 1))
+        lines_by(scaled, ax, x, "_mb", hue, linestyle=dashes, **({"label": None} if dashes == "--" else {}))
+    if len(shown) > 1:
+        ax.plot([], [], "--", color=PALETTE["black"], label="KV cache alone")
+    length_axis(ax, frame[x])
+    ax.set_ylabel(f"{next(iter(shown))} [{'GB' if big else 'MB'}]")
+    ax.set_ylim(bottom=0)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    return ax

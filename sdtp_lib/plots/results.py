@@ -1,0 +1,282 @@
+"""Figures of result frames: quality against cost, scores by group, before and after; and of training: loss curves,
+and how well the pruners find the label's tokens on held-out data.
+
+Knows frames by their column names, each documented where it is drawn; draws on given axes, never shows or saves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from sdtp_lib.plots.style import PALETTE, axes_or_new, lines_by, need_columns, series_look
+
+
+def quality_over_flops(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    x: str = "prefill_flops_share",
+    y: str = "kl_nats",
+    hue: str = "scorer",
+    y_label: str | None = None,
+    log: bool | None = None,
+) -> Axes:
+    """Quality against the share of prefill FLOPs that is left, one line a scorer, one marker a budget.
+
+    ``frame`` has ``x`` (share of the unpruned FLOPs, 0 to 1), ``y`` and ``hue``; ``<y>_low`` and ``<y>_high`` give
+    error bars. A y that names KL is drawn on a log scale unless ``log`` says otherwise.
+    """
+    ax = axes_or_new(ax)
+    need_columns(frame, x, y, what="quality_over_flops")
+    look = lines_by(frame, ax, x, y, hue)
+    low, high = f"{y}_low", f"{y}_high"
+    if {low, high} <= set(frame.columns):
+        for name, part in frame.groupby(hue) if hue in frame.columns else [(None, frame)]:
+            at = part.groupby(x)[[y, low, high]].median()
+            reach = np.clip([at[y] - at[low], at[high] - at[y]], 0, None)
+            ax.errorbar(at.index, at[y], yerr=reach, fmt="none", color=look[name]["color"], capsize=3, linewidth=1.2)
+    kl = "kl" in y.lower()
+    if log if log is not None else kl:
+        ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_xlabel("prefill FLOPs, share of unpruned")
+    ax.set_ylabel(
+        y_label or ("KL to the unpruned model [nats/token]\n(lower is better)" if kl else y.replace("_", " "))
+    )
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    return ax
+
+
+def pareto(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    x: str = "prefill_speedup",
+    y: str = "kl_nats",
+    hue: str = "method",
+    family: str = "family",
+    x_is_cost: bool | None = None,
+    y_is_cost: bool | None = None,
+    text: str | None = None,
+    legend: bool = True,
+) -> Axes:
+    """All measured points, and the dashed line through those that no other point beats in both ``x`` and ``y``.
+
+    Parameters
+    ----------
+    frame
+        ``x``, ``y``, optionally ``hue``; where it has ``family``, points of one family share its look and are joined.
+    x_is_cost, y_is_cost
+        Lower is better on that axis; by default true for names that hold ``ms``, ``kl``, ``bytes``, ``flops`` or
+        ``loss``. A KL is drawn on a log scale.
+    text
+        Column written beside each point.
+    legend
+        False where the figure has one legend for several axes.
+    """
+    ax = axes_or_new(ax)
+    need_columns(frame, x, y, what="pareto")
+    x_is_cost, y_is_cost = (_is_cost(n) if given is None else given for n, given in ((x, x_is_cost), (y, y_is_cost)))
+    frame = frame.dropna(subset=[x, y])
+    joined = family in frame.columns
+    hue = family if joined else hue
+    groups = list(frame.groupby(hue, sort=False)) if hue in frame.columns else [(None, frame)]
+    look = series_look([name for name, _ in groups])
+    for name, part in groups:
+        part = part.sort_values(x)
+        lines = {**look[name], "linewidth": 1.4, "zorder": 3} | ({} if joined else {"linestyle": "none"})
+        ax.plot(part[x], part[y], label=None if name is None else str(name), **lines)
+    if text:
+        for _, point in frame.iterrows():
+            at = (point[x], point[y])
+            ax.annotate(str(point[text]), at, xytext=(6, 4), textcoords="offset points", fontsize=8.5)
+    front = pareto_front(frame[x], frame[y], x_is_cost=x_is_cost, y_is_cost=y_is_cost)
+    best = frame.iloc[front].sort_values(x)
+    ax.plot(best[x], best[y], color=PALETTE["black"], linestyle="--", linewidth=1.2, zorder=2, label="best of all")
+    if "kl" in y.lower() and (frame[y] > 0).all():
+        ax.set_yscale("log")
+    ax.set_xlabel(_axis_name(x, x_is_cost))
+    ax.set_ylabel(_axis_name(y, y_is_cost))
+    if legend:
+        ax.legend()
+    return ax
+
+
+_NAMES = {
+    "kl_nats": "KL to the unpruned model [nats/token]",
+    "prefill_ms": "time to the first token [ms]",
+    "prefill_speedup": "prefill speed-up [times]",
+    "prefill_flops_share": "prefill FLOPs, share of unpruned",
+}
+
+
+def _axis_name(column: str, is_cost: bool) -> str:
+    better = "lower" if is_cost else "higher"
+    return f"{_NAMES.get(column, column.replace('_', ' '))}\n({better} is better)"
+
+
+def _is_cost(name: str) -> bool:
+    return bool({"ms", "s", "kl", "bytes", "mb", "flops", "tflops", "loss"} & set(name.lower().split("_")))
+
+
+def pareto_front(x: Any, y: Any, *, x_is_cost: bool = False, y_is_cost: bool = False) -> list[int]:
+    """Indices of the points that no other point equals or beats in both directions, strictly in one."""
+    gains = np.stack([np.asarray(x, float) * (-1 if x_is_cost else 1), np.asarray(y, float) * (-1 if y_is_cost else 1)])
+    return [
+        i
+        for i in range(gains.shape[1])
+        if not ((gains >= gains[:, [i]]).all(axis=0) & (gains > gains[:, [i]]).any(axis=0)).any()
+    ]
+
+
+def score_by_group(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    group: str = "group",
+    score: str = "score",
+    hue: str = "scorer",
+    y_label: str = "score (higher is better)",
+) -> Axes:
+    """Bars of ``score`` for each ``group`` (a task, a category), one colour a ``hue``, values written on top.
+
+    Rows of one bar are averaged; ``<score>_low`` and ``<score>_high`` give error bars.
+    """
+    ax = axes_or_new(ax)
+    need_columns(frame, group, score, what="score_by_group")
+    groups = list(frame[group].unique())
+    series = list(frame[hue].unique()) if hue in frame.columns else [None]
+    look = series_look(series)
+    width = 0.84 / len(series)
+    for i, name in enumerate(series):
+        part = frame if name is None else frame[frame[hue] == name]
+        means = part.groupby(group).mean(numeric_only=True).reindex(groups)
+        at = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
+        label = None if name is None else str(name)
+        hatch = "//" if "linestyle" in look[name] else None  # dashed where lines are drawn
+        bars = ax.bar(at, means[score], width * 0.92, label=label, color=look[name]["color"], hatch=hatch, zorder=2)
+        if {f"{score}_low", f"{score}_high"} <= set(means.columns):
+            reach = np.clip([means[score] - means[f"{score}_low"], means[f"{score}_high"] - means[score]], 0, None)
+            ax.errorbar(at, means[score], yerr=reach, fmt="none", color="#222222", capsize=2, linewidth=1, zorder=3)
+        elif len(groups) * len(series) <= 24:
+            ax.bar_label(bars, fmt="%.3g", fontsize=8, padding=2, rotation=90 if len(series) > 2 else 0)
+    ax.set_xticks(range(len(groups)), [str(name).replace("_", "\n") for name in groups])
+    ax.set_ylabel(y_label)
+    ax.grid(False, axis="x")
+    if series != [None]:
+        ax.legend(ncols=min(len(series), 4), loc="lower left", bbox_to_anchor=(0, 1.0))
+    return ax
+
+
+def slope_chart(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    item: str = "item",
+    before: str = "before",
+    after: str = "after",
+    labels: tuple[str, str] = ("unpruned", "pruned"),
+    y_label: str = "score",
+) -> Axes:
+    """One line an ``item`` from its value ``before`` to its value ``after``; falling lines are vermillion."""
+    ax = axes_or_new(ax)
+    need_columns(frame, item, before, after, what="slope_chart")
+    frame = frame.sort_values(after)
+    span = float(np.ptp(frame[[before, after]].to_numpy(float))) or 1.0
+    placed = {0: -np.inf, 1: -np.inf}
+    for row in frame.to_dict("records"):
+        falls = row[after] < row[before]
+        color = PALETTE["vermillion"] if falls else PALETTE["blue"]
+        ax.plot([0, 1], [row[before], row[after]], color=color, marker="v" if falls else "o")
+        # labels of close values are pushed apart upwards; the line itself stays true
+        placed[1] = max(row[after], placed[1] + 0.06 * span)
+        ax.annotate(f"{row[item]}  {row[after]:.3g}", (1.04, placed[1]), va="center", fontsize=9.5, color=color)
+    for row in frame.sort_values(before).to_dict("records"):
+        placed[0] = max(row[before], placed[0] + 0.06 * span)
+        ax.annotate(f"{row[before]:.3g}", (-0.04, placed[0]), va="center", ha="right", fontsize=9.5)
+    ax.set_xticks([0, 1], labels)
+    ax.set_xlim(-0.25, 1.7)
+    ax.set_ylabel(y_label)
+    ax.grid(False, axis="x")
+    return ax
+
+
+def loss_curves(frame: pd.DataFrame, ax: Axes | None = None, *, smooth: int = 1, log: bool = False) -> Axes:
+    """Loss over training steps.
+
+    Parameters
+    ----------
+    frame
+        Long (``step``, ``value``, ``term``) or wide: ``step`` and one column a term (``loss``, ``mse``, ``eval_loss``;
+        what is not a number is left out). Terms that begin with ``eval`` are dashed with markers.
+    smooth
+        Window (in logged rows) of a running mean drawn over the pale raw curve.
+    """
+    ax = axes_or_new(ax)
+    need_columns(frame, "step", what="loss_curves")
+    if "term" not in frame.columns:
+        skipped = {"step", "epoch", "seed", "learning_rate", "grad_norm"}
+        terms = [c for c in frame.select_dtypes("number").columns if c not in skipped]
+        frame = frame.melt(id_vars="step", value_vars=terms, var_name="term", value_name="value")
+    frame = frame.dropna(subset=["value"])
+    look = series_look(list(frame["term"].unique()))
+    for term, part in frame.groupby("term", sort=False):
+        part = part.groupby("step")["value"].mean()
+        held_out = str(term).startswith("eval")
+        style = {"color": look[term]["color"], "linestyle": "--" if held_out else "-"}
+        style |= {"marker": look[term]["marker"]} if held_out or len(part) < 12 else {}
+        if smooth > 1 and not held_out and len(part) > smooth:
+            ax.plot(part.index, part, color=look[term]["color"], alpha=0.25, linewidth=1)
+            part = part.rolling(smooth, min_periods=1).mean()
+        ax.plot(part.index, part, label=str(term), **style)
+    if log:
+        ax.set_yscale("log")
+    ax.set_xlabel("training step")
+    ax.set_ylabel("loss")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend()
+    return ax
+
+
+def recall_by_layer(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    value: str = "recall",
+    hue: str = "scorer",
+    chance: float | None = None,
+    label: str | None = None,
+) -> Axes:
+    """Held-out agreement with the label at each pruned layer.
+
+    Parameters
+    ----------
+    frame
+        ``layer``, ``value`` and (optionally) ``hue``; several rows a layer are drawn as their median with quartiles.
+    value
+        ``"recall"`` (share of the label's top k that is found, 0 to 1) or e.g. ``"rank_correlation"`` (-1 to 1).
+    chance
+        What a random score reaches, drawn as a dotted line.
+    """
+    ax = axes_or_new(ax)
+    need_columns(frame, "layer", value, what="recall_by_layer")
+    keys = ["layer", *([hue] if hue in frame.columns else [])]
+    spread = frame.groupby(keys, sort=False)[value].quantile([0.25, 0.5, 0.75]).unstack()
+    spread.columns = ["_low", value, "_high"]
+    lines_by(spread.reset_index(), ax, "layer", value, hue, low="_low", high="_high")
+    if chance is not None:
+        ax.axhline(chance, linestyle=":", color=PALETTE["black"], linewidth=1.5, label=f"chance ({chance:g})")
+    correlation = "correlation" in value
+    ax.set_ylim(min(-0.05, frame[value].min() - 0.05) if correlation else 0, 1.02)
+    ax.set_xlabel("pruned layer")
+    ax.set_ylabel(label or ("rank correlation with the label" if correlation else "recall of the label's top tokens"))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    return ax

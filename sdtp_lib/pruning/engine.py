@@ -1,0 +1,281 @@
+"""Token pruning in prefill: ``with token_pruning(model, config, scorer): model.generate(...)``.
+
+The engine hooks the decoder layers of one model for as long as the ``with`` lasts. A forward with an empty cache is a
+`Prefill`, which drops tokens and hands each later layer shorter inputs. Each layer fills its own cache, so that holds
+just the kept tokens, and later forwards are a `Continuation` of it. Nothing here knows where scores come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdtp_lib.architectures.caches import cache_of, refuse_cache, tokens_seen
+from sdtp_lib.architectures.layers import ATTENTION_BACKENDS, Architecture, describe, layer_signature, named_arguments
+from sdtp_lib.config import PruningConfig, PruningNotSupported
+from sdtp_lib.pruning.continuation import Continuation, remembered
+from sdtp_lib.pruning.generate_guard import guarded_generate
+from sdtp_lib.pruning.prefill import Prefill, tokens_plan
+from sdtp_lib.pruning.stage import LAYERS_BACK, Scorer
+from sdtp_lib.pruning.trace import PruningTrace
+
+_ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_ACTIVE_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def token_pruning(model: nn.Module, config: PruningConfig, scorer: Scorer) -> Iterator[PruningTrace]:
+    """Prune the prompt tokens of every prefill that ``model`` runs inside the ``with`` (arXiv 2504.04514, section 3.3).
+
+    Parameters
+    ----------
+    model
+        A decoder-only causal LM of transformers in eval mode, also wrapped by PEFT.
+    config : PruningConfig
+        Before which layers, and how much stays.
+    scorer
+        `TokenPruners`, or anything that maps a `Stage` to scores (B, N); see `sdtp_lib.scorers`.
+
+    Yields
+    ------
+    PruningTrace
+        What the last prefill kept. A forward counts as a prefill when its cache is empty and it has more than one
+        token; tokens added to a non-empty cache are computed in full.
+
+    Raises
+    ------
+    ValueError
+        For layers that the model or the scorer does not have.
+    PruningNotSupported
+        For models, caches, attention backends and uses that cannot be pruned correctly, before any compute.
+
+    Notes
+    -----
+    Inside, logits have the last layer's K columns, in order, rows padded on the left: ``[:, -1]`` is the last token.
+    Leaving the ``with``, also by an exception, leaves the model as it was.
+    """
+    architecture = describe(model)
+    _check_arguments(architecture, config, scorer, model)
+    session = _Session(architecture, config, scorer)
+    stack, first = architecture.stack, config.layers[0]
+    with _only_session(stack), contextlib.ExitStack() as cleanup:
+        if stack is not model:
+            names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+            cleanup.callback(model.register_forward_pre_hook(session.before_model(names), with_kwargs=True).remove)
+        cleanup.callback(stack.register_forward_pre_hook(session.before_stack, with_kwargs=True).remove)
+        cleanup.callback(stack.register_forward_hook(session.after_stack, always_call=True).remove)
+        # From the layers before the first stage on: a scorer may ask what was attended to there.
+        start = max(0, first - LAYERS_BACK)
+        for index, layer in enumerate(architecture.layers[start:], start=start):
+            hook = session.before_layer(index, layer_signature(layer))
+            cleanup.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if (norm := architecture.fixed_length_norm()) is not None:
+            cleanup.callback(norm.register_forward_hook(session.after_final_norm).remove)
+        cleanup.enter_context(guarded_generate(model))
+        yield session.trace
+        session.check_pending()
+
+
+def _check_arguments(architecture: Architecture, config: PruningConfig, scorer: Any, model: nn.Module) -> None:
+    if not isinstance(config, PruningConfig):
+        raise ValueError(f"config={config!r} is not a PruningConfig: see PruningConfig.preset('keep09', num_layers).")
+    config.validate_for(len(architecture.layers))
+    if not callable(scorer):
+        raise ValueError(f"scorer={scorer!r} cannot be called: give TokenPruners or one of sdtp_lib.scorers.")
+    layers = getattr(scorer, "layers", None)
+    if layers is not None and not set(config.layers) <= set(layers):
+        raise ValueError(
+            f"the config prunes before layers {list(config.layers)}, but the scorer scores layers {list(layers)}: "
+            "use a config of the scorer's layers, or train pruners for yours."
+        )
+    if hasattr(scorer, "check"):
+        scorer.check(model, config)
+    if architecture.backend not in ATTENTION_BACKENDS:
+        raise PruningNotSupported(
+            f"attn_implementation={architecture.backend!r}: masks over kept tokens are known for "
+            f"{', '.join(ATTENTION_BACKENDS)}: load the model with attn_implementation='sdpa'."
+        )
+    if config.positions == "compact" and architecture.rotary() is None:
+        raise PruningNotSupported(
+            f"positions='compact' needs one rotary table for all layers, which {architecture.model_type} has not: "
+            "use positions='original'."
+        )
+
+
+@contextlib.contextmanager
+def _only_session(stack: nn.Module) -> Iterator[None]:
+    with _ACTIVE_LOCK:
+        if stack in _ACTIVE:
+            raise PruningNotSupported(
+                "this model is already inside a `with token_pruning(...)`, here or in another thread: leave that one "
+                "first, or load a second copy of the model."
+            )
+        _ACTIVE.add(stack)
+    try:
+        yield
+    finally:
+        with _ACTIVE_LOCK:
+            _ACTIVE.discard(stack)
+
+
+class _Session:
+    """The hooks of one ``with`` and the forward pass that is under way."""
+
+    def __init__(self, architecture: Architecture, config: PruningConfig, scorer: Scorer) -> None:
+        self.architecture, self.config, self.scorer = architecture, config, scorer
+        self.trace = PruningTrace()
+        self._pass: Prefill | Continuation | None = None
+        self._unchecked: Prefill | None = None
+        self._thread: int | None = None
+        self._warned_short = False
+
+    def before_model(self, names: tuple[str, ...]):
+        """The hook on the causal LM: refuses what cannot be right with K columns of logits."""
+
+        def check(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            arguments = named_arguments(names, args, kwargs)
+            rows, columns = _shape_of(arguments)
+            if columns < 2 or tokens_seen(cache_of(arguments)) > 0:
+                return
+            if arguments.get("labels") is not None:
+                raise PruningNotSupported(
+                    "labels= cannot be matched to the logits of the kept tokens: compute the loss from the returned "
+                    "logits and trace.kept_positions, or run the model outside token_pruning."
+                )
+            keep = arguments.get("logits_to_keep", 0)
+            if torch.is_tensor(keep):
+                raise PruningNotSupported(
+                    "logits_to_keep as a tensor names columns that pruning moves: give an int, the last so many."
+                )
+            lengths = _prompt_lengths(arguments.get("attention_mask"), rows, columns)
+            last = max(tokens_plan(self.config, len(self.architecture.layers), lengths)[-1])
+            if keep and keep > last:
+                raise PruningNotSupported(
+                    f"logits_to_keep={keep} is more than the {last} tokens that reach the last layer: give at most "
+                    f"{last}, or 0 for all of them."
+                )
+
+        return check
+
+    def before_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The hook on the decoder stack: a prefill, a continuation, or neither?"""
+        me = threading.get_ident()
+        if self._thread not in (None, me):
+            raise PruningNotSupported(
+                "a second thread runs this model while a forward inside token_pruning is under way: "
+                "one thread at a time, or a second copy of the model."
+            )
+        if module.training:
+            raise PruningNotSupported(
+                "the model is in training mode, which pruned prefill does not serve: call model.eval()."
+            )
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        arguments = named_arguments(names, args, kwargs)
+        cache = cache_of(arguments)
+        if cache is not None:
+            refuse_cache(cache)
+        rows, columns = _shape_of(arguments)
+        seen, mask = tokens_seen(cache), arguments.get("attention_mask")
+        self._pass = None
+        self.check_pending()
+        if seen == 0 and columns > 1:
+            lengths, device = _prompt_lengths(mask, rows, columns), _tokens_of(arguments).device
+            self._pass = Prefill(self.architecture, self.config, self.scorer, self.trace, lengths, columns, device)
+            self._warn_if_nothing_goes(self._pass.plan)
+        elif seen > 0 and (record := remembered(cache)) is not None:
+            self._pass = Continuation(self.architecture, record, cache, seen, columns, mask)
+        self._thread = me
+
+    def after_final_norm(self, _module: nn.Module, _args: tuple, hidden: torch.Tensor) -> torch.Tensor | None:
+        """The hook on the last norm of a stack that reshapes its output to T columns: fill it up on the left."""
+        if not isinstance(self._pass, Prefill) or self._pass.living is None:
+            return None
+        return nn.functional.pad(hidden, (0, 0, self._pass.columns - hidden.shape[1], 0))
+
+    def after_stack(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
+        """The hook after the stack, also after an exception (then without an output)."""
+        if self._thread not in (None, threading.get_ident()):
+            return None  # a refused second thread must not end the first one's pass
+        finished, self._pass, self._thread = self._pass, None, None
+        if not isinstance(finished, Prefill) or output is None:
+            return None
+        finished.finish()
+        self._unchecked = finished
+        if finished.positions.device.type == "cpu":
+            self.check_pending()
+        if finished.living is None or self.architecture.fixed_length_norm() is None:
+            return None
+        hidden = output[0][:, -max(finished.alive) :]
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output["last_hidden_state"] = hidden
+        return output
+
+    def check_pending(self) -> None:
+        """Complain about scores of the last prefill: at once on a CPU, elsewhere when the next forward begins."""
+        unchecked, self._unchecked = self._unchecked, None
+        if unchecked is not None:
+            unchecked.check_scores()
+
+    def before_layer(self, index: int, names: tuple[str, ...]):
+        """The hook on layer ``index``: cut if it is configured, then hand it inputs of the right length."""
+
+        def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+            if self._pass is None:
+                return None
+            arguments = self._pass.layer_arguments(index, module, named_arguments(names, args, kwargs))
+            if arguments is None:
+                return None
+            return (arguments.pop("hidden_states"),), arguments
+
+        return replace
+
+    def _warn_if_nothing_goes(self, plan: list[list[int]]) -> None:
+        ratios = [self.config.ratio_at(layer) for layer in self.config.layers]
+        if plan[-1] == plan[0] and min(ratios) < 1 and not self._warned_short:
+            self._warned_short = True
+            warnings.warn(
+                f"the prompt of {max(plan[0])} tokens is too short to prune: the first {self.config.sink_tokens} and "
+                f"at least the last {self.config.min_local_tokens} tokens always stay.",
+                stacklevel=2,
+            )
+
+
+def _tokens_of(arguments: dict[str, Any]) -> torch.Tensor | None:
+    tokens = arguments.get("input_ids")
+    return tokens if tokens is not None else arguments.get("inputs_embeds")
+
+
+def _shape_of(arguments: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the tokens of this forward."""
+    tokens = _tokens_of(arguments)
+    return (0, 0) if tokens is None else (int(tokens.shape[0]), int(tokens.shape[1]))
+
+
+def _prompt_lengths(mask: Any, rows: int, columns: int) -> list[int]:
+    """Real tokens of each row, read from a 2-D padding mask once, before any compute."""
+    if mask is None:
+        return [columns] * rows
+    if not torch.is_tensor(mask) or mask.dim() != 2:
+        shape = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
+        raise PruningNotSupported(
+            f"attention_mask of shape {shape} hides which tokens are padding: give the 2-D mask (rows, tokens) of the "
+            "tokenizer."
+        )
+    mask = mask[:, -columns:].bool()
+    lengths = mask.sum(dim=1)
+    left_padded = (mask == (torch.arange(columns, 0, -1, device=mask.device)[None] <= lengths[:, None])).all()
+    if not bool(left_padded) or int(lengths.min()) == 0:
+        raise PruningNotSupported(
+            "attention_mask shows padding that is not on the left (or an empty row), which would move the last token: "
+            "set tokenizer.padding_side = 'left' and tokenize again."
+        )
+    return lengths.tolist()

@@ -1,0 +1,138 @@
+"""What a scorer is shown at one pruning stage, and which attention it may look back at: that of the last tokens, in
+the few layers that ran on the same tokens.
+
+Axes: B batch, N living tokens, D hidden size, H heads, w queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from sdtp_lib.architectures.attention_weights import attention_from_cached_keys, attention_from_last
+
+ASKING_TOKENS = 16  # the prompt's last tokens, whose attention says what is asked for
+LAYERS_BACK = 3  # the presets prune every third layer, so that every layer from the first stage on is looked at
+
+
+def looked_back(stages: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """For each of ``stages`` (layers before which tokens are dropped) the `LAYERS_BACK` layers before it.
+
+    None before the stage in front, which ran on other tokens; where there are fewer, the first of them counts again.
+    """
+    found, last = {}, 0
+    for stage in sorted(stages):
+        found[stage] = tuple(max(last, stage - back) for back in range(LAYERS_BACK, 0, -1))
+        last = stage
+    return found
+
+
+class Scorer(Protocol):
+    """Any callable from a stage to one score a token.
+
+    A scorer may also have ``check(model, config)``, called once on entry and free to raise `ValueError`, and
+    ``layers``, the only stages that it can score.
+    """
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        """Scores (B, N), higher is more important; what stands at padding is ignored."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerBefore:
+    """What a layer that has just run leaves behind: itself, its keys (B, G, N, d), its last inputs (B, w, D)."""
+
+    layer: nn.Module
+    keys: torch.Tensor
+    last_hidden: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The tokens that are alive before one decoder layer of a prefill.
+
+    Attributes
+    ----------
+    layer_index : int
+        0-based index of the layer before which tokens are dropped.
+    layer : Module
+        That decoder layer.
+    hidden_states : Tensor (B, N, D)
+        What enters it; rows are padded on the left.
+    positions : Tensor (B, N) of int64
+        0-based position of each token among its row's own prompt tokens, -1 for padding.
+    valid : Tensor (B, N) of bool
+        False for padding.
+    position_embeddings
+        The (cos, sin) that the layer will be handed, or None where positions enter otherwise.
+    prompt_lengths : Tensor (B,) of int64
+        Prompt tokens of each row, before any pruning.
+    alibi : Tensor (B * H, 1, N) or None
+        BLOOM's position bias.
+    before : Mapping
+        The last layers that have run on these very tokens, by index, where their keys are in the cache.
+    read : dict
+        Attention that was read already, by layer and window: the parts of a score may ask for the same.
+    carried : dict
+        What a scorer leaves for the stages after, (B, N) tensors by name; what is left of them here.
+    padded : bool
+        Whether there may be padding at all, known without asking the device.
+    """
+
+    layer_index: int
+    layer: nn.Module
+    hidden_states: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor
+    position_embeddings: Any
+    prompt_lengths: torch.Tensor
+    alibi: torch.Tensor | None = None
+    before: Mapping[int, LayerBefore] = field(default_factory=dict)
+    read: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
+    carried: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    padded: bool = True
+
+    def attention_from_last(self, window: int) -> torch.Tensor:
+        """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
+        return attention_from_last(
+            self.layer, self.hidden_states, self.position_embeddings, window, self._hidden_padding, self.alibi
+        )
+
+    def attention_just_paid(self, window: int) -> torch.Tensor:
+        """Attention (B, H, w, N) that the last ``window`` tokens paid one layer earlier, from the keys cached there.
+
+        Costs no key projection. Where those keys are not at hand (a first layer, a cache that holds others, families
+        with one fused projection): `attention_from_last`.
+        """
+        paid = self._paid_at(self.layer_index - 1, window)
+        return self.attention_from_last(window) if paid is None else paid
+
+    def attention_mass(self, layers: Sequence[int], window: int) -> torch.Tensor:
+        """(B, N, H x layers): what each head of earlier ``layers`` paid to a token, summed over the ``window`` askers.
+
+        Where a layer's keys are not at hand, this stage's own layer stands for all of them.
+        """
+        paid = [self._paid_at(layer, window) for layer in layers]
+        if any(each is None for each in paid):
+            paid = [self.attention_from_last(window)] * len(layers)
+        return torch.cat([each.sum(dim=2) for each in paid], dim=1).transpose(1, 2)
+
+    @property
+    def _hidden_padding(self) -> torch.Tensor | None:
+        return self.valid if self.padded else None
+
+    def _paid_at(self, layer: int, window: int) -> torch.Tensor | None:
+        before = self.before.get(layer)
+        if before is None or min(window, self.positions.shape[1]) > before.last_hidden.shape[1]:
+            return None
+        if (layer, window) not in self.read:
+            last = before.last_hidden[:, -window:]
+            self.read[layer, window] = attention_from_cached_keys(
+                before.layer, last, before.keys, self.position_embeddings, self._hidden_padding
+            )
+        return self.read[layer, window]

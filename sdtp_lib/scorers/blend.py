@@ -1,0 +1,109 @@
+"""Scores made comparable: standardised, smoothed over neighbours, and mixed at a stage.
+
+A learned score finds what an answer far back needs and is uneven from token to token; what the last tokens attend to,
+and recency, hold running text together. `Blend` weighs the three. Axes: B batch, N living tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Weights of the parts of a score, each standardised over the living tokens of a row first.
+
+    Attributes
+    ----------
+    learned, attention, recency
+        Weights of the pruner's score, of the logarithm of the attention that the last ``window`` tokens paid one layer
+        earlier, and of the position. A weight of 0 leaves the part out and costs nothing.
+    floor
+        The learned part counts from so many deviations above its mean on: what stands out stays, and the order of all
+        that does not is left to the other parts. None: the whole range counts.
+    smoothing
+        Neighbours (odd) that the learned score is averaged over: an answer is a span, not a token.
+    window, kernel
+        Of the attention: last tokens that ask, and neighbours of which the strongest counts (SnapKV, arXiv 2404.14469).
+    """
+
+    learned: float = 1.0
+    attention: float = 0.0
+    recency: float = 0.0
+    floor: float | None = None
+    smoothing: int = 1
+    window: int = 16
+    kernel: int = 7
+
+    def __post_init__(self) -> None:
+        for field in ("smoothing", "kernel"):
+            value = getattr(self, field)
+            if value < 1 or value % 2 == 0:
+                raise ValueError(f"{field}={value} is not an odd number of neighbours: give 1 (none), 3, 5, 7, ...")
+        if self.window < 1:
+            raise ValueError(f"window={self.window} is not a number of tokens: give 1 or more.")
+        if not (self.learned or self.attention or self.recency):
+            raise ValueError("learned, attention and recency are all 0: give at least one a weight.")
+
+    def __call__(self, learned: Tensor, stage: Any) -> Tensor:
+        """The mixed score (B, N), float32, of a `sdtp_lib.pruning.stage.Stage` from the pruner's score (B, N) there."""
+        paid = stage.attention_just_paid(self.window).sum(dim=2) if self.attention else None
+        return self.mixed(learned, stage.valid, stage.positions, paid)
+
+    def mixed(self, learned: Tensor, valid: Tensor, positions: Tensor, paid: Tensor | None) -> Tensor:
+        """The same, differentiable in ``learned``, from the stage's parts; ``paid`` (B, H, N) sums over the askers."""
+        total = torch.zeros_like(learned, dtype=torch.float32)
+        if self.learned:
+            smooth = average_of_neighbours(learned.float(), valid, self.smoothing)
+            standing_out = standardised(smooth, valid)
+            if self.floor is not None:
+                standing_out = (standing_out - self.floor).clamp_min(0)
+            total = total + self.learned * standing_out
+        if self.attention:
+            strongest = strongest_neighbour(paid, self.kernel).mean(dim=1)
+            total = total + self.attention * standardised((strongest + 1e-8).log(), valid)
+        if self.recency:
+            total = total + self.recency * standardised(positions.float(), valid)
+        return total
+
+    def flops_per_token(self, hidden_size: int) -> float:
+        """Floating-point operations a token and stage that the parts add: the queries' products with cached keys."""
+        return 2.0 * self.window * hidden_size if self.attention else 0.0
+
+
+def standardised(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores (B, N) minus their mean, over their deviation, both over the row's ``valid`` tokens; 0 at padding.
+
+    At least float32. Equal scores give 0, with a gradient no larger than for scores of deviation 1.
+    """
+    scores = torch.where(valid, scores.to(torch.promote_types(scores.dtype, torch.float32)), 0.0)
+    real = valid.to(scores.dtype)
+    count = real.sum(dim=1, keepdim=True).clamp_min(1)
+    centred = (scores - scores.sum(dim=1, keepdim=True) / count) * real
+    variance = centred.square().sum(dim=1, keepdim=True) / count
+    # Replaced before the root: the root's gradient at 0 is infinite, and times 0 it is NaN.
+    return centred / torch.where(variance > 1e-24, variance, 1.0).sqrt()
+
+
+def average_of_neighbours(values: Tensor, valid: Tensor, kernel: int) -> Tensor:
+    """Mean of (B, N) or (B, A, N) over the ``kernel`` tokens around each that are ``valid`` (B, N).
+
+    Equal values have exactly equal means, so that ties stay ties.
+    """
+    if kernel == 1:
+        return values
+    rows = values if values.dim() == 3 else values[:, None]
+    real = valid[:, None]
+    both = torch.cat([torch.where(real, rows, 0.0), real.to(values.dtype)], dim=1)
+    pooled = functional.avg_pool1d(both, kernel, stride=1, padding=kernel // 2)
+    return (pooled[:, :-1] / pooled[:, -1:].clamp_min(1e-6)).view_as(values)
+
+
+def strongest_neighbour(values: Tensor, kernel: int) -> Tensor:
+    """Maximum (B, H, N) over the ``kernel`` tokens around each."""
+    return values if kernel == 1 else functional.max_pool1d(values, kernel, stride=1, padding=kernel // 2)

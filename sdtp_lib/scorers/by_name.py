@@ -1,0 +1,66 @@
+"""Scores by their name on a command line: `SDTP`, `SDTP=DIR`, `recency`. Checked when read, loaded when used."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.records import project_root
+from sdtp_lib.scorers import simple
+from sdtp_lib.scorers.token_pruners import TokenPruners
+
+SIMPLE = ("random", "recency", "hidden_norm", "attention")
+SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
+
+
+def shipped_for(model: str) -> Path | None:
+    """The pruners that ship for a model of this name; None if none do."""
+    return SHIPPED if model == "embedded" and SHIPPED.is_dir() else None
+
+
+@dataclass(frozen=True)
+class NamedScorer:
+    """A score to be loaded.
+
+    Attributes
+    ----------
+    name
+        What tables call it.
+    folder
+        Where its pruners are; None for a simple score.
+    """
+
+    name: str
+    folder: Path | None
+
+    def load(self, model: Any) -> Scorer:
+        """The scorer, on the model's device."""
+        if self.folder is None:
+            return getattr(simple, self.name)()
+        return TokenPruners.from_pretrained(str(self.folder)).to(model.device).eval()
+
+    def layers(self, scorer: Scorer, num_layers: int) -> list[int]:
+        """The layers before which it can score: learned ones their own, simple ones any."""
+        return list(getattr(scorer, "layers", None) or range(1, num_layers))
+
+
+def scorer_named(text: str) -> NamedScorer:
+    """For ``add_argument(type=...)``: a simple score's name, ``NAME=DIR``, or a name alone for the shipped pruners.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If there is no such folder.
+    """
+    name, _, folder = text.partition("=")
+    if name in SIMPLE and not folder:
+        return NamedScorer(name, None)
+    path = Path(folder) if folder else SHIPPED
+    if not name or not (path / "config.json").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: no pruners in {path}; give NAME=DIR with pruners of this model, or one of {', '.join(SIMPLE)}."
+        )
+    return NamedScorer(name, path)

@@ -1,0 +1,151 @@
+"""Scores that need no training, behind one protocol (`sdtp_lib.pruning.stage.Scorer`): baselines, and given scores.
+
+A scorer sees a stage and returns one number a token, higher meaning more important. It does not know the engine.
+Axes: B batch, N living tokens, H heads, w queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdtp_lib.pruning.stage import Scorer, Stage
+from sdtp_lib.scorers.blend import standardised, strongest_neighbour
+
+
+def random(seed: int = 0) -> Scorer:
+    """Uniform noise that depends on the seed, the layer and the token's position only, so that a run repeats."""
+    return _Random(int(seed))
+
+
+def recency() -> Scorer:
+    """The later, the better: keeps a sliding window (with the sinks, StreamingLLM's, arXiv 2309.17453)."""
+    return _Recency()
+
+
+def hidden_norm() -> Scorer:
+    """The L2 norm of the hidden state that enters the layer."""
+    return _HiddenNorm()
+
+
+def attention(window: int = 8, kernel: int = 1) -> Scorer:
+    """Attention that the last ``window`` tokens pay at that layer, mean over heads (LazyLLM, arXiv 2407.14057).
+
+    ``kernel`` > 1 (odd) takes the maximum over that many neighbours, as SnapKV does (arXiv 2404.14469).
+    """
+    if window < 1:
+        raise ValueError(f"window={window} is not a number of tokens: give 1 or more.")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel={kernel} is not an odd number of neighbours: give 1 (no pooling), 3, 5, 7, ...")
+    return _Attention(int(window), int(kernel))
+
+
+def given(scores: Mapping[int, torch.Tensor]) -> Scorer:
+    """Known scores of the whole prompt: layer -> Tensor (B, T), by position in each row's own prompt tokens.
+
+    Rows shorter than T are read from the left: column p is position p. An oracle from `compute_saliency`, say.
+    """
+    return _Given({int(layer): torch.as_tensor(values) for layer, values in scores.items()})
+
+
+def weighted(parts: Sequence[tuple[Scorer, float]]) -> Scorer:
+    """Weighted sum of scorers, each standardised over the living tokens of a row first."""
+    if not parts:
+        raise ValueError("parts=[] names no scorer: give [(scorer, weight), ...].")
+    return _Weighted(tuple((scorer, float(weight)) for scorer, weight in parts))
+
+
+def name_of(scorer: Any) -> str:
+    """A short name for rows and legends."""
+    return getattr(scorer, "name", None) or getattr(scorer, "__name__", type(scorer).__name__)
+
+
+@dataclass(frozen=True)
+class _Random:
+    seed: int
+    name: str = "random"
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        # An integer hash (a splitmix64 finaliser) instead of a generator: the same token gets the same score in any
+        # batch, on any device, and whichever tokens are still alive.
+        stream = (self.seed * 1_000_003 + stage.layer_index) * 2_654_435_761 % 2**62
+        state = stage.positions.clamp_min(0) + stream
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+            state = (state ^ (state >> shift)) * factor
+        state = state ^ (state >> 31)
+        return (state & 0xFFFFFF).to(torch.float32) / 0x1000000
+
+
+@dataclass(frozen=True)
+class _Recency:
+    name: str = "recency"
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        return stage.positions.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class _HiddenNorm:
+    name: str = "hidden norm"
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        return torch.linalg.vector_norm(stage.hidden_states.float(), dim=-1)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    window: int
+    kernel: int
+
+    @property
+    def name(self) -> str:
+        return "attention" if self.kernel == 1 else "attention, pooled"
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        probabilities = stage.attention_from_last(self.window)
+        if self.kernel > 1:
+            return strongest_neighbour(probabilities.sum(dim=2), self.kernel).mean(dim=1)
+        return probabilities.mean(dim=(1, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    scores: Mapping[int, torch.Tensor]
+    name: str = "given"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(self.scores))
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        values = self.scores[stage.layer_index].to(stage.positions.device)
+        longest = int(stage.prompt_lengths.max())
+        if values.dim() != 2 or values.shape[0] not in (1, stage.positions.shape[0]) or values.shape[1] < longest:
+            raise ValueError(
+                f"given scores for layer {stage.layer_index} have shape {tuple(values.shape)}, but the prompt has "
+                f"{stage.positions.shape[0]} row(s) of up to {longest} tokens: give one score a prompt token."
+            )
+        return values.expand(stage.positions.shape[0], -1).gather(1, stage.positions.clamp_min(0))
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    parts: tuple[tuple[Scorer, float], ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(name_of(scorer) for scorer, _ in self.parts)
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        total = torch.zeros(stage.positions.shape, device=stage.positions.device)
+        for scorer, weight in self.parts:
+            total += weight * standardised(scorer(stage), stage.valid)
+        return total
+
+    def check(self, model: Any, config: Any) -> None:
+        for scorer, _ in self.parts:
+            if hasattr(scorer, "check"):
+                scorer.check(model, config)

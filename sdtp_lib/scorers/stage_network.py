@@ -1,0 +1,145 @@
+"""The network of one stage: hidden states and side inputs -> one score a token. `TokenPruners` holds one a stage.
+
+Axes: B batch, n tokens, D hidden size, Q last tokens, H query heads, R rank, A attention inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdtp_lib.pruning.stage import ASKING_TOKENS
+from sdtp_lib.scorers.blend import average_of_neighbours, strongest_neighbour
+
+_DECAYS = (8.0, 32.0, 128.0, 512.0)  # tokens
+DISTANCE_INPUTS = len(_DECAYS) + 4
+
+
+class StagePruner(nn.Module):
+    """The network of one stage: normalised hidden state and side inputs -> inner width -> score."""
+
+    def __init__(self, owner: Any) -> None:
+        """A network with the sizes and inputs of ``owner``, a `sdtp_lib.scorers.token_pruners.TokenPruners`."""
+        super().__init__()
+        size, width = owner.hidden_size, owner.width
+        self.uses_distance, self.uses_query = "distance" in owner.features, "query" in owner.features
+        self.kernel = owner.attention_kernel if "attention" in owner.features else None
+        self.passage, self.uses_memory = owner.passage_tokens, "memory" in owner.features
+        self.heads, self.window = owner.query_heads, owner.query_window
+        self.down = nn.Linear(size, width)
+        outputs = 2 if owner.head == "gumbel" else 1
+        self.out = nn.Linear(width, outputs)
+        self.has_side = owner.side_inputs > 0
+        if self.has_side:
+            self.side = nn.Linear(owner.side_inputs, width, bias=False)
+            self.skip = nn.Linear(owner.side_inputs, outputs, bias=False)
+        if self.uses_query:
+            self.query = nn.Linear(size, owner.query_rank, bias=False)
+            self.key = nn.Linear(size, owner.query_rank, bias=False)
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        logits = self.logits(*inputs)
+        return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
+
+    def logits(
+        self,
+        hidden_states: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        prompt_lengths: Tensor,
+        attention: Tensor | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
+        """(B, n, 1) the score, or (B, n, 2) the paper's drop and keep logits; float32."""
+        inner, keys = self._projected(hidden_states)
+        if not self.has_side:
+            return self.out(F.gelu(inner))
+        distance = (prompt_lengths[:, None].to(positions.device) - 1 - positions).clamp(min=0)
+        side = []  # each (B, inputs, n)
+        if self.uses_distance:
+            side.append(_distance_inputs(distance, prompt_lengths))
+        if self.uses_query:
+            asked = self._query_inputs(hidden_states, keys, distance, valid)
+            side.append(asked)
+            if self.passage:
+                side.append(average_of_neighbours(asked, valid, self.passage))
+        if self.kernel:
+            even = _even_share(attention, valid)
+            side.append(_in_logarithms(strongest_neighbour(even, self.kernel)))
+            if self.passage:
+                side.append(_in_logarithms(average_of_neighbours(even, valid, self.passage)))
+        if self.uses_memory:
+            side.append((torch.zeros_like(inner[..., 0]) if memory is None else memory)[:, None])
+        side = torch.cat(side, dim=1).transpose(1, 2)
+        return self.out(F.gelu(inner + self.side(side))) + self.skip(side)
+
+    def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Inner activations (B, n, width) and keys (B, n, R) of the normalised hidden states: one product, float32."""
+        # Hidden states grow a hundredfold with depth and have a few huge dimensions: without a norm the first layer of
+        # the pruner saturates. The norm is one number a token, so it is applied after the product, to fewer numbers.
+        layers = [self.down, self.key] if self.uses_query else [self.down]
+        weight = torch.cat([layer.weight for layer in layers]).to(hidden_states.dtype)
+        product = F.linear(_safe(hidden_states), weight).float() * _inverse_rms(_safe(hidden_states))
+        inner, keys = product.split([self.down.out_features, product.shape[-1] - self.down.out_features], dim=-1)
+        return inner + self.down.bias.float(), keys
+
+    def _query_inputs(self, hidden_states: Tensor, keys: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
+        """(B, H, n): what the last tokens look for, per head; log-mean-exp over the last ``query_window`` tokens."""
+        # The prompt's last tokens, wherever they stand: in training the response comes after them in the same row.
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        end = (columns * valid).amax(dim=1, keepdim=True)
+        places = end - torch.arange(self.window - 1, -1, -1, device=valid.device)
+        within = places.clamp(min=0)
+        last = _safe(hidden_states.gather(1, within[..., None].expand(-1, -1, hidden_states.shape[-1])))
+        asks = (places >= 0) & valid.gather(1, within) & (distance.gather(1, within) < self.window)
+        queries = F.linear(last, self.query.weight.to(last.dtype)).float() * _inverse_rms(last)
+        queries, keys = (each.unflatten(-1, (self.heads, -1)) for each in (queries, keys))
+        # Tokens last: a sum over the few askers then runs along whole rows.
+        products = torch.einsum("bqhr,bnhr->bhqn", queries / math.sqrt(keys.shape[-1]), keys)
+        products = products.masked_fill(~asks[:, None, :, None], -torch.inf)
+        count = asks.sum(-1).clamp(min=1).float().log()[:, None, None]
+        pooled = products.logsumexp(2) - count
+        return torch.where(torch.isfinite(pooled), pooled, torch.zeros_like(pooled))
+
+
+def _inverse_rms(hidden_states: Tensor) -> Tensor:
+    """(B, n, 1), float32: one over the root mean square of each token's hidden state."""
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=wide).float()
+    return torch.rsqrt(norms.square() / hidden_states.shape[-1] + 1e-6)
+
+
+def _safe(hidden_states: Tensor) -> Tensor:
+    """The same direction within float16's range: there, a product of large hidden states could overflow."""
+    if hidden_states.dtype != torch.float16:
+        return hidden_states
+    return (hidden_states.float() * _inverse_rms(hidden_states)).to(torch.float16)
+
+
+def _even_share(mass: Tensor, valid: Tensor) -> Tensor:
+    """(B, A, n) attention (B, n, A) in units of what each token would get if all got the same, float32."""
+    return mass.float().transpose(1, 2) * (valid.sum(dim=1).clamp(min=1).float()[:, None, None] / ASKING_TOKENS)
+
+
+def _in_logarithms(share: Tensor) -> Tensor:
+    """About -1.3 for no attention, 1 for an even share: a hundredth of it is as good as nothing."""
+    return 0.5 * (share + 0.01).log() + 1.0
+
+
+def _distance_inputs(distance: Tensor, prompt_lengths: Tensor) -> Tensor:
+    """(B, 8, n) smooth functions of the distance to the end (tokens) and of the place in the prompt."""
+    distance = distance.float()
+    length = prompt_lengths.to(distance.device)[:, None].float().clamp(min=1)
+    decays = [torch.exp(-distance / scale) for scale in _DECAYS]
+    place = [
+        torch.log1p(distance) / 4,
+        distance / length,
+        # At padding the place would be -1 and its logarithm -inf, which times a zero gradient is still NaN.
+        torch.log1p((length - 1 - distance).clamp(min=0)) / 4,
+        (length.log() / 4).expand_as(distance),
+    ]
+    return torch.stack([*decays, *place], dim=1)

@@ -1,0 +1,271 @@
+"""`TokenPruners`: one small network a stage that says how much each prompt token matters (paper, section 3.2).
+
+Knows hidden states and positions, not how its scores are used nor how they were learned. The paper's pruner is
+``W2 GELU(W1 x)``, ``W1: D -> D/4``, on the token's hidden state. Four optional inputs, all cheap, tell a token what
+its own hidden state cannot: how far from the end it is, what the last tokens ask for, which heads of the layers before
+have just looked at it, and how it scored a stage earlier.
+Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
+from sdtp_lib.scorers.blend import Blend, standardised
+from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StagePruner
+
+FEATURES = ("hidden", "distance", "query", "attention", "memory")
+HEADS = ("score", "gumbel")
+
+
+class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_url="https://arxiv.org/abs/2504.04514"):
+    """The pruners of all stages; a scorer for `token_pruning`. Saved as safetensors with its config, and nothing else.
+
+    Parameters
+    ----------
+    hidden_size
+        D of the model to prune.
+    layers
+        0-based layers before which it can score, one network each.
+    width
+        Inner width, default D / 4.
+    head
+        ``"score"``: D/4 -> 1. ``"gumbel"``: the paper's D/4 -> 2 (drop, keep), sampled by Gumbel-softmax in training.
+    features
+        Inputs: ``"hidden"`` always; ``"distance"`` adds the distance to the prompt's end, ``"query"`` a low-rank
+        query-key product with the last ``query_window`` tokens, ``"attention"`` what each head of the layers before
+        paid to the token (`looked_back`), the strongest of ``attention_kernel`` neighbours, ``"memory"`` the
+        standardised score of the stage before (0 at the first): heads that look for an answer sit in few layers.
+    query_rank, query_heads, query_window
+        Size of the query-key term: R dimensions in all, split over H heads.
+    attention_heads
+        Attention heads of the model; needed by ``"attention"``.
+    passage_tokens
+        Odd: query and attention inputs also as means over so many living neighbours, since an answer's whole passage
+        matters and not the words alone that the question repeats; 0: not.
+    blend
+        Fields of `Blend`: how the learned score is smoothed and mixed with attention and recency when
+        tokens are chosen (never in training). None: the learned score alone, as in the paper.
+    num_layers, model_type, base_model, weights_fingerprint
+        Which model they were trained on: sizes are checked (error), the fingerprint too (warning).
+    default_ratio
+        The keep ratio they are meant for, for callers who name none.
+    notes
+        Free facts that travel in the config (data, seed, label).
+
+    Raises
+    ------
+    ValueError
+        For an unknown feature or head, no layers, a rank that the heads do not divide, or a blend of nothing.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layers: Sequence[int],
+        *,
+        width: int | None = None,
+        head: str = "score",
+        features: Sequence[str] = ("hidden",),
+        query_rank: int = 32,
+        query_heads: int = 8,
+        query_window: int = 16,
+        attention_heads: int | None = None,
+        attention_kernel: int = 7,
+        passage_tokens: int = 0,
+        blend: dict[str, float | int] | None = None,
+        num_layers: int | None = None,
+        model_type: str | None = None,
+        base_model: str | None = None,
+        weights_fingerprint: str | None = None,
+        default_ratio: float = 0.9,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        unknown = sorted(set(features) - set(FEATURES))
+        if unknown or "hidden" not in features:
+            more = ", ".join(FEATURES[1:])
+            raise ValueError(f"features={tuple(features)} must hold 'hidden' and may add {more} only.")
+        if "attention" in features and not attention_heads:
+            raise ValueError("attention_heads=None: the input 'attention' needs the model's number of attention heads.")
+        if attention_kernel < 1 or attention_kernel % 2 == 0:
+            raise ValueError(f"attention_kernel={attention_kernel} is not an odd number of neighbours: give 1, 3, 5.")
+        if passage_tokens and (passage_tokens % 2 == 0 or not {"query", "attention"} & set(features)):
+            raise ValueError(
+                f"passage_tokens={passage_tokens} needs an odd number of neighbours, and the input 'query' or "
+                f"'attention' among features={tuple(features)}: give 0, or 33, 65, ... with one of these."
+            )
+        if head not in HEADS:
+            raise ValueError(f"head={head!r} is unknown: choose one of {', '.join(HEADS)}.")
+        if not layers:
+            raise ValueError("layers=() names no layer to score at: give at least one index, such as (4,).")
+        if query_rank % query_heads:
+            raise ValueError(f"query_rank={query_rank} is not a multiple of query_heads={query_heads}.")
+        self.hidden_size, self.layers = int(hidden_size), tuple(int(layer) for layer in layers)
+        self.width = int(width or max(1, hidden_size // 4))
+        self.features, self.head, self.default_ratio = tuple(features), head, default_ratio
+        self.query_rank, self.query_heads, self.query_window = query_rank, query_heads, query_window
+        self.attention_heads, self.attention_kernel = attention_heads, attention_kernel
+        self.passage_tokens = int(passage_tokens)
+        self.looked_back = looked_back(self.layers) if "attention" in self.features else {}
+        self.blend = None if blend is None else Blend(**blend)
+        self.num_layers, self.model_type, self.base_model = num_layers, model_type, base_model
+        self.weights_fingerprint, self.notes = weights_fingerprint, dict(notes or {})
+        # String keys: module names may not hold dots and ModuleDict wants strings.
+        self.stages = nn.ModuleDict({str(layer): StagePruner(self) for layer in self.layers})
+
+    @classmethod
+    def for_model(cls, model: nn.Module, layers: Sequence[int], **options: Any) -> TokenPruners:
+        """Untrained pruners with the sizes, name and fingerprint of ``model`` (a causal LM of transformers)."""
+        text = model.config.get_text_config()
+        described = {
+            "num_layers": text.num_hidden_layers,
+            "model_type": text.model_type,
+            "base_model": getattr(model, "name_or_path", None) or None,
+            "weights_fingerprint": weights_fingerprint(model),
+            "attention_heads": text.num_attention_heads,
+        }
+        return cls(text.hidden_size, layers, **{**described, **options})
+
+    @property
+    def name(self) -> str:
+        """How result rows call this scorer."""
+        return "learned"
+
+    def check(self, model: nn.Module, config: Any) -> None:
+        """Refuse a model of other sizes or layers without a pruner, before any compute; warn of other weights.
+
+        Raises
+        ------
+        ValueError
+            Naming both sizes, or both lists of layers.
+        """
+        lacking = [layer for layer in config.layers if layer not in self.layers]
+        if lacking:
+            raise ValueError(
+                f"layers={list(config.layers)} names {lacking}, but these pruners were made for layers "
+                f"{list(self.layers)}: prune at those, or train pruners for the missing ones."
+            )
+        text = model.config.get_text_config()
+        for field, own, other in (
+            ("hidden_size", self.hidden_size, text.hidden_size),
+            ("num_layers", self.num_layers, text.num_hidden_layers),
+            ("model_type", self.model_type, text.model_type),
+        ):
+            if own is not None and own != other:
+                raise ValueError(
+                    f"{field}={own} of these pruners (base model {self.base_model}) does not fit the model's {other}: "
+                    "load pruners that were trained on this model, or train some."
+                )
+        if self.weights_fingerprint is not None and weights_fingerprint(model) != self.weights_fingerprint:
+            warnings.warn(
+                f"these pruners were trained on other weights of the same shape ({self.base_model}): "
+                "expect worse scores, or train on this model.",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def forward(self, stage: Any) -> Tensor:
+        """Scores (B, n) of the tokens alive at ``stage``, higher is more important; float32."""
+        hidden_states = stage.hidden_states
+        network = self.stages[str(stage.layer_index)]
+        # Under a device_map each decoder layer has its own device: its pruner moves there once.
+        network.to(hidden_states.device)
+        attention = None
+        if self.looked_back:
+            attention = stage.attention_mass(self.looked_back[stage.layer_index], ASKING_TOKENS)
+        own = f"score of {id(self)}"  # others, mixed with this one, may remember theirs
+        memory = stage.carried.get(own)
+        learned = network(hidden_states, stage.positions, stage.valid, stage.prompt_lengths, attention, memory)
+        if "memory" in self.features:
+            stage.carried[own] = standardised(learned, stage.valid)
+        return learned if self.blend is None else self.blend(learned, stage)
+
+    def score(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        prompt_lengths: Tensor,
+        attention: Tensor | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
+        """Differentiable scores (B, n) at ``layer``.
+
+        Parameters
+        ----------
+        hidden_states
+            (B, n, D), the input of decoder layer ``layer``.
+        positions, valid
+            (B, n): index of each token in its own prompt (-1 for padding), and which tokens are real.
+        prompt_lengths
+            (B,) real tokens a prompt.
+        attention
+            (B, n, A), `Stage.attention_mass` of the layers in ``looked_back[layer]``; with the input ``"attention"``.
+        memory
+            (B, n), the standardised scores of the stage before; None at the first.
+        """
+        return self.stages[str(layer)](hidden_states, positions, valid, prompt_lengths, attention, memory)
+
+    def keep_probability(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        prompt_lengths: Tensor,
+        attention: Tensor | None = None,
+        memory: Tensor | None = None,
+        tau: float = 1.0,
+    ) -> Tensor:
+        """(B, n) the paper's M = GumbelSoftmax(pi), the share of "keep" in a relaxed sample; ``head="gumbel"`` only."""
+        if self.head != "gumbel":
+            raise ValueError("head='score' has no keep probability: make TokenPruners(..., head='gumbel').")
+        logits = self.stages[str(layer)].logits(hidden_states, positions, valid, prompt_lengths, attention, memory)
+        return F.gumbel_softmax(logits, tau=tau, dim=-1)[..., 1]
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations that one stage spends on one token (a multiply-add counts 2)."""
+        inputs = self.hidden_size
+        extra = self.side_inputs
+        flops = 2 * self.width * (inputs + extra) + 2 * (self.width + extra) * (2 if self.head == "gumbel" else 1)
+        if "query" in self.features:
+            flops += 2 * self.query_rank * inputs + 2 * self.query_rank * self.query_window
+        if "attention" in self.features:
+            flops += LAYERS_BACK * 2 * ASKING_TOKENS * inputs
+        if self.blend is not None:
+            flops += self.blend.flops_per_token(inputs)
+        return float(flops)
+
+    @property
+    def side_inputs(self) -> int:
+        """Inputs of a pruner beside the hidden state."""
+        sizes = {
+            "distance": DISTANCE_INPUTS,
+            "query": self.query_heads,
+            "attention": LAYERS_BACK * (self.attention_heads or 0),
+            "memory": 1,
+        }
+        used = {name: size for name, size in sizes.items() if name in self.features}
+        again = {name: size for name, size in used.items() if name in ("query", "attention") and self.passage_tokens}
+        return sum(used.values()) + sum(again.values())
+
+    def extra_repr(self) -> str:
+        """For ``print(pruners)``."""
+        return f"layers={list(self.layers)}, features={self.features}, head={self.head!r}, base={self.base_model!r}"
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A short hash of the first numbers of the embedding, the same in float32 and bfloat16 and on any device."""
+    sample = model.get_input_embeddings().weight.detach()[:64, :64].to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,217 @@
+"""Labels: how much each prompt token matters at each pruned layer, from one forward and one backward pass.
+
+Knows models (through `architectures`) and labels, not pruners. No gradient of a weight is ever computed. Axes: B batch,
+T tokens, R response tokens, G key/value heads, L layers.
+
+- ``gradient_x_hidden``: the paper's label, ``|sum_d (dLoss/dx)_d x_d|`` at the input x of the pruned layer.
+- ``removal``: ``sum over layers l >= stage of |dLoss/db_l|`` with b_l a zero bias on each key of layer l: the
+  first-order effect of what pruning does, which is to remove a token as a key from every later layer.
+- ``removal_by_head``: the same with one bias for each key/value head, absolute values before the sum.
+- ``removal_joint``: the absolute value after the sum over layers.
+- ``removal_odds``: removal, of the response tokens' log-odds under random signs instead of their summed loss. A loss is
+  flat where the model is sure of its answer, and the effects on different tokens cancel in its sum; these do neither.
+- ``attention_entropy``: each key's share in the entropy of the attention that the response pays at that layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdtp_lib.architectures.attention_bias import attention_bias, attention_mask_out
+from sdtp_lib.architectures.attention_weights import attention_from_last
+from sdtp_lib.architectures.layers import describe, layer_inputs, position_argument
+
+LABELS = (
+    "gradient_x_hidden", "removal", "removal_by_head", "removal_joint", "removal_odds", "attention_entropy",
+)  # fmt: skip
+LOSS_ON = ("response", "all", "continuation")
+_ODDS_SEED = 20250404
+
+
+def saliency_of(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    layers: Sequence[int],
+    label: str | Sequence[str] = "gradient_x_hidden",
+) -> dict[int, Tensor] | dict[str, dict[int, Tensor]]:
+    """Saliency of every token at each of ``layers`` for the loss over the tokens in ``response_mask``.
+
+    Parameters
+    ----------
+    input_ids, attention_mask, response_mask
+        (B, T). Rows are padded on the left; ``attention_mask`` is 0 at padding; ``response_mask`` is 1 at the tokens
+        whose prediction makes the loss (all 1 for a loss over all tokens).
+    layers
+        0-based layers, ascending or not.
+    label
+        One of `LABELS`, or several, computed together.
+
+    Returns
+    -------
+    dict
+        layer -> (B, T) float32, non-negative, 0 at padding. With several labels: label -> that.
+
+    Raises
+    ------
+    ValueError
+        For an unknown label, a row without response tokens, or layers that the model lacks.
+    """
+    labels = (label,) if isinstance(label, str) else tuple(label)
+    unknown = [name for name in labels if name not in LABELS]
+    if unknown:
+        raise ValueError(f"label={unknown} is unknown: choose among {', '.join(LABELS)}.")
+    depth = describe(model).config.num_hidden_layers
+    if not layers or min(layers) < 0 or max(layers) >= depth:
+        raise ValueError(f"layers={list(layers)}: name layers from 0 to {depth - 1} of this model.")
+    attention_mask, response_mask = attention_mask.bool(), response_mask.bool() & attention_mask.bool()
+    # The first real token is predicted from nothing.
+    targets = response_mask & (attention_mask.long().cumsum(-1) > 1)
+    if not targets.any(-1).all():
+        raise ValueError("response_mask: a row has no token to predict; give each prompt a response.")
+    by_head = "removal_by_head" in labels
+    wants_bias = any(name.startswith("removal") for name in labels)
+    wants_hidden = "gradient_x_hidden" in labels
+    forward = {"attention_mask": attention_mask.long(), "use_cache": False}
+    forward |= position_argument(model, (attention_mask.long().cumsum(-1) - 1).clamp(min=0))
+    if wants_hidden:
+        # Somewhere the graph must begin: at the embeddings, since no weight takes a gradient.
+        forward["inputs_embeds"] = model.get_input_embeddings()(input_ids).detach().requires_grad_()
+    else:
+        forward["input_ids"] = input_ids
+    first = int(targets.any(0).nonzero()[0])
+    # Logits for the response only: over all tokens they would be T x vocabulary.
+    forward["logits_to_keep"] = input_ids.shape[1] - first + 1
+
+    biased = range(min(layers), depth)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad() if wants_bias or wants_hidden else torch.no_grad())
+        seen = stack.enter_context(layer_inputs(model, layers))
+        bias = stack.enter_context(attention_bias(model, biased, by_head)) if wants_bias else {}
+        logits = model(**forward).logits[:, :-1].float()
+        loss_at = F.cross_entropy(logits.transpose(1, 2), input_ids[:, first:], reduction="none")
+        loss_at = loss_at * targets[:, first:]
+        found = {}
+        needs_loss = {"gradient_x_hidden", "removal", "removal_by_head", "removal_joint"} & set(labels)
+        needs_odds = "removal_odds" in labels
+        if needs_loss:
+            wanted = [*bias.values(), *([seen[layer] for layer in layers] if wants_hidden else [])]
+            gradients = torch.autograd.grad(loss_at.sum(), wanted, retain_graph=needs_odds)
+            at_bias = dict(zip(bias, gradients, strict=False))
+            found |= _removal(at_bias, layers, depth, set(labels), by_head)
+            if wants_hidden:
+                at_hidden = dict(zip(layers, gradients[len(bias) :], strict=True))
+                found["gradient_x_hidden"] = {i: (at_hidden[i] * seen[i]).sum(-1).abs() for i in layers}
+        if needs_odds:
+            odds = _signed_log_odds(loss_at, targets[:, first:])
+            at_bias = dict(zip(bias, torch.autograd.grad(odds, list(bias.values())), strict=True))
+            found["removal_odds"] = _removal(at_bias, layers, depth, {"removal"}, by_head)["removal"]
+    if "attention_entropy" in labels:
+        found["attention_entropy"] = _attention_entropy(model, seen, attention_mask, targets, forward, layers)
+    found = {
+        name: {i: found[name][i].detach().float() * attention_mask.to(found[name][i].device) for i in layers}
+        for name in labels
+    }
+    return found[label] if isinstance(label, str) else found
+
+
+def _removal(
+    gradient: dict[int, Tensor], layers: Sequence[int], depth: int, labels: set[str], by_head: bool
+) -> dict[str, dict[int, Tensor]]:
+    """The removal labels at every stage as sums over the layers from it on, from the deepest layer backwards."""
+    found: dict[str, dict[int, Tensor]] = {name: {} for name in labels if name.startswith("removal")}
+    found.pop("removal_odds", None)
+    total: dict[str, Any] = dict.fromkeys(found, 0.0)
+    for layer in reversed(range(min(layers), depth)):
+        if layer in gradient:
+            here = gradient[layer].float()
+            joined = here.sum(1) if by_head else here
+            for name in found:
+                if name == "removal_by_head":
+                    term = here.abs().sum(1)
+                else:
+                    term = joined if name == "removal_joint" else joined.abs()
+                # Layers may live on different devices.
+                total[name] = term + (total[name].to(term.device) if torch.is_tensor(total[name]) else 0.0)
+        if layer in layers:
+            for name in found:
+                found[name][layer] = total[name].abs()
+    return found
+
+
+def _signed_log_odds(loss_at: Tensor, targets: Tensor) -> Tensor:
+    """Sum over response tokens of +-log(p / (1 - p)), p the probability of the token; signs are fixed by place."""
+    generator = torch.Generator().manual_seed(_ODDS_SEED)
+    signs = torch.randint(0, 2, (loss_at.shape[1],), generator=generator).mul(2).sub(1).to(loss_at.device)
+    # log(1 - p) by expm1; kept off 0, where float32 logits say p = 1.
+    rest = (-torch.expm1(-loss_at)).clamp(min=1e-4)
+    return ((-loss_at - rest.log()) * signs * targets).sum()
+
+
+def _attention_entropy(
+    model: nn.Module,
+    seen: dict[int, Tensor],
+    attention_mask: Tensor,
+    targets: Tensor,
+    forward: dict[str, Any],
+    layers: Sequence[int],
+) -> dict[int, Tensor]:
+    architecture = describe(model)
+    rotary = architecture.rotary()
+    if architecture.model_type == "bloom":
+        raise ValueError("label='attention_entropy' is not available for BLOOM: choose 'removal'.")
+    window = attention_mask.shape[1] - int(targets.any(0).nonzero()[0])
+    asks = targets[:, -window:]
+    found = {}
+    with torch.no_grad():
+        for layer in layers:
+            hidden = seen[layer].detach()
+            embeddings = None if rotary is None else rotary(hidden, forward["position_ids"].to(hidden.device))
+            attention = attention_from_last(
+                architecture.layers[layer], hidden, embeddings, window, attention_mask.to(hidden.device)
+            )
+            share = -torch.xlogy(attention, attention).mean(1) * asks[..., None].to(hidden.device)
+            found[layer] = share.sum(1) / asks.sum(-1, keepdim=True).to(hidden.device)
+    return found
+
+
+@torch.no_grad()
+def block_effects(
+    model: nn.Module, input_ids: Tensor, response_mask: Tensor, layer: int, block_tokens: int = 16, batch_size: int = 8
+) -> Tensor:
+    """The gold check of a label: KL of the response when a block of prompt tokens is removed from ``layer`` on.
+
+    Parameters
+    ----------
+    input_ids, response_mask
+        (1, T), no padding; the response is the end of the row.
+    block_tokens
+        Tokens removed together; neighbours carry the same information, and single tokens hardly show.
+
+    Returns
+    -------
+    Tensor
+        (ceil(P / block_tokens),) nats a response token, for the P prompt tokens in order.
+    """
+    prompt_length = int((~response_mask.bool()).sum())
+    to_keep = input_ids.shape[1] - prompt_length + 1
+    full = model(input_ids, use_cache=False, logits_to_keep=to_keep).logits[0, :-1].float().log_softmax(-1)
+    starts = list(range(0, prompt_length, block_tokens))
+    effects = []
+    for begin in range(0, len(starts), batch_size):
+        some = starts[begin : begin + batch_size]
+        keep = torch.ones(len(some), input_ids.shape[1], device=input_ids.device)
+        for row, start in enumerate(some):
+            keep[row, start : min(start + block_tokens, prompt_length)] = 0
+        with attention_mask_out(model, {layer: keep}):
+            output = model(input_ids.expand(len(some), -1), use_cache=False, logits_to_keep=to_keep)
+        pruned = output.logits[:, :-1].float().log_softmax(-1)
+        effects.append((full.exp() * (full - pruned)).sum(-1).mean(-1))
+    return torch.cat(effects)

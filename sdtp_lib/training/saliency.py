@@ -1,0 +1,235 @@
+"""The label pass over many samples: resumable, keyed by sample id, cached as a `datasets` data set.
+
+One file a sample (written whole or not at all), so a killed run goes on where it stopped and several processes may
+share the work; labels can never end up at another sample. What a label is, `labels` knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sdtp_lib.architectures.attention_weights import attention_looked_back_at
+from sdtp_lib.architectures.layers import layer_inputs
+from sdtp_lib.models import cache_directory, fingerprint
+from sdtp_lib.pruning.stage import ASKING_TOKENS, looked_back
+from sdtp_lib.records import atomic_write
+from sdtp_lib.training.labels import LABELS, LOSS_ON, saliency_of
+
+CONTINUATION_TOKENS = 64
+
+
+def compute_saliency(
+    model: nn.Module,
+    samples: Sequence[dict[str, Any]],
+    layers: Sequence[int],
+    label: str | Sequence[str] = "removal",
+    loss_on: str = "response",
+    tokenizer: Any | None = None,
+    batch_size: int = 1,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    store_hidden: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> Dataset:
+    """Label the prompt tokens of ``samples`` at each of ``layers``.
+
+    Parameters
+    ----------
+    samples
+        Dicts with ``id`` and either ``prompt_ids`` and ``response_ids`` or ``prompt`` and ``response`` (texts, which
+        need ``tokenizer``); see `sdtp_lib.data`.
+    label
+        One of `LABELS`, or several, computed together.
+    loss_on
+        ``"response"``; ``"all"`` tokens (what an earlier reproduction did, and worse); ``"continuation"``: the model's
+        own greedy answer in place of the response.
+    cache_dir
+        Where the labels are kept, default the user's cache. What is there already is not computed again.
+    store_hidden
+        Also keep the other inputs of pruners at ``layers``, in bfloat16, so that they train without the model: hidden
+        states of the prompt, and what the layers before each paid to its tokens (`pruning.stage.looked_back`).
+    share
+        ``(i, n)``: label only every n-th sample, from the i-th; n processes share the work so, and whoever comes
+        after them with the whole reads all.
+
+    Returns
+    -------
+    datasets.Dataset
+        A row for each labelled sample: ``sample_id, category, input_ids, prompt_length``, ``layer_<l>`` (one number a
+        prompt token, of the first label), ``layer_<l>_<label>`` for further labels, ``file`` (where hidden states are).
+
+    Raises
+    ------
+    ValueError
+        For an unknown label or loss, a sample without prompt or response, or two samples of one id.
+    """
+    labels = (label,) if isinstance(label, str) else tuple(label)
+    if loss_on not in LOSS_ON:
+        raise ValueError(f"loss_on={loss_on!r} is unknown: choose one of {', '.join(LOSS_ON)}.")
+    if unknown := [name for name in labels if name not in LABELS]:
+        raise ValueError(f"label={unknown} is unknown: choose among {', '.join(LABELS)}.")
+    layers = tuple(layers)
+    tokenised = [_tokenised(sample, tokenizer) for sample in samples]
+    ids = [sample["id"] for sample in tokenised]
+    if len(set(ids)) != len(ids):
+        raise ValueError("samples: two of them share an id, and labels are keyed by id; make the ids unique.")
+    about = {"model": fingerprint(model), "layers": layers, "labels": labels, "loss_on": loss_on, "schema": 2}
+    folder = Path(cache_dir or cache_directory()) / "saliency" / _digest(about)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {sample["id"]: folder / f"{_digest(sample)}.safetensors" for sample in tokenised}
+    mine = tokenised[share[0] :: share[1]]
+    missing = [s for s in mine if not _complete(files[s["id"]], store_hidden)]
+    bar = tqdm(total=len(missing), desc=f"saliency ({', '.join(labels)})", disable=not progress, unit="sample")
+    with bar:
+        for batch in _batches(missing, batch_size):
+            for sample, tensors in _label_batch(model, batch, layers, labels, loss_on, store_hidden):
+                meta = {"sample_id": sample["id"], "category": str(sample.get("category", ""))}
+                meta["looked_back"] = json.dumps(looked_back(layers))
+                with atomic_write(files[sample["id"]]) as temporary:
+                    save_file(tensors, str(temporary), metadata=meta)
+                bar.update()
+    rows = [_row(files[name], layers, labels) for name in ids if files[name].exists()]
+    return Dataset.from_list(rows)
+
+
+def load_hidden(file: str | Path, layer: int) -> Tensor:
+    """(P, D) bfloat16 hidden states of a sample's prompt at the input of ``layer``, stored by ``store_hidden``."""
+    with safe_open(str(file), "pt") as stored:
+        return stored.get_tensor(f"hidden_{layer}")
+
+
+def load_attention(file: str | Path, layer: int) -> Tensor:
+    """(P, H x layers) bfloat16: what `Stage.attention_mass` shows before ``layer``, stored by ``store_hidden``."""
+    with safe_open(str(file), "pt") as stored:
+        return stored.get_tensor(f"attention_{layer}")
+
+
+def has_hidden(file: str | Path, back: Mapping[int, Sequence[int]] | None = None) -> bool:
+    """Whether a label file exists and holds hidden states; with ``back``, also the attention looked back at just so."""
+    if not Path(file).exists():
+        return False
+    with safe_open(str(file), "pt") as stored:
+        if not any(name.startswith("hidden_") for name in stored.keys()):  # noqa: SIM118 - safe_open is no mapping
+            return False
+        kept = json.loads(stored.metadata().get("looked_back", "{}"))
+    return all(kept.get(str(layer)) == list(layers) for layer, layers in (back or {}).items())
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and attention mask of rows of unequal length."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.as_tensor(row)
+        mask[index, width - len(row) :] = 1
+    return ids, mask
+
+
+def _label_batch(
+    model: nn.Module,
+    batch: Sequence[dict[str, Any]],
+    layers: tuple[int, ...],
+    labels: tuple[str, ...],
+    loss_on: str,
+    store_hidden: bool,
+) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    device = model.get_input_embeddings().weight.device
+    if loss_on == "continuation":
+        batch = [{**sample, "response_ids": _greedy(model, sample["prompt_ids"], device)} for sample in batch]
+    rows = [sample["prompt_ids"] + sample["response_ids"] for sample in batch]
+    ids, mask = (tensor.to(device) for tensor in pad_left(rows))
+    response = torch.zeros_like(mask)
+    for index, sample in enumerate(batch):
+        response[index, ids.shape[1] - len(sample["response_ids"]) :] = 1
+    target = mask if loss_on == "all" else response
+    prompt_mask = (mask - response).bool()
+    back = looked_back(layers) if store_hidden else {}
+    with (
+        layer_inputs(model, layers if store_hidden else ()) as seen,
+        attention_looked_back_at(model, back, ASKING_TOKENS, lambda _layer: prompt_mask) as paid,
+    ):
+        saliency = saliency_of(model, ids, mask, target, layers, labels)
+    for index, sample in enumerate(batch):
+        start = ids.shape[1] - len(rows[index])
+        prompt = slice(start, start + len(sample["prompt_ids"]))
+        tensors = {
+            "input_ids": torch.tensor(rows[index]),
+            "prompt_length": torch.tensor([len(sample["prompt_ids"])]),
+            **{
+                f"{name}_{layer}": saliency[name][layer][index, prompt].cpu().contiguous()
+                for name in labels
+                for layer in layers
+            },
+        }
+        for layer in layers if store_hidden else ():
+            for name, kept in (("hidden", seen[layer]), ("attention", paid[layer])):
+                tensors[f"{name}_{layer}"] = kept[index, prompt].detach().to("cpu", torch.bfloat16).contiguous()
+        yield sample, tensors
+
+
+@torch.no_grad()
+def _greedy(model: nn.Module, prompt_ids: list[int], device: torch.device) -> list[int]:
+    prompt = torch.tensor([prompt_ids], device=device)
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=CONTINUATION_TOKENS, do_sample=False
+    )
+    return output[0, len(prompt_ids) :].tolist()
+
+
+def _tokenised(sample: dict[str, Any], tokenizer: Any | None) -> dict[str, Any]:
+    if "prompt_ids" not in sample or "response_ids" not in sample:
+        if tokenizer is None or "prompt" not in sample or "response" not in sample:
+            raise ValueError(
+                f"sample {sample.get('id')!r} needs prompt_ids and response_ids, or prompt, response and a tokenizer."
+            )
+        special = not getattr(tokenizer, "chat_template", None)
+        sample = {
+            **sample,
+            "prompt_ids": tokenizer(sample["prompt"], add_special_tokens=special)["input_ids"],
+            "response_ids": tokenizer(sample["response"], add_special_tokens=False)["input_ids"],
+        }
+    if not sample["prompt_ids"] or not sample["response_ids"]:
+        raise ValueError(f"sample {sample.get('id')!r} has an empty prompt or response.")
+    keep = ("id", "category", "prompt_ids", "response_ids")
+    return {name: sample[name] for name in keep if name in sample}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _complete(file: Path, store_hidden: bool) -> bool:
+    return file.exists() and (not store_hidden or has_hidden(file))
+
+
+def _row(file: Path, layers: tuple[int, ...], labels: tuple[str, ...]) -> dict[str, Any]:
+    with safe_open(str(file), "pt") as stored:
+        meta = stored.metadata()
+        row = {
+            "sample_id": meta["sample_id"],
+            "category": meta["category"],
+            "input_ids": stored.get_tensor("input_ids").tolist(),
+            "prompt_length": int(stored.get_tensor("prompt_length")[0]),
+        }
+        for number, name in enumerate(labels):
+            for layer in layers:
+                column = f"layer_{layer}" if number == 0 else f"layer_{layer}_{name}"
+                row[column] = stored.get_tensor(f"{name}_{layer}").tolist()
+    return {**row, "file": str(file)}
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,154 @@
+"""Pruning simulated by masking keys out of attention (paper, section 3.3), so that gradients reach the pruners.
+
+A training row holds prompt and response, and no token leaves it: who lives at a stage is a mask. Axes: B batch, T
+tokens, K columns that hold the living tokens of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from sdtp_lib.architectures.attention_bias import key_bias
+from sdtp_lib.architectures.attention_weights import attention_looked_back_at
+from sdtp_lib.architectures.layers import layer_inputs
+from sdtp_lib.pruning.selection import gather_tokens
+from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
+from sdtp_lib.scorers.blend import Blend, standardised
+from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.training import losses
+from sdtp_lib.training.config import TrainingConfig
+
+
+@contextlib.contextmanager
+def simulated_pruning(
+    model: nn.Module, pruners: TokenPruners, prompt_mask: Tensor, keep_ratio: float, config: TrainingConfig
+) -> Iterator[dict[int, Tensor]]:
+    """Pruning by attention masking inside one forward, each stage scored on what the earlier stages left.
+
+    Scores are those of inference, blend included.
+
+    Yields layer -> keep (B, T), filled by the forward: near 0 where a stage has dropped a token, in the graph.
+
+    Parameters
+    ----------
+    prompt_mask
+        (B, T) bool: the prompt's tokens; padding and response never count as dropped.
+
+    Raises
+    ------
+    ValueError
+        For a blend that asks with another window than the one that training reads.
+    """
+    run = _Simulation(pruners, prompt_mask, keep_ratio, config)
+    with (
+        layer_inputs(model, pruners.layers) as run.seen,
+        attention_looked_back_at(model, run.back, ASKING_TOKENS, run.living) as run.paid,
+        key_bias(model, run.bias),
+    ):
+        yield run.keeps
+
+
+class LivingTokens:
+    """The prompt tokens of a batch that are left at a stage, scored side by side as in the engine.
+
+    Attributes
+    ----------
+    alive
+        (B, T) bool; who drops tokens, replaces it.
+    order, left
+        Set by `score`: columns (B, K) of the living tokens, in order and first, and which of them (B, K) do live.
+    """
+
+    def __init__(self, pruners: TokenPruners, prompt_mask: Tensor) -> None:
+        self.pruners, self.alive = pruners, prompt_mask
+        self.positions = (prompt_mask.long().cumsum(-1) - 1).masked_fill(~prompt_mask, -1)
+        self.lengths = prompt_mask.sum(-1)
+        self.memory: Tensor | None = None  # (B, T), the pruner's own scores at the stage before
+
+    def score(
+        self, layer: int, hidden: Tensor, paid: Tensor | None, blend: Blend | None = None, whole: bool = False
+    ) -> Tensor:
+        """Scores (B, K) of the living tokens, from what the whole row (B, T, D) and (B, T, A) shows at ``layer``.
+
+        ``paid`` is shared among the living if it was paid to the ``whole`` prompt. ``blend`` mixes the score.
+        """
+        self.order = (~self.alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(self.alive.sum(-1).max())]
+        self.left = self.alive.gather(1, self.order)
+        mass = None if paid is None else gather_tokens(paid, self.order)
+        if whole and mass is not None:
+            mass = share_of_living(mass, self.left)
+        own = mass if self.pruners.looked_back else None
+        places = self.positions.gather(1, self.order)
+        memory = None if self.memory is None else self.memory.gather(1, self.order)
+        states = gather_tokens(hidden, self.order)
+        scores = self.pruners.score(layer, states, places, self.left, self.lengths, own, memory)
+        self.memory = self.put_back(standardised(scores, self.left).detach())
+        if blend is None:
+            return scores
+        heads = None if mass is None else mass.chunk(LAYERS_BACK, dim=-1)[-1].transpose(1, 2)
+        return blend.mixed(scores, self.left, places, heads)
+
+    def put_back(self, values: Tensor) -> Tensor:
+        """``values`` (B, K) of the living at their columns: (B, T), 0 elsewhere."""
+        return torch.zeros_like(self.alive, dtype=values.dtype).scatter(1, self.order, values)
+
+
+class _Simulation:
+    """One forward under simulated pruning: who is alive so far, and how little of a token each stage has left."""
+
+    def __init__(self, pruners: TokenPruners, prompt_mask: Tensor, keep_ratio: float, config: TrainingConfig) -> None:
+        self.pruners, self.keep_ratio, self.config = pruners, keep_ratio, config
+        self.back = pruners.looked_back
+        if pruners.blend is not None and pruners.blend.attention:
+            if pruners.blend.window != ASKING_TOKENS:
+                raise ValueError(
+                    f"blend.window={pruners.blend.window} cannot be simulated in training: give {ASKING_TOKENS}, or no "
+                    "blend."
+                )
+            self.back = self.back or looked_back(pruners.layers)
+        self.tokens = LivingTokens(pruners, prompt_mask)
+        self.keeps: dict[int, Tensor] = {}
+        self.log_keep: Tensor | None = None  # (B, T), the sum over the stages so far
+        # Filled by the forward: what enters each layer, and what was just attended to.
+        self.seen: dict[int, Tensor] = {}
+        self.paid: dict[int, Tensor] = {}
+
+    def living(self, index: int) -> Tensor:
+        """(B, T) who lives at layer ``index``; asked for by whoever reads attention there."""
+        # What the stage is shown is complete by then, so its cut comes before others look at this layer.
+        if index in self.paid:
+            self._cut(index)
+        return self.tokens.alive
+
+    def bias(self, index: int, key: Tensor) -> Tensor | None:
+        """(B, T) what is added to the attention scores of each key at layer ``index``; None before the first cut."""
+        self._cut(index)
+        return None if self.log_keep is None else self.log_keep.to(key.device, key.dtype)
+
+    def _cut(self, index: int) -> None:
+        # A recomputed forward would ask again; the stages of one forward come once each, in order.
+        if index not in self.pruners.layers or index in self.keeps:
+            return
+        config, tokens = self.config, self.tokens
+        scores = tokens.put_back(tokens.score(index, self.seen[index], self.paid.get(index), self.pruners.blend))
+        open_to_cut = tokens.alive & losses.scorable(
+            tokens.alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
+        )
+        living, free = tokens.alive.sum(-1, keepdim=True), open_to_cut.sum(-1, keepdim=True)
+        share = (living * self.keep_ratio - (living - free)).clamp(min=0) / free.clamp(min=1)
+        soft = losses.soft_keep(scores, open_to_cut, share, config.temperature, config.keep_floor)
+        hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
+        keep = losses.straight_through(soft, hard) if config.straight_through else soft
+        self.keeps[index] = keep
+        tokens.alive = tokens.alive & (hard > 0.5)
+        self.log_keep = keep.log() if self.log_keep is None else self.log_keep + keep.log()
+
+
+def share_of_living(mass: Tensor, left: Tensor) -> Tensor:
+    """Attention (B, K, A) paid by `ASKING_TOKENS` askers, as if what they paid to dropped tokens went to the living."""
+    mass = mass * left[..., None]
+    return mass * (ASKING_TOKENS / mass.sum(dim=1, keepdim=True).clamp_min(1e-6))

@@ -1,0 +1,174 @@
+"""One training step of the pruners: their losses on a batch, with the language model frozen beside them.
+
+Axes: B batch, S stages, T tokens, P prompt tokens, D hidden size, A attention inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdtp_lib.architectures.attention_weights import attention_looked_back_at
+from sdtp_lib.architectures.layers import layer_inputs, position_argument
+from sdtp_lib.pruning.stage import ASKING_TOKENS
+from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.training import losses
+from sdtp_lib.training.config import TrainingConfig
+from sdtp_lib.training.saliency import has_hidden, load_attention, load_hidden
+from sdtp_lib.training.simulation import LivingTokens, simulated_pruning
+
+
+class PrunerLoss(nn.Module):
+    """What `Trainer` trains: the pruners with their losses. The language model is no submodule, so it is not saved."""
+
+    def __init__(
+        self, pruners: TokenPruners, language_model: nn.Module, layers: tuple[int, ...], config: TrainingConfig
+    ) -> None:
+        super().__init__()
+        self.pruners, self.layers, self.settings = pruners, layers, config
+        self._frozen = (language_model,)
+        self.draws = torch.Generator().manual_seed(config.seed)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_mask: Tensor,
+        labels: Tensor,
+        hidden: Tensor | None = None,
+        attention: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        ``labels`` (B, S, T) are saliency by stage; ``hidden`` (B, S, T, D) and ``attention`` (B, S, T, A) the pruners'
+        other inputs where they were stored with it.
+        """
+        config = self.settings
+        (language_model,) = self._frozen
+        device = next(self.pruners.parameters()).device
+        at = language_model.get_input_embeddings().weight.device
+        if device != at and not hasattr(language_model, "hf_device_map"):
+            language_model.to(device)
+        keep_ratio = self._keep_ratio()
+        teacher = None
+        if config.needs_labels and hidden is None or config.distill_weight:
+            back = self.pruners.looked_back
+            with (
+                torch.no_grad(),
+                layer_inputs(language_model, self.layers) as seen,
+                attention_looked_back_at(language_model, back, ASKING_TOKENS, lambda _layer: prompt_mask) as paid,
+            ):
+                teacher = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)[0]
+            by_layer = {layer: (seen[layer].to(device), _moved(paid.get(layer), device)) for layer in self.layers}
+        if hidden is not None:
+            paid = [None] * len(self.layers) if attention is None else attention.unbind(dim=1)
+            by_layer = dict(zip(self.layers, zip(hidden.unbind(dim=1), paid, strict=True), strict=True))
+        parts: dict[str, Tensor] = {}
+        if config.needs_labels:
+            parts |= self._label_losses(by_layer, prompt_mask, labels, keep_ratio)
+        if config.simulates_pruning:
+            with simulated_pruning(language_model, self.pruners, prompt_mask, keep_ratio, config):
+                student, targets = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)
+            if config.lm_weight:
+                parts["lm"] = F.cross_entropy(student.float(), targets)
+            if config.distill_weight:
+                parts["distill"] = losses.distillation(student, teacher)
+        weights = config.weights()
+        total = sum(weights[name] * value for name, value in parts.items())
+        return {"loss": total, **{f"{name}_loss": value.detach() for name, value in parts.items()}}
+
+    def _keep_ratio(self) -> float:
+        low, high = self.settings.keep_ratios
+        if not self.training:
+            return self.settings.eval_ratio
+        return low + (high - low) * torch.rand((), generator=self.draws).item()
+
+    def _label_losses(
+        self, by_layer: dict[int, tuple[Tensor, Tensor | None]], prompt_mask: Tensor, labels: Tensor, keep_ratio: float
+    ) -> dict[str, Tensor]:
+        config, tokens = self.settings, LivingTokens(self.pruners, prompt_mask)
+        found: dict[str, list[Tensor]] = {name: [] for name in ("mse", "rank", "drop")}
+        for stage, layer in enumerate(self.layers):
+            scores = tokens.score(layer, *by_layer[layer], whole=True)
+            saliency = labels[:, stage].gather(1, tokens.order)
+            counted = losses.scorable(tokens.left, config.sink_tokens, config.local_ratio, config.min_local_tokens)
+            if config.mse_weight:
+                found["mse"].append(losses.masked_mse(scores, losses.log_saliency(saliency, counted), counted))
+            if config.rank_weight:
+                sides = (
+                    losses.cut_weights(saliency, counted, keep_ratio, config.rank_width)
+                    if config.rank_at_cut
+                    else (None, None)
+                )
+                found["rank"].append(losses.pairwise_ranking(scores, saliency, counted, *sides))
+            if config.drop_weight:
+                found["drop"].append(losses.dropped_saliency(scores, saliency, counted, keep_ratio))
+            if config.staged:
+                dropped = counted & ~losses.highest(scores.detach(), counted, keep_ratio)
+                tokens.alive = tokens.alive & ~tokens.put_back(dropped)
+        return {name: torch.stack(values).mean() for name, values in found.items() if values}
+
+    @staticmethod
+    def _response_logits(
+        language_model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(N, V) logits that predict the response tokens, and these tokens (N,)."""
+        response = attention_mask.bool() & ~prompt_mask
+        first = int(response.any(0).nonzero()[0])
+        logits = language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            logits_to_keep=input_ids.shape[1] - first + 1,
+            **position_argument(language_model, (attention_mask.cumsum(-1) - 1).clamp(min=0)),
+        ).logits[:, :-1]
+        here = response[:, first:]
+        return logits[here], input_ids[:, first:][here]
+
+
+class Collator:
+    """Left-padded batches. Labels are put beside the very tokens that they were computed for."""
+
+    def __init__(self, layers: tuple[int, ...], back: Mapping[int, Sequence[int]] | None = None) -> None:
+        """``back``: the layers whose attention the pruners look back at (`TokenPruners.looked_back`)."""
+        self.layers, self.back = layers, dict(back or {})
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": torch.zeros(len(rows), width, dtype=torch.long),
+            "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
+            "prompt_mask": torch.zeros(len(rows), width, dtype=torch.bool),
+            "labels": torch.zeros(len(rows), len(self.layers), width),
+        }
+        stored = self._stored(rows)
+        for name, kept in stored.items():
+            batch[name] = torch.zeros(len(rows), len(self.layers), width, kept[0].shape[-1])
+        for index, row in enumerate(rows):
+            start, prompt = width - len(row["input_ids"]), row["prompt_length"]
+            batch["input_ids"][index, start:] = torch.tensor(row["input_ids"])
+            batch["attention_mask"][index, start:] = 1
+            batch["prompt_mask"][index, start : start + prompt] = True
+            for stage, layer in enumerate(self.layers):
+                batch["labels"][index, stage, start : start + prompt] = torch.tensor(row[f"layer_{layer}"])
+            for name, kept in stored.items():
+                batch[name][index, :, start : start + prompt] = kept[index].float()
+        return batch
+
+    def _stored(self, rows: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
+        """``hidden`` (S, P, D) and, if looked at, ``attention`` (S, P, A) a row; nothing if they were not kept."""
+        if not all(row.get("file") and has_hidden(row["file"], self.back) for row in rows):
+            return {}
+        readers = {"hidden": load_hidden, **({"attention": load_attention} if self.back else {})}
+        return {
+            name: [torch.stack([read(row["file"], layer) for layer in self.layers]) for row in rows]
+            for name, read in readers.items()
+        }
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

@@ -1,0 +1,172 @@
+"""Stage 2: pruners from labelled samples, on transformers' `Trainer`.
+
+The language model is frozen, is never saved and takes no weight gradient: checkpoints hold the pruners only. Labels
+come from `saliency`, keyed by sample id; what a step computes, `step` knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from sdtp_lib.records import write_json
+from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.training.config import TrainingConfig
+from sdtp_lib.training.saliency import compute_saliency
+from sdtp_lib.training.step import Collator, PrunerLoss
+
+
+def train_pruners(
+    model: nn.Module,
+    samples: Sequence[dict[str, Any]] | Dataset,
+    config: TrainingConfig | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    pruners: TokenPruners | None = None,
+    tokenizer: Any | None = None,
+    label: str = "removal",
+    loss_on: str = "response",
+    output_dir: str | Path = "runs/pruners",
+    cache_dir: str | Path | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    label_batch_size: int = 1,
+    **pruner_options: Any,
+) -> TokenPruners:
+    """Train pruners for ``model``.
+
+    Parameters
+    ----------
+    samples
+        Samples (`compute_saliency` labels them first, cached), or a data set that it returned.
+    layers
+        Where to prune; default those of ``pruners``, else the labelled ones, else ``range(4, L, 3)``.
+    pruners
+        Pruners to go on with; default new ones, made with ``pruner_options`` (``features=...``).
+    output_dir
+        Checkpoints, at the end the pruners under ``output_dir/pruners`` and the logged losses in ``history.json``. A
+        checkpoint found there is resumed. Under `accelerate launch` or `notebook_launcher` one process writes.
+
+    Returns
+    -------
+    TokenPruners
+        In eval mode, the best on the held-out samples if some are held out. ``.history`` has the logged losses.
+
+    Raises
+    ------
+    ValueError
+        For no samples, or samples without labels at a wanted layer.
+    """
+    config = config or TrainingConfig()
+    if not len(samples):
+        raise ValueError("samples is empty: give at least one labelled sample.")
+    labelled = samples if isinstance(samples, Dataset) else None
+    if layers is None:
+        text = model.config.get_text_config()
+        found = sorted(int(name[6:]) for name in labelled.column_names if name[6:].isdigit()) if labelled else []
+        layers = pruners.layers if pruners is not None else found or range(4, text.num_hidden_layers, 3)
+    layers = tuple(sorted(layers))
+    if labelled is None:
+        labelled = compute_saliency(
+            model, samples, layers, label, loss_on, tokenizer, label_batch_size, cache_dir, progress
+        )
+    lacking = [layer for layer in layers if f"layer_{layer}" not in labelled.column_names]
+    if lacking:
+        raise ValueError(f"layers={list(layers)}: the samples have no labels at {lacking}; label them there first.")
+    torch.manual_seed(config.seed)
+    if pruners is None:
+        pruners = TokenPruners.for_model(model, layers, **{"notes": {"label": label}, **pruner_options})
+    train, held_out = split_by_id(labelled, config)
+    output_dir = Path(output_dir)
+    trainer = _PrunerTrainer(
+        model=PrunerLoss(pruners, model, layers, config),
+        args=_arguments(config, output_dir, held_out is not None, progress),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=Collator(layers, pruners.looked_back),
+        callbacks=[EarlyStoppingCallback(config.patience)] if held_out is not None and config.patience else [],
+    )
+    last = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    trainer.train(resume_from_checkpoint=str(last[-1]) if last and resume else None)
+    pruners.history = trainer.state.log_history
+    pruners.eval()
+    if trainer.is_world_process_zero():
+        write_json(output_dir / "history.json", pruners.history)
+        pruners.save_pretrained(output_dir / "pruners")
+    return pruners
+
+
+def split_by_id(labelled: Dataset, config: TrainingConfig) -> tuple[Dataset, Dataset | None]:
+    """(train, held out); a sample's side depends on its id and the seed only, not on the order or the other samples."""
+
+    def draw(name: str) -> float:
+        return int(hashlib.sha256(f"{config.seed}:{name}".encode()).hexdigest()[:8], 16) / 2**32
+
+    draws = np.array([draw(name) for name in labelled["sample_id"]])
+    held_out = np.flatnonzero(draws < config.eval_share)
+    train = np.flatnonzero(draws >= config.eval_share)
+    if len(held_out) == 0 or len(train) == 0:
+        return labelled, None
+    return labelled.select(train), labelled.select(held_out)
+
+
+class _PrunerTrainer(Trainer):
+    """`Trainer` that logs each loss by name and saves the pruners only."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        mode = "train" if model.training else "eval"
+        sums = self.__dict__.setdefault("_parts", {})
+        for name, value in outputs.items():
+            if name != "loss":
+                sums.setdefault(mode, {}).setdefault(name, []).append(float(value))
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def log(self, logs, *args, **kwargs):
+        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        parts = self.__dict__.get("_parts", {}).pop(mode, {})
+        prefix = "eval_" if mode == "eval" else ""
+        logs.update({prefix + name: sum(values) / len(values) for name, values in parts.items()})
+        super().log(logs, *args, **kwargs)
+
+
+def _arguments(config: TrainingConfig, output_dir: Path, evaluates: bool, progress: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_share,
+        weight_decay=config.weight_decay,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        logging_steps=config.logging_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.save_steps,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
+        bf16=config.mixed_precision == "bf16",
+        fp16=config.mixed_precision == "fp16",
+        seed=config.seed,
+        data_seed=config.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=not progress,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,280 @@
+"""The benchmark commands of the evaluation, end to end on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from sdtp_lib import data
+from sdtp_lib.records import RowWriter, project_root, read_rows
+from sdtp_lib.scorers.by_name import scorer_named
+
+
+def script(name):
+    """One script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", project_root() / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(name):
+    """The ``main`` of one script of benchmarks/."""
+    return script(name).main
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tiny_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(max_position_embeddings=2048).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_measure_writes_rows_a_table_and_a_picture_and_a_second_run_adds_nothing(model_folder, tmp_path, capsys):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "2", "--oracle-prompts", "1"]
+    arguments += ["--lengths", "128", "--cells", "text", "--settings", "r=0.9", "r=0.7", "--recency-weight", "1"]
+    command("scorers")(arguments)
+    rows = read_rows(tmp_path / "scorers.jsonl")
+    assert len(rows) == 2 * (2 * 7 + 2) and {row["kind"] for row in rows} == {"scorer"}
+    printed = capsys.readouterr().out
+    assert "text@128 (n=2)" in printed and "oracle (n=1)" in printed
+    assert (tmp_path / "quality_over_flops.png").stat().st_size > 10_000
+    command("scorers")(arguments)
+    assert read_rows(tmp_path / "scorers.jsonl") == rows
+    capsys.readouterr()
+    command("scorers")([*arguments, "--tables", "--scores", "recency"])
+    printed = capsys.readouterr().out
+    assert "recency" in printed and "hidden norm" not in printed and "oracle" not in printed
+
+
+def test_two_processes_share_the_measure_and_leave_one_file(model_folder, tmp_path):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "2", "--oracle-prompts", "0"]
+    arguments += ["--lengths", "600", "--cells", "text", "needle", "--settings", "r=0.9"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(project_root() / "benchmarks" / "scorers.py"), *arguments],
+        env=quiet, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_rows(tmp_path / "scorers.jsonl")
+    measured = [row["key"] for row in rows if row["cell"] != "tuning"]
+    assert len(measured) == len(set(measured)) == 2 * 2 * 7
+    assert sum(row["cell"] == "tuning" for row in rows) == 4 * 4
+    assert done.stdout.count("### r=0.9") == 1 and not list(tmp_path.glob("*share*.jsonl"))
+
+
+def test_the_latency_command_says_what_quality_costs_and_what_the_cost_model_misses(model_folder, tmp_path, capsys):
+    main, where = command("latency"), ["--model", str(model_folder), "--repeats", "1", "--out", str(tmp_path)]
+    assert main(["quality", *where, "--samples", "1", "--prompt-tokens", "160"]) == 0
+    printed = capsys.readouterr().out
+    assert "| text | method | samples | kl_nats |" in printed and "flops_bound" in printed
+    assert main(["run", *where, "--lengths", "128", "--new-tokens", "3", "--presets", "keep09"]) == 0
+    assert main(["predict", *where, str(tmp_path / "latency.jsonl")]) == 0
+    assert "prefill_ms: error" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--model embedded: .* name that model"):
+        main(["predict", str(tmp_path / "latency.jsonl")])
+
+
+def test_named_scores_alone_are_measured_on_answers_that_the_model_gets_right(model_folder, tmp_path, capsys):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "2", "--oracle-prompts", "0"]
+    arguments += ["--lengths", "600", "--cells", "needle", "--settings", "r=0.9"]
+    command("scorers")([*arguments, "--scores", "recency"])
+    rows = read_rows(tmp_path / "scorers.jsonl")
+    assert {row["scorer"] for row in rows} == {"recency"} and len(rows) == 2
+    # A tiny random model answers nothing: pretend that it had, and that pruning lost one of the two.
+    changed = [row | {"answer_full": True, "answer": number == 0} for number, row in enumerate(rows)]
+    (tmp_path / "scorers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    command("scorers")([*arguments, "--tables"])
+    printed = capsys.readouterr().out
+    assert "of those that the unpruned model gets right (needle@600 2)" in printed and "| 50.0 |" in printed
+    with pytest.raises(SystemExit, match="--scores 'recentness' is unknown: choose among random"):
+        command("scorers")([*arguments, "--scores", "recentness"])
+
+
+def test_the_weight_of_recency_is_tuned_on_training_samples_only(model_folder, tmp_path):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "1", "--oracle-prompts", "0"]
+    command("scorers")([*arguments, "--lengths", "2000", "--cells", "needle", "--settings", "r=0.7"])
+    rows = read_rows(tmp_path / "scorers.jsonl")
+    tuning = {row["sample"] for row in rows if row["cell"] == "tuning"}
+    measured = {row["sample"] for row in rows if row["cell"] != "tuning"}
+    assert len(tuning) == 4 and not tuning & measured
+    assert all("-test-" in name for name in measured) and not any("-test-" in name for name in tuning)
+
+
+@pytest.fixture
+def trec_arguments(model_folder, tmp_path):
+    """Arguments of a LongBench run over three items of one data set, rows in ``run``."""
+    record = {
+        "input": "Question: where?\nType:",
+        "answers": ["Place"],
+        "length": 9,
+        "dataset": "trec",
+        "language": "en",
+    }
+    lines = [
+        json.dumps(record | {"context": f"Question: who?\nType: Person {n}", "all_classes": ["Place"], "_id": f"id{n}"})
+        for n in range(3)
+    ]
+    (tmp_path / "trec.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = ["--model", str(model_folder), "--data", str(tmp_path), "--datasets", "trec", "--presets", "keep09"]
+    return [*arguments, "--scorers", "recency", "--run-dir", str(tmp_path / "run")]
+
+
+def test_longbench_runs_by_its_protocol_and_goes_on_where_it_stopped(trec_arguments, tmp_path, capsys):
+    arguments = trec_arguments
+    command("longbench")([*arguments, "--limit", "2"])
+    first = read_rows(tmp_path / "run" / "longbench.jsonl")
+    assert [(row["item"], row["variant"]) for row in first] == [
+        (item, variant) for item in ("id0", "id1") for variant in ("full", "recency keep09")
+    ]
+    command("longbench")(arguments)
+    rows = read_rows(tmp_path / "run" / "longbench.jsonl")
+    assert rows[:4] == first and len(rows) == 6
+    assert "| trec | recency keep09 | 3 |" in capsys.readouterr().out
+    with RowWriter(tmp_path / "run" / "longbench.jsonl", {}), pytest.raises(RuntimeError, match="is being written by"):
+        command("longbench")(arguments)
+
+
+def test_two_processes_share_a_longbench_run_and_their_rows_end_in_one_file(trec_arguments, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", str(project_root() / "benchmarks" / "longbench.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project_root())}
+    ended = subprocess.run([*launch, *trec_arguments], env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    path = tmp_path / "run" / "longbench.jsonl"
+    together = {row["key"]: row for row in read_rows(path)}
+    assert len(together) == 6 and [file.name for file in path.parent.glob("*.jsonl*")] == ["longbench.jsonl"]
+    assert ended.stdout.count("| trec | full | 3 |") == 1, "one process prints"
+    path.unlink()
+    command("longbench")(trec_arguments)
+    alone = {row["key"]: row for row in read_rows(path)}
+    assert {key: row["prediction"] for key, row in alone.items()} == {
+        key: row["prediction"] for key, row in together.items()
+    }
+
+
+def test_what_a_killed_shared_run_left_counts_as_done(trec_arguments, tmp_path):
+    path = tmp_path / "run" / "longbench.jsonl"
+    command("longbench")([*trec_arguments, "--limit", "2"])
+    rows = read_rows(path)
+    path.rename(path.with_name("longbench.share1.jsonl"))
+    with RowWriter(path.with_name("longbench.share1.jsonl"), {}), pytest.raises(RuntimeError, match="share1"):
+        command("longbench")(trec_arguments)
+    command("longbench")(trec_arguments)
+    assert read_rows(path)[:4] == rows and len(read_rows(path)) == 6
+    assert not list(path.parent.glob("*share*"))
+
+
+def test_labels_are_held_against_the_gold_check_and_a_second_run_adds_nothing(model_folder, tmp_path, capsys):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--cells", "text", "--samples", "1"]
+    arguments += ["--prompt-tokens", "96", "--layers", "4", "--labels", "removal", "gradient_x_hidden"]
+    command("labels")([*arguments, "--presets", "keep09"])
+    rows = read_rows(tmp_path / "labels.jsonl")
+    assert [row["kind"] for row in rows] == ["agreement", "agreement", "scorer", "scorer"]
+    assert all(-1 <= row["rank_agreement"] <= 1 and row["blocks"] == 6 for row in rows[:2])
+    assert "| removal |" in capsys.readouterr().out
+    command("labels")([*arguments, "--presets", "keep09"])
+    assert read_rows(tmp_path / "labels.jsonl") == rows
+
+
+@pytest.mark.parametrize("what", ["first", "stages", "search"])
+def test_schedules_are_compared_at_the_budget_that_was_asked_for(model_folder, tmp_path, capsys, what):
+    arguments = [what, "--model", str(model_folder), "--scorer", "attention", "--cells", "text", "--samples", "1"]
+    arguments += ["--prompt-tokens", "160", "--ratios", "0.8", "--speedup", "1.3", "--run-dir", str(tmp_path)]
+    command("schedules")(arguments)
+    rows = read_rows(tmp_path / "schedules.jsonl")
+    assert len(rows) >= 2 and {row["kind"] for row in rows} == {"scorer"}
+    shares = [row["prefill_flops_share"] for row in rows]
+    if what == "first":
+        assert len({round(share, 3) for share in shares}) > 1, "a later first layer costs more"
+        assert (tmp_path / "by_first.png").exists()
+    else:
+        assert max(shares) - min(shares) < 0.03 and abs(shares[0] - 1 / 1.3) < 0.03
+    printed = capsys.readouterr().out
+    if what == "search":
+        chosen = printed.split("chosen: ")[1].splitlines()[0]
+        held_out = {row["setting"] for row in rows if "|heldout|" in row["cell"]}
+        assert chosen in held_out and len(held_out) <= 2
+
+
+def test_ablations_train_what_is_missing_and_compare_all_of_them(tmp_path, monkeypatch):
+    module, calls = script("ablations"), []
+    monkeypatch.setattr(module, "call", lambda name, *arguments: calls.append((name, *map(str, arguments))))
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "training.json").write_text("{}")
+    recipes = ["--recipes", "paper", "ours, without rank"]
+    module.main(["--dolly", "d.jsonl", *recipes, "--run-dir", str(tmp_path), "--fewshot", "folder"])
+    assert [call[0] for call in calls] == ["train_embedded.py", "scorers.py", "fewshot.py"]
+    assert calls[0][calls[0].index("--recipe") + 1] == "ours, without rank", "the paper's is trained already"
+    names = [f"SDTP paper={tmp_path / 'paper'}", f"SDTP ours, without rank={tmp_path / 'ours-without-rank'}"]
+    alone = ["SDTP paper", "SDTP ours, without rank"]
+    assert [part for part in calls[1] if part.startswith("SDTP")] == names + alone, "no baseline is measured with them"
+    assert [part for part in calls[2] if part.startswith("SDTP")] == names
+    with pytest.raises(SystemExit):
+        module.main(["--dolly", "d.jsonl", "--recipes", "nonsense"])
+
+
+def test_scores_are_named_simple_shipped_or_by_folder(tiny_model, tmp_path):
+    model, shipped = tiny_model(), project_root() / "data" / "pruners" / "smollm2-135m-instruct"
+    assert scorer_named("SDTP") == scorer_named(f"SDTP={shipped}") and scorer_named("SDTP").folder == shipped
+    recency = scorer_named("recency")
+    assert recency.folder is None and recency.layers(recency.load(model), 6) == [1, 2, 3, 4, 5]
+    learned = scorer_named("SDTP")
+    assert learned.layers(learned.load(model), 30) == list(range(4, 30, 3))
+    for wrong in (f"SDTP={tmp_path}", "=somewhere"):
+        with pytest.raises(argparse.ArgumentTypeError, match="no pruners in"):
+            scorer_named(wrong)
+
+
+@pytest.mark.parametrize("arguments", [("longbench", "--scorers"), ("schedules", "first", "--scorer"),
+                                       ("fewshot", "--pruners"), ("scorers", "--pruners")])  # fmt: skip
+def test_pruners_that_are_not_there_end_a_command_before_it_loads_a_model(arguments, tmp_path, capsys):
+    name, *rest = arguments
+    with pytest.raises(SystemExit):
+        command(name)([*rest, f"mine={tmp_path}"])
+    assert f"no pruners in {tmp_path}" in capsys.readouterr().err
+
+
+def test_unknown_names_end_a_command_before_it_loads_a_model(tmp_path):
+    with pytest.raises(ValueError, match="dataset='qaspar'"):
+        command("longbench")(["--datasets", "qaspar", "--run-dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        command("scorers")(["--cells", "nonsense"])
+
+
+def test_the_shipped_sets_prompts_are_half_packed_records_of_the_training_side_and_the_same_each_time(
+    tiny_tokenizer, tmp_path
+):
+    records = [
+        {"instruction": f"Which colour has house {i}?", "context": f"House {i} in the street is number {i} and green.",
+         "response": "green", "category": "closed_qa"}
+        for i in range(60)
+    ]  # fmt: skip
+    dolly = tmp_path / "dolly.jsonl"
+    dolly.write_text("".join(json.dumps(record) + "\n" for record in records))
+    embedded = script("train_embedded")
+    embedded.LENGTHS = ((900, 1100), (1100, 1200))  # the tiny tokenizer cuts words small
+    mixed = embedded.mixed_prompts
+    prompts = mixed(tiny_tokenizer, str(dolly), 10)
+    kinds = [sample["source"] if sample["category"] in ("text", "closed_qa") else "task" for sample in prompts]
+    assert Counter(kinds[:16]) == {"text": 4, "dolly-packed": 8, "task": 4}, "any beginning of the list has the mix"
+    packed = [sample["id"] for sample in prompts if sample["category"] == "closed_qa"]
+    assert len(packed) == len(set(packed)) and {data.dolly_split(name) for name in packed} == {"train"}
+    assert [sample["id"] for sample in mixed(tiny_tokenizer, str(dolly), 10)] == [sample["id"] for sample in prompts]
+
+
+def test_labels_are_summed_each_over_its_mean_and_averaged_over_neighbours():
+    row = {"layer_4": [1.0, 3.0, 2.0, 2.0], "layer_4_removal_odds": [0.0, 0.0, 40.0, 0.0]}
+    joined = script("train_embedded").joined_label(row, (4,), ("removal", "removal_odds"), 3)
+    plain = [0.5, 1.5, 1.0 + 4.0, 1.0]
+    wanted = [sum(plain[:2]) / 2, sum(plain[:3]) / 3, sum(plain[1:]) / 3, sum(plain[2:]) / 2]
+    assert joined["layer_4"] == pytest.approx(wanted)

@@ -1,0 +1,134 @@
+"""Quality measures: what is compared with what, and that a comparison can be stopped and goes on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sdtp_lib import scorers
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.evaluation.compare import compare_scorers
+from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence, mean_loss
+from sdtp_lib.evaluation.methods import Method, baseline_methods, one_layer_config, oracle_methods
+from sdtp_lib.evaluation.statistics import agreement, paired_bootstrap, perplexity
+from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.records import RowWriter, read_rows
+
+CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.5, min_local_tokens=4)
+
+
+def a_sample(number: int = 0, tokens: int = 60) -> dict:
+    draw = torch.Generator().manual_seed(number)
+    return {
+        "id": f"s{number}",
+        "category": "text",
+        "prompt_ids": torch.randint(3, 120, (tokens,), generator=draw).tolist(),
+        "response_ids": torch.randint(3, 120, (7,), generator=draw).tolist(),
+        "answer_mask": [False] * 5 + [True] * 2,
+    }
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model(dtype=torch.float64)
+
+
+def test_unpruned_continuation_logits_are_those_of_one_plain_forward(model):
+    sample = a_sample()
+    logits, trace = continuation_logits(model, sample["prompt_ids"], sample["response_ids"])
+    plain = model(torch.tensor([sample["prompt_ids"] + sample["response_ids"]])).logits[0, 59:-1]
+    assert trace is None and logits.shape == (7, 128)
+    assert torch.allclose(logits, plain.float(), atol=1e-5)
+
+
+def test_keep_ratio_one_costs_nothing_and_a_lower_one_something(model):
+    sample = a_sample()
+    full, _ = continuation_logits(model, sample["prompt_ids"], sample["response_ids"])
+    arguments = (model, sample["prompt_ids"], sample["response_ids"])
+    same, _ = continuation_logits(*arguments, CONFIG.replace(keep_ratio=1.0), scorers.random())
+    assert torch.equal(full, same)
+    less, trace = continuation_logits(*arguments, CONFIG, scorers.random())
+    assert kl_divergence(full, less) > 1e-6
+    assert trace.tokens_per_layer == [60, 60, 30, 30, 15, 15]
+
+
+def test_one_continuation_token_is_enough_and_none_is_refused(model):
+    assert continuation_logits(model, [5, 6, 7], [8])[0].shape == (1, 128)
+    with pytest.raises(ValueError, match="0 continuation tokens"):
+        continuation_logits(model, [5, 6, 7], [])
+    with pytest.raises(ValueError, match="both config and scorer"):
+        continuation_logits(model, [5, 6, 7], [8], CONFIG)
+
+
+def test_divergence_loss_and_perplexity_agree_with_values_worked_by_hand():
+    full = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1]]))
+    other = torch.log(torch.tensor([[0.25, 0.75], [0.9, 0.1]]))
+    assert kl_divergence(full, full) == pytest.approx(0, abs=1e-7)
+    assert kl_divergence(full, other) == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(2 / 3)) / 2, rel=1e-5)
+    assert mean_loss(full, [0, 1]) == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2, rel=1e-5)
+    assert perplexity([math.log(2), math.log(8)]) == pytest.approx(4)
+
+
+def test_a_paired_bootstrap_sees_a_constant_difference_and_not_one_that_is_noise():
+    rising = [float(number) for number in range(40)]
+    assert paired_bootstrap([value + 1 for value in rising], rising) == pytest.approx((1, 1, 1))
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(1)).tolist()
+    difference, low, high = paired_bootstrap(noise, [0.0] * 40)
+    assert low < 0 < high and low < difference < high
+    assert paired_bootstrap(noise, rising, seed=3) == paired_bootstrap(noise, rising, seed=3)
+    with pytest.raises(ValueError, match="length 1 and 2"):
+        paired_bootstrap([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.7])
+def test_the_one_layer_filter_costs_the_flops_of_the_common_stages(model, ratio):
+    shape = ModelShape.from_config(model.config)
+    config = PruningConfig(layers=(2, 4), keep_ratio=ratio)
+    single = one_layer_config(shape)(config, 400)
+    from sdtp_lib.budget import speedup_limit
+
+    assert single.layers == (1,)
+    assert speedup_limit(shape, single, 400) == pytest.approx(speedup_limit(shape, config, 400), rel=0.01)
+
+
+def test_a_comparison_has_a_row_for_each_method_and_budget_and_goes_on_where_it_stopped(model, tmp_path):
+    path = tmp_path / "scorers.jsonl"
+    configs = {"half": CONFIG, "most": CONFIG.replace(keep_ratio=0.8)}
+    methods = [*baseline_methods(ModelShape.from_config(model.config)), *oracle_methods()]
+    with RowWriter(path, {}) as writer:
+        compare_scorers(model, [a_sample(0)], configs, methods, writer, cell="text")
+    first = read_rows(path)
+    assert len(first) == 2 * len(methods) and {row["kind"] for row in first} == {"scorer"}
+    assert all(row["kl_nats"] >= -1e-6 and isinstance(row["answer"], bool) for row in first)
+    by_method = {row["scorer"]: row for row in first if row["setting"] == "half"}
+    assert by_method["random"]["compression_ratio"] == by_method["oracle: removal"]["compression_ratio"]
+    assert by_method["oracle: removal"]["kl_nats"] < by_method["random"]["kl_nats"]
+    with RowWriter(path, {}) as writer:
+        compare_scorers(model, [a_sample(0), a_sample(1)], configs, methods, writer, cell="text")
+    again = read_rows(path)
+    assert again[: len(first)] == first and len(again) == 2 * len(first)
+
+
+def test_a_method_that_fails_on_an_item_is_a_row_and_does_not_end_the_run(model, tmp_path):
+    def fails(stage):
+        raise RuntimeError("out of memory, say")
+
+    with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
+        methods = [Method("broken", fails), Method("random", scorers.random())]
+        compare_scorers(model, [a_sample()], {"half": CONFIG}, methods, writer, cell="text")
+    rows = {row["scorer"]: row for row in read_rows(tmp_path / "rows.jsonl")}
+    assert rows["broken"]["kind"] == "failure" and "out of memory" in rows["broken"]["error"]
+    assert rows["random"]["kind"] == "scorer"
+
+
+def test_agreement_is_one_for_the_same_order_and_counts_the_best_that_are_found():
+    label = [0.0, 1.0, 2.0, 3.0]
+    assert agreement([1.0, 2.0, 30.0, 40.0], label, 0.5) == (pytest.approx(1.0), 1.0)
+    correlation, recall = agreement([0.0, 3.0, 1.0, 2.0], label, 0.5)
+    assert correlation == pytest.approx(0.4) and recall == 0.5
+    with pytest.raises(ValueError, match="one number a token"):
+        agreement([1.0], label, 0.5)
+    with pytest.raises(ValueError, match="share=1"):
+        agreement(label, label, 1)

@@ -1,0 +1,324 @@
+"""Figures draw what their frames say: bar heights, line values, limits, labels; importing changes nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from sdtp_lib import plots
+from sdtp_lib.pruning.token_fates import TokenFates
+
+
+@pytest.fixture(autouse=True)
+def _no_window():
+    matplotlib.use("agg")
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def ax():
+    return plt.subplots()[1]
+
+
+def test_importing_plots_changes_no_setting_and_loads_no_torch():
+    code = (
+        "import sys, matplotlib; before = dict(matplotlib.rcParams); import sdtp_lib.plots; "
+        "assert dict(matplotlib.rcParams) == before; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_style_holds_inside_its_block_only():
+    before = dict(matplotlib.rcParams)
+    with plots.use_style():
+        assert matplotlib.rcParams["axes.spines.top"] is False
+        assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"][0] == plots.PALETTE["blue"]
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_scorer_keeps_its_colour_whatever_else_is_drawn():
+    alone = plots.series_look(["recency"])["recency"]
+    among = plots.series_look(["learned", "mine", "recency"])
+    assert among["recency"] == alone
+    assert len({entry["color"] for entry in among.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["random", "recency", "hidden norm", "attention", "attention, pooled", "one-layer filter",
+         "attention + recency", "paper's pruner", "SDTP"],
+        ["recency", *(f"mine {i}" for i in range(12))],
+    ],
+)  # fmt: skip
+def test_more_series_than_colours_are_still_told_apart(names):
+    looks = plots.series_look(names).values()
+    assert len({(look["color"], look.get("linestyle", "-")) for look in looks}) == len(names)
+    assert len({(look["color"], look["marker"]) for look in looks}) == len(names)
+
+
+def test_points_and_bars_take_dashed_series_too(ax):
+    names = ["attention", "attention, pooled"]
+    frame = pd.DataFrame({"method": names, "prefill_speedup": [1.5, 2.0], "kl_nats": [0.1, 0.2]})
+    plots.pareto(frame, ax)
+    assert {line.get_linestyle() for line in ax.lines if line.get_label() in names} == {"None"}
+    figure, bars = plt.subplots()
+    plots.score_by_group(frame.assign(group="text"), bars, group="group", score="kl_nats", hue="method")
+    assert [bar.get_hatch() for bar in bars.patches] == [None, "//"]
+    plt.close(figure)
+
+
+def test_the_heatmap_shows_each_layers_share_of_its_own_maximum(ax):
+    plots.saliency_heatmap(np.array([[1.0, 4.0], [-10.0, 5.0]]), ["a", "$b$"], ax=ax, layers=[4, 7])
+    assert np.allclose(ax.images[0].get_array(), [[0.25, 1.0], [1.0, 0.5]])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["4", "7"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", r"\$b\$"]
+    assert ax.get_ylabel() == "layer"
+
+
+def test_a_long_prompt_is_pooled_by_its_maximum_so_that_one_salient_token_stays_visible(ax):
+    values = np.full((2, 1000), 0.01)
+    values[1, 777] = 1.0
+    plots.saliency_heatmap(values, ax=ax, max_columns=100)
+    shown = np.asarray(ax.images[0].get_array())
+    assert shown.shape == (2, 100)
+    assert shown[1, 77] == 1.0 and shown[1, 76] == pytest.approx(0.01)
+    assert "maximum of 10" in ax.get_xlabel()
+
+
+def test_the_heatmap_reads_a_frame_as_it_reads_an_array(ax):
+    frame = pd.DataFrame({"layer": [4, 4, 7, 7], "position": [0, 1, 0, 1], "saliency": [2.0, 1.0, 3.0, 6.0]})
+    plots.saliency_heatmap(frame, ax=ax)
+    assert np.allclose(ax.images[0].get_array(), [[1.0, 0.5], [0.5, 1.0]])
+
+
+def test_the_salient_share_counts_tokens_above_a_tenth_of_the_layers_maximum(ax):
+    values = {4: [1.0, 0.05, 0.2, np.nan], 7: [1.0, 0.0, 0.0, 0.0]}
+    plots.salient_share_by_layer(values, ax=ax)
+    line = ax.lines[0]
+    assert list(line.get_xdata()) == [4, 7]
+    assert np.allclose(line.get_ydata(), [100 * 2 / 3, 25.0])
+
+
+def test_salient_shares_of_several_labels_are_lines_of_one_legend(ax):
+    plots.salient_share_by_layer({"removal": np.eye(2), "gradient": np.ones((2, 4))}, ax=ax)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["removal", "gradient"]
+    assert list(ax.lines[1].get_ydata()) == [100.0, 100.0]
+
+
+def test_a_column_of_the_map_ends_where_its_token_was_dropped(ax):
+    fates = TokenFates(np.array([3, 1, 2]), (1, 2), 3, np.zeros((2, 3)))
+    plots.token_layer_map(fates, ax=ax)
+    drawn = np.asarray(ax.images[0].get_array())
+    assert drawn.tolist() == [[2, 0, 1], [2, -1, 1], [2, -1, -1]]
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["before 1: 1", "before 2: 1", "kept: 1"]
+
+
+def test_loss_curves_draw_a_line_a_term_and_dash_the_held_out_one(ax):
+    frame = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "eval_loss": [np.nan, np.nan, 1.5], "epoch": 1})
+    plots.loss_curves(frame, ax)
+    by_label = {line.get_label(): line for line in ax.lines}
+    assert set(by_label) == {"loss", "eval_loss"}
+    assert list(by_label["loss"].get_ydata()) == [3.0, 2.0, 1.0]
+    assert by_label["eval_loss"].get_linestyle() == "--" and list(by_label["eval_loss"].get_xdata()) == [3]
+
+
+def test_recall_is_drawn_as_the_median_of_its_samples_with_chance_beside_it(ax):
+    frame = pd.DataFrame({"layer": [4, 4, 4, 7], "recall": [0.1, 0.5, 0.6, 0.8], "scorer": "learned"})
+    plots.recall_by_layer(frame, ax, chance=0.1)
+    assert np.allclose(ax.lines[0].get_ydata(), [0.5, 0.8])
+    assert ax.get_ylim() == (0, 1.02)
+    assert "chance (0.1)" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_a_negative_rank_correlation_is_inside_the_axes(ax):
+    frame = pd.DataFrame({"layer": [4, 7], "rank_correlation": [-0.3, 0.8]})
+    plots.recall_by_layer(frame, ax, value="rank_correlation")
+    assert ax.get_ylim()[0] < -0.3
+    assert "correlation" in ax.get_ylabel()
+
+
+def test_the_speedup_is_drawn_beside_its_limit_in_one_colour(ax):
+    frame = pd.DataFrame(
+        {"prompt_tokens": [1024, 4096], "prefill_speedup": [1.5, 1.7], "prefill_limit": [1.6, 1.8], "method": "keep09"}
+    )
+    frame = frame.assign(prefill_speedup_q1=[1.4, 1.6], prefill_speedup_q3=[1.6, 1.8])
+    plots.speedup_over_length(frame, ax)
+    measured, limit = ax.lines[0], ax.lines[1]
+    assert list(measured.get_ydata()) == [1.5, 1.7] and list(limit.get_ydata()) == [1.6, 1.8]
+    assert to_hex(measured.get_color()) == to_hex(limit.get_color()) and limit.get_linestyle() == "--"
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1,024", "4,096"]
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (1.4, 1.8)
+
+
+def test_a_speedup_without_a_limit_is_drawn_alone(ax):
+    frame = pd.DataFrame({"prompt_tokens": [512], "decode_speedup": [1.2], "method": "keep09"})
+    plots.speedup_over_length(frame, ax, y="decode_speedup")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["keep09"]
+    assert ax.get_ylabel() == "decode speed-up [times]"
+
+
+def test_times_are_stacked_to_their_total(ax):
+    rows = [
+        ("unpruned", "prefill", 2.0),
+        ("unpruned", "decode", 3.0),
+        ("keep09", "prefill", 1.0),
+        ("keep09", "decode", 2.5),
+    ]
+    plots.stacked_time(pd.DataFrame(rows, columns=["method", "part", "ms"]), ax)
+    assert [bar.get_width() for bar in ax.patches] == [2.0, 1.0, 3.0, 2.5]
+    assert [bar.get_x() for bar in ax.patches] == [0, 0, 2.0, 1.0]
+    assert {text.get_text().strip() for text in ax.texts} == {"5", "3.5"}
+
+
+def test_a_method_without_a_part_has_none_of_it(ax):
+    rows = [("earlier", "prefill", 2.0), ("earlier", "second prefill", 1.0), ("keep09", "prefill", 1.5)]
+    plots.stacked_time(pd.DataFrame(rows, columns=["method", "part", "ms"]), ax)
+    assert [bar.get_width() for bar in ax.patches] == [2.0, 1.5, 1.0, 0.0]
+
+
+def test_memory_is_shown_in_the_unit_that_suits_it(ax):
+    frame = pd.DataFrame({"prompt_tokens": [1024, 2048], "kv_bytes": [24e6, 47e6], "method": "keep09"})
+    plots.memory_over_length(frame, ax)
+    assert np.allclose(ax.lines[0].get_ydata(), [24, 47])
+    assert ax.get_ylabel() == "KV cache [MB]"
+
+
+def test_peak_memory_is_solid_and_the_cache_in_it_dashed(ax):
+    frame = pd.DataFrame({"prompt_tokens": [1024], "kv_bytes": [1e9], "peak_memory_mb": [4000.0], "method": "keep09"})
+    plots.memory_over_length(frame, ax)
+    assert [(list(line.get_ydata()), line.get_linestyle()) for line in ax.lines[:2]] == [([4.0], "-"), ([1.0], "--")]
+    assert ax.get_ylabel() == "peak memory [GB]"
+
+
+def test_quality_over_flops_uses_a_log_axis_for_kl_and_percent_for_flops(ax):
+    frame = pd.DataFrame({"prefill_flops_share": [0.6, 0.3], "kl_nats": [0.01, 0.2], "scorer": "learned"})
+    plots.quality_over_flops(frame, ax)
+    assert ax.get_yscale() == "log"
+    assert np.allclose(ax.lines[0].get_xdata(), [0.3, 0.6]) and np.allclose(ax.lines[0].get_ydata(), [0.2, 0.01])
+    assert ax.xaxis.get_major_formatter()(0.5) == "50%"
+
+
+def test_the_pareto_front_leaves_out_beaten_points_and_keeps_ties():
+    assert plots.pareto_front([1, 2, 2, 3], [5, 5, 6, 1]) == [2, 3]
+    assert plots.pareto_front([1, 1], [2, 2]) == [0, 1]
+    assert plots.pareto_front([1, 2], [5, 5], x_is_cost=True) == [0]
+
+
+def test_pareto_draws_all_points_and_joins_the_best(ax):
+    frame = pd.DataFrame(
+        {"prefill_speedup": [1.0, 2.0, 1.5], "kl_nats": [0.01, 0.03, 0.5], "method": ["full", "a", "b"]}
+    )
+    plots.pareto(frame, ax)
+    assert [line.get_label() for line in ax.lines] == ["full", "a", "b", "best of all"]
+    assert list(ax.lines[-1].get_xdata()) == [1.0, 2.0]
+    assert "(lower is better)" in ax.get_ylabel() and ax.get_yscale() == "log"
+
+
+def test_points_of_one_family_are_joined(ax):
+    frame = pd.DataFrame(
+        {"prefill_ms": [3.0, 1.0], "kl_nats": [0.1, 0.2], "method": ["keep09", "keep07"], "family": "SDTP"}
+    )
+    plots.pareto(frame, ax, x="prefill_ms")
+    assert ax.lines[0].get_label() == "SDTP" and list(ax.lines[0].get_xdata()) == [1.0, 3.0]
+    assert ax.lines[0].get_linestyle() == "-" and "(lower is better)" in ax.get_xlabel()
+
+
+def test_bars_of_a_group_are_the_means_of_its_rows(ax):
+    frame = pd.DataFrame(
+        {"group": ["qa", "qa", "code"], "score": [1.0, 3.0, 5.0], "scorer": ["learned", "learned", "learned"]}
+    )
+    plots.score_by_group(frame, ax)
+    assert [bar.get_height() for bar in ax.patches] == [2.0, 5.0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["qa", "code"]
+
+
+def test_a_falling_line_of_the_slope_chart_has_the_warning_colour(ax):
+    frame = pd.DataFrame({"item": ["needle", "summary"], "before": [1.0, 2.0], "after": [0.5, 2.5]})
+    plots.slope_chart(frame, ax)
+    drawn = {tuple(line.get_ydata()): line.get_color() for line in ax.lines}
+    assert drawn == {(1.0, 0.5): plots.PALETTE["vermillion"], (2.0, 2.5): plots.PALETTE["blue"]}
+
+
+def test_a_frame_without_a_needed_column_is_refused_by_name(ax):
+    with pytest.raises(ValueError, match=r"\['prefill_speedup'\].*prompt_tokens"):
+        plots.speedup_over_length(pd.DataFrame({"prompt_tokens": [1]}), ax)
+
+
+def test_saving_writes_the_picture_and_what_made_it(tmp_path):
+    fig = plt.subplots()[0]
+    path = plots.save(fig, tmp_path / "deep" / "one.png", {"commit": "abc", "seed": 3}, svg=True)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.with_suffix(".svg").read_text().rstrip().endswith("</svg>")
+    assert json.loads(path.with_suffix(".json").read_text()) == {
+        "pictures": ["one.png", "one.svg"],
+        "commit": "abc",
+        "seed": 3,
+    }
+    assert sorted(file.name for file in path.parent.iterdir()) == ["one.json", "one.png", "one.svg"]
+
+
+def test_saving_leaves_a_figure_without_layout_engine_without_one_whatever_the_style(tmp_path):
+    # The old bug: between PNG and SVG the figure took the engine of a style set for the whole session, and warned.
+    with matplotlib.rc_context():
+        plots.use_style()
+        fig = plt.Figure(layout="none")
+        fig.add_axes((0.1, 0.1, 0.8, 0.8))
+        plots.save(fig, tmp_path / "placed.png", svg=True)
+        assert fig.get_layout_engine() is None
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = plots.save(plt.subplots()[0], tmp_path / "one.png", {})
+    before = path.read_bytes()
+    broken = plt.subplots()[0]
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(broken, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plots.save(broken, path, {})
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.json", "one.png"]
+
+
+def test_the_overlap_counts_the_first_scorers_tokens_that_another_keeps_too(ax):
+    first = TokenFates(np.array([3, 1, 2, 3]), (1, 2), 3, np.zeros((2, 4)))
+    other = TokenFates(np.array([3, 3, 1, 2]), (1, 2), 3, np.zeros((2, 4)))
+    plots.kept_overlap({"learned": first, "recency": other}, ax=ax)
+    assert np.allclose(ax.lines[0].get_ydata(), [100 * 2 / 3, 50.0])
+
+
+def test_the_kept_share_is_drawn_along_the_prompt(ax):
+    fates = TokenFates(np.array([3, 1, 1, 3]), (1,), 3, np.zeros((1, 4)))
+    plots.kept_share_by_position({"learned": fates}, ax=ax, bins=2)
+    assert np.allclose(ax.lines[0].get_xdata(), [25, 75]) and np.allclose(ax.lines[0].get_ydata(), [50, 50])
+
+
+def test_the_text_picture_wraps_its_tokens_and_colours_the_dropped_ones(ax):
+    fates = TokenFates(np.array([3, 1, 3]), (1,), 3, np.zeros((1, 3)))
+    plots.dropped_text(["abcd", "ef$g", "\nx"], fates, ax=ax, columns=6)
+    assert [(text.get_text(), text.get_position()) for text in ax.texts] == [
+        ("abcd", (0, 0.5)),
+        (r"ef\$g", (0, 1.5)),
+        ("x", (0, 2.5)),
+    ]
+    assert [box.get_xy()[1] for box in ax.patches] == [1.06]
+
+
+def test_a_text_that_is_too_long_says_how_much_is_left_out(ax):
+    fates = TokenFates(np.full(40, 3), (1,), 3, np.zeros((1, 40)))
+    plots.dropped_text(["word "] * 40, fates, ax=ax, columns=10, max_lines=3)
+    assert ax.texts[-1].get_text() == "… 34 more tokens"

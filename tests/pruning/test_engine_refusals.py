@@ -1,0 +1,373 @@
+"""What pruning cannot serve is refused before any compute, by name and with the remedy; and nothing stays behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
+from sdtp_lib.architectures.layers import decoder_layers, describe
+
+CONFIG = PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4)
+PROMPT = torch.arange(3, 67)[None]
+
+
+class _Counter:
+    """Counts calls of the decoder layers, so that a test can say that nothing was computed."""
+
+    def __init__(self, model):
+        self.calls = 0
+        self.handle = decoder_layers(model)[0].register_forward_pre_hook(self._count)
+
+    def _count(self, *_):
+        self.calls += 1
+
+
+def _hooks(model):
+    """Hooks and instance attributes of every module: what a ``with`` must leave as it was."""
+    counts = [
+        (len(module._forward_pre_hooks), len(module._forward_hooks), len(module._forward_hooks_always_called))
+        for module in model.modules()
+    ]
+    return counts, sorted(vars(model))
+
+
+def _refused(model, match, act, error=PruningNotSupported, config=CONFIG, scorer=None):
+    counter = _Counter(model)
+    before = _hooks(model)
+    with pytest.raises(error, match=match), token_pruning(model, config, scorer or scorers.recency()):
+        act(model)
+    assert counter.calls == 0, "something was computed before the refusal"
+    assert _hooks(model) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"prefill_chunk_size": 16}, "prefill_chunk_size=16.*leave prefill_chunk_size out"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+    ],
+)
+def test_generation_settings_that_cannot_go_with_pruning_are_refused(tiny_model, arguments, match):
+    _refused(tiny_model(), match, lambda model: model.generate(PROMPT, max_new_tokens=3, do_sample=False, **arguments))
+
+
+def test_generation_settings_of_the_models_own_configuration_are_refused_too(tiny_model):
+    model = tiny_model()
+    model.generation_config.prefill_chunk_size = 8
+    _refused(model, "prefill_chunk_size=8", lambda model: model.generate(PROMPT, max_new_tokens=3))
+
+
+def test_an_assistant_model_is_refused(tiny_model):
+    model = tiny_model()
+    _refused(model, "assisted decoding", lambda m: m.generate(PROMPT, assistant_model=tiny_model(), max_new_tokens=3))
+
+
+def test_a_static_cache_is_refused(tiny_model):
+    model = tiny_model()
+    cache = StaticCache(config=model.config, max_cache_len=128)
+    _refused(model, "StaticCache.*dynamic", lambda model: model(input_ids=PROMPT, past_key_values=cache))
+
+
+def test_labels_and_logits_to_keep_that_cannot_match_are_refused(tiny_model):
+    model = tiny_model()
+    _refused(model, "labels=.*trace.kept_positions", lambda model: model(input_ids=PROMPT, labels=PROMPT))
+    _refused(model, "as a tensor", lambda model: model(input_ids=PROMPT, logits_to_keep=torch.tensor([3, 5])))
+    _refused(model, "logits_to_keep=23 is more than the 22", lambda model: model(PROMPT, logits_to_keep=23))
+
+
+def test_logits_to_keep_within_the_kept_tokens_gives_their_last_ones(tiny_model):
+    model = tiny_model()
+    with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()):
+        full = model(input_ids=PROMPT).logits
+        last = model(input_ids=PROMPT, logits_to_keep=22).logits
+        one = model(input_ids=PROMPT, logits_to_keep=1).logits
+    torch.testing.assert_close(last, full)
+    torch.testing.assert_close(one, full[:, -1:])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[1] * 60 + [0] * 4, [1] * 30 + [0] * 4 + [1] * 30, [0] * 64],
+    ids=["right padding", "a hole", "an empty row"],
+)
+def test_padding_that_is_not_on_the_left_is_refused(tiny_model, mask):
+    mask = torch.tensor([mask])
+    _refused(tiny_model(), "padding_side = 'left'", lambda model: model(input_ids=PROMPT, attention_mask=mask))
+
+
+def test_a_four_dimensional_mask_is_refused(tiny_model):
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+    _refused(tiny_model(), r"\(1, 1, 64, 64\).*2-D", lambda model: model(input_ids=PROMPT, attention_mask=mask))
+
+
+def test_training_mode_is_refused(tiny_model):
+    _refused(tiny_model().train(), r"training mode.*model\.eval\(\)", lambda model: model(input_ids=PROMPT))
+
+
+def test_layers_beyond_the_model_and_missing_scores_are_refused_on_entry(tiny_model):
+    far = PruningConfig(layers=(4, 9))
+    _refused(tiny_model(), r"names \[9\].*6 decoder layers", lambda model: None, ValueError, far)
+    _refused(tiny_model(), "cannot be called", lambda model: None, ValueError, scorer="recency")
+    _refused(tiny_model(), "not a PruningConfig", lambda model: None, ValueError, config={"layers": (1,)})
+
+
+def test_a_nested_with_on_the_same_model_is_refused_and_another_model_is_not(tiny_model):
+    model, other = tiny_model(), tiny_model(seed=1)
+    with token_pruning(model, CONFIG, scorers.recency()):
+        with (
+            pytest.raises(PruningNotSupported, match="already inside"),
+            token_pruning(model, CONFIG, scorers.recency()),
+        ):
+            pass
+        with token_pruning(other, CONFIG, scorers.recency()) as trace:
+            other(input_ids=PROMPT)
+        assert trace.prefills == 1
+    with token_pruning(model, CONFIG, scorers.recency()) as trace:
+        model(input_ids=PROMPT)
+    assert trace.prefills == 1
+
+
+def test_a_second_thread_cannot_enter_the_same_model(tiny_model):
+    model, caught = tiny_model(), []
+
+    def enter():
+        try:
+            with token_pruning(model, CONFIG, scorers.recency()):
+                pass
+        except PruningNotSupported as error:
+            caught.append(str(error))
+
+    with token_pruning(model, CONFIG, scorers.recency()):
+        worker = threading.Thread(target=enter)
+        worker.start()
+        worker.join()
+    assert len(caught) == 1
+    assert "another thread" in caught[0]
+
+
+def test_a_second_thread_that_runs_the_model_during_a_forward_is_refused_and_the_first_goes_on(tiny_model):
+    model, caught = tiny_model(), []
+
+    def intrude():
+        try:
+            model(input_ids=PROMPT)
+        except PruningNotSupported as error:
+            caught.append(str(error))
+
+    def scorer(stage):
+        if stage.layer_index == 1:
+            worker = threading.Thread(target=intrude)
+            worker.start()
+            worker.join()
+        return stage.positions.float()
+
+    with torch.no_grad(), token_pruning(model, CONFIG, scorer) as trace:
+        logits = model(input_ids=PROMPT).logits
+    assert "second thread" in caught[0]
+    assert trace.prefills == 1
+    with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()):
+        assert torch.equal(model(input_ids=PROMPT).logits, logits)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_scores_that_are_not_finite_name_their_layer(tiny_model, value):
+    def scorer(stage):
+        scores = stage.positions.float()
+        return scores.masked_fill(stage.positions == 5, value) if stage.layer_index == 3 else scores
+
+    model, config = tiny_model(), CONFIG.replace(sink_tokens=8)
+    with pytest.raises(PruningNotSupported, match="not finite at layer 3"), token_pruning(model, config, scorer):
+        model(input_ids=PROMPT)
+
+
+def test_scores_of_the_wrong_shape_are_refused_with_the_right_one(tiny_model):
+    model = tiny_model()
+    with (
+        pytest.raises(ValueError, match=r"returned \(1, 3\) at layer 1.*\(1, 64\)"),
+        token_pruning(model, CONFIG, lambda stage: torch.zeros(1, 3)),
+    ):
+        model(input_ids=PROMPT)
+
+
+def test_a_prompt_too_short_to_prune_warns_once_and_is_left_whole(tiny_model):
+    model, short = tiny_model(), PROMPT[:, :10]
+    plain = model(input_ids=short).logits
+    config = PruningConfig(layers=(1, 3), keep_ratio=0.7)
+    with (
+        pytest.warns(UserWarning, match="10 tokens is too short") as caught,
+        token_pruning(model, config, scorers.recency()) as trace,
+    ):
+        assert torch.equal(model(input_ids=short).logits, plain)
+        model(input_ids=short)
+    assert len(caught) == 1
+    assert trace.tokens_per_layer == [10] * 6
+    assert trace.kept_positions[3].tolist() == [list(range(10))]
+
+
+def test_a_single_token_prompt_is_no_prefill_to_prune(tiny_model):
+    model = tiny_model()
+    with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()) as trace:
+        assert model(input_ids=PROMPT[:, :1]).logits.shape == (1, 1, 128)
+    assert trace.prefills == 0
+    with pytest.raises(ValueError, match="the trace is empty"):
+        _ = trace.tokens_per_layer
+
+
+def test_models_that_are_not_decoder_only_text_models_are_refused(tiny_model):
+    import types
+
+    from transformers import LlavaConfig, T5Config, T5ForConditionalGeneration
+
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2, vocab_size=32))
+    with pytest.raises(PruningNotSupported, match="encoder-decoder"):
+        describe(t5)
+    vision = types.SimpleNamespace(config=LlavaConfig(), modules=list)
+    with pytest.raises(PruningNotSupported, match="multimodal"):
+        describe(vision)
+    with pytest.raises(PruningNotSupported, match="no transformers configuration"):
+        describe(torch.nn.Linear(2, 2))
+
+
+def test_a_compiled_model_is_refused(tiny_model):
+    with pytest.raises(PruningNotSupported, match="torch.compile"):
+        describe(torch.compile(tiny_model()))
+
+
+def test_a_layer_with_an_unknown_argument_is_refused_by_its_name(tiny_model):
+    model = tiny_model()
+
+    class Strange(type(model.model.layers[1])):
+        def forward(self, hidden_states, attention_mask=None, past_key_values=None, token_graph=None):
+            return hidden_states
+
+    model.model.layers[1].__class__ = Strange
+    with pytest.raises(PruningNotSupported, match=r"decoder layer 1 \(Strange\).*token_graph"):
+        describe(model)
+
+
+def test_an_unknown_attention_backend_is_refused(tiny_model):
+    from sdtp_lib.architectures.attention_bias import attention_bias
+
+    model = tiny_model()
+    with attention_bias(model):
+        _refused(model, "attn_implementation='sdtp_key_bias", lambda model: None)
+
+
+def test_compact_positions_are_refused_for_batches_and_for_models_without_one_rotary_table(tiny_model):
+    compact = CONFIG.replace(positions="compact")
+    pair = PROMPT.expand(2, -1)
+    _refused(tiny_model(), "batch of 2", lambda model: model(input_ids=pair), config=compact)
+    _refused(tiny_model("bloom"), "positions='compact'", lambda model: None, config=compact)
+
+
+def test_flash_attention_with_a_window_shorter_than_the_prompt_is_refused(tiny_model):
+    model = tiny_model("mistral", sliding_window=20)
+    model.config._attn_implementation = "flash_attention_2"
+    counter = _Counter(model)
+    with (
+        pytest.raises(PruningNotSupported, match=r"sliding window \(20\)"),
+        token_pruning(model, CONFIG, scorers.recency()),
+    ):
+        model.model(input_ids=PROMPT)
+    assert counter.calls == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_inside_leaves_the_model_as_it_was(tiny_model, error):
+    model = tiny_model()
+    plain, before = model(input_ids=PROMPT).logits, _hooks(model)
+
+    def scorer(stage):
+        if stage.layer_index == 3:
+            raise error("stop")
+        return stage.positions.float()
+
+    with pytest.raises(error), token_pruning(model, CONFIG, scorer):
+        inside = _hooks(model)
+        model(input_ids=PROMPT)
+    assert inside != before
+    assert _hooks(model) == before
+    assert torch.equal(model(input_ids=PROMPT).logits, plain)
+
+
+def test_a_failed_prefill_does_not_spoil_the_next_one_in_the_same_with(tiny_model):
+    model, failing = tiny_model(), [True]
+
+    def scorer(stage):
+        if stage.layer_index == 3 and failing:
+            failing.pop()
+            raise RuntimeError("once")
+        return stage.positions.float()
+
+    with torch.no_grad(), token_pruning(model, CONFIG, scorer) as trace:
+        with pytest.raises(RuntimeError, match="once"):
+            model(input_ids=PROMPT)
+        logits = model(input_ids=PROMPT).logits
+    with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()):
+        assert torch.equal(model(input_ids=PROMPT).logits, logits)
+    assert trace.tokens_per_layer == [64, 38, 38, 22, 22, 22]
+
+
+def test_a_generator_left_half_way_gives_the_model_back(tiny_model):
+    model = tiny_model()
+    before = _hooks(model)
+
+    def tokens():
+        with token_pruning(model, CONFIG, scorers.recency()):
+            for _ in range(5):
+                yield model(input_ids=PROMPT).logits.shape
+
+    stream = tokens()
+    next(stream)
+    assert _hooks(model) != before
+    stream.close()
+    assert _hooks(model) == before
+
+
+def test_a_thousand_entries_leave_nothing_behind(tiny_model):
+    model, prompt = tiny_model(num_hidden_layers=3, hidden_size=16), PROMPT[:, :40]
+    before = _hooks(model)
+    config = PruningConfig(layers=(1,), keep_ratio=0.5, min_local_tokens=4)
+    with torch.no_grad(), token_pruning(model, config, scorers.recency()) as trace:
+        cache = model(input_ids=prompt, use_cache=True).past_key_values
+    gone = weakref.ref(cache)
+    del cache
+    for _ in range(1000):
+        with token_pruning(model, config, scorers.recency()):
+            pass
+    gc.collect()
+    assert gone() is None, "something still holds a cache"
+    tensors = sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
+    for _ in range(50):
+        with torch.no_grad(), token_pruning(model, config, scorers.recency()):
+            model(input_ids=prompt)
+    gc.collect()
+    assert sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects()) == tensors
+    assert _hooks(model) == before
+    assert trace.prefills == 1
+
+
+def test_the_prune_log_and_the_frame_tell_what_was_dropped(tiny_model, tmp_path):
+    import json
+
+    model = tiny_model()
+    with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()) as trace:
+        model(input_ids=PROMPT)
+    entries = [json.loads(line) for line in trace.write_log(tmp_path / "prune.jsonl").read_text().splitlines()]
+    assert entries[0] == {
+        "layer": 1, "row": 0, "tokens_in": 64, "tokens_kept": 38, "tokens_pruned": 26,
+        "score_min": 0.0, "score_max": 63.0, "score_mean": 31.5,
+    }  # fmt: skip
+    assert [entry["tokens_kept"] for entry in entries] == [38, 22]
+    frame = trace.to_frame()
+    assert list(frame.columns) == ["row", "layer", "position", "score", "kept"]
+    assert frame.groupby("layer").kept.sum().to_dict() == {1: 38, 3: 22}
+    assert trace.compression_ratio == pytest.approx(64 / ((64 + 38 + 38 + 22 * 3) / 6))

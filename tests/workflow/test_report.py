@@ -1,0 +1,127 @@
+"""Tables and the sweep report are views of rows: their numbers, their escaping, and README's blocks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import report
+import result_tables
+import support
+import tables
+from result_tables import Table
+
+from sdtp_lib.records import RowWriter, passport, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+ORIGIN = passport(model_name="tiny <model>", seed=3) | {"device": "cpu", "commit": "abc123"}
+
+
+def latency_row(tokens: int, method: str, repetition: int, prefill_ms: float, tflops: float) -> dict:
+    return {
+        "kind": "latency", "prompt_tokens": tokens, "method": method, "family": method, "repetition": repetition,
+        "status": "ok", "prefill_ms": prefill_ms, "decode_ms": 100.0, "end_to_end_ms": prefill_ms + 100.0,
+        "tflops": tflops, "kv_bytes": 1000 * tflops, "kv_tokens_per_layer": [tokens], "compression_ratio": 1.0,
+        "new_tokens": 8, "weight_bytes": 1000, "peak_memory_mb": 10.0, "prune_layers": [], "keep_ratio": 1.0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    with RowWriter(folder / "seed-3" / "04_latency.jsonl", ORIGIN) as rows:
+        for repetition, (full, pruned) in enumerate([(200.0, 100.0), (220.0, 110.0), (300.0, 100.0)]):
+            rows.add(f"full/{repetition}", **latency_row(1024, "unpruned", repetition, full, 2.0))
+            rows.add(f"pruned/{repetition}", **latency_row(1024, "keep09", repetition, pruned, 1.0))
+    with RowWriter(folder / "05_longbench.jsonl", ORIGIN) as rows:
+        for scorer, values in {"learned": (0.1, 0.3), "recency": (0.5, 0.7)}.items():
+            for sample, kl in enumerate(values):
+                rows.add(
+                    f"{scorer}/{sample}", kind="scorer", cell="text", setting="r=0.9", scorer=scorer, block="baseline",
+                    sample=str(sample), kl_nats=kl, loss_full_nats=2.0, loss_nats=2.0, compression_ratio=1.5,
+                    prefill_flops_share=0.6,
+                )  # fmt: skip
+        for task, score in (("needle", 0.5), ("needle", 1.0), ("qa", 0.25), ("qa", 0.0)):
+            rows.add(f"{task}/{score}", kind="task", task=task, score=score)
+    write_json(
+        folder / "seed-3/.stamps/04_latency-0123456789ab.json",
+        {
+            "notebook": "04_latency", "parameters": {"text": "<script>alert(1)</script>"}, "seconds": 12.3,
+            "ended_utc": "2026-01-01T00:00:00+00:00", "commit": "abc123",
+            "executed": str(folder / "seed-3/executed/04_latency-0123456789ab.ipynb"),
+        },
+    )  # fmt: skip
+    return folder
+
+
+def test_the_latency_table_shows_paired_medians_beside_the_limit(run):
+    table = result_tables.latency_table(result_tables.rows_of(run))
+    pruned = dict(zip(table.header, next(row for row in table.body if row[1] == "keep09"), strict=True))
+    assert pruned["prefill ms"] == "100" and pruned["limit"] == "2.00x"
+    assert table.body[1][3] == "2.00x", "the median of the paired ratios 2, 2 and 3"
+    assert pruned["KV cache"] == "-50 %"
+    assert "Medians of 3 repetitions" in table.note and "commit abc123" in table.note
+
+
+def test_the_scorer_table_marks_the_best(run):
+    table = result_tables.scorer_table(result_tables.rows_of(run))
+    assert table.header == ("data", "budget", "items", "learned", "recency")
+    assert table.body == (("text", "r=0.9", "2", "**0.200**", "0.600"),)
+
+
+def test_rows_of_another_kind_are_averaged_by_what_tells_them_apart(run):
+    (table,) = result_tables.other_tables(result_tables.rows_of(run))
+    assert table.header == ("task", "score") and table.body == (("needle", "0.7500"), ("qa", "0.1250"))
+
+
+def test_a_pipe_in_a_cell_does_not_break_a_markdown_table():
+    text = Table("t", "T", ("a", "b"), (("x|y", "z"),), "note").markdown()
+    assert text.splitlines()[2] == "| x\\|y | z |"
+
+
+def test_the_report_is_one_page_that_loads_nothing_and_escapes_what_it_shows(run, monkeypatch):
+    monkeypatch.setattr(report, "project_root", lambda: run)
+    page = report.page(run)
+    assert "<script" not in page and "&lt;script&gt;" in page and "tiny &lt;model&gt;" in page
+    assert not re.search(r"""(src|href)=['"]?(https?:)?//""", page) and "@import" not in page
+    assert "href='seed-3/executed/04_latency-0123456789ab.ipynb'" in page
+    assert "<svg" in page and page.count("<table>") == 4
+
+
+def test_a_run_without_rows_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run `make study` first"):
+        report.page(tmp_path)
+
+
+def test_tables_replace_their_blocks_and_nothing_else(run):
+    collected = tables.collect(run)
+    blocks = ("<!-- table: scorers -->\nstale text\n<!-- end -->", "<!-- table: none -->\n<!-- end -->")
+    readme = f"before\n{blocks[0]}\nbetween\n{blocks[1]}\nafter\n"
+    rendered = tables.render(readme, collected)
+    assert "| text | r=0.9 | 2 | **0.200** | 0.600 |" in rendered and "stale text" not in rendered
+    assert tables.UNMEASURED in rendered
+    assert rendered.startswith("before\n") and "\nbetween\n" in rendered and rendered.endswith("\nafter\n")
+    assert tables.render(rendered, collected) == rendered
+
+
+def test_the_readme_shows_what_the_tables_hold():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    store = ROOT / tables.STORE
+    kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
+    assert tables.render(readme, kept) == readme, "run `make tables`"
+    assert {match["name"] for match in tables.BLOCK.finditer(readme)} >= set(kept)
+
+
+def test_the_support_matrix_counts_what_passed_by_family_and_backend():
+    outcomes = [
+        ("test_decode_equals_the_reference[llama-sdpa]", True),
+        ("test_a_second_turn_works[at-once-llama-sdpa]", False),
+        ("test_decode_equals_the_reference[llama-eager]", True),
+        ("test_decode_equals_the_reference[gemma3_text-eager]", True),
+        ("test_something_else", True),
+    ]
+    table = support.matrix(outcomes)
+    assert table.body == (("llama", "1 of 2", "1 of 1"), ("gemma3_text", "-", "1 of 1"))
+    assert "decode equals the reference; a second turn works" in table.note
