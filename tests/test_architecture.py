@@ -31,8 +31,8 @@ FLOORS = (
 INSIDE = {
     "architectures": ({"caches", "masks"}, {"layers"}, {"attention_bias"}, {"attention_weights"}),
     "data": ({"texts"}, {"samples"}, {"tasks", "longbench"}, {"test_sets"}),
-    "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard"}, {"continuation"}, {"prefill"},
-                {"engine"}),
+    "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard", "pruned_cache"}, {"continuation"},
+                {"prefill"}, {"engine"}),
     "scorers": ({"blend"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name"}),
     "views": ({"tokens", "layer_map"},),
     "plots": ({"style"}, {"cost", "results", "tokens"}),

@@ -5,18 +5,30 @@ Part of the door to transformers' internals; knows cache layers, not decoder lay
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from sdtp_lib.config import PruningNotSupported
 
-CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+
+def is_cache(value: Any) -> bool:
+    """Whether ``value`` is a cache of keys and values, whatever the argument that carries it is called."""
+    if hasattr(value, "get_seq_length") and hasattr(value, "update"):
+        return True
+    # The form of transformers 4: one tuple of tensors per layer. Position tables are tuples of tensors themselves.
+    return isinstance(value, (tuple, list)) and bool(value) and isinstance(value[0], (tuple, list))
 
 
-def cache_of(arguments: dict[str, Any]) -> Any | None:
-    """The cache among a layer's or a model's arguments, or None."""
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+def cache_of(arguments: Mapping[str, Any]) -> Any | None:
+    """The cache among a layer's or a model's arguments, or None. It is found by what it is: its name changes."""
+    return next((value for value in arguments.values() if is_cache(value)), None)
+
+
+def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments less the cache."""
+    return {name: value for name, value in arguments.items() if not is_cache(value)}
 
 
 def tokens_seen(cache: Any | None) -> int:

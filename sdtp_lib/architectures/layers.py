@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtp_lib.architectures.caches import CACHE_NAMES
 from sdtp_lib.config import PruningNotSupported
 
 ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+# What remote code without annotations may call its cache.
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
 _ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
 # Their stacks end in ``hidden_states.view(-1, prompt length, D)``.
 _RESHAPE_OUTPUT = ("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "codegen")
 # What a decoder layer may be called with and we know how to shorten (or may safely leave alone).
 _KNOWN_ARGUMENTS = {
     "hidden_states", "attention_mask", "position_ids", "position_embeddings", "alibi", "use_cache", "output_attentions",
-    "cache_position", "head_mask", "encoder_hidden_states", "encoder_attention_mask", "layer_idx", *CACHE_NAMES,
+    "cache_position", "head_mask", "encoder_hidden_states", "encoder_attention_mask", "layer_idx",
 }  # fmt: skip
 
 
@@ -57,6 +58,11 @@ class Architecture:
     def backend(self) -> str:
         """The attention backend in force now, such as ``"sdpa"``."""
         return str(getattr(self.config, "_attn_implementation", None) or "eager")
+
+    @property
+    def counts_windows_itself(self) -> bool:
+        """Whether the kernel counts a sliding window in the keys it is given, instead of reading a mask."""
+        return self.backend.startswith("flash_attention")
 
     def sliding_window(self, layer_index: int) -> int | None:
         """Tokens that layer ``layer_index`` sees at most (its own included), or None for full attention."""
@@ -183,10 +189,17 @@ def missing_from_signature(layer: nn.Module) -> str:
         return f"takes {names[0] if names else 'nothing'!r} first instead of 'hidden_states'"
     if "attention_mask" not in names:
         return "takes no 'attention_mask'"
-    if not any(name in names for name in CACHE_NAMES):
-        return f"takes no cache ({', '.join(CACHE_NAMES)})"
-    unknown = [name for name in names if name not in _KNOWN_ARGUMENTS]
+    caches = _cache_parameters(layer)
+    if not caches:
+        return "takes no cache (an argument annotated as one, or called past_key_values)"
+    unknown = [name for name in names if name not in _KNOWN_ARGUMENTS and name not in caches]
     return f"takes the unknown argument(s) {', '.join(unknown)}" if unknown else ""
+
+
+def _cache_parameters(layer: nn.Module) -> set[str]:
+    """Arguments of the layer's forward that are a cache: annotated as one, or with a name that was always one's."""
+    parameters = inspect.signature(type(layer).forward).parameters.values()
+    return {p.name for p in parameters if "Cache" in str(p.annotation) or p.name in _CACHE_NAMES}
 
 
 def named_arguments(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

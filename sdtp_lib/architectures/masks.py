@@ -1,8 +1,15 @@
-"""Attention masks over kept tokens, in the form that each attention backend reads.
+"""Rows and columns of the attention mask that transformers made, in the form of each attention backend.
 
-A mask is never sliced from the one that transformers made for the full prompt: it is built afresh from positions,
-which is the only thing that stays true after a cut. Part of the door to transformers' internals (`architectures`).
-Axes: B rows, Q queries, N keys.
+What a mask holds (windows, alibi, packed sequences, a model's own pattern) is not known here and need not be: a cut
+layer gets the entries of its own queries and keys, unchanged. Part of the door to transformers' internals.
+
+Axes: B rows, H heads, Q queries, N keys of the unpruned model; q queries and n keys of one layer.
+
+Example: 6 tokens of which 0, 2, 5 stay. ``queries = keys = [[0, 2, 5]]``, and a causal 6 x 6 mask becomes::
+
+    [[1, 0, 0],      token 0 sees 0
+     [1, 1, 0],      token 2 sees 0 and 2
+     [1, 1, 1]]      token 5 sees all three
 """
 
 from __future__ import annotations
@@ -14,74 +21,132 @@ import torch
 from sdtp_lib.config import PruningNotSupported
 
 
-def position_mask(
-    query_positions: torch.Tensor, key_positions: torch.Tensor, window: int | None = None
-) -> torch.Tensor:
-    """Who may look at whom: (B, 1, Q, N) booleans from original positions (B, Q) and (B, N), padding being -1.
-
-    The queries are the last Q keys. A key is seen if it is real, not later than the query and, with a ``window``,
-    fewer than ``window`` original positions back.
-    """
-    queries, keys = query_positions[:, None, :, None], key_positions[:, None, None, :]
-    allowed = (keys >= 0) & (keys <= queries)
-    if window is not None:
-        allowed &= queries - keys < window
-    # A padding query sees itself only: an empty row would be NaN, and NaN times a zero weight is still NaN.
-    columns = torch.arange(key_positions.shape[1], device=key_positions.device)
-    own = columns[None, :] == columns[-query_positions.shape[1] :, None]
-    return allowed | (own[None, None] & (queries < 0))
-
-
-def backend_mask(
-    backend: str,
-    query_positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    *,
-    window: int | None,
+def cut_mask(
+    mask: Any,
+    queries: torch.Tensor | None,
+    keys: torch.Tensor,
     padded: bool,
+    *,
+    query_count: int,
+    backend: str,
     dtype: torch.dtype,
-) -> Any | None:
-    """The mask for one layer in the form of ``backend``; None where the backend needs none.
+) -> Any:
+    """The part of ``mask`` that one layer needs.
 
     Parameters
     ----------
-    backend
-        One of `architectures.ATTENTION_BACKENDS`.
-    query_positions, key_positions : Tensor (B, Q), (B, N)
-        Original positions, -1 for padding; the queries are the last Q keys.
-    window
-        Sliding window in original positions where it matters, else None.
+    mask
+        What transformers made for the unpruned layer: None (the backend is then causal by itself); booleans (True:
+        seen) or numbers to add, (B or 1, H or 1, Q or 1, N); (B, N) for flash attention; a ``BlockMask`` for flex.
+    queries : Tensor (B or 1, q) or None
+        Rows that remain, -1 for padding, None for all of them. They count from the first new token.
+    keys : Tensor (B or 1, n)
+        Columns that the layer holds, ascending, -1 for padding. The layer's queries are the last q of them.
     padded
-        Whether any key is padding (known on the host, so that no device is asked).
-    dtype
-        The attention scores' type (eager adds the mask to them).
+        Whether ``queries`` or ``keys`` have padding (known on the host, so that no device is asked).
+    query_count
+        q, the queries of this layer.
+    backend, dtype
+        The attention backend, and the type in which eager attention adds a mask: read where ``mask`` is None.
+
+    Raises
+    ------
+    PruningNotSupported
+        For a mask of another form.
     """
-    queries, keys = query_positions.shape[1], key_positions.shape[1]
+    if mask is None:
+        return _mask_where_none_was(query_count, keys, backend, dtype) if padded else None
+    if torch.is_tensor(mask) and mask.dim() == 2:
+        cut = _columns(mask, keys)
+        return cut * (keys >= 0).to(cut.dtype) if padded else cut
+    if torch.is_tensor(mask) and mask.dim() == 4:
+        return _cut_tensor(mask, queries, keys, padded)
+    if hasattr(mask, "mask_mod"):
+        return _cut_block_mask(mask, queries, keys)
+    found = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
+    raise PruningNotSupported(
+        f"attention_mask {found}: the rows and columns of such a mask are not known, so it cannot be cut: load the "
+        "model with attn_implementation='sdpa'."
+    )
+
+
+def last_rows(mask: Any, count: int) -> torch.Tensor | None:
+    """The rows of the last ``count`` queries of a 4-D mask; None where the mask has another form."""
+    return mask[:, :, -count:] if torch.is_tensor(mask) and mask.dim() == 4 else None
+
+
+def _cut_tensor(mask: torch.Tensor, queries: torch.Tensor | None, keys: torch.Tensor, padded: bool) -> torch.Tensor:
+    keys = keys.to(mask.device)
+    columns = keys.clamp_min(0)
+    if queries is not None and mask.shape[2] > 1:
+        rows = queries.to(mask.device).clamp_min(0)
+        if max(mask.shape[0], rows.shape[0], columns.shape[0]) == 1:
+            mask = mask.index_select(2, rows[0]).index_select(3, columns[0])
+        else:
+            mask = _pick(mask, rows, columns)
+    elif columns.shape[0] == 1:
+        mask = mask.index_select(3, columns[0])
+    else:
+        mask = mask.expand(columns.shape[0], -1, -1, -1)
+        mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+    return _without_padding(mask, keys) if padded else mask
+
+
+def _pick(mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    batch = max(mask.shape[0], rows.shape[0], columns.shape[0])
+    which = torch.arange(batch, device=mask.device)[:, None, None]
+    # Indices around a slice put the sliced axis last: (B, q, n, H).
+    picked = mask.expand(batch, -1, -1, -1)[which, :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2)
+
+
+def _without_padding(mask: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Padding is seen by nobody but itself: an empty row would be NaN, and NaN times a zero weight is still NaN."""
+    q, n = mask.shape[2], mask.shape[3]
+    valid = keys >= 0
+    seen = valid[:, None, None, :]
+    own = torch.eye(n, dtype=torch.bool, device=mask.device)[n - q :][None, None] & ~valid[:, None, n - q :, None]
+    if mask.dtype == torch.bool:
+        return (mask & seen) | own
+    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min).masked_fill(own, 0)
+
+
+def _mask_where_none_was(q: int, keys: torch.Tensor, backend: str, dtype: torch.dtype) -> Any:
+    """A causal mask for rows of one length that kept different numbers of tokens, so that some are padded now."""
     if backend.startswith("flash_attention"):
-        if window is not None:
-            raise PruningNotSupported(
-                f"attn_implementation={backend!r} counts a sliding window in kept tokens, not in original positions: "
-                "load the model with attn_implementation='sdpa'."
-            )
-        return (key_positions >= 0).long() if padded else None
-    if not padded and window is None and (queries == 1 or (backend == "sdpa" and queries == keys)):
-        # One query sees every key. sdpa without a mask is causal, but only right when queries and keys are as many.
-        return None
+        return (keys >= 0).long()
+    order = torch.arange(keys.shape[1], device=keys.device)
+    causal = order[None, :] <= order[-q:, None]
+    allowed = _without_padding(causal.expand(keys.shape[0], 1, -1, -1), keys)
     if backend == "flex_attention":
-        return _block_mask(query_positions, key_positions, window)
-    allowed = position_mask(query_positions, key_positions, window)
+        return _block_mask(lambda row, _head, query, key: allowed[row, 0, query, key], keys.shape[0], q, keys)
     if backend == "sdpa":
         return allowed
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def _block_mask(query_positions: torch.Tensor, key_positions: torch.Tensor, window: int | None) -> Any:
+def _columns(mask: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    columns = keys.clamp_min(0).to(mask.device)
+    rows = max(mask.shape[0], columns.shape[0])
+    return mask.expand(rows, -1).gather(1, columns.expand(rows, -1))
+
+
+def _cut_block_mask(mask: Any, queries: torch.Tensor | None, keys: torch.Tensor) -> Any:
+    whole = mask.mask_mod
+    q = mask.shape[-2] if queries is None else queries.shape[1]
+    columns, valid = keys.clamp_min(0), keys >= 0
+    rows = None if queries is None else queries.clamp_min(0)
+
+    def mask_mod(row: Any, head: Any, query: Any, key: Any) -> Any:
+        this = row if keys.shape[0] > 1 else 0
+        original = query if rows is None else rows[this, query]
+        own = ~valid[this, key] & (key == query + keys.shape[1] - q)
+        return (whole(row, head, original, columns[this, key]) & valid[this, key]) | own
+
+    return _block_mask(mask_mod, mask.shape[0], q, keys)
+
+
+def _block_mask(mask_mod: Any, rows: int, queries: int, keys: torch.Tensor) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    allowed = position_mask(query_positions, key_positions, window)[:, 0]
-
-    def mask_mod(batch: Any, _head: Any, query: Any, key: Any) -> Any:
-        return allowed[batch, query, key]
-
-    rows, queries, keys = allowed.shape
-    return create_block_mask(mask_mod, rows, None, queries, keys, device=allowed.device)
+    return create_block_mask(mask_mod, rows, None, queries, keys.shape[1], device=keys.device)

@@ -22,12 +22,12 @@ import torch
 
 from sdtp_lib import budget, scorers
 from sdtp_lib.architectures.caches import cache_lengths, kv_bytes
-from sdtp_lib.architectures.layers import num_layers
+from sdtp_lib.architectures.layers import describe, num_layers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.latency.generation import Generation, plain_prefill, plain_step, timed_generation
 from sdtp_lib.latency.measure import Stopwatch
-from sdtp_lib.pruning.continuation import PrefillRecord, remember
 from sdtp_lib.pruning.engine import token_pruning
+from sdtp_lib.pruning.pruned_cache import CacheRecord, remember
 from sdtp_lib.pruning.selection import select_positions
 from sdtp_lib.pruning.stage import Scorer, Stage
 
@@ -168,7 +168,7 @@ def kv_only(model: Any, config: PruningConfig, name: str = "KV only") -> Method:
             def prefill(input_ids: torch.Tensor, watch: Stopwatch | None = None) -> tuple[torch.Tensor, Any]:
                 logits, cache = plain_prefill(model, input_ids)
                 _mark(watch, "prefill")
-                _shorten_cache(cache, config, trace.scores, input_ids.shape[1])
+                _shorten_cache(cache, config, trace.scores, input_ids.shape[1], describe(model).backend)
                 _mark(watch, "cache cut")
                 return logits, cache
 
@@ -248,23 +248,28 @@ def _stop_at_stage(model: Any, config: PruningConfig, scorer: Scorer, input_ids:
     raise ValueError(f"layers={list(config.layers)}: no stage was reached, so nothing was chosen.")
 
 
-def _shorten_cache(cache: Any, config: PruningConfig, scores: dict[int, torch.Tensor], tokens: int) -> None:
+def _shorten_cache(
+    cache: Any, config: PruningConfig, scores: dict[int, torch.Tensor], tokens: int, backend: str
+) -> None:
     """Cut each layer's keys and values to what ``config`` would have kept there, chosen by ``scores`` of all tokens."""
     layers = len(cache.layers)
     plan = budget.tokens_per_layer(config, layers, tokens)
-    columns, segments, alive = None, [], tokens
+    columns, kept, alive = None, [], tokens
     for index, layer in enumerate(cache.layers):
         if index in config.layers and plan[index] < alive:
             living = scores[index] if columns is None else scores[index][:, columns]
             local = budget.protected_count(alive, config) - config.sink_tokens
             chosen = select_positions(living, [alive], [plan[index]], config.sink_tokens, [local])[0]
             columns, alive = chosen if columns is None else columns[chosen], plan[index]
-            segments.append((index, columns[None], False))
         if columns is not None:
             layer.keys, layer.values = layer.keys[:, :, columns], layer.values[:, :, columns]
-    if segments:
+        kept.append(None if columns is None else columns[None])
+    if columns is not None:
         remember(
-            cache, PrefillRecord(tokens, [tokens], segments, [[count] for count in plan], compact=False, held=plan)
+            cache,
+            CacheRecord(
+                tokens, [tokens], kept, [False] * layers, plan, compressed=False, compact=False, backend=backend
+            ),
         )
 
 

@@ -1,225 +1,201 @@
-"""Tokens that come after a pruned prefill: decode steps, a second turn, drafts of a caller.
+"""One forward inside ``with token_pruning``, on whatever its cache holds: what each layer gets, shortened to its keys.
 
-Nothing is dropped here. Each layer's cache holds the tokens kept there, so layers differ in length while transformers
-makes one mask for all of them, sized from layer 0. This module knows what each layer holds and rebuilds what is wrong.
-The record of the prefill travels with the cache object, also when it is copied. Axes: B rows, K kept tokens, Q queries.
+A forward is always the same thing: keys that are already in each layer's cache (none, a prefix, what earlier cuts
+left), new tokens, and perhaps cuts among the new ones. Decode steps, a second turn and a caller's drafts are forwards
+without cuts, served here; `prefill` adds the cuts. Neither knows hooks.
+
+Axes: B rows, T new columns (padding included), K kept among them, Q queries of a layer, n keys that it attends to.
+
+Example: 10 prompt tokens, of which layer 4 and later hold 0, 1, 4, 7, 8, 9, then 2 decoded tokens, and now a third. The
+model makes a mask over 13 keys. Layers 0 to 3 get it as it is; layer 4 gets its columns 0, 1, 4, 7, 8, 9, 10, 11, 12.
 """
 
 from __future__ import annotations
 
-import inspect
-import types
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from sdtp_lib.architectures.caches import attended_keys, cached_tokens, tokens_seen
 from sdtp_lib.architectures.layers import Architecture
-from sdtp_lib.architectures.masks import backend_mask
+from sdtp_lib.architectures.masks import cut_mask
 from sdtp_lib.config import PruningNotSupported
+from sdtp_lib.pruning.pruned_cache import CacheRecord, remembered
+from sdtp_lib.pruning.selection import gather_tokens
 
-_RECORD = "_sdtp_prefill"
 
+class ForwardPass:
+    """One forward under way on ``cache``: layer inputs, shortened to what was kept.
 
-@dataclass
-class PrefillRecord:
-    """What a pruned prefill left in a cache.
-
-    Attributes
+    Parameters
     ----------
-    columns
-        Width T of the prompt batch, padding included: what layer 0 holds.
-    lengths
-        Prompt tokens of each row.
-    segments
-        ``(first layer, kept positions (B, K), whether any is padding)``, ascending.
-    plan
-        Tokens kept, a list of L lists of B.
     compact
-        Whether kept tokens were renumbered.
-    held
-        Tokens that each layer's cache held right after the prefill: those of ``plan``, or fewer where a KV-cache
-        compression (kvpress, say) ran inside the attention layers.
-    added_valid
-        (B, tokens added since) booleans, only where some added token is padding.
+        Whether tokens that are kept in this forward are renumbered; what the cache remembers goes first.
+    rows, columns
+        B and T of the new tokens.
     """
 
-    columns: int
-    lengths: list[int]
-    segments: list[tuple[int, torch.Tensor, bool]]
-    plan: list[list[int]]
-    compact: bool
-    held: list[int]
-    added_valid: torch.Tensor | None = field(default=None)
+    def __init__(self, architecture: Architecture, compact: bool, rows: int, columns: int, cache: Any) -> None:
+        self.architecture, self.compact, self.columns, self.cache = architecture, compact, columns, cache
+        self.record = remembered(cache)
+        self.seen = tokens_seen(cache)
+        self.kept: torch.Tensor | None = None  # new columns (B, K) that are left, -1 for padding; None: all
+        self.kept_padded = False
+        self._cut: dict[Any, Any] = {}
+        if self.record is not None:
+            self.compact = self.record.compact
+            self._check_cache(self.record, rows)
 
-    @property
-    def compressed(self) -> bool:
-        """Whether something else dropped cached keys after the engine had handed the layers theirs."""
-        first = self.segments[0][0]
-        uncut = [self.columns if layer < first else max(rows) for layer, rows in enumerate(self.plan)]
-        return self.held != uncut
-
-    def segment_at(self, layer_index: int) -> tuple[int, torch.Tensor, bool] | None:
-        """The last cut at or before ``layer_index``."""
-        return next((segment for segment in reversed(self.segments) if segment[0] <= layer_index), None)
-
-
-def remember(cache: Any, record: PrefillRecord) -> None:
-    """Attach ``record`` to the cache object, whose ``crop`` refuses from now on to go below the prompt."""
-    setattr(cache, _RECORD, record)
-    cache.crop = types.MethodType(_guarded_crop, cache)
-
-
-def remembered(cache: Any) -> PrefillRecord | None:
-    """The record of the pruned prefill that filled ``cache``, or None."""
-    return getattr(cache, _RECORD, None)
-
-
-def _guarded_crop(cache: Any, count: int) -> None:
-    record, seen = remembered(cache), tokens_seen(cache)
-    plain_crop = types.MethodType(type(cache).crop, cache)
-    # Before transformers 5.7 or so a crop named the length to keep, and 0 emptied the cache.
-    removes = "tokens_to_remove" in next(iter(inspect.signature(cache.layers[0].crop).parameters), "")
-    removed = -count if count < 0 or (count == 0 and removes) else max(seen - count, 0)
-    if record is not None and removed > seen - record.held[0]:
-        raise PruningNotSupported(
-            f"crop({count}) would remove {removed} tokens, but only {seen - record.held[0]} were added after the "
-            "pruned prefill, and a pruned prompt cannot be shortened: prefill the shorter prompt anew."
-        )
-    plain_crop(-removed if removed else (0 if removes else seen))
-
-
-class Continuation:
-    """One forward on a cache that a pruned prefill filled."""
-
-    def __init__(
-        self, architecture: Architecture, record: PrefillRecord, cache: Any, seen: int, new_tokens: int, mask: Any
-    ) -> None:
-        self.architecture, self.record, self.cache = architecture, record, cache
-        self.added, self.new_tokens = seen - record.held[0], new_tokens
-        self._check_cache(seen)
-        self._read_padding(mask)
-        self._masks: dict[Any, Any] = {}
-        self._tables: dict[int, Any] = {}
-        self._added_positions: torch.Tensor | None = None
-
-    def _check_cache(self, seen: int) -> None:
+    def _check_cache(self, record: CacheRecord, rows: int) -> None:
+        if rows != record.rows:
+            raise PruningNotSupported(
+                f"the cache was filled by {record.rows} rows and is continued by {rows}: expand the prompt "
+                "before the prefill (num_return_sequences, num_beams do)."
+            )
         # A decode step looks at the last layer only: it is run for every token.
-        layers = range(len(self.record.held)) if self.new_tokens > 1 else [len(self.record.held) - 1]
+        added = self.seen - record.columns
+        layers = range(len(record.held)) if self.columns > 1 else [len(record.held) - 1]
         for index in layers:
-            held, kept = cached_tokens(self.cache, index), self.record.held[index]
-            if self.added < 0 or held != kept + self.added:
+            held, expected = cached_tokens(self.cache, index), record.held[index]
+            if added < 0 or held != expected + added:
                 raise PruningNotSupported(
-                    f"past_key_values: layer {index} holds {held} tokens where {kept} kept ones and {self.added} later "
-                    f"ones were expected (layer 0 holds {seen}): crop a pruned cache only by a negative number of "
+                    f"past_key_values: layer {index} holds {held} tokens where {expected} kept ones and {added} later "
+                    f"ones were expected (layer 0 holds {self.seen}): crop a pruned cache only by a negative number of "
                     "tokens, at most those added after prefill."
                 )
 
-    def _read_padding(self, mask: Any) -> None:
-        record = self.record
-        if record.added_valid is not None:
-            record.added_valid = record.added_valid[:, : self.added]
-        fresh = None
-        if self.new_tokens > 1 and torch.is_tensor(mask):
-            if mask.dim() != 2:
-                raise PruningNotSupported(
-                    f"attention_mask of shape {tuple(mask.shape)} on a pruned cache: give the 2-D mask (rows, tokens)."
-                )
-            last = mask[:, -self.new_tokens :].bool()
-            fresh = None if bool(last.all()) else last
-        if fresh is None and record.added_valid is None:
-            return
-        rows = len(record.lengths)
-        device = record.segments[0][1].device
-        known = record.added_valid
-        known = torch.ones(rows, self.added, dtype=torch.bool) if known is None else known
-        fresh = torch.ones(rows, self.new_tokens, dtype=torch.bool) if fresh is None else fresh
-        record.added_valid = torch.cat([known.to(device), fresh.to(device)], dim=1)
+    def layer_arguments(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that layer ``index`` gets; ``arguments`` itself where they are right as they are."""
+        return self._shortened(index, arguments)
 
-    def layer_arguments(self, index: int, _layer: Any, arguments: dict[str, Any]) -> dict[str, Any] | None:
-        """The arguments that layer ``index`` gets instead of its own; None where its own are right."""
-        segment = self.record.segment_at(index)
-        if segment is None:
-            return None
-        start, positions, padded = segment
-        padded = padded or self.record.added_valid is not None
-        window = self.architecture.sliding_window(index)
-        if window is not None and max(self.record.lengths) + self.added + self.new_tokens <= window:
-            window = None
-        alibi = arguments.get("alibi")
-        plain = self.new_tokens == 1 and not padded and window is None and alibi is None and not self.record.compact
-        if plain and arguments.get("attention_mask") is None:
-            return None
-        arguments = dict(arguments)
-        if plain:
-            arguments["attention_mask"] = None
+    def finish(self) -> None:
+        """After the last layer."""
+
+    def _shortened(self, index: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Layer arguments for the kept tokens, out of those that the model made for all columns."""
+        recorded = self.record.kept[index] if self.record is not None else None
+        cut = self.kept is not None or recorded is not None
+        mask, alibi = arguments.get("attention_mask"), arguments.get("alibi")
+        padded = self.kept_padded or (recorded is not None and self.record.padded[index])
+        if not cut and (self.record is None or (mask is None and alibi is None)):
             return arguments
         hidden = arguments["hidden_states"]
-        if hidden.shape[0] != positions.shape[0] and positions.shape[0] != 1:
-            raise PruningNotSupported(
-                f"the cache was filled by {positions.shape[0]} rows and is continued by {hidden.shape[0]}: "
-                "expand the prompt before the prefill (num_return_sequences, num_beams do)."
-            )
-        if self.record.compressed:
-            positions = self._compressed_positions(index, padded, window, alibi, hidden)
-        arguments["attention_mask"] = self._mask(index, start, positions, padded, window, hidden)
-        if alibi is not None:
-            arguments["alibi"] = self._alibi(start, positions, alibi)
-        if self.record.compact:
-            tables, ids = self._compact_tables(start, positions.shape[1], hidden)
-            arguments["position_embeddings"], arguments["position_ids"] = tables, ids
+        arguments = dict(arguments)
+        if self.kept is not None:
+            self._shorten_positions(arguments)
+        if mask is not None or alibi is not None or padded:
+            keys, padded = self._keys(index, hidden, padded)
+            if keys is not None:
+                arguments["attention_mask"] = self._cut_mask(index, mask, keys, padded, hidden)
+                if alibi is not None:
+                    arguments["alibi"] = self._cut_alibi(alibi, keys, hidden.shape[0])
+        if cut and self.compact:
+            self._renumber(index, arguments, hidden)
+        if cut:
+            self._refuse_windows_over_kept_tokens(index)
         return arguments
 
-    def _compressed_positions(
-        self, index: int, padded: bool, window: int | None, alibi: Any, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """Stand-ins for the positions of keys that a KV-cache compression left: all real, all before what comes now."""
-        if padded or window is not None or alibi is not None or self.record.compact:
+    def _shorten_positions(self, arguments: dict[str, Any]) -> None:
+        for name in ("position_embeddings", "position_ids"):
+            if arguments.get(name) is not None:
+                arguments[name] = self._cut_tables(arguments[name])
+        if arguments.get("cache_position") is not None:
+            # transformers < 5.4: places in this layer's cache, which gets the kept tokens only.
+            arguments["cache_position"] = arguments["cache_position"][: self.kept.shape[1]]
+
+    def _cut_tables(self, tables: Any) -> Any:
+        if isinstance(tables, (tuple, list)):
+            return type(tables)(self._cut_tables(table) for table in tables)
+        if not torch.is_tensor(tables):
+            return tables
+        axis = next((a for a in (1, 0) if tables.dim() > a and tables.shape[a] == self.columns), None)
+        if tables.dim() < 2 or axis is None or (axis == 0 and self.kept.shape[0] > 1):
+            raise PruningNotSupported(
+                f"a position table of shape {tuple(tables.shape)} has no axis of {self.columns} tokens in second "
+                "place: see CONTRIBUTING.md, 'Adding a family'."
+            )
+        # All layers share the same tables: cut each once per stage. The reference to the whole table stays: the id of a
+        # freed tensor could be reused by another.
+        if (id(tables), "table") not in self._cut:
+            self._cut[id(tables), "table"] = (tables, gather_tokens(tables, self.kept, dim=axis))
+        return self._cut[id(tables), "table"][1]
+
+    def _keys(self, index: int, hidden: torch.Tensor, padded: bool) -> tuple[torch.Tensor | None, bool]:
+        """Columns (B or 1, n) of the unpruned model's keys that layer ``index`` attends to, -1 for padding.
+
+        """
+        record, device, seen = self.record, hidden.device, self.seen
+        recorded = record.kept[index] if record is not None else None
+        new = self.columns if self.kept is None else self.kept.shape[1]
+        attended = attended_keys(self.cache, index, cached_tokens(self.cache, index), new) if seen else new
+        if record is not None and record.compressed:
+            self._refuse_with_compression(padded, index)
+            recorded = torch.zeros(1, record.held[index], dtype=torch.int64, device=device)
+        if recorded is None and self.kept is None and attended == seen + new:
+            return None, padded
+        known = (id(recorded), attended, device, "keys")
+        if known not in self._cut:
+            kept = self.kept if self.kept is not None else torch.arange(self.columns, device=device)[None]
+            parts = [torch.where(kept < 0, kept, kept + seen).to(device)]
+            covered = 0 if recorded is None else record.columns
+            if seen > covered:
+                parts.insert(0, torch.arange(covered, seen, device=device)[None])
+            if recorded is not None:
+                parts.insert(0, recorded.to(device))
+            rows = max(part.shape[0] for part in parts)
+            keys = torch.cat([part.expand(rows, -1) for part in parts], dim=1)
+            self._cut[known] = (recorded, keys[:, -attended:])
+        return self._cut[known][1], padded
+
+    def _cut_mask(self, index: int, mask: Any, keys: torch.Tensor, padded: bool, hidden: torch.Tensor) -> Any:
+        known = (id(mask), id(keys), "mask")
+        if known not in self._cut:
+            # A sliding layer's mask may cover the last columns only.
+            covers = mask.shape[-1] if torch.is_tensor(mask) else self.seen + self.columns
+            shifted = keys
+            if (missing := self.seen + self.columns - covers) > 0:
+                shifted = torch.where(keys < 0, keys, keys - missing)
+            elif missing < 0:
+                raise PruningNotSupported(
+                    f"attention_mask of shape {tuple(mask.shape)} at layer {index} covers more than the "
+                    f"{self.seen + self.columns} tokens seen: give the 2-D mask (rows, tokens) of the tokenizer."
+                )
+            cut = cut_mask(
+                mask, self.kept, shifted, padded,
+                query_count=hidden.shape[1], backend=self.architecture.backend, dtype=hidden.dtype,
+            )  # fmt: skip
+            self._cut[known] = (mask, keys, cut)
+        return self._cut[known][2]
+
+    def _cut_alibi(self, alibi: torch.Tensor, keys: torch.Tensor, rows: int) -> torch.Tensor:
+        """The position bias (B * H, 1, columns) or (B, H, 1, columns) of the keys that the layer holds."""
+        known = (id(alibi), id(keys), "alibi")
+        if known not in self._cut:
+            cut = gather_tokens(alibi.reshape(rows, -1, alibi.shape[-1]), keys, dim=2)
+            self._cut[known] = (alibi, keys, cut.reshape(*alibi.shape[:-1], cut.shape[-1]))
+        return self._cut[known][2]
+
+    def _renumber(self, index: int, arguments: dict[str, Any], hidden: torch.Tensor) -> None:
+        """``positions="compact"``: new tokens count on from the keys that this layer holds."""
+        held = cached_tokens(self.cache, index) if self.seen else 0
+        known = (held, hidden.shape[1], "compact")
+        if known not in self._cut:
+            ids = torch.arange(held, held + hidden.shape[1], device=hidden.device)[None]
+            self._cut[known] = (self.architecture.rotary()(hidden, position_ids=ids), ids)
+        arguments["position_embeddings"], arguments["position_ids"] = self._cut[known]
+
+    def _refuse_windows_over_kept_tokens(self, index: int) -> None:
+        window = self.architecture.sliding_window(index)
+        if window is not None and self.seen + self.columns > window and self.architecture.counts_windows_itself:
+            raise PruningNotSupported(
+                f"attn_implementation={self.architecture.backend!r} counts a sliding window ({window}) in kept tokens, "
+                "not in original positions: load the model with attn_implementation='sdpa'."
+            )
+
+    def _refuse_with_compression(self, padded: bool, index: int) -> None:
+        if padded or self.record.any_padding or self.compact or self.architecture.sliding_window(index) is not None:
             raise PruningNotSupported(
                 "a KV-cache compression ran inside the pruned prefill, and which keys it kept is not known here: "
                 "combine the two without padding, sliding windows, alibi and positions='compact'."
             )
-        return torch.zeros(hidden.shape[0], self.record.held[index], dtype=torch.int64, device=hidden.device)
-
-    def _all_added_positions(self, device: torch.device) -> torch.Tensor:
-        """Positions (B, added + Q) of the tokens after the prompt, -1 for padding among them."""
-        if self._added_positions is None:
-            lengths = torch.tensor(self.record.lengths, device=device)[:, None]
-            positions = lengths + torch.arange(self.added + self.new_tokens, device=device)[None]
-            if self.record.added_valid is not None:
-                positions = positions.masked_fill(~self.record.added_valid.to(device), -1)
-            self._added_positions = positions
-        return self._added_positions.to(device)
-
-    def _mask(
-        self, index: int, start: int, positions: torch.Tensor, padded: bool, window: int | None, hidden: torch.Tensor
-    ) -> Any:
-        keys = attended_keys(self.cache, index, cached_tokens(self.cache, index), self.new_tokens)
-        if (start, window, keys) not in self._masks:
-            later = self._all_added_positions(hidden.device)
-            known = torch.cat([positions.to(hidden.device), later], dim=1)[:, -keys:]
-            self._masks[start, window, keys] = backend_mask(
-                self.architecture.backend, known[:, -self.new_tokens :], known,
-                window=window, padded=padded, dtype=hidden.dtype,
-            )  # fmt: skip
-        return self._masks[start, window, keys]
-
-    def _alibi(self, start: int, positions: torch.Tensor, alibi: torch.Tensor) -> torch.Tensor:
-        """BLOOM's bias of the kept keys and of all later ones, out of the one made for the unpruned length."""
-        if start not in self._tables:
-            rows, columns = positions.shape[0], self.record.columns
-            offsets = columns - torch.tensor(self.record.lengths, device=alibi.device)[:, None]
-            kept = (positions.to(alibi.device) + offsets).clamp_min(0)
-            later = torch.arange(columns, alibi.shape[-1], device=alibi.device).expand(rows, -1)
-            by_row = alibi.reshape(rows, -1, alibi.shape[-1])
-            wanted = torch.cat([kept, later], dim=1)[:, None].expand(-1, by_row.shape[1], -1)
-            self._tables[start] = by_row.gather(2, wanted).reshape(alibi.shape[0], 1, -1)
-        return self._tables[start]
-
-    def _compact_tables(self, start: int, kept: int, hidden: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        if start not in self._tables:
-            first = kept + self.added
-            ids = torch.arange(first, first + self.new_tokens, device=hidden.device)[None]
-            self._tables[start] = (self.architecture.rotary()(hidden, position_ids=ids), ids)
-        return self._tables[start]

@@ -2,7 +2,8 @@
 
 The engine hooks the decoder layers of one model for as long as the ``with`` lasts. A forward with an empty cache is a
 `Prefill`, which drops tokens and hands each later layer shorter inputs. Each layer fills its own cache, so that holds
-just the kept tokens, and later forwards are a `Continuation` of it. Nothing here knows where scores come from.
+just the kept tokens, and later forwards are a `ForwardPass` on it. Scores come from the scorer, tokens to keep from
+`prefill`: here is only when.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import nn
 from sdtp_lib.architectures.caches import cache_of, refuse_cache, tokens_seen
 from sdtp_lib.architectures.layers import ATTENTION_BACKENDS, Architecture, describe, layer_signature, named_arguments
 from sdtp_lib.config import PruningConfig, PruningNotSupported
-from sdtp_lib.pruning.continuation import Continuation, remembered
+from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.generate_guard import guarded_generate
 from sdtp_lib.pruning.prefill import Prefill, tokens_plan
-from sdtp_lib.pruning.stage import LAYERS_BACK, Scorer
+from sdtp_lib.pruning.pruned_cache import PrunedCache, remembered
+from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.trace import PruningTrace
 
 _ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -47,8 +49,8 @@ def token_pruning(model: nn.Module, config: PruningConfig, scorer: Scorer) -> It
     Yields
     ------
     PruningTrace
-        What the last prefill kept. A forward counts as a prefill when its cache is empty and it has more than one
-        token; tokens added to a non-empty cache are computed in full.
+        What the last prefill kept. A forward counts as a prefill when its cache is empty; tokens added to a non-empty
+        cache are computed in full.
 
     Raises
     ------
@@ -65,16 +67,14 @@ def token_pruning(model: nn.Module, config: PruningConfig, scorer: Scorer) -> It
     architecture = describe(model)
     _check_arguments(architecture, config, scorer, model)
     session = _Session(architecture, config, scorer)
-    stack, first = architecture.stack, config.layers[0]
+    stack = architecture.stack
     with _only_session(stack), contextlib.ExitStack() as cleanup:
         if stack is not model:
             names = tuple(inspect.signature(type(model).forward).parameters)[1:]
             cleanup.callback(model.register_forward_pre_hook(session.before_model(names), with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_pre_hook(session.before_stack, with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_hook(session.after_stack, always_call=True).remove)
-        # From the layers before the first stage on: a scorer may ask what was attended to there.
-        start = max(0, first - LAYERS_BACK)
-        for index, layer in enumerate(architecture.layers[start:], start=start):
+        for index, layer in enumerate(architecture.layers):
             hook = session.before_layer(index, layer_signature(layer))
             cleanup.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if (norm := architecture.fixed_length_norm()) is not None:
@@ -82,6 +82,7 @@ def token_pruning(model: nn.Module, config: PruningConfig, scorer: Scorer) -> It
         cleanup.enter_context(guarded_generate(model))
         yield session.trace
         session.check_pending()
+        session.say_if_nothing_was_pruned()
 
 
 def _check_arguments(architecture: Architecture, config: PruningConfig, scorer: Any, model: nn.Module) -> None:
@@ -132,10 +133,13 @@ class _Session:
     def __init__(self, architecture: Architecture, config: PruningConfig, scorer: Scorer) -> None:
         self.architecture, self.config, self.scorer = architecture, config, scorer
         self.trace = PruningTrace()
-        self._pass: Prefill | Continuation | None = None
+        self._pass: ForwardPass | None = None
         self._unchecked: Prefill | None = None
+        # The thread whose forward is under way. Looked at and set under the lock, so that two cannot both find it free.
         self._thread: int | None = None
-        self._warned_short = False
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+        self._not_pruned = ""
 
     def before_model(self, names: tuple[str, ...]):
         """The hook on the causal LM: refuses what cannot be right with K columns of logits."""
@@ -166,54 +170,77 @@ class _Session:
         return check
 
     def before_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The hook on the decoder stack: a prefill, a continuation, or neither?"""
-        me = threading.get_ident()
-        if self._thread not in (None, me):
-            raise PruningNotSupported(
-                "a second thread runs this model while a forward inside token_pruning is under way: "
-                "one thread at a time, or a second copy of the model."
-            )
+        """The hook on the decoder stack: a prefill, or a forward on what a pruned prefill left, or neither?"""
         if module.training:
             raise PruningNotSupported(
                 "the model is in training mode, which pruned prefill does not serve: call model.eval()."
             )
+        self._take_turn()
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         arguments = named_arguments(names, args, kwargs)
         cache = cache_of(arguments)
         if cache is not None:
             refuse_cache(cache)
         rows, columns = _shape_of(arguments)
-        seen, mask = tokens_seen(cache), arguments.get("attention_mask")
-        self._pass = None
+        seen = tokens_seen(cache)
         self.check_pending()
-        if seen == 0 and columns > 1:
-            lengths, device = _prompt_lengths(mask, rows, columns), _tokens_of(arguments).device
-            self._pass = Prefill(self.architecture, self.config, self.scorer, self.trace, lengths, columns, device)
+        if seen == 0:
+            if columns == 0:
+                raise ValueError("the prompt has no tokens: give input_ids or inputs_embeds of at least one.")
+            lengths = _prompt_lengths(arguments.get("attention_mask"), rows, columns)
+            device = _tokens_of(arguments).device
+            self._pass = Prefill(
+                self.architecture, self.config, self.scorer, self.trace, lengths, columns, device, cache
+            )  # fmt: skip
             self._warn_if_nothing_goes(self._pass.plan)
-        elif seen > 0 and (record := remembered(cache)) is not None:
-            self._pass = Continuation(self.architecture, record, cache, seen, columns, mask)
-        self._thread = me
+        elif remembered(cache) is not None:
+            self._pass = ForwardPass(self.architecture, self.config.positions == "compact", rows, columns, cache)
+            cache.inside = True
+        elif not getattr(cache, "prefilled_inside", False):
+            self._not_pruned = self._not_pruned or (
+                f"the cache held {seen} token(s) before the first forward inside the `with`, and what is added to a "
+                "cache is computed in full: prefill the whole prompt inside the `with`"
+            )
+            self._say_once("prefix", f"nothing is pruned: {self._not_pruned}.")
+
+    def _take_turn(self) -> None:
+        with self._lock:
+            if self._thread not in (None, threading.get_ident()):
+                raise PruningNotSupported(
+                    "a second thread runs this model while a forward inside token_pruning is under way: "
+                    "one thread at a time, or a second copy of the model."
+                )
+            self._thread = threading.get_ident()
+            self._pass = None
 
     def after_final_norm(self, _module: nn.Module, _args: tuple, hidden: torch.Tensor) -> torch.Tensor | None:
         """The hook on the last norm of a stack that reshapes its output to T columns: fill it up on the left."""
-        if not isinstance(self._pass, Prefill) or self._pass.living is None:
+        if self._pass is None or self._pass.kept is None:
             return None
         return nn.functional.pad(hidden, (0, 0, self._pass.columns - hidden.shape[1], 0))
 
     def after_stack(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
         """The hook after the stack, also after an exception (then without an output)."""
-        if self._thread not in (None, threading.get_ident()):
-            return None  # a refused second thread must not end the first one's pass
-        finished, self._pass, self._thread = self._pass, None, None
+        with self._lock:
+            if self._thread != threading.get_ident():
+                return None  # a refused second thread must not end the first one's pass
+            finished, self._pass = self._pass, None
+            self._thread = None
+        if finished is None:
+            return None
+        if isinstance(finished.cache, PrunedCache):
+            finished.cache.inside = False
         if not isinstance(finished, Prefill) or output is None:
             return None
         finished.finish()
         self._unchecked = finished
+        if finished.cache is not None:
+            finished.cache.prefilled_inside = True  # an attribute, so that copies of the cache know it too
         if finished.positions.device.type == "cpu":
             self.check_pending()
-        if finished.living is None or self.architecture.fixed_length_norm() is None:
+        if finished.kept is None or self.architecture.fixed_length_norm() is None:
             return None
-        hidden = output[0][:, -max(finished.alive) :]
+        hidden = output[0][:, -finished.kept.shape[1] :]
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output["last_hidden_state"] = hidden
@@ -231,22 +258,33 @@ class _Session:
         def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
             if self._pass is None:
                 return None
-            arguments = self._pass.layer_arguments(index, module, named_arguments(names, args, kwargs))
-            if arguments is None:
+            arguments = named_arguments(names, args, kwargs)
+            given = self._pass.layer_arguments(index, module, arguments)
+            if given is arguments:
                 return None
-            return (arguments.pop("hidden_states"),), arguments
+            return (given.pop("hidden_states"),), given
 
         return replace
 
     def _warn_if_nothing_goes(self, plan: list[list[int]]) -> None:
         ratios = [self.config.ratio_at(layer) for layer in self.config.layers]
-        if plan[-1] == plan[0] and min(ratios) < 1 and not self._warned_short:
-            self._warned_short = True
-            warnings.warn(
+        if plan[-1] == plan[0] and min(ratios) < 1:
+            self._say_once(
+                "short",
                 f"the prompt of {max(plan[0])} tokens is too short to prune: the first {self.config.sink_tokens} and "
                 f"at least the last {self.config.min_local_tokens} tokens always stay.",
-                stacklevel=2,
             )
+
+    def say_if_nothing_was_pruned(self) -> None:
+        """On the way out: a ``with`` that saw tokens and no prefill says why."""
+        if self._not_pruned and not self.trace.prefills:
+            self.trace.not_pruned = self._not_pruned
+            self._say_once("prefix", f"nothing was pruned: {self._not_pruned}.")
+
+    def _say_once(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(text, stacklevel=2)
 
 
 def _tokens_of(arguments: dict[str, Any]) -> torch.Tensor | None:

@@ -1,9 +1,13 @@
-"""One prefill under way: score the living tokens before a configured layer, drop the worst, shorten what follows.
+"""One prefill under way: score the kept tokens before a configured layer, drop the worst, shorten what follows.
 
 This is the pruning itself (arXiv 2504.04514, section 3.3). It knows neither hooks nor where scores come from; it is
 told before each layer what the model would hand to that layer, and answers what the layer gets instead.
 
-Axes: B batch, T prompt columns, N tokens alive before a cut, K after it, D hidden size, L layers.
+Axes: B rows, T new columns (padding included), N new tokens kept so far, K after a cut, D hidden size, L layers.
+
+Example: 10 tokens, 6 of which stay before layer 4. Layers 0 to 3 get what the model gives them. Before layer 4 the
+scorer sees hidden states (1, 10, D), and the columns ``[0, 1, 4, 7, 8, 9]`` are chosen: from there on hidden states are
+(1, 6, D), rotary tables are those six rows of the model's, and the mask is those rows and columns of the model's.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ import torch
 from torch import nn
 
 from sdtp_lib import budget
-from sdtp_lib.architectures.caches import cache_of, cached_keys, cached_tokens, kv_bytes
+from sdtp_lib.architectures.caches import cache_of, cached_keys, cached_tokens, kv_bytes, without_cache
 from sdtp_lib.architectures.layers import Architecture
-from sdtp_lib.architectures.masks import backend_mask
+from sdtp_lib.architectures.masks import last_rows
 from sdtp_lib.config import PruningConfig, PruningNotSupported
-from sdtp_lib.pruning.continuation import PrefillRecord, remember
+from sdtp_lib.pruning.continuation import ForwardPass
+from sdtp_lib.pruning.pruned_cache import CacheRecord, remember
 from sdtp_lib.pruning.selection import gather_tokens, select_positions
 from sdtp_lib.pruning.stage import LAYERS_BACK, LayerBefore, Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
@@ -32,8 +37,8 @@ def tokens_plan(config: PruningConfig, num_layers: int, lengths: list[int]) -> l
     return [[by_length[length][layer] for length in lengths] for layer in range(num_layers)]
 
 
-class Prefill:
-    """One prefill under way: which tokens are alive, and layer inputs cut to them."""
+class Prefill(ForwardPass):
+    """A forward that cuts: which of the new tokens are kept, and the record that the cache takes along."""
 
     def __init__(
         self,
@@ -44,22 +49,19 @@ class Prefill:
         lengths: list[int],
         columns: int,
         device: torch.device,
+        cache: Any = None,
     ) -> None:
+        super().__init__(architecture, config.positions == "compact", len(lengths), columns, cache)
         plan = tokens_plan(config, len(architecture.layers), lengths)
-        if config.positions == "compact" and len(lengths) > 1:
+        self.config, self.scorer, self.trace, self.lengths, self.plan = config, scorer, trace, lengths, plan
+        if self.compact and len(lengths) > 1:
             raise PruningNotSupported(
                 f"positions='compact' with a batch of {len(lengths)}: rows would need tables of their own: "
                 "use batch 1 or positions='original'."
             )
-        windows = [architecture.sliding_window(layer) for layer in range(config.layers[0], len(architecture.layers))]
-        short = [window for window in windows if window is not None and window < columns]
-        if short and architecture.backend.startswith("flash_attention") and plan[-1] != plan[0]:
-            raise PruningNotSupported(
-                f"attn_implementation={architecture.backend!r} counts a sliding window ({short[0]}) in kept tokens, "
-                "not in original positions: load the model with attn_implementation='sdpa'."
-            )
-        self.architecture, self.config, self.scorer, self.trace = architecture, config, scorer, trace
-        self.lengths, self.columns, self.plan = lengths, columns, plan
+        if plan[-1] != plan[0]:
+            for index in range(config.layers[0], len(architecture.layers)):
+                self._refuse_windows_over_kept_tokens(index)
         self.alive = list(lengths)
         self.padded = min(lengths) < columns
         # Made here, before any compute is queued: a copy from the host later would make it wait for the device.
@@ -67,60 +69,55 @@ class Prefill:
         self.positions = torch.arange(columns, device=device).expand(len(lengths), -1)
         if self.padded:
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
-        self.living: torch.Tensor | None = None  # columns (B, K) of the living tokens once some are gone
-        self.last_inputs: dict[int, torch.Tensor] = {}  # of the layers since the last cut
-        self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the living tokens
-        self.cache: Any = None
-        self.segments: list[tuple[int, torch.Tensor, bool]] = []
+        self.last_inputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of the layers since the last cut
+        self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the kept tokens
+        self.segments: list[tuple[int, torch.Tensor, bool]] = []  # first layer, its columns, whether any is padding
         self._not_finite: list[tuple[int, torch.Tensor]] = []
-        self._cut_tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._masks: dict[int | None, Any] = {}
         trace.begin(lengths, torch.tensor(plan))
 
-    def layer_arguments(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Any] | None:
-        """The arguments that layer ``index`` gets instead of its own; None where nothing has been cut so far."""
+    def layer_arguments(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """As in `ForwardPass`, after a cut where ``index`` is a configured layer."""
         self.cache = cache_of(arguments)
-        full = arguments
-        if self.living is not None:
-            arguments = self._shortened(index, full)
-        if index in self.config.layers and self._cut(index, layer, arguments):
-            arguments = self._shortened(index, {**full, "hidden_states": arguments["hidden_states"]})
+        given = self._shortened(index, arguments)
+        if index in self.config.layers:
+            hidden = self._cut_tokens(index, layer, given)
+            if hidden is not None:
+                given = self._shortened(index, {**arguments, "hidden_states": hidden})
         if any(index < stage <= index + LAYERS_BACK for stage in self.config.layers):
             # A copy of the few: a view would keep the whole tensor alive.
-            self.last_inputs[index] = arguments["hidden_states"][:, -LAST_TOKENS:].clone()
-        return arguments if self.living is not None else None
+            last = given["hidden_states"][:, -LAST_TOKENS:].clone()
+            self.last_inputs[index] = (last, last_rows(given.get("attention_mask"), LAST_TOKENS))
+        return given
 
-    def _cut(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> bool:
-        """Score the living tokens before layer ``index`` and drop the worst; False if all of them stay."""
-        hidden, config, trace = arguments["hidden_states"], self.config, self.trace
+    def _cut_tokens(self, index: int, layer: nn.Module, given: dict[str, Any]) -> torch.Tensor | None:
+        """Score the kept tokens before layer ``index``, drop the worst: hidden states (B, K, D), None if all stay."""
+        hidden, config, trace = given["hidden_states"], self.config, self.trace
         self.positions = self.positions.to(hidden.device)
         positions, valid = self.positions, self.positions >= 0
         stage = Stage(
             layer_index=index, layer=layer, hidden_states=hidden, positions=positions, valid=valid,
-            position_embeddings=arguments.get("position_embeddings"),
-            prompt_lengths=self.prompt_lengths.to(hidden.device), alibi=arguments.get("alibi"),
+            layer_arguments=without_cache(given), prompt_lengths=self.prompt_lengths.to(hidden.device),
             before=self._layers_before(index, hidden), padded=self.padded,
             carried={name: values.to(hidden.device) for name, values in self.carried.items()},
         )  # fmt: skip
         scores = self._checked_scores(index, self.scorer(stage), valid)
         self.carried = stage.carried
         trace.scored_positions[index], trace.scores[index] = positions, scores
-        kept = self.plan[index]
-        if kept == self.alive:
+        counts = self.plan[index]
+        if counts == self.alive:
             trace.kept_positions[index] = positions
-            return False
+            return None
         local = [budget.protected_count(count, config) - config.sink_tokens for count in self.alive]
-        chosen = select_positions(scores, self.alive, kept, config.sink_tokens, local)
-        self.alive, self.padded = list(kept), min(kept) < max(kept)
+        chosen = select_positions(scores, self.alive, counts, config.sink_tokens, local)
+        self.alive, self.padded = list(counts), min(counts) < max(counts)
         self.positions = gather_tokens(positions, chosen).masked_fill(chosen < 0, -1)
-        before = chosen if self.living is None else gather_tokens(self.living, chosen)
-        self.living = before.masked_fill(chosen < 0, 0)
-        arguments["hidden_states"] = gather_tokens(hidden, chosen)
+        self.kept = chosen if self.kept is None else gather_tokens(self.kept, chosen).masked_fill(chosen < 0, -1)
+        self.kept_padded = self.padded
         self.carried = {name: gather_tokens(values, chosen) for name, values in self.carried.items()}
-        self._cut_tensors, self._masks, self.last_inputs = {}, {}, {}
-        self.segments.append((index, self.positions, self.padded))
+        self._cut, self.last_inputs = {}, {}
+        self.segments.append((index, self.kept, self.padded))
         trace.kept_positions[index] = self.positions
-        return True
+        return gather_tokens(hidden, chosen)
 
     def _layers_before(self, index: int, hidden: torch.Tensor) -> dict[int, LayerBefore]:
         found = {}
@@ -128,76 +125,46 @@ class Prefill:
             keys = cached_keys(self.cache, earlier, hidden.shape[1])
             # On another device a device_map splits the model between the two.
             if keys is not None and earlier in self.last_inputs and keys.device == hidden.device:
-                found[earlier] = LayerBefore(self.architecture.layers[earlier], keys, self.last_inputs[earlier])
+                found[earlier] = LayerBefore(self.architecture.layers[earlier], keys, *self.last_inputs[earlier])
         return found
 
     def _checked_scores(self, index: int, scores: Any, valid: torch.Tensor) -> torch.Tensor:
-        if not torch.is_tensor(scores) or scores.shape != valid.shape:
+        if not torch.is_tensor(scores) or scores.shape != valid.shape or scores.is_complex():
             found = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
             raise ValueError(
                 f"the scorer returned {found} at layer {index}: return a tensor of shape {tuple(valid.shape)}, one "
-                "score a living token."
+                "real score per kept token."
             )
         scores = scores.detach().to(valid.device)
+        if not scores.is_floating_point():
+            scores = scores.to(torch.float32)
         # Read on the host when nothing is under way, so that no device waits here.
         self._not_finite.append((index, (~torch.isfinite(scores) & valid).any()))
         return scores.masked_fill(~valid, -torch.inf) if self.padded else scores
 
-    def _shortened(self, index: int, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Layer arguments for the living tokens, out of those that the model made for all T columns."""
-        architecture, hidden = self.architecture, arguments["hidden_states"]
-        arguments = dict(arguments)
-        tables = arguments.get("position_embeddings")
-        if tables is not None:
-            arguments["position_embeddings"] = tuple(self._cut_tensor(table) for table in tables)
-        if torch.is_tensor(arguments.get("position_ids")):
-            arguments["position_ids"] = self._cut_tensor(arguments["position_ids"])
-        if arguments.get("cache_position") is not None:
-            # transformers < 5.4: places in this layer's cache, which starts empty and gets the living tokens only.
-            arguments["cache_position"] = arguments["cache_position"][: hidden.shape[1]]
-        if self.config.positions == "compact":
-            compact = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            arguments["position_ids"] = compact
-            arguments["position_embeddings"] = architecture.rotary()(hidden, position_ids=compact)
-        if arguments.get("alibi") is not None:
-            arguments["alibi"] = self._cut_alibi(arguments["alibi"])
-        window = architecture.sliding_window(index)
-        window = window if window is not None and window < self.columns else None
-        if window not in self._masks:
-            positions = self.positions.to(hidden.device)
-            self._masks[window] = backend_mask(
-                architecture.backend, positions, positions, window=window, padded=self.padded, dtype=hidden.dtype
-            )
-        arguments["attention_mask"] = self._masks[window]
-        return arguments
-
-    def _cut_tensor(self, full: torch.Tensor) -> torch.Tensor:
-        if full.dim() < 2 or full.shape[1] != self.columns:
-            raise PruningNotSupported(
-                f"a position table of shape {tuple(full.shape)} has no axis of {self.columns} tokens in second place: "
-                "see CONTRIBUTING.md, 'Adding a family'."
-            )
-        # All layers share the same tables: cut each once a stage. The full one is kept, so that its id stays its own.
-        if id(full) not in self._cut_tensors:
-            self._cut_tensors[id(full)] = (full, gather_tokens(full, self.living))
-        return self._cut_tensors[id(full)][1]
-
-    def _cut_alibi(self, alibi: torch.Tensor) -> torch.Tensor:
-        if id(alibi) not in self._cut_tensors:
-            by_row = alibi.reshape(len(self.lengths), -1, alibi.shape[-1])
-            cut = gather_tokens(by_row, self.living, dim=2).reshape(alibi.shape[0], 1, -1)
-            self._cut_tensors[id(alibi)] = (alibi, cut)
-        return self._cut_tensors[id(alibi)][1]
-
     def finish(self) -> None:
-        """After the last layer: remember the cut with the cache, complete the trace."""
+        """After the last layer: remember the cuts with the cache, complete the trace."""
         if self.cache is None:
             return
         self.trace.kv_bytes_per_layer = kv_bytes(self.cache)
-        if self.segments:
-            compact = self.config.positions == "compact"
-            held = [cached_tokens(self.cache, layer) for layer in range(len(self.plan))]
-            remember(self.cache, PrefillRecord(self.columns, self.lengths, self.segments, self.plan, compact, held))
+        if not self.segments:
+            return
+        layers = range(len(self.plan))
+        ends = [next((s for s in reversed(self.segments) if s[0] <= layer), None) for layer in layers]
+        held = [cached_tokens(self.cache, layer) for layer in layers]
+        remember(
+            self.cache,
+            CacheRecord(
+                columns=held[0],
+                lengths=self.lengths,
+                kept=[None if end is None else end[1] for end in ends],
+                padded=[end is not None and end[2] for end in ends],
+                held=held,
+                compressed=held != [self.columns if end is None else end[1].shape[1] for end in ends],
+                compact=self.compact,
+                backend=self.architecture.backend,
+            ),
+        )
 
     def check_scores(self) -> None:
         """Refuse scores that were not finite. Reads the device, so the engine asks when nothing is under way."""

@@ -50,6 +50,7 @@ class LayerBefore:
     layer: nn.Module
     keys: torch.Tensor
     last_hidden: torch.Tensor
+    mask_rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,20 @@ class Stage:
     hidden_states: torch.Tensor
     positions: torch.Tensor
     valid: torch.Tensor
-    position_embeddings: Any
+    layer_arguments: Mapping[str, Any]
     prompt_lengths: torch.Tensor
-    alibi: torch.Tensor | None = None
     before: Mapping[int, LayerBefore] = field(default_factory=dict)
     read: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
     carried: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     padded: bool = True
+
+    @property
+    def position_embeddings(self) -> Any:
+        return self.layer_arguments.get("position_embeddings")
+
+    @property
+    def alibi(self) -> torch.Tensor | None:
+        return self.layer_arguments.get("alibi")
 
     def attention_from_last(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""

@@ -38,6 +38,8 @@ class PruningTrace:
         Bytes of keys and values in the cache right after the prefill; empty without a cache.
     prefills : int
         Prefills seen so far.
+    not_pruned : str
+        Why nothing was pruned, where the ``with`` saw tokens and no prefill.
     """
 
     kept_positions: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class PruningTrace:
     tokens_per_row: torch.Tensor | None = None
     kv_bytes_per_layer: list[int] = field(default_factory=list)
     prefills: int = 0
+    not_pruned: str = ""
 
     def begin(self, prompt_lengths: list[int], tokens_per_row: torch.Tensor) -> None:
         """Forget the previous prefill (called by the engine)."""

@@ -212,13 +212,14 @@ def test_a_prompt_too_short_to_prune_warns_once_and_is_left_whole(tiny_model):
     assert trace.kept_positions[3].tolist() == [list(range(10))]
 
 
-def test_a_single_token_prompt_is_no_prefill_to_prune(tiny_model):
+def test_a_prompt_of_one_token_is_a_prefill_and_an_empty_one_is_said(tiny_model):
     model = tiny_model()
-    with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()) as trace:
+    with pytest.warns(UserWarning, match="1 tokens is too short"), token_pruning(model, CONFIG, scorers.recency()) as t:
         assert model(input_ids=PROMPT[:, :1]).logits.shape == (1, 1, 128)
-    assert trace.prefills == 0
-    with pytest.raises(ValueError, match="the trace is empty"):
-        _ = trace.tokens_per_layer
+    assert t.tokens_per_layer == [1] * 6
+    _refused(model, "no tokens", lambda model: model(input_ids=PROMPT[:, :0]), ValueError)
+    with token_pruning(model, CONFIG, scorers.recency()) as t, pytest.raises(ValueError, match="the trace is empty"):
+        _ = t.tokens_per_layer
 
 
 def test_models_that_are_not_decoder_only_text_models_are_refused(tiny_model):
