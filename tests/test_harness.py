@@ -65,6 +65,7 @@ def test_ratio_one_gives_lm_evals_own_loglikelihoods_item_by_item(model, tiny_to
         assert our_greedy == their_greedy
 
 
+@pytest.mark.filterwarnings("ignore:the prompt of 1 tokens is too short")
 def test_a_pruned_loglikelihood_is_read_from_the_pruned_cache(model, tiny_tokenizer):
     harness = pruned(model, tiny_tokenizer)
     (value, _), *_ = harness.loglikelihood(requests(), disable_tqdm=True)
