@@ -17,6 +17,9 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.divergence import continuation_logits
 from sdtp_lib.harness import SDTPLM
 
+# One of the contexts is a single token: a prefill, and said to be short.
+pytestmark = pytest.mark.filterwarnings("ignore:the prompt of 1 tokens is too short")
+
 CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.6, min_local_tokens=4)
 CONTEXTS = [
     "the rain in the plain stays on the mainland, it is said, and so on and on it goes",
@@ -65,7 +68,6 @@ def test_ratio_one_gives_lm_evals_own_loglikelihoods_item_by_item(model, tiny_to
         assert our_greedy == their_greedy
 
 
-@pytest.mark.filterwarnings("ignore:the prompt of 1 tokens is too short")
 def test_a_pruned_loglikelihood_is_read_from_the_pruned_cache(model, tiny_tokenizer):
     harness = pruned(model, tiny_tokenizer)
     (value, _), *_ = harness.loglikelihood(requests(), disable_tqdm=True)
