@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdtp_lib.architectures.unsupported import refuse_encoder, refuse_kind, refuse_object
 from sdtp_lib.config import PruningNotSupported
 
 ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -95,32 +96,14 @@ def describe(model: nn.Module) -> Architecture:
     Raises
     ------
     PruningNotSupported
-        For a compiled model, an encoder-decoder, a vision-language model, or decoder layers that cannot be found or
-        that take arguments which nobody taught us to shorten; the message names what is missing.
+        For what is no model or a kind that cannot be served (`unsupported`), and for decoder layers that
+        cannot be found or take arguments which nobody taught us to shorten; the message names what is missing.
     """
-    name = type(model).__name__
-    if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in model.modules()):
-        raise PruningNotSupported(
-            f"{name} is compiled with torch.compile, which would freeze the token count of each layer: "
-            "prune the model that was given to torch.compile."
-        )
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise PruningNotSupported(f"{name} has no transformers configuration: give a causal LM of transformers.")
-    if getattr(config, "is_encoder_decoder", False):
-        raise PruningNotSupported(f"{name} is an encoder-decoder: token pruning serves decoder-only language models.")
-    text_config = config.get_text_config()
-    if text_config is not config or getattr(config, "vision_config", None) is not None:
-        raise PruningNotSupported(
-            f"{name} is a multimodal model, whose image tokens are not text: give its language model "
-            "(a ...ForCausalLM of the text configuration)."
-        )
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise PruningNotSupported(
-            f"{name} uses chunked attention, whose chunks are not known over kept tokens: use a model with full or "
-            "sliding attention."
-        )
+    refuse_object(model)
+    refuse_kind(model)
+    name, config = type(model).__name__, model.config
     stack, layers = _find_stack(model, config)
+    refuse_encoder(model, layers[0])
     architecture = Architecture(stack, layers, config)
     for index, layer in enumerate(layers):
         missing = missing_from_signature(layer)
@@ -133,15 +116,25 @@ def describe(model: nn.Module) -> Architecture:
 
 
 def _find_stack(model: nn.Module, config: Any) -> tuple[nn.Module, nn.ModuleList]:
-    count = getattr(config, "num_hidden_layers", None)
-    for owner in model.modules():
+    # BART's kin count encoder layers as num_hidden_layers, also where the model is their decoder alone.
+    counts = {getattr(config, name, None) for name in ("num_hidden_layers", "decoder_layers")} - {None}
+    for path, owner in model.named_modules():
         for child in owner.children():
-            if isinstance(child, nn.ModuleList) and 0 < len(child) == count and _attention_of(child[0]) is not None:
-                return owner, child
+            if isinstance(child, nn.ModuleList) and len(child) in counts and _attention_of(child[0]) is not None:
+                return _takes_tokens(model, path), child
     raise PruningNotSupported(
-        f"{type(model).__name__}: no list of {count} decoder layers with an attention module "
-        f"({', '.join(_ATTENTION_NAMES)}) was found: see CONTRIBUTING.md, 'Adding a family'."
+        f"{type(model).__name__}: no list of {' or '.join(map(str, counts)) or 'so many'} decoder layers was found, "
+        f"each with an attention module ({', '.join(_ATTENTION_NAMES)}): see CONTRIBUTING.md, 'Adding a family'."
     )
+
+
+def _takes_tokens(model: nn.Module, path: str) -> nn.Module:
+    """The innermost module around the layers that gets tokens: BERT's own layers sit in one that gets hidden states."""
+    inner = module = model.get_submodule(path)
+    while path and "input_ids" not in inspect.signature(type(module).forward).parameters:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+    return module if "input_ids" in inspect.signature(type(module).forward).parameters else inner
 
 
 def _attention_of(layer: nn.Module) -> nn.Module | None:

@@ -1,79 +1,144 @@
 """Uses of ``generate`` that pruning cannot serve, refused before any compute.
 
 ``generate`` decides about chunked prefill, drafting and the kind of cache before the first forward, where hooks would
-see it too late. So the one model object gets a checking ``generate`` for as long as the ``with`` lasts.
+see it too late. So the model whose own ``generate`` it is (under PEFT, the model inside) gets a checking one for as
+long as the ``with`` lasts. It reads the settings as transformers resolves them: keywords over a given configuration
+over the model's own. It knows nothing of how pruning works.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from sdtp_lib.architectures.caches import refuse_cache
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import DYNAMIC_CACHE_IMPLEMENTATIONS, GenerationMode
+
+from sdtp_lib.architectures.caches import cache_of, refuse_cache
 from sdtp_lib.config import PruningNotSupported
 
-_FIXED_LENGTH_CACHES = ("static", "hybrid", "sliding_window")
+_DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_FROM_THE_HUB = {
+    GenerationMode.CONTRASTIVE_SEARCH: ("penalty_alpha",),
+    GenerationMode.DOLA_GENERATION: ("dola_layers",),
+    GenerationMode.GROUP_BEAM_SEARCH: ("num_beam_groups",),
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: ("constraints", "force_words_ids"),
+}
 
 
 @contextlib.contextmanager
-def guarded_generate(model: Any) -> Iterator[None]:
-    """Shadow ``model.generate`` by one that refuses first; the shadow is removed on the way out."""
-    generate = getattr(model, "generate", None)
-    if generate is None:
+def guarded_generate(model: nn.Module) -> Iterator[None]:
+    """Shadow ``generate`` and the door of continuous batching by ones that refuse first; removed on the way out."""
+    with contextlib.ExitStack() as cleanup:
+        for module in model.modules():
+            if isinstance(module, GenerationMixin):
+                check = functools.partial(refuse_generation, module, module.generate)
+                cleanup.enter_context(_checked_first(module, "generate", check))
+                # Every way into continuous batching comes through here, `generate_batch` too.
+                if hasattr(module, "init_continuous_batching"):
+                    cleanup.enter_context(_checked_first(module, "init_continuous_batching", _refuse_batching))
         yield
-        return
 
-    @functools.wraps(generate)
-    def checked_generate(*args: Any, **kwargs: Any) -> Any:
-        refuse_generation(model, kwargs)
-        return generate(*args, **kwargs)
 
-    before = vars(model).get("generate")
-    model.generate = checked_generate
+@contextlib.contextmanager
+def _checked_first(module: nn.Module, name: str, check: Callable[..., None]) -> Iterator[None]:
+    """Give this one object a method ``name`` that calls ``check`` with its arguments before the real one."""
+    method, own = getattr(module, name), name in vars(module)
+
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    setattr(module, name, checked)
     try:
         yield
     finally:
-        if before is None:
-            del model.generate
+        if own:
+            setattr(module, name, method)
         else:
-            model.generate = before
+            delattr(module, name)
 
 
-def refuse_generation(model: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise `PruningNotSupported` for generation settings that cannot go with pruning; each message has the remedy."""
-
-    def setting(name: str) -> Any:
-        for source in (arguments.get("generation_config"), getattr(model, "generation_config", None)):
-            if arguments.get(name) is not None:
-                return arguments[name]
-            if getattr(source, name, None) is not None:
-                return getattr(source, name)
-        return None
-
-    chunk = setting("prefill_chunk_size")
-    if chunk is not None:
+def refuse_generation(model: Any, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Raise `PruningNotSupported`, with the remedy, where ``generate(*args, **kwargs)`` cannot go with pruning."""
+    arguments = _by_name(generate, args, kwargs)
+    settings = effective_settings(model, arguments)
+    for name, refuse, why in _REFUSED:
+        value = arguments.get(name, getattr(settings, name, None))
+        if refuse(value):
+            raise PruningNotSupported(f"{name}={value!r} {why}.")
+    assistant = arguments.get("assistant_model")
+    mode = settings.get_generation_mode(assistant)
+    given = {**settings.to_dict(), "assistant_model": type(assistant).__name__ if assistant is not None else None}
+    if mode == GenerationMode.ASSISTED_GENERATION:
         raise PruningNotSupported(
-            f"prefill_chunk_size={chunk}: pruning by chunk does not exist yet, and each chunk would be taken for a "
-            "continuation: leave prefill_chunk_size out."
+            f"assisted decoding ({_named(given, _DRAFTING)}) puts drafted tokens into the prefill, which would be "
+            "pruned with the prompt: leave it out inside token_pruning."
         )
-    if arguments.get("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None:
+    if mode in _FROM_THE_HUB:
         raise PruningNotSupported(
-            "assisted decoding (assistant_model, prompt_lookup_num_tokens) puts drafted tokens into the prefill, which "
-            "would be pruned with the prompt: generate without them inside token_pruning."
+            f"{_named(given, _FROM_THE_HUB[mode])} asks for {mode.value.replace('_', ' ')}, which transformers has "
+            "handed to code on the Hub that runs forwards of its own: use greedy search, sampling or beam search."
         )
-    if setting("use_cache") is False:
-        raise PruningNotSupported(
-            "use_cache=False recomputes the whole prompt for each new token, so each would be pruned anew: "
-            "leave use_cache out."
-        )
-    implementation = setting("cache_implementation")
-    if implementation is not None and any(name in str(implementation) for name in _FIXED_LENGTH_CACHES):
-        raise PruningNotSupported(
-            f"cache_implementation={implementation!r} is a cache with one length for all layers: use 'dynamic', "
-            "'offloaded' or 'quantized'."
-        )
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     if cache is not None:
         refuse_cache(cache)
+
+
+def effective_settings(model: Any, arguments: dict[str, Any]) -> GenerationConfig:
+    """The configuration that ``generate`` would work with: transformers' own resolution, defaults filled in."""
+    given = {name: value for name, value in arguments.items() if name not in ("generation_config", "assistant_model")}
+    return model._prepare_generation_config(arguments.get("generation_config"), **given)[0]
+
+
+def _by_name(generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional and keyword arguments by name, as Python binds them."""
+    bound = inspect.signature(generate).bind(*args, **kwargs)
+    named = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named
+
+
+def _named(settings: dict[str, Any], names: tuple[str, ...]) -> str:
+    return ", ".join(f"{name}={settings[name]!r}" for name in names if settings.get(name)) or "by its settings"
+
+
+def _refuse_batching(*_args: Any, **_kwargs: Any) -> None:
+    raise PruningNotSupported(
+        "continuous batching (generate_batch) packs prompts of many requests into one row of a paged cache: call "
+        "generate with a batch, padded on the left."
+    )
+
+
+# setting -> whether a value is refused, and why, with the remedy; checked in this order
+_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "custom_generate", lambda value: isinstance(value, str),
+        "runs decoding code from the Hub, whose forwards are not known here: give your decoding loop as a function, or "
+        "leave custom_generate out",
+    ),
+    (
+        "prefill_chunk_size", lambda value: value is not None,
+        "would hand over the prompt by chunks, each after the first taken for a continuation: leave prefill_chunk_size "
+        "out",
+    ),
+    (
+        "use_cache", lambda value: value is False,
+        "recomputes the whole prompt for each new token, so each would be pruned anew: leave use_cache out",
+    ),
+    (
+        "cache_implementation", lambda value: value == "paged",
+        "is continuous batching, which packs prompts of many requests into one row: leave cache_implementation out",
+    ),
+    (
+        "cache_implementation", lambda value: value is not None and value not in DYNAMIC_CACHE_IMPLEMENTATIONS,
+        "is a cache with one length for all layers: use 'dynamic', 'offloaded' or 'quantized'",
+    ),
+)  # fmt: skip

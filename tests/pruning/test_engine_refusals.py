@@ -46,30 +46,6 @@ def _refused(model, match, act, error=PruningNotSupported, config=CONFIG, scorer
     assert _hooks(model) == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"prefill_chunk_size": 16}, "prefill_chunk_size=16.*leave prefill_chunk_size out"),
-        ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
-        ({"use_cache": False}, "use_cache=False"),
-        ({"cache_implementation": "static"}, "cache_implementation='static'"),
-    ],
-)
-def test_generation_settings_that_cannot_go_with_pruning_are_refused(tiny_model, arguments, match):
-    _refused(tiny_model(), match, lambda model: model.generate(PROMPT, max_new_tokens=3, do_sample=False, **arguments))
-
-
-def test_generation_settings_of_the_models_own_configuration_are_refused_too(tiny_model):
-    model = tiny_model()
-    model.generation_config.prefill_chunk_size = 8
-    _refused(model, "prefill_chunk_size=8", lambda model: model.generate(PROMPT, max_new_tokens=3))
-
-
-def test_an_assistant_model_is_refused(tiny_model):
-    model = tiny_model()
-    _refused(model, "assisted decoding", lambda m: m.generate(PROMPT, assistant_model=tiny_model(), max_new_tokens=3))
-
-
 def test_a_static_cache_is_refused(tiny_model):
     model = tiny_model()
     cache = StaticCache(config=model.config, max_cache_len=128)
@@ -222,19 +198,12 @@ def test_a_prompt_of_one_token_is_a_prefill_and_an_empty_one_is_said(tiny_model)
         _ = t.tokens_per_layer
 
 
-def test_models_that_are_not_decoder_only_text_models_are_refused(tiny_model):
-    import types
-
-    from transformers import LlavaConfig, T5Config, T5ForConditionalGeneration
+def test_encoder_decoders_are_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
 
     t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2, vocab_size=32))
     with pytest.raises(PruningNotSupported, match="encoder-decoder"):
         describe(t5)
-    vision = types.SimpleNamespace(config=LlavaConfig(), modules=list)
-    with pytest.raises(PruningNotSupported, match="multimodal"):
-        describe(vision)
-    with pytest.raises(PruningNotSupported, match="no transformers configuration"):
-        describe(torch.nn.Linear(2, 2))
 
 
 def test_a_compiled_model_is_refused(tiny_model):

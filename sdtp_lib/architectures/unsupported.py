@@ -1,0 +1,144 @@
+"""Which models pruning cannot serve, and why: refused on entry, by what a model and its layers are.
+
+It knows nothing of hooks or masks. Where it can it asks transformers: the cache that a model would make says for each
+layer whether that holds keys and values, which can be of fewer tokens, or something else, which cannot.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from sdtp_lib.config import PruningNotSupported
+
+# Early releases of transformers make no cache layer of its own for these: there only the configuration tells.
+_KINDS_WITH_STATE = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid"}
+_KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_REMEDY = "use a model whose layers all have full or sliding attention"
+
+
+def refuse_object(model: Any) -> None:
+    """Raise `PruningNotSupported` for anything but a causal LM of transformers that runs as it stands."""
+    name = type(model).__name__
+    if isinstance(model, type):
+        raise PruningNotSupported(
+            f"model={model.__name__} is a class: give a loaded model, {model.__name__}.from_pretrained(...)."
+        )
+    if isinstance(model, (str, os.PathLike)):
+        raise PruningNotSupported(
+            f"model={str(model)!r} is a name: load the model first, model, tokenizer = load_model({str(model)!r})."
+        )
+    if isinstance(model, tuple):
+        raise PruningNotSupported("model is a tuple, such as load_model returns: model, tokenizer = load_model(...).")
+    if not isinstance(model, nn.Module):
+        inside = isinstance(getattr(model, "model", None), nn.Module)
+        remedy = "give the model inside, pipeline.model" if inside else "give a causal LM of transformers"
+        raise PruningNotSupported(f"model is a {name}{', a pipeline' if inside else ''}: {remedy}.")
+    if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+        raise PruningNotSupported(
+            f"{name} is compiled with torch.compile, which would freeze the token count of each layer: "
+            "prune the model that was given to torch.compile."
+        )
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        wrapped = hasattr(getattr(model, "module", None), "config")
+        remedy = f"give the model inside, {name}.module" if wrapped else "give a causal LM of transformers"
+        raise PruningNotSupported(f"{name} has no transformers configuration: {remedy}.")
+    _refuse_virtual_tokens(model)
+
+
+def _refuse_virtual_tokens(model: nn.Module) -> None:
+    """PEFT's prompt learning puts tokens, or their keys, before the prompt; LoRA and its kin change weights only."""
+    adapters = getattr(model, "peft_config", None)
+    adapter = getattr(model, "active_adapter", None)
+    if not isinstance(adapters, dict) or not isinstance(adapter, str) or getattr(model, "_adapters_disabled", False):
+        return
+    if getattr(adapters.get(adapter), "is_prompt_learning", False):
+        kind = getattr(adapters[adapter].peft_type, "value", adapters[adapter].peft_type)
+        raise PruningNotSupported(
+            f"the active adapter {adapter!r} is of PEFT's kind {kind}, whose virtual tokens before the prompt would be "
+            "taken for it: use an adapter that changes weights, such as LoRA, or prune model.get_base_model()."
+        )
+
+
+def refuse_kind(model: nn.Module) -> None:
+    """Raise `PruningNotSupported` for a kind of model that no way of cutting its layers' inputs can serve."""
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise PruningNotSupported(f"{name} is an encoder-decoder: token pruning serves decoder-only language models.")
+    text_config = config.get_text_config()
+    kinds = _layer_kinds(text_config)
+    if "chunked_attention" in kinds:
+        raise PruningNotSupported(
+            f"{name} uses chunked attention, whose chunks are not known over kept tokens: {_REMEDY}."
+        )
+    for index, cache_layer in enumerate(_cache_layers(text_config)):
+        _refuse_cache_layer(f"{name}: decoder layer {index}", kinds[index : index + 1], cache_layer)
+    for index, kind in enumerate(kinds):
+        if kind in _KINDS_WITH_STATE:
+            _refuse_state(f"{name}: decoder layer {index} ({kind})")
+    if getattr(model, "_is_stateful", False) and not kinds:
+        _refuse_state(name)
+    if getattr(text_config, "index_topk", None) and not kinds:
+        _refuse_index(f"{name} (index_topk={text_config.index_topk})")
+    if text_config is not config or getattr(config, "vision_config", None) is not None:
+        raise PruningNotSupported(
+            f"{name} is a multimodal model, whose image or audio tokens are not text: give its language model "
+            "(a ...ForCausalLM of the text configuration)."
+        )
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    """The configuration's own word for each layer; empty where it has none."""
+    return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+
+
+def _cache_layers(config: Any) -> list[Any]:
+    try:
+        return list(DynamicCache(config=config).layers)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []  # no cache can be made from this configuration alone (remote code): the layers will tell
+
+
+def _refuse_cache_layer(where: str, kind: list[str], cache_layer: Any) -> None:
+    """Refuse a layer whose cache holds anything but the keys and values of its own tokens."""
+    held = type(cache_layer).__name__
+    if held in _KEYS_AND_VALUES:
+        return
+    where = f"{where} ({kind[0] if kind else held})"
+    if hasattr(cache_layer, "update_recurrent_state"):
+        _refuse_state(where)
+    if isinstance(cache_layer, CacheLayerMixin):
+        _refuse_index(where)
+    raise PruningNotSupported(
+        f"{where} keeps no keys of its own: it has no attention, or reads the keys of an earlier layer, which are of "
+        f"other tokens once some are dropped: {_REMEDY}."
+    )
+
+
+def _refuse_state(where: str) -> None:
+    raise PruningNotSupported(
+        f"{where} keeps a state of all tokens that it has seen instead of keys of each, which pruning does not serve: "
+        f"{_REMEDY}."
+    )
+
+
+def _refuse_index(where: str) -> None:
+    raise PruningNotSupported(
+        f"{where} chooses or compresses the keys that it reads by an index over all tokens, which knows nothing of the "
+        f"kept ones: {_REMEDY}."
+    )
+
+
+def refuse_encoder(model: nn.Module, layer: nn.Module) -> None:
+    """Raise `PruningNotSupported` where tokens see later ones: an encoder recomputes its text for each new token."""
+    looks_ahead = getattr(layer, "is_decoder", None) is False or any(
+        getattr(module, "is_causal", None) is False for module in layer.modules()
+    )
+    if looks_ahead and getattr(model.config, "is_decoder", None) is False:
+        raise PruningNotSupported(
+            f"{type(model).__name__} is built as an encoder (is_decoder=False), whose tokens see later ones and which "
+            "keeps no cache: load a model that was trained as a decoder, with is_decoder=True in its configuration."
+        )
