@@ -23,7 +23,8 @@ def is_cache(value: Any) -> bool:
 
 def cache_of(arguments: Mapping[str, Any]) -> Any | None:
     """The cache among a layer's or a model's arguments, or None. It is found by what it is: its name changes."""
-    return next((value for value in arguments.values() if is_cache(value)), None)
+    cache = next((value for value in arguments.values() if is_cache(value)), None)
+    return getattr(cache, "self_attention_cache", cache)  # of a pair with cross-attention the decoder's own
 
 
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
