@@ -104,7 +104,8 @@ def test_decoding_code_from_the_hub_is_refused_and_a_function_is_not(tiny_model)
     refused(tiny_model(), hub, lambda model: model.generate(PROMPT, custom_generate="someone/recipe", **LENGTH))
 
     def loop(model, input_ids, **model_kwargs):
-        return model(input_ids, past_key_values=model_kwargs.get("past_key_values"), use_cache=True).logits[:, -1]
+        cache = {name: model_kwargs[name] for name in ("cache", "past_key_values") if name in model_kwargs}
+        return model(input_ids, **cache, use_cache=True).logits[:, -1]
 
     model = tiny_model()
     with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()) as trace:
