@@ -67,7 +67,7 @@ def _checked_first(module: nn.Module, name: str, check: Callable[..., None]) -> 
 def refuse_generation(model: Any, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Raise `PruningNotSupported`, with the remedy, where ``generate(*args, **kwargs)`` cannot go with pruning."""
     arguments = _by_name(generate, args, kwargs)
-    settings = effective_settings(model, arguments)
+    settings, for_the_model = effective_settings(model, arguments)
     for name, refuse, why in _REFUSED:
         value = arguments.get(name, getattr(settings, name, None))
         if refuse(value):
@@ -85,15 +85,16 @@ def refuse_generation(model: Any, generate: Callable[..., Any], *args: Any, **kw
             f"{_named(given, _FROM_THE_HUB[mode])} asks for {mode.value.replace('_', ' ')}, which transformers has "
             "handed to code on the Hub that runs forwards of its own: use greedy search, sampling or beam search."
         )
-    cache = cache_of(arguments)
+    cache = cache_of(for_the_model)
     if cache is not None:
         refuse_cache(cache)
 
 
-def effective_settings(model: Any, arguments: dict[str, Any]) -> GenerationConfig:
-    """The configuration that ``generate`` would work with: transformers' own resolution, defaults filled in."""
-    given = {name: value for name, value in arguments.items() if name not in ("generation_config", "assistant_model")}
-    return model._prepare_generation_config(arguments.get("generation_config"), **given)[0]
+def effective_settings(model: Any, arguments: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+    """The settings that ``generate`` would work with, as transformers resolves them, and what is left for the model."""
+    own = inspect.signature(GenerationMixin.generate).parameters
+    given = {name: value for name, value in arguments.items() if name not in own}
+    return model._prepare_generation_config(arguments.get("generation_config"), **given)
 
 
 def _by_name(generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

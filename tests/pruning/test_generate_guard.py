@@ -99,6 +99,13 @@ def test_drafting_that_transformers_leaves_out_under_beam_search_is_not_refused(
     assert trace.prefills == 1
 
 
+def test_lists_of_lists_among_the_settings_are_not_taken_for_a_cache(tiny_model):
+    model = tiny_model()
+    with token_pruning(model, CONFIG, scorers.recency()) as trace:
+        model.generate(PROMPT, bad_words_ids=[[5, 6]], **LENGTH)
+    assert trace.prefills == 1
+
+
 def test_decoding_code_from_the_hub_is_refused_and_a_function_is_not(tiny_model):
     hub = "custom_generate='someone/recipe' .*as a function"
     refused(tiny_model(), hub, lambda model: model.generate(PROMPT, custom_generate="someone/recipe", **LENGTH))
