@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
             for configs, methods in ((whole, alone), (pruned, [evaluation.Method("SDTP", scorer), *behind])):
                 evaluation.compare_scorers(model, [sample], configs, methods, writer, cell=cell)
         frame = read_frame(writer.path)
-    report(frame, ModelShape.from_config(model.config), element_bytes(model.dtype))
+    report(frame, ModelShape.from_model(model), element_bytes(model.dtype))
 
 
 def report(frame, shape: ModelShape, number_bytes: int) -> None:

@@ -221,7 +221,7 @@ def run_predict(options: argparse.Namespace) -> int:
     if timed != {options.model}:
         raise SystemExit(f"--model {options.model}: {options.rows} has rows of {sorted(timed)}; name that model.")
     model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
-    shape = ModelShape.from_config(model.config)
+    shape = ModelShape.from_model(model)
     with threads(options.threads):
         rates = measure_hardware(shape, dtype=model.dtype, device=model.device, repeats=options.repeats)
     presets = {name: PruningConfig.preset(name, shape.num_layers) for name in ("keep09", "keep08", "keep07")}

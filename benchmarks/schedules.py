@@ -123,7 +123,7 @@ def summary_of(path: Path, settings: Sequence[str], split: str, scorer: str):
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     model, tokenizer = load_model(options.model)
-    shape = ModelShape.from_config(model.config)
+    shape = ModelShape.from_model(model)
     scorer = options.scorer.load(model)
     layers = options.scorer.layers(scorer, shape.num_layers)
     tokens, path = options.prompt_tokens, options.run_dir / "schedules.jsonl"

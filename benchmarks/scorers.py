@@ -77,7 +77,7 @@ def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share
     config = {name: configs[name] for name in list(configs)[:1]}
     samples = [s for cell in ("text", "needle") for s in cell_samples(
         cell, tokenizer, prompt_tokens=length, count=2, seed=seed, split="train")]  # fmt: skip
-    shape = ModelShape.from_config(model.config)
+    shape = ModelShape.from_model(model)
     mixed = {weight: evaluation.baseline_methods(shape, recency_weight=weight)[-1] for weight in WEIGHTS}
     methods = [evaluation.Method(f"weight {weight}", method.scorer) for weight, method in mixed.items()]
     with share.rows(path, stamp) as writer:
@@ -105,7 +105,7 @@ def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
     if weight is None and (options.scores is None or MIXED in options.scores):
         weight = tuned_weight(model, tokenizer, configs, min(options.lengths), options.seed, share, rows_path, stamp)
     deployable = [
-        *evaluation.baseline_methods(ModelShape.from_config(model.config), recency_weight=weight or 1.0),
+        *evaluation.baseline_methods(ModelShape.from_model(model), recency_weight=weight or 1.0),
         *learned_methods(options, model),
     ]
     deployable = wanted(deployable, options.scores)

@@ -1,7 +1,8 @@
-"""What a pruning configuration costs and saves: tokens a layer, 1/tau, FLOPs, KV bytes.
+"""What a pruning configuration costs and saves: tokens per layer, 1/tau, FLOPs, KV bytes.
 
 Pure functions of a `PruningConfig` and a `ModelShape`: no torch, no model in memory, nothing measured. The engine asks
-`keep_count` here, so the plan and the execution cannot drift apart.
+`keep_count` here, so the plan and the execution cannot drift apart. ``python -m sdtp_lib.budget`` prints what presets
+cost on a named model.
 
 Axis letters: T prompt tokens, K kept tokens, D hidden size, L layers. ``tokens_per_layer`` has L entries, the tokens
 that each decoder layer computes. FLOPs count a multiply-add as 2; norms, rotary positions, softmax and activations
@@ -10,16 +11,16 @@ are left out (below 1 %).
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.layer_shape import LayerShape
+from sdtp_lib.model_shape import MODEL_FIELDS, ModelShape, element_bytes
 
 if TYPE_CHECKING:
     from sdtp_lib.config import PruningConfig
-
-CONVENTIONS = ("model", "paper")
 
 
 def protected_count(tokens: int, config: PruningConfig) -> int:
@@ -31,7 +32,12 @@ def protected_count(tokens: int, config: PruningConfig) -> int:
 def keep_count(tokens: int, keep_ratio: float, config: PruningConfig) -> int:
     """How many of ``tokens`` alive tokens of a row stay at a stage: ``min(n, max(floor(r n + 1e-9), protected))``."""
     # 1e-9: 0.7 * 10 is 6.999.. in binary, and 7 tokens are meant.
-    return min(tokens, max(math.floor(keep_ratio * tokens + 1e-9), protected_count(tokens, config)))
+    return with_protected(math.floor(keep_ratio * tokens + 1e-9), tokens, config)
+
+
+def with_protected(wanted: int, tokens: int, config: PruningConfig) -> int:
+    """How many of ``tokens`` stay where a budget of any kind wants ``wanted``: never fewer than the protected ones."""
+    return min(tokens, max(wanted, protected_count(tokens, config)))
 
 
 def tokens_per_layer(config: PruningConfig | None, num_layers: int, prompt_tokens: int) -> list[int]:
@@ -62,7 +68,6 @@ def prefill_flops(
     tokens_per_layer: Sequence[int],
     *,
     causal: bool = True,
-    convention: str = "model",
     logits_positions: int = 1,
     pruner_flops: float = 0,
 ) -> float:
@@ -71,30 +76,33 @@ def prefill_flops(
     Parameters
     ----------
     causal
-        Count the half of the attention products that a causal kernel computes (2 n^2 D a layer); ``False`` counts the
-        full square, as eager attention computes it.
-    convention
-        ``"model"`` counts this model. ``"paper"`` is the formula behind Table 2 of arXiv 2504.04514,
-        ``sum_l 2 n_l (4 D^2 + 3 D F) + 3 n_l^2 D``, plus ``2 T * 2 V D``: no grouped heads, 1.5 times causal
-        attention, embedding and head as matmuls over all T tokens; it ignores ``causal`` and ``logits_positions``.
+        Count the half of the attention products that a causal kernel computes (2 n^2 D per layer, less where a window
+        is shorter than the prompt); ``False`` counts the full square, as eager attention computes it.
     logits_positions
         Positions for which the head computes logits: 1 in a prefill that is there to generate.
     pruner_flops
         What scoring the tokens costs on top, see `pruner_flops`.
     """
     _check_layers(shape, tokens_per_layer)
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention={convention!r} is unknown: choose one of {', '.join(CONVENTIONS)}.")
-    linear, squares = sum(tokens_per_layer), sum(n * n for n in tokens_per_layer)
-    if convention == "paper":
-        matrices = (
-            4 * shape.hidden_size**2 + (3 if shape.gated_mlp else 2) * shape.hidden_size * shape.intermediate_size
-        )
-        tables = 2 * shape.vocab_size * shape.hidden_size
-        return 2 * linear * matrices + 3 * squares * shape.hidden_size + 2 * tokens_per_layer[0] * tables + pruner_flops
-    attention = (2 if causal else 4) * squares * shape.query_width
-    head = 2 * logits_positions * shape.vocab_size * shape.hidden_size
-    return 2 * linear * shape.layer_matmul_weights + attention + head + pruner_flops
+    prompt = tokens_per_layer[0]
+    matrices = sum(tokens * layer.matmul_weights for tokens, layer in zip(tokens_per_layer, shape.layers, strict=True))
+    attention = sum(
+        layer.flops_per_pair * (causal_pairs(tokens, prompt, layer.window) if causal else tokens * tokens)
+        for tokens, layer in zip(tokens_per_layer, shape.layers, strict=True)
+    )
+    outside = prompt * shape.outer_weights + logits_positions * shape.head_weights
+    return 2 * (matrices + outside) + attention + pruner_flops
+
+
+def causal_pairs(tokens: int, prompt_tokens: int, window: int | None = None) -> float:
+    """Query-key pairs that causal attention computes among ``tokens`` kept of a prompt: n^2 / 2 without a window.
+
+    A window counts prompt positions, so kept tokens see fewer of them: of the prompt's pairs inside the window the
+    share (n / T)^2 is left, whichever tokens went.
+    """
+    if window is None or window >= prompt_tokens:
+        return tokens * tokens / 2
+    return (window * prompt_tokens - window * window / 2) * (tokens / prompt_tokens) ** 2
 
 
 def decode_flops(shape: ModelShape, kv_lengths_per_layer: Sequence[int], new_tokens: int) -> float:
@@ -103,15 +111,27 @@ def decode_flops(shape: ModelShape, kv_lengths_per_layer: Sequence[int], new_tok
     The first generated token comes from the prefill: ``generate(max_new_tokens=128)`` runs 127 of these forwards.
     """
     _check_layers(shape, kv_lengths_per_layer)
-    matrices = 2 * (shape.num_layers * shape.layer_matmul_weights + shape.vocab_size * shape.hidden_size)
-    # Forward i (1-based) attends to the cache, the i - 1 tokens generated before it, and itself.
-    keys = new_tokens * sum(kv_lengths_per_layer) + shape.num_layers * new_tokens * (new_tokens + 1) // 2
-    return new_tokens * matrices + 4 * keys * shape.query_width
+    attention = 0
+    for length, layer in zip(kv_lengths_per_layer, shape.layers, strict=True):
+        # Forward i (1-based) attends to the cache, the i - 1 tokens generated before it, and itself.
+        keys = sum(_seen(layer, length + step) for step in range(1, new_tokens + 1))
+        # Multi-head latent attention expands the cached tokens' latents anew; its own token's are among the weights.
+        attention += keys * layer.flops_per_pair + 2 * (keys - new_tokens) * layer.expanding_weights
+    return 2 * new_tokens * shape.active_weights + attention
 
 
-def kv_bytes(shape: ModelShape, tokens_per_layer: Iterable[int], bytes_per_element: int) -> int:
-    """Bytes of the keys and values of a cache with these lengths (batch 1)."""
-    return 2 * shape.key_width * bytes_per_element * sum(tokens_per_layer)
+def kv_bytes(shape: ModelShape, tokens_per_layer: Sequence[int], bytes_per_element: int) -> int:
+    """Bytes of the keys and values of a cache after a prefill with these lengths (batch 1).
+
+    A layer with a window of w keeps w - 1 tokens for the next one.
+    """
+    _check_layers(shape, tokens_per_layer)
+    layers = zip(tokens_per_layer, shape.layers, strict=True)
+    return bytes_per_element * sum(layer.cache_width * (_seen(layer, tokens + 1) - 1) for tokens, layer in layers)
+
+
+def _seen(layer: LayerShape, tokens: int) -> int:
+    return tokens if layer.window is None else min(tokens, layer.window)
 
 
 def pruner_flops(
@@ -192,3 +212,54 @@ def find_keep_ratio(
 def _check_layers(shape: ModelShape, per_layer: Sequence[int]) -> None:
     if len(per_layer) != shape.num_layers:
         raise ValueError(f"{len(per_layer)} entries for {shape.num_layers} layers: give the tokens of every layer.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdtp_lib.budget",
+        description="Count what pruning saves in a prefill: FLOPs, their ratio (the limit of the speed-up), KV bytes. "
+        "Nothing is measured and no weights are loaded.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default="Mistral-7B-Instruct-v0.2", metavar="NAME",
+                        help=f"{', '.join(MODEL_FIELDS)}, or a folder or Hub id whose config is read")  # fmt: skip
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[4096, 32768, 131072], metavar="T",
+                        help="prompt lengths in tokens")  # fmt: skip
+    parser.add_argument("--presets", nargs="+", default=["keep09", "keep08", "keep07"], metavar="PRESET",
+                        help="presets of PruningConfig, for their layers and ratios")  # fmt: skip
+    parser.add_argument("--keep-ratio", type=float, default=None, metavar="R",
+                        help="share kept per stage, instead of each preset's own")  # fmt: skip
+    parser.add_argument("--dtype", default="bfloat16", help="number type of the KV cache")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a line per prompt length and preset."""
+    from sdtp_lib.config import PruningConfig
+
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        shape, size = ModelShape.of(given.model), element_bytes(given.dtype)
+        configs = {name: PruningConfig.preset(name, shape.num_layers) for name in given.presets}
+        if given.keep_ratio is not None:
+            configs = {name: config.replace(keep_ratio=given.keep_ratio) for name, config in configs.items()}
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{given.model}: {shape.num_layers} layers, {shape.parameters / 1e9:.2f} G weights, "
+          f"{shape.active_weights / 1e9:.2f} G met by a token")  # fmt: skip
+    print(" prompt preset     last layer  1/tau     TFLOPs    pruned  limit      KV GB    pruned")
+    for tokens in given.prompt_tokens:
+        full = [tokens] * shape.num_layers
+        for name, config in configs.items():
+            counts = tokens_per_layer(config, shape.num_layers, tokens)
+            print(
+                f"{tokens:7d} {name:10} {counts[-1]:10d} {compression_ratio(counts):6.3f} "
+                f"{prefill_flops(shape, full) / 1e12:10.2f} {prefill_flops(shape, counts) / 1e12:9.2f} "
+                f"{speedup_limit(shape, config, tokens):5.2f}x {kv_bytes(shape, full, size) / 1e9:10.3f} "
+                f"{kv_bytes(shape, counts, size) / 1e9:9.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,41 +1,21 @@
-"""`ModelShape`: the sizes of a causal language model that decide its FLOPs and bytes.
+"""`ModelShape`: the sizes of a causal language model that decide its FLOPs and bytes, layer by layer.
 
-Pure: read from a configuration object or mapping, never from a model in memory; no torch, no transformers.
+Where there is a model, its own weights are counted (`ModelShape.from_model`). A configuration alone builds the model
+without weights (on the meta device) and counts that, so every family is either counted or refused by name. Only the
+models that the study names are computed from their sizes, with neither torch nor transformers. No model runs here.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sdtp_lib.layer_shape import LayerShape, count_layer, held_parameters, linear_size, matmul_parts
+
 _BYTES_PER_ELEMENT = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1,
-}  # fmt: skip
-# Two matrices in the feed-forward part (up, down) instead of three (gate, up, down).
-_UNGATED_TYPES = ("bloom", "falcon", "gpt2", "gpt_neox", "opt", "phi")
-# Configuration fields of the models that the study names, so that predictions need no hub.
-MODEL_FIELDS = {
-    "SmolLM2-135M-Instruct": {
-        "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
-    },
-    "Mistral-7B-Instruct-v0.2": {
-        "model_type": "mistral", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000, "tie_word_embeddings": False,
-    },
-    "Qwen2-7B-Instruct": {
-        "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False,
-    },
-    "Llama-2-7B": {
-        "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False,
-    },
-    "BLOOM-7B1": {
-        "model_type": "bloom", "n_layer": 30, "hidden_size": 4096, "n_head": 32, "vocab_size": 250880,
-        "tie_word_embeddings": True,
-    },
 }  # fmt: skip
 
 
@@ -52,7 +32,11 @@ class ModelShape:
     """Sizes of a decoder-only transformer, in elements.
 
     ``num_layers`` is L, ``hidden_size`` is D, ``num_heads`` is H. ``head_dim`` times ``num_heads`` need not be D
-    (Gemma, Qwen3). ``attention_bias`` says that queries, keys and values have a bias (Qwen2).
+    (Gemma, Qwen3). ``attention_bias`` says that queries, keys and values have a bias (Qwen2). What decides the cost is
+    ``layers``, one `LayerShape` each: counted from a model, or all alike and computed from these sizes. Where layers
+    differ, these sizes are those of the last one (the first layers of a mixture of experts are often dense).
+    ``head_weights`` make logits of one position, ``outer_weights`` are other matrices outside the layers, which meet
+    every prompt token (OPT's projections).
     """
 
     num_layers: int
@@ -66,86 +50,179 @@ class ModelShape:
     tied_embeddings: bool = False
     attention_bias: bool = False
     model_type: str = ""
+    layers: tuple[LayerShape, ...] = ()
+    outer_weights: int = 0
+    head_weights: int = 0
+    parameters: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not hasattr(value, "__index__") or value < 1):
+            if field.type == "int" and (not hasattr(value, "__index__") or value < (field.default == 0) ^ 1):
                 raise ValueError(f"{field.name}={value!r} is not a positive whole number.")
+        if not self.layers:
+            layer, table = self._layer_from_sizes(), self.vocab_size * self.hidden_size
+            object.__setattr__(self, "layers", (layer,) * self.num_layers)
+            held = self.num_layers * layer.parameters + (1 if self.tied_embeddings else 2) * table + self.hidden_size
+            object.__setattr__(self, "head_weights", table)
+            object.__setattr__(self, "parameters", held)
+        if len(self.layers) != self.num_layers:
+            raise ValueError(f"layers has {len(self.layers)} entries for num_layers={self.num_layers}.")
+
+    def _layer_from_sizes(self) -> LayerShape:
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        matrices = 3 if self.gated_mlp else 2
+        weights = self.hidden_size * (2 * (queries + keys) + matrices * self.intermediate_size)
+        # Two norms; biases other than those of queries, keys and values are left out (below 0.1 %).
+        held = weights + 2 * self.hidden_size + (queries + 2 * keys if self.attention_bias else 0)
+        return LayerShape(
+            matmul_weights=weights,
+            parameters=held,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            key_size=self.head_dim,
+            value_size=self.head_dim,
+            cache_width=2 * keys,
+            inner_width=matrices * self.intermediate_size // 3,
+        )
+
+    @classmethod
+    def from_model(cls, model: Any) -> ModelShape:
+        """The shape of a causal LM of transformers, counted from its own weights, which are not read or moved.
+
+        Raises
+        ------
+        ValueError
+            Where a part's FLOPs do not follow from its weights (state-space layers, sparse attention); it is named.
+        """
+        config = model.config.get_text_config()
+        name = f"{type(model).__name__} (model_type={config.model_type!r})"
+        # A multimodal model's towers are not on the way of a text token.
+        root = model if config is model.config else model.get_decoder()
+        modules = _decoder_layers(root, config.num_hidden_layers)
+        head = model.get_output_embeddings()
+        if modules is None or head is None:
+            missing = f"list of {config.num_hidden_layers} decoder layers" if modules is None else "output embedding"
+            raise ValueError(f"{name} has no {missing}, so its FLOPs are unknown: give a decoder-only causal LM.")
+        layers = tuple(count_layer(layer, config, index) for index, layer in enumerate(modules))
+        counted = {id(part) for layer in (*modules, head) for part in layer.modules()}
+        outer = sum(active for _, active, _ in matmul_parts(root, config, name, skip=counted))
+        last = layers[-1]
+        return cls(
+            num_layers=len(layers),
+            hidden_size=config.hidden_size,
+            num_heads=last.num_heads,
+            num_kv_heads=last.num_kv_heads,
+            head_dim=last.key_size,
+            intermediate_size=last.inner_width,
+            vocab_size=head.weight.shape[0],
+            tied_embeddings=model.get_input_embeddings().weight is head.weight,
+            model_type=config.model_type,
+            layers=layers,
+            outer_weights=outer,
+            head_weights=linear_size(head) or head.weight.numel(),
+            parameters=held_parameters(model),
+        )
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
         """The shape that a transformers configuration (or a mapping with its fields) describes.
 
+        The model is built without weights, in a second or less, and counted. Where the model is at hand,
+        `from_model` says the same, adapters included.
+
         Raises
         ------
         ValueError
-            For a mixture of experts, whose FLOPs a token do not follow from these sizes, and for a configuration
-            without the needed fields.
+            For a configuration from which transformers builds no causal language model, and as `from_model`.
         """
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        values = config if isinstance(config, Mapping) else config.to_dict()
+        import torch
+        import transformers
 
-        def first(*names: str, default: Any = None) -> Any:
-            return next((values[name] for name in names if values.get(name) is not None), default)
-
-        if first("num_local_experts", "num_experts", "n_routed_experts"):
-            raise ValueError("model_type={!r} is a mixture of experts: its budget is not known here.".format(
-                first("model_type")))  # fmt: skip
-        sizes = {
-            "num_layers": first("num_hidden_layers", "n_layer"),
-            "hidden_size": first("hidden_size", "n_embd"),
-            "num_heads": first("num_attention_heads", "n_head"),
-            "vocab_size": first("vocab_size"),
-        }
-        missing = [name for name, value in sizes.items() if value is None]
-        if missing:
-            raise ValueError(f"the configuration says nothing about {missing}: is it that of a causal language model?")
-        model_type = first("model_type", default="")
-        num_kv_heads = first("num_key_value_heads", default=sizes["num_heads"])
-        return cls(
-            **sizes,
-            num_kv_heads=num_kv_heads,
-            head_dim=first("head_dim", default=sizes["hidden_size"] // sizes["num_heads"]),
-            intermediate_size=first("intermediate_size", "n_inner", default=4 * sizes["hidden_size"]),
-            gated_mlp=model_type not in _UNGATED_TYPES,
-            tied_embeddings=bool(first("tie_word_embeddings", default=False)),
-            attention_bias=bool(first("attention_bias", default=model_type in ("qwen2", "bloom"))),
-            model_type=model_type,
-        )
+        if isinstance(config, Mapping):
+            fields = dict(config)
+            if not fields.get("model_type"):
+                raise ValueError("the configuration has no model_type: is it that of a causal language model?")
+            config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config = copy.deepcopy(config.get_text_config())  # building a model writes its attention backend there
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:
+            raise ValueError(
+                f"model_type={config.model_type!r}: transformers builds no causal language model from this "
+                f"configuration ({str(error).splitlines()[0][:200]}): give the model to ModelShape.from_model."
+            ) from error
+        return cls.from_model(model)
 
     @classmethod
     def named(cls, name: str) -> ModelShape:
         """The shape of one of the models that the study names, without asking a hub."""
         if name not in MODEL_FIELDS:
             raise ValueError(f"model={name!r} is unknown: choose one of {', '.join(MODEL_FIELDS)}.")
-        return cls.from_config(MODEL_FIELDS[name])
+        return cls(**MODEL_FIELDS[name])
 
-    @property
-    def query_width(self) -> int:
-        """Width of all queries of a token: H times the head size."""
-        return self.num_heads * self.head_dim
+    @classmethod
+    def of(cls, model: str) -> ModelShape:
+        """The shape of a named model, else of the model in a folder or on the Hub, of which only the config is read."""
+        if model in MODEL_FIELDS:
+            return cls.named(model)
+        from transformers import AutoConfig
 
-    @property
-    def key_width(self) -> int:
-        """Width of all keys (and of all values) of a token: KV heads times the head size."""
-        return self.num_kv_heads * self.head_dim
+        try:
+            config = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model={model!r} is neither one of {', '.join(MODEL_FIELDS)} nor a folder or Hub id with "
+                             f"a configuration ({str(error).splitlines()[0]}).") from error  # fmt: skip
+        return cls.from_config(config)
 
     @property
     def layer_matmul_weights(self) -> int:
-        """Weights of one decoder layer that take part in a matrix product; each costs 2 FLOPs a token."""
-        projections = 2 * self.hidden_size * (self.query_width + self.key_width)
-        return projections + (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
+        """Weights of the last decoder layer that a token is multiplied with; each costs 2 FLOPs per token."""
+        return self.layers[-1].matmul_weights
 
     @property
-    def parameters(self) -> int:
-        """All weights, with norms and query-key-value biases; other biases are left out (below 0.1 %)."""
-        biases = (self.query_width + 2 * self.key_width) if self.attention_bias else 0
-        layer = self.layer_matmul_weights + 2 * self.hidden_size + biases
-        tables = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
-        return self.num_layers * layer + tables + self.hidden_size
+    def active_weights(self) -> int:
+        """All weights that one decoded token is multiplied with, the head's too; what a decode step reads."""
+        return sum(layer.matmul_weights for layer in self.layers) + self.outer_weights + self.head_weights
+
+    @property
+    def read_share(self) -> float:
+        """Share of the weights that a decode step may read: all but the experts that a token does not meet."""
+        return 1 - sum(layer.idle_weights for layer in self.layers) / self.parameters
 
     def weight_bytes(self, dtype: Any) -> int:
         """Bytes that the weights take in ``dtype``."""
         return self.parameters * element_bytes(dtype)
+
+
+def _decoder_layers(root: Any, count: int) -> Any | None:
+    """The first list of ``count`` modules under ``root``; a model of one layer must call its own ``layers``."""
+    lists = (child for owner in root.modules() for child in owner.children() if type(child).__name__ == "ModuleList")
+    return next((child for child in lists if len(child) == count), None)
+
+
+# The sizes of the models that the study names, so that predictions need no hub.
+MODEL_FIELDS: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M-Instruct": {
+        "model_type": "llama", "num_layers": 30, "hidden_size": 576, "num_heads": 9, "num_kv_heads": 3,
+        "head_dim": 64, "intermediate_size": 1536, "vocab_size": 49152, "tied_embeddings": True,
+    },
+    "Mistral-7B-Instruct-v0.2": {
+        "model_type": "mistral", "num_layers": 32, "hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8,
+        "head_dim": 128, "intermediate_size": 14336, "vocab_size": 32000,
+    },
+    "Qwen2-7B-Instruct": {
+        "model_type": "qwen2", "num_layers": 28, "hidden_size": 3584, "num_heads": 28, "num_kv_heads": 4,
+        "head_dim": 128, "intermediate_size": 18944, "vocab_size": 152064, "attention_bias": True,
+    },
+    "Llama-2-7B": {
+        "model_type": "llama", "num_layers": 32, "hidden_size": 4096, "num_heads": 32, "num_kv_heads": 32,
+        "head_dim": 128, "intermediate_size": 11008, "vocab_size": 32000,
+    },
+    "BLOOM-7B1": {
+        "model_type": "bloom", "num_layers": 30, "hidden_size": 4096, "num_heads": 32, "num_kv_heads": 32,
+        "head_dim": 128, "intermediate_size": 16384, "vocab_size": 250880, "gated_mlp": False,
+        "tied_embeddings": True, "attention_bias": True,
+    },
+}  # fmt: skip

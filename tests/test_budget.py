@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -58,7 +59,9 @@ def test_eight_stages_at_0_7_leave_a_twentieth():
     counts = budget.tokens_per_layer(config, 28, 100_000)
     assert counts[-1] / counts[0] == pytest.approx(0.7**8, rel=1e-3)
     with pytest.raises(ValueError, match="27"):
-        budget.kv_bytes(SMALL, counts, 2) and budget.prefill_flops(SMALL, counts[:27])
+        budget.prefill_flops(SMALL, counts[:27])
+    with pytest.raises(ValueError, match="28 entries for 2 layers"):
+        budget.kv_bytes(SMALL, counts, 2)
 
 
 def test_prefill_flops_are_the_ones_counted_on_paper():
@@ -116,56 +119,41 @@ def test_find_keep_ratio_refuses_what_the_protected_tokens_forbid_and_two_target
     assert budget.find_keep_ratio(shape, config, 2048, final_tokens=2048) == 1.0
 
 
-FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {"head_dim": 24},
-}
+def test_causal_pairs_are_those_counted_one_by_one_and_a_window_keeps_its_share():
+    triangle = sum(min(i, 16) for i in range(1, 101))  # with the diagonal, half of which the estimate leaves out
+    assert budget.causal_pairs(100, 100, 16) == pytest.approx(triangle, rel=0.01)
+    assert budget.causal_pairs(100, 100) == budget.causal_pairs(100, 100, 100) == 100**2 / 2
+    # Half of the tokens, spread evenly: each sees half as many others inside its window.
+    assert budget.causal_pairs(50, 100, 16) == budget.causal_pairs(100, 100, 16) / 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("logits_positions", [1, 0])
-def test_the_full_count_agrees_with_torchs_counter(family, logits_positions):
+def test_a_layers_window_shortens_its_causal_attention_its_cache_and_its_decode_steps():
+    full = SMALL.layers[0]
+    shape = dataclasses.replace(SMALL, layers=(full, dataclasses.replace(full, window=4)))
+    assert budget.prefill_flops(SMALL, [10, 5]) - budget.prefill_flops(shape, [10, 5]) == 32 * (12.5 - 32 / 4)
+    assert budget.prefill_flops(shape, [10, 5], causal=False) == budget.prefill_flops(SMALL, [10, 5], causal=False)
+    assert budget.kv_bytes(shape, [10, 5], 2) == 2 * 8 * (10 + 3)
+    assert budget.decode_flops(shape, [10, 5], 2) == 2 * 2 * (2 * 576 + 80) + 4 * 8 * (11 + 12 + 4 + 4)
+
+
+def test_the_kept_tokens_of_a_pruned_window_layer_take_the_bytes_that_were_counted(tiny_model):
     torch = pytest.importorskip("torch")
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from sdtp_lib import scorers, token_pruning
 
-    config = AutoConfig.for_model(
-        family, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=96, vocab_size=128, max_position_embeddings=512, **FAMILIES[family],
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(torch.arange(200)[None] % 128, logits_to_keep=logits_positions)
-    counted = counter.get_total_flops()
-    shape = ModelShape.from_config(config)
-    expected = budget.prefill_flops(shape, [200] * 3, causal=False, logits_positions=logits_positions or 200)
-    assert expected == pytest.approx(counted, rel=0.01)
-    weights = sum(p.numel() for p in model.parameters())
-    assert shape.parameters == pytest.approx(weights, rel=0.005)
-    assert shape.weight_bytes(torch.bfloat16) == 2 * shape.parameters
+    config = PruningConfig(layers=(1, 2), keep_ratio=0.7, local_ratio=0.0, min_local_tokens=2, sink_tokens=1)
+    for family in ("mistral", "gemma2", "gpt_oss", "qwen2_moe"):
+        model = tiny_model(family, sliding_window=16) if family != "qwen2_moe" else tiny_model(family)
+        with torch.no_grad(), token_pruning(model, config, scorers.random(seed=0)) as trace:
+            model(torch.arange(3, 43)[None], use_cache=True)
+        counted = budget.kv_bytes(ModelShape.from_model(model), trace.tokens_per_layer, 4)
+        assert sum(trace.kv_bytes_per_layer) == counted
 
 
-def test_a_decode_step_agrees_with_torchs_counter():
-    torch = pytest.importorskip("torch")
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
-        vocab_size=128,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad():
-        past = model(torch.arange(50)[None], use_cache=True).past_key_values
-        with counter:
-            for token in (1, 2):
-                past = model(torch.tensor([[token]]), past_key_values=past, use_cache=True).past_key_values
-    expected = budget.decode_flops(ModelShape.from_config(config), [50, 50], 2)
-    assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
+def test_a_mixture_of_experts_reaches_the_speedup_that_was_asked_for(tiny_model):
+    pytest.importorskip("torch")
+    shape, config = ModelShape.from_model(tiny_model("mixtral")), PruningConfig(layers=(1, 3), keep_ratio=0.9)
+    ratio = budget.find_keep_ratio(shape, config, 2048, speedup=1.5)
+    assert budget.speedup_limit(shape, config.replace(keep_ratio=ratio), 2048) == pytest.approx(1.5, rel=0.01)
 
 
 def test_an_honest_count_of_the_papers_model_is_not_the_papers():
@@ -174,17 +162,30 @@ def test_an_honest_count_of_the_papers_model_is_not_the_papers():
     assert honest == pytest.approx(67.0, rel=0.01)
 
 
-def test_an_unknown_dtype_or_convention_is_refused_by_name():
+def test_an_unknown_dtype_or_size_is_refused_by_name():
     with pytest.raises(ValueError, match="dtype='int3'"):
         SMALL.weight_bytes("int3")
-    with pytest.raises(ValueError, match="convention='honest'"):
-        budget.prefill_flops(SMALL, [1, 1], convention="honest")
     with pytest.raises(ValueError, match="num_heads=0"):
         ModelShape(2, 8, 0, 1, 4, 16, 10)
-    with pytest.raises(ValueError, match="mixture of experts"):
-        ModelShape.from_config({"num_local_experts": 8, "model_type": "mixtral"})
+    with pytest.raises(ValueError, match="layers has 1 entries for num_layers=2"):
+        dataclasses.replace(SMALL, layers=SMALL.layers[:1])
 
 
 def test_budget_needs_no_torch():
     code = "import sys; import sdtp_lib.budget; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_command_line_says_its_options_and_counts_what_is_asked(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        budget.main(["--help"])
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("--model", "--prompt-tokens", "default", "Llama-2-7B"))
+    budget.main(["--model", "SmolLM2-135M-Instruct", "--prompt-tokens", "2048", "--presets", "keep07"])
+    (line,) = capsys.readouterr().out.splitlines()[2:]
+    shape, config = ModelShape.named("SmolLM2-135M-Instruct"), PruningConfig.preset("keep07", 30)
+    assert line.split()[:2] == ["2048", "keep07"]
+    assert f"{budget.speedup_limit(shape, config, 2048):.2f}x" in line
+    with pytest.raises(SystemExit, match="2"):
+        budget.main(["--presets", "keep99"])
+    assert "preset='keep99'" in capsys.readouterr().err

@@ -42,3 +42,11 @@ def test_the_report_prints_every_layer_list():
     text = subprocess.run([sys.executable, "-m", "sdtp_lib.paper"], check=True, capture_output=True, text=True).stdout
     assert text.count("before 3, 6 .. 30") == 18
     assert math.isclose(float(text.splitlines()[1].split()[-1]), 1.533, abs_tol=1e-3)
+
+
+def test_the_command_line_says_its_options_and_prints_one_half_alone(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        paper.main(["--help"])
+    assert "flops" in capsys.readouterr().out
+    paper.main(["times"])
+    assert "before 3, 6 .. 30" not in capsys.readouterr().out

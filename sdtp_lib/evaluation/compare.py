@@ -41,7 +41,7 @@ def compare_scorers(
     counted), ``kv_bytes`` of the prompt's cache and ``seconds``. The unpruned logits are computed once a sample. What
     fails is a row of kind ``failure``.
     """
-    shape = ModelShape.from_config(model.config)
+    shape = ModelShape.from_model(model)
     for sample in samples:
         prompt, response = sample["prompt_ids"], sample["response_ids"]
         todo = [

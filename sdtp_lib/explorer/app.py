@@ -61,7 +61,7 @@ class EngineSource:
         self.prompts, self.scorers = tuple(prompts), tuple(scorers)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         try:
-            self.shape = ModelShape.from_config(model.config)
+            self.shape = ModelShape.from_model(model)
         except ValueError:  # a mixture of experts: its FLOPs a token do not follow from its sizes
             self.shape = None
         self._ids = {name: list(ids) for name, ids in prompts.items()}

@@ -10,13 +10,15 @@ the sum); a decode step likewise, its kernels being the bytes of weights and cac
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.model_shape import ModelShape, element_bytes
+from sdtp_lib.layer_shape import LayerShape
+from sdtp_lib.model_shape import MODEL_FIELDS, ModelShape, element_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +74,15 @@ LAUNCHES_PER_LAYER = 60
 LAUNCHES_PER_STAGE = 370
 
 
-def elementwise_bytes(shape: ModelShape, tokens: int, bytes_per_element: int) -> int:
+def elementwise_bytes(layer: LayerShape, hidden_size: int, tokens: int, bytes_per_element: int) -> int:
     """Bytes that one layer's operations other than matmuls and attention move for ``tokens`` tokens.
 
     Counted on Llama's eager code: two norms and two residuals move about 22 D, rotary positions about 11 times the
     width of queries and keys, the gated activation about 5 F (F the inner size), the cache twice the keys and values.
     """
-    widths = 22 * shape.hidden_size + 11 * (shape.query_width + shape.key_width) + 4 * shape.key_width
-    return tokens * bytes_per_element * (widths + 5 * shape.intermediate_size)
+    rotary = 11 * (layer.query_width + layer.num_kv_heads * layer.key_size)
+    widths = 22 * hidden_size + rotary + 2 * layer.cache_width + 5 * layer.inner_width
+    return tokens * bytes_per_element * widths
 
 
 def prefill_ms(
@@ -93,15 +96,17 @@ def prefill_ms(
     """Predicted milliseconds of one prefill (batch 1, logits of the last position), with its stages' own cost."""
     size, kernels = element_bytes(dtype), 0.0
     launches = LAUNCHES_PER_LAYER * len(tokens_per_layer) + LAUNCHES_PER_STAGE * len(pruned_layers) + 10
-    for tokens in tokens_per_layer:
-        kernels += 1e-9 * 2 * tokens * shape.layer_matmul_weights / hardware.matmul_tflops
-        kernels += 1e-9 * 2 * tokens * tokens * shape.query_width / hardware.attention_tflops
-        kernels += 1e-6 * elementwise_bytes(shape, tokens, size) / hardware.elementwise_gb_s
+    for tokens, layer in zip(tokens_per_layer, shape.layers, strict=True):
+        pairs = budget.causal_pairs(tokens, tokens_per_layer[0], layer.window)
+        kernels += 1e-9 * 2 * tokens * layer.matmul_weights / hardware.matmul_tflops
+        kernels += 1e-9 * pairs * layer.flops_per_pair / hardware.attention_tflops
+        kernels += 1e-6 * elementwise_bytes(layer, shape.hidden_size, tokens, size) / hardware.elementwise_gb_s
     for layer in pruned_layers:
         before, after = tokens_per_layer[layer - 1], tokens_per_layer[layer]
         kernels += 1e-9 * budget.pruner_flops(shape.hidden_size, [layer], tokens_per_layer) / hardware.matmul_tflops
         kernels += 1e-6 * size * shape.hidden_size * (before + 2 * after) / hardware.elementwise_gb_s
-    head = size * shape.vocab_size * shape.hidden_size
+    kernels += 1e-9 * 2 * tokens_per_layer[0] * shape.outer_weights / hardware.matmul_tflops
+    head = size * shape.head_weights
     return _with_launches(kernels + 1e-6 * head / hardware.bandwidth_gb_s, launches, hardware)
 
 
@@ -115,9 +120,9 @@ def decode_ms(
 ) -> float:
     """Predicted milliseconds of ``new_tokens`` one-token forwards on a cache of these lengths."""
     size = element_bytes(dtype)
-    weights = size * (shape.num_layers * shape.layer_matmul_weights + shape.vocab_size * shape.hidden_size)
-    grown = sum(kv_lengths_per_layer) + shape.num_layers * (new_tokens + 1) / 2
-    cache = hardware.cache_passes * 2 * shape.key_width * size * grown
+    grown = [length + (new_tokens + 1) / 2 for length in kv_lengths_per_layer]
+    cache = hardware.cache_passes * budget.kv_bytes(shape, grown, size)
+    weights = size * shape.active_weights
     step = _with_launches(1e-6 * (weights + cache) / hardware.bandwidth_gb_s, _step_launches(shape), hardware)
     return new_tokens * step
 
@@ -130,7 +135,8 @@ def memory_gb(
     Transformers keeps the residual, the normed input and three tensors of the inner size at the widest point.
     """
     size = element_bytes(dtype)
-    widest = max(tokens_per_layer) * size * (3 * shape.hidden_size + 3 * shape.intermediate_size)
+    inner = max(layer.inner_width for layer in shape.layers)
+    widest = max(tokens_per_layer) * size * (3 * shape.hidden_size + 3 * inner)
     logits = 4 * logits_positions * shape.vocab_size
     return (shape.weight_bytes(dtype) + budget.kv_bytes(shape, tokens_per_layer, size) + widest + logits) / 1e9
 
@@ -233,3 +239,42 @@ def _with_launches(kernels_ms: float, launches: int, hardware: Hardware) -> floa
 
 def _step_launches(shape: ModelShape) -> int:
     return shape.num_layers * LAUNCHES_PER_LAYER + 30
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdtp_lib.latency.cost_model",
+        description="Predict what pruning saves on a GPU: milliseconds of prefill and decode, memory. Nothing is "
+        "measured; the rates of a GPU are its peaks times an efficiency.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default="Mistral-7B-Instruct-v0.2", metavar="NAME",
+                        help=f"{', '.join(MODEL_FIELDS)}, or a folder or Hub id whose config is read")  # fmt: skip
+    parser.add_argument("--hardware", nargs="+", choices=HARDWARE, default=list(HARDWARE), help="GPUs to predict for")
+    parser.add_argument("--preset", default="keep09", help="preset of PruningConfig, for its layers and ratio")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[4096, 32768, 131072], metavar="T",
+                        help="prompt lengths in tokens")  # fmt: skip
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens generated after the prompt")
+    parser.add_argument("--dtype", default="bfloat16", help="number type of weights and cache")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a sentence per GPU and prompt length."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        shape = ModelShape.of(given.model)
+        config = PruningConfig.preset(given.preset, shape.num_layers)
+        element_bytes(given.dtype)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{given.model}, {given.preset}, {given.new_tokens} new tokens, {given.dtype}")
+    for name in given.hardware:
+        for tokens in given.prompt_tokens:
+            found = predict(shape, HARDWARE[name], config, tokens, new_tokens=given.new_tokens, dtype=given.dtype)
+            print(sentence(found))
+
+
+if __name__ == "__main__":
+    main()

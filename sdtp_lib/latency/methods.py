@@ -276,4 +276,4 @@ def _shorten_cache(
 def _pass_flops(shape: budget.ModelShape, counts: list[int]) -> float:
     whole = budget.prefill_flops(shape, counts)
     # A pass that stops half way computes no logits.
-    return whole if counts[-1] else whole - 2 * shape.vocab_size * shape.hidden_size
+    return whole if counts[-1] else whole - 2 * shape.head_weights

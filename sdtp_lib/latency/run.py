@@ -34,7 +34,7 @@ def presets(
     model: Any, scorer: Scorer, names: Sequence[str] = PRESETS, prompt_tokens: int | None = None
 ) -> list[Method]:
     """The unpruned model and SDTP with each preset, scored by ``scorer``; the same at every prompt length."""
-    layers = budget.ModelShape.from_config(model.config).num_layers
+    layers = budget.ModelShape.from_model(model).num_layers
     configs = {name: PruningConfig.preset(name, layers) for name in names}
     return [methods.unpruned(model), *(methods.sdtp(model, config, scorer, name) for name, config in configs.items())]
 
@@ -46,7 +46,7 @@ def alternatives(model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence
     depth (GemFilter's place), a shortened cache only (SnapKV), and the earlier reproduction's scheme. The one-layer
     methods get the keep ratio that leaves as many tokens; the presets' name is part of theirs.
     """
-    shape = budget.ModelShape.from_config(model.config)
+    shape = budget.ModelShape.from_model(model)
     found = []
     for name in names:
         config = PruningConfig.preset(name, shape.num_layers)
@@ -139,8 +139,9 @@ def _run_length(
     seed: int,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
-    shape = budget.ModelShape.from_config(model.config)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    shape = budget.ModelShape.from_model(model)
+    # What a decode step reads: not the experts that a token does not meet.
+    weights = round(shape.read_share * sum(parameter.nbytes for parameter in model.parameters()))
     ids = prompt_ids(shape.vocab_size, tokens, seed).to(model.device)
     by_name = {method.name: method for method in found}
     written: list[dict[str, Any]] = []
@@ -211,7 +212,7 @@ def run_quality(
         Name of the kind of text -> samples (see `data`). The response is scored from the cache that the method's
         prefill left, and compared with the unpruned model: KL in nats a token.
     """
-    shape = budget.ModelShape.from_config(model.config)
+    shape = budget.ModelShape.from_model(model)
     written = []
     for text, group in samples.items():
         for number, sample in enumerate(group):
@@ -257,7 +258,7 @@ def _scored(
 
 def peak_allocated(model: Any, method: Method, prompt_tokens: int, seed: int = 0) -> int:
     """Most bytes of tensors alive at once during one prefill, the weights not counted (a separate, untimed pass)."""
-    ids = prompt_ids(budget.ModelShape.from_config(model.config).vocab_size, prompt_tokens, seed).to(model.device)
+    ids = prompt_ids(budget.ModelShape.from_model(model).vocab_size, prompt_tokens, seed).to(model.device)
 
     def prefill() -> Any:
         with torch.inference_mode(), method.open(model) as session:
@@ -270,7 +271,7 @@ def dtype_comparison(
     model: Any, prompt_tokens: int, dtypes: Sequence[torch.dtype], *, repeats: int = 3, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Prefill time in each type, in turn, and the last position's KL to the first type; the model's own is put back."""
-    ids = prompt_ids(budget.ModelShape.from_config(model.config).vocab_size, prompt_tokens, seed).to(model.device)
+    ids = prompt_ids(budget.ModelShape.from_model(model).vocab_size, prompt_tokens, seed).to(model.device)
     before, logits = model.dtype, {}
     rows: list[dict[str, Any]] = []
     try:

@@ -84,7 +84,7 @@ def test_a_paired_bootstrap_sees_a_constant_difference_and_not_one_that_is_noise
 
 @pytest.mark.parametrize("ratio", [0.9, 0.7])
 def test_the_one_layer_filter_costs_the_flops_of_the_common_stages(model, ratio):
-    shape = ModelShape.from_config(model.config)
+    shape = ModelShape.from_model(model)
     config = PruningConfig(layers=(2, 4), keep_ratio=ratio)
     single = one_layer_config(shape)(config, 400)
     from sdtp_lib.budget import speedup_limit
@@ -96,7 +96,7 @@ def test_the_one_layer_filter_costs_the_flops_of_the_common_stages(model, ratio)
 def test_a_comparison_has_a_row_for_each_method_and_budget_and_goes_on_where_it_stopped(model, tmp_path):
     path = tmp_path / "scorers.jsonl"
     configs = {"half": CONFIG, "most": CONFIG.replace(keep_ratio=0.8)}
-    methods = [*baseline_methods(ModelShape.from_config(model.config)), *oracle_methods()]
+    methods = [*baseline_methods(ModelShape.from_model(model)), *oracle_methods()]
     with RowWriter(path, {}) as writer:
         compare_scorers(model, [a_sample(0)], configs, methods, writer, cell="text")
     first = read_rows(path)

@@ -51,7 +51,7 @@ LENGTHS = {
 def test_cache_lengths_are_the_promised_ones_and_read_from_the_cache(name, model, ids):
     fields = all_methods(model)[name].row_fields(model, ids, 4)
     assert fields["kv_tokens_per_layer"] == LENGTHS[name]
-    assert fields["kv_bytes"] == budget.kv_bytes(budget.ModelShape.from_config(model.config), LENGTHS[name], 8)
+    assert fields["kv_bytes"] == budget.kv_bytes(budget.ModelShape.from_model(model), LENGTHS[name], 8)
     assert fields["new_tokens"] == 4
 
 
@@ -61,7 +61,7 @@ def test_the_counted_flops_are_the_executed_ones(name, model, ids):
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter, method.open(model) as session:
         session.prefill(ids)
-    shape = budget.ModelShape.from_config(model.config)
+    shape = budget.ModelShape.from_model(model)
     # Eager attention computes the full square.
     expected = sum(budget.prefill_flops(shape, counts, causal=False) for counts in method.computed(TOKENS))
     scoring = 0.06 if name in ("propagation", "filter") else 0.0
