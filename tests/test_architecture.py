@@ -45,8 +45,8 @@ INSIDE = {
 }  # fmt: skip
 # Modules that stay in the dark on purpose: what they must never import, at any depth of function.
 NO_TORCH = {"provenance", "records", "config", "budget", "layer_shape", "model_shape", "paper", "plots", "views",
-            "training.config", "pruning.token_fates", "latency.cost_model", "explorer.state", "explorer.live_html", "explorer.export",
-            "explorer.widgets"}  # fmt: skip
+            "training.config", "pruning.token_fates", "latency.cost_model", "explorer.state", "explorer.live_html",
+            "explorer.export", "explorer.widgets"}  # fmt: skip
 # `ModelShape.from_config` builds the model that it counts, which nobody but its caller asks for.
 TORCH_ON_CALL = {"model_shape"}
 NEVER = {
