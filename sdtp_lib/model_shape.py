@@ -139,18 +139,18 @@ class ModelShape:
         import torch
         import transformers
 
-        if isinstance(config, Mapping):
-            fields = dict(config)
-            if not fields.get("model_type"):
-                raise ValueError("the configuration has no model_type: is it that of a causal language model?")
-            config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-        config = copy.deepcopy(config.get_text_config())  # building a model writes its attention backend there
+        fields = dict(config) if isinstance(config, Mapping) else None
+        kind = fields.pop("model_type", None) if fields is not None else config.model_type
+        if not kind:
+            raise ValueError("the configuration has no model_type: is it that of a causal language model?")
         try:
+            config = transformers.AutoConfig.for_model(kind, **fields) if fields is not None else config
+            config = copy.deepcopy(config.get_text_config())  # building a model writes its attention backend there
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:
             raise ValueError(
-                f"model_type={config.model_type!r}: transformers builds no causal language model from this "
+                f"model_type={kind!r}: transformers builds no causal language model from this "
                 f"configuration ({str(error).splitlines()[0][:200]}): give the model to ModelShape.from_model."
             ) from error
         return cls.from_model(model)

@@ -70,14 +70,19 @@ FAMILIES = {
 }
 
 
-def _config(family):
+def _known(family):
     import transformers
 
-    fields = {**_TINY, **FAMILIES[family]}
     try:
-        return transformers.AutoConfig.for_model(family, **{k: v for k, v in fields.items() if v is not None})
+        transformers.AutoConfig.for_model(family)
     except ValueError:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    return transformers.AutoConfig
+
+
+def _config(family):
+    fields = {**_TINY, **FAMILIES[family]}
+    return _known(family).for_model(family, **{name: value for name, value in fields.items() if value is not None})
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +193,7 @@ def test_what_is_no_softmax_attention_and_matrix_product_is_refused_by_name(fami
     if family == "llama4_text":
         fields |= {"intermediate_size_mlp": 48}
     fields = {name: value for name, value in fields.items() if value is not None}
+    _known(family)
     with pytest.raises(ValueError, match=rf"{family} layer \d.*{named}.*not known here"):
         ModelShape.from_config({"model_type": family, **fields})
 
@@ -195,6 +201,8 @@ def test_what_is_no_softmax_attention_and_matrix_product_is_refused_by_name(fami
 def test_what_transformers_cannot_build_is_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"vit.*give the model to ModelShape.from_model"):
         ModelShape.from_config({"model_type": "vit"})
+    with pytest.raises(ValueError, match=r"model_type='nope'.*give the model to ModelShape.from_model"):
+        ModelShape.from_config({"model_type": "nope"})
     with pytest.raises(ValueError, match="no model_type"):
         ModelShape.from_config({"hidden_size": 8})
 
