@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import threading
 import weakref
 
@@ -49,7 +50,8 @@ def _refused(model, match, act, error=PruningNotSupported, config=CONFIG, scorer
 def test_a_static_cache_is_refused(tiny_model):
     model = tiny_model()
     cache = StaticCache(config=model.config, max_cache_len=128)
-    _refused(model, "StaticCache.*dynamic", lambda model: model(input_ids=PROMPT, past_key_values=cache))
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    _refused(model, "StaticCache.*dynamic", lambda model: model(input_ids=PROMPT, **{name: cache}))
 
 
 def test_labels_and_logits_to_keep_that_cannot_match_are_refused(tiny_model):
