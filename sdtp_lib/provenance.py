@@ -1,18 +1,26 @@
 """Where a number comes from: the commit, versions, model, device and settings that every result row repeats.
 
-Knows no torch: a model's device and dtype are read off its attributes. Asks git once a run and changes nothing.
+Also what makes two origins the same: rows of one file may differ in time, commit and versions, and in nothing else that
+`passport` says. Knows no torch: a model's device, dtype and numbers are read off its attributes. Asks git once per run
+and changes nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+# Fields of `passport` in which rows of one file may differ: a run that was stopped may go on under a later version.
+MAY_DIFFER = frozenset({"utc", "commit", "host_cpus", "python", "torch", "transformers", "sdtp_lib"})
 
 
 @functools.cache
@@ -52,13 +60,15 @@ def passport(
     config: Any = None,
     seed: int | None = None,
     weights: str | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Where a number comes from, as flat fields that every row of a run repeats.
 
     Parameters
     ----------
     model
-        A transformers model; device, dtype, name and attention implementation are read off it. None for pure counts.
+        A transformers model; device, dtype, name, attention implementation and a fingerprint of the weights are read
+        off it. None for pure counts.
     model_name
         What the run called the model (``"embedded"``, a folder, a Hub id); by default the model's own name.
     config
@@ -66,7 +76,9 @@ def passport(
     seed
         The run's seed.
     weights
-        A note on the weights, such as ``"Q4_1, dequantised"``.
+        A note on the weights, such as ``"Q4_1, dequantised"``; by default the model's own.
+    settings
+        Whatever else decides every number of the run and stands in no row's key, such as ``threads``.
     """
     own_config = getattr(model, "config", None)
     fields: dict[str, Any] = {
@@ -79,14 +91,82 @@ def passport(
         "model": model_name or getattr(own_config, "_name_or_path", None) or None,
         "model_type": getattr(own_config, "model_type", None),
         "weights": weights,
+        "weights_fingerprint": None,
         "device": str(model.device) if model is not None else None,
+        "device_name": _device_name(model),
         "dtype": str(model.dtype).removeprefix("torch.") if model is not None else None,
         "attn_implementation": getattr(own_config, "_attn_implementation", None),
         "seed": seed,
+        **settings,
     }
+    if hasattr(model, "named_parameters"):
+        from sdtp_lib.models import fingerprint, weights_note
+
+        fields |= {"weights": weights or weights_note(model), "weights_fingerprint": fingerprint(model)}
     if config is not None:
         fields |= {f"pruning_{field}": value for field, value in config.to_dict().items()}
     return fields
+
+
+def identity(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a passport that all rows of one file share.
+
+    A device counts without its number, since processes that share a run sit on ``cuda:0``, ``cuda:1`` and so on. The
+    pruning is left out: a file may hold several, told apart by the rows' keys.
+    """
+    same = {name: v for name, v in fields.items() if name not in MAY_DIFFER and not name.startswith("pruning_")}
+    if same.get("device"):
+        same["device"] = str(same["device"]).partition(":")[0]
+    return same
+
+
+def scorer_id(scorer: Any) -> str | None:
+    """What tells a scorer from every other that goes by the same name: its kind, settings and numbers; None for none.
+
+    A scorer says it itself by an attribute ``identity``. Else: the fields of a dataclass, a hash of a module's weights,
+    or the name of a function.
+    """
+    if scorer is None:
+        return None
+    text = _described(scorer)
+    return text if len(text) <= 100 else f"{text[:60]}... {content_id(text)}"
+
+
+def content_id(*parts: Any) -> str:
+    """A short hash of numbers, texts, lists, dataclasses and tensors: equal content, equal hash, on every machine."""
+    return hashlib.sha256("\x1f".join(map(_described, parts)).encode()).hexdigest()[:16]
+
+
+def _described(value: Any) -> str:
+    if (own := getattr(value, "identity", None)) is not None:
+        return str(own)
+    if hasattr(value, "state_dict"):
+        return f"{type(value).__name__} {content_id(dict(value.state_dict()))}"
+    if hasattr(value, "detach"):
+        value = value.detach().float().cpu().numpy()
+    if hasattr(value, "tobytes"):
+        return f"{value.dtype}{list(value.shape)} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    if dataclasses.is_dataclass(value):
+        fields = (f"{field.name}={_described(getattr(value, field.name))}" for field in dataclasses.fields(value))
+        return f"{type(value).__name__.lstrip('_')}({', '.join(fields)})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_described(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_described, value)) + "]"
+    if isinstance(value, functools.partial):
+        return f"{_described(value.func)}{_described(value.args)}{_described(value.keywords)}"
+    # Never a default repr: it holds an address, which is another one in the next process.
+    plain = isinstance(value, (str, int, float, bool, type(None)))
+    return repr(value) if plain else getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _device_name(model: Any) -> str | None:
+    """The kind of GPU: times of two kinds do not belong into one file, though both are ``cuda``."""
+    if getattr(getattr(model, "device", None), "type", None) != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.get_device_name(model.device)
 
 
 def _utc_now() -> str:

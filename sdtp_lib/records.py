@@ -1,11 +1,14 @@
-"""Result rows: one flat JSON line a measurement, with its provenance; appended one by one, read back whole.
+"""Result rows: one flat JSON line per measurement, with its provenance; appended one by one, read back whole.
 
-Tables, pictures and reports are views of these rows. A killed writer loses at most the line it was writing; a second
+Tables, pictures and reports are views of these rows. What counts as measured already is decided here and nowhere else:
+a row whose key is there, that did not fail, and that the same model, weights, dtype, device, attention, seed and scorer
+made. A file of another provenance is refused by name. A killed writer loses at most the line it was writing; a second
 writer on one file is refused. Knows no torch and no model; what a row says of its origin comes from `provenance`.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import json
@@ -18,17 +21,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtp_lib.provenance import commit, passport, project_root
+from sdtp_lib.provenance import commit, content_id, identity, passport, project_root, scorer_id
 
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA_VERSION = 1
+# 2: rows say the fingerprint of the weights, the kind of GPU, and which scorer, prompt and pruning they were made with.
+SCHEMA_VERSION = 2
+# The fields by which rows call the scorer that ``scorer_id`` describes.
+_SCORER_NAMES = ("scorer", "variant", "method")
+_REMEDY = "give this run a folder of its own, or move the file away"
 
 __all__ = [
-    "SCHEMA_VERSION", "RowWriter", "atomic_write", "commit", "join_rows", "lock_path", "passport", "project_root",
-    "read_frame", "read_rows", "write_json",
+    "SCHEMA_VERSION", "OtherProvenance", "RowWriter", "atomic_write", "commit", "content_id", "join_rows", "lock_path",
+    "passport", "project_root", "read_frame", "read_rows", "write_json",
 ]  # fmt: skip
+
+
+class OtherProvenance(ValueError):
+    """A row file was made by another model, scorer or setting than this run's: its rows must not count as done."""
 
 
 class RowWriter:
@@ -39,18 +50,32 @@ class RowWriter:
     Parameters
     ----------
     path
-        The ``.jsonl`` file; folders are made. Rows that are there stay and count as done.
+        The ``.jsonl`` file; folders are made. Rows that are there stay and count as done, unless they tell of a
+        failure: those are tried again.
     passport
-        Fields that every row repeats (see `passport`).
-    known
-        Keys that count as done besides: rows that other files hold.
+        Fields that every row repeats (see `passport`). Rows that are there must agree with it (`provenance.identity`).
+    beside
+        Another row file whose rows count as done besides: one that several processes share.
+
+    Raises
+    ------
+    OtherProvenance
+        On entering, naming the file, what differs and the remedy.
     """
 
-    def __init__(self, path: str | os.PathLike[str], passport: Mapping[str, Any], *, known: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        passport: Mapping[str, Any],
+        *,
+        beside: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.path = Path(path)
         self._passport = dict(passport)
-        self._known = set(known)
-        self._done: set[str] = set()
+        self._beside = beside
+        self._done: dict[str, dict[str, Any]] = {}
+        self._failed: set[str] = set()
+        self._scorers: dict[str, tuple[str | None, str]] = {}  # name in rows -> its id, and the file that says so
         self._lock: int | None = None
         self._file: Any = None
 
@@ -59,8 +84,8 @@ class RowWriter:
         self._lock = _take_lock(self.path)
         try:
             _mend_last_line(self.path)
-            there = read_rows(self.path) if self.path.exists() else []
-            self._done = self._known | {row["key"] for row in there if "key" in row}
+            for path in [self.path] if self._beside is None else [Path(self._beside), self.path]:
+                self._take_over(path)
             self._file = self.path.open("a", encoding="utf-8")
         except BaseException:
             self._release()
@@ -77,9 +102,59 @@ class RowWriter:
         os.close(self._lock)
         self._lock = None
 
-    def done(self, key: str) -> bool:
-        """Whether a row of this key is in the file, from this run or from one that was stopped."""
-        return key in self._done
+    def _take_over(self, path: Path) -> None:
+        """Count the rows of ``path`` as done, if this run could have made them."""
+        rows = read_rows(path) if path.exists() else []
+        _refuse_other(path.name, rows, identity(self._passport))
+        self._done |= {row["key"]: row for row in rows if "key" in row and not _is_failure(row)}
+        for row in rows:
+            if "scorer_id" in row:
+                self._scorers[_scorer_name(row)] = row["scorer_id"], path.name
+
+    def done(self, key: str, **made_from: Any) -> bool:
+        """Whether a row of this key is in the file, from this run or from one that was stopped.
+
+        A failure of an earlier run does not count; one of this run does.
+
+        Parameters
+        ----------
+        made_from
+            Fields that the row must have with these values: what else it depends on and its key does not say.
+
+        Raises
+        ------
+        OtherProvenance
+            If the row has others.
+        """
+        row = self._done.get(key)
+        if row is not None:
+            wanted = {name: _plain(name, value) for name, value in made_from.items()}
+            _refuse_other(f"{self.path.name}, row {key!r}:", [row], wanted)
+        return row is not None
+
+    def failed(self, key: str) -> bool:
+        """Whether this run tried it and wrote down a failure."""
+        return key in self._failed
+
+    def scored_by(self, scorers: Mapping[str, Any]) -> dict[str, str | None]:
+        """Ids for the rows' field ``scorer_id``, of scorers by the name that rows call them (None: nothing pruned).
+
+        Call it before measuring.
+
+        Raises
+        ------
+        OtherProvenance
+            If the file has rows of one of these names that another scorer made.
+        """
+        ids = {name: scorer_id(scorer) for name, scorer in scorers.items()}
+        for name, own in ids.items():
+            there, file = self._scorers.get(name, (own, ""))
+            if there != own:
+                raise OtherProvenance(
+                    f"{file} holds rows of {name!r} that were made by {there}, and this run's {name!r} is {own}: "
+                    f"{_REMEDY}, or name this scorer otherwise."
+                )
+        return ids
 
     def add(self, key: str, *, kind: str = "measurement", **fields: Any) -> dict[str, Any]:
         """Append one row and return it as it will be read back.
@@ -89,7 +164,7 @@ class RowWriter:
         key
             Names this row within the file: everything that tells it from the others (sample, ratio, scorer ...).
         kind
-            What sort of row it is, when a file holds several.
+            What sort of row it is, when a file holds several; ``"failure"``: the next run tries it again.
         fields
             The measured values, units in the names. Numbers of numpy and torch are stored as plain ones, NaN as null.
 
@@ -106,16 +181,24 @@ class RowWriter:
         if owned:
             raise ValueError(f"field(s) {owned} belong to the passport of {self.path.name}: give them other names.")
         row = {"schema_version": SCHEMA_VERSION, "key": key, "kind": kind, **self._passport, **fields}
-        row = {name: _plain(name, value) for name, value in row.items()}
+        return self._append({name: _plain(name, value) for name, value in row.items()})
+
+    def _append(self, row: dict[str, Any]) -> dict[str, Any]:
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._done.add(key)
+        self._done[row["key"]] = row
+        if _is_failure(row):
+            self._failed.add(row["key"])
+        if "scorer_id" in row:
+            self._scorers[_scorer_name(row)] = row["scorer_id"], self.path.name
         return row
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All rows of a file. What is damaged is left out with a warning that names the line; it is never an error.
+
+    Of several rows with one key the last counts: what failed once and succeeded later is not a failure any more.
 
     Raises
     ------
@@ -123,7 +206,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         If there is no such file.
     """
     path = Path(path)
-    lines = path.read_bytes().split(b"\n")
+    # Some editors begin a file with a byte-order mark.
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     half_written = lines.pop()
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -141,7 +225,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             warnings.warn(f"{path.name}: the last line is half-written and dropped.", stacklevel=2)
         else:
             rows.append(row)
-    return rows
+    last = {row["key"]: number for number, row in enumerate(rows) if "key" in row}
+    return [row for number, row in enumerate(rows) if last.get(row.get("key"), number) == number]
 
 
 def read_frame(path: str | os.PathLike[str]) -> pandas.DataFrame:
@@ -151,20 +236,24 @@ def read_frame(path: str | os.PathLike[str]) -> pandas.DataFrame:
     return pandas.DataFrame.from_records(read_rows(path))
 
 
-def join_rows(path: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]]) -> None:
+def join_rows(
+    path: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]], passport: Mapping[str, Any]
+) -> None:
     """Move the rows of ``others`` to the end of ``path``, each key once, and remove the files.
 
     Raises
     ------
     RuntimeError
         If a process has one of the files open for writing.
+    OtherProvenance
+        If one of the files does not fit ``passport``.
     """
-    with RowWriter(path, {}) as writer:
+    with RowWriter(path, passport) as writer:
         for other in map(Path, others):
-            with RowWriter(other, {}):  # for its lock: nobody writes there any more
+            with RowWriter(other, passport):  # for its lock: nobody writes there any more
                 for row in read_rows(other):
                     if not writer.done(row["key"]):
-                        writer.add(**{name: value for name, value in row.items() if name != "schema_version"})
+                        writer._append(row)
                 other.unlink()
 
 
@@ -243,6 +332,32 @@ def _mend_last_line(path: Path) -> None:
     else:
         with path.open("ab") as file:
             file.write(b"\n")
+
+
+def _is_failure(row: Mapping[str, Any]) -> bool:
+    """Whether a row says that nothing was measured; a latency row does so by its status."""
+    return row.get("kind") == "failure" or row.get("status", "ok") != "ok"
+
+
+def _scorer_name(row: Mapping[str, Any]) -> str:
+    return next(str(row[field]) for field in _SCORER_NAMES if field in row)
+
+
+def _refuse_other(what: str, rows: Iterable[Mapping[str, Any]], wanted: Mapping[str, Any]) -> None:
+    """Refuse rows that do not agree with ``wanted``, or that are too old to say; ``what`` names them."""
+    wanted = {name: _plain(name, value) for name, value in wanted.items()}
+    for row in rows:
+        there = identity(row)
+        silent = [name for name in wanted if name not in there]
+        if silent:
+            raise OtherProvenance(
+                f"{what} holds rows that do not say their {', '.join(silent)}, so nobody can tell whether this run "
+                f"made them (an older version did): {_REMEDY}."
+            )
+        other = [name for name, value in wanted.items() if there[name] != value]
+        if other:
+            differences = ", ".join(f"{name}={there[name]!r} (this run: {wanted[name]!r})" for name in other)
+            raise OtherProvenance(f"{what} holds rows made with {differences}: {_REMEDY}.")
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
