@@ -16,13 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sdtp_lib.config import PRESETS, PruningConfig
 from sdtp_lib.training.config import TrainingConfig
 
 # Layers of models that can be named without reading a file or asking a hub.
 KNOWN_LAYERS = {"embedded": 30}
-# A notebook with these trains, and `TrainingConfig` checks what it has of its fields.
-TRAINING = {"epochs", "learning_rate"}
+# A notebook with this parameter trains, and `TrainingConfig` checks what it has of its fields.
+TRAINING = {"epochs"}
 PRUNING_FIELDS = tuple(field.name for field in dataclasses.fields(PruningConfig))
 
 
@@ -48,6 +50,13 @@ def load_notebook(path: Path) -> dict[str, Any]:
         raise ParameterError(f"there is no notebook {path.name}: look in notebooks/.") from None
     except ValueError as error:
         raise ParameterError(f"{path.name} is not a notebook: {error}.") from None
+
+
+def language_of(notebook: Mapping[str, Any]) -> str:
+    """The language of a notebook's code, in small letters."""
+    metadata = notebook.get("metadata", {})
+    named = [metadata.get("kernelspec", {}).get("language"), metadata.get("language_info", {}).get("name"), "python"]
+    return next(str(name) for name in named if name).lower()
 
 
 def source_of(cell: Mapping[str, Any]) -> str:
@@ -145,6 +154,41 @@ def _fits_generic(value: Any, outer: str, inner: ast.expr) -> bool:
     return all(_fits(item, parts[0]) for item in value)
 
 
+def read_value(path: Path, name: str, text: str) -> Any:
+    """A parameter from a command line: YAML, but text where the annotation says text (``123``, ``no``, nothing at all).
+
+    Raises
+    ------
+    ParameterError
+        If it is not YAML.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise ParameterError(f"{name}={text!r} is not a value as YAML writes one ({reason}): quote it.") from None
+    annotation = parameters_of(path)[name].annotation if name in parameters_of(path) else "Any"
+    meant_as_text = not matches(value, annotation) and matches(text, annotation) and (value is not None or not text)
+    return text if meant_as_text else value
+
+
+def as_written(value: Any, annotation: str) -> Any:
+    """``value`` with texts such as ``1e-3`` as numbers where the annotation wants numbers: YAML 1.1 takes 1.0e-3 only."""
+
+    def with_numbers(value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                return value
+        if isinstance(value, dict):
+            return {key: with_numbers(item) for key, item in value.items()}
+        return [with_numbers(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    changed = value if matches(value, annotation) else with_numbers(value)
+    return changed if matches(changed, annotation) else value
+
+
 def check(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """All values with which a notebook would run: its defaults, and ``given`` over them.
 
@@ -154,6 +198,7 @@ def check(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         Names every unknown name, wrong type and impossible value, and what would be right.
     """
     known = parameters_of(path)
+    given = {name: as_written(v, known[name].annotation) if name in known else v for name, v in given.items()}
     faults = [
         f"{name} is no parameter of {path.stem}: it has {', '.join(known)}." for name in given if name not in known
     ]
@@ -185,7 +230,7 @@ def impossible(values: Mapping[str, Any]) -> list[str]:
         if preset and preset not in PRESETS:
             faults.append(f"preset={preset!r} is unknown: choose one of {', '.join(PRESETS)}.")
     faults.extend(_refused_by_config(values))
-    if set(values) >= TRAINING:
+    if TRAINING <= set(values):
         faults.extend(_refused_by_training(values))
     return faults
 

@@ -24,8 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-from notebook_parameters import ParameterError, check, describe
+from notebook_parameters import ParameterError, check, describe, language_of, load_notebook, read_value, source_of
 
 from sdtp_lib.records import commit, project_root, write_json
 
@@ -81,7 +80,10 @@ def run(
     papermill.PapermillExecutionError
         A cell failed; `report_failure` says where.
     """
-    check(notebook, parameters)
+    values = check(notebook, parameters)
+    parameters = {name: values[name] for name in parameters}
+    if (language := language_of(load_notebook(notebook))) != "python":
+        raise ParameterError(f"{notebook.name} is written in {language}: this runs Python notebooks only.")
     folder = project_root() / parameters.get("run_dir", executed.parent)
     log = log or executed.with_suffix(".log")
     for path in (executed, log):
@@ -128,6 +130,9 @@ def _execute(notebook: Path, parameters: dict[str, Any], executed: Path, out: Te
         executed,
         parameters=parameters,
         cwd=project_root(),
+        # A notebook names the kernel that it was last saved with, on whatever machine; this one has its own.
+        kernel_name="python3",
+        language="python",
         progress_bar={"desc": notebook.stem, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} [{elapsed}]\n"},
         # What a kernel says about itself (its transport, its shutdown) is not what the notebook says.
         extra_arguments=["--IPKernelApp.log_level=50"],
@@ -179,11 +184,14 @@ def report_failure(
     notebook: Path, parameters: dict[str, Any], executed: Path, log: Path | None, error: Exception
 ) -> str:
     """Notebook, cell and parameter set of a failure, in a few lines; kept beside the log as well."""
-    where = getattr(error, "cell_index", None)
+    where, source = getattr(error, "cell_index", None), getattr(error, "source", "")
     what = f"{error.ename}: {error.evalue}" if where is not None else f"{type(error).__name__}: {error}"
+    if type(error).__name__ == "DeadKernelError":
+        where, source = _last_begun(executed)
+        what = "the kernel died in this cell: most often the machine, or the job's limit, ran out of memory"
     lines = [f"FAILED  {notebook.stem}" + (f", cell {where + 1}" if where is not None else "")]
     if where is not None:
-        first = next((line for line in error.source.splitlines() if line.strip()), "")
+        first = next((line for line in source.splitlines() if line.strip()), "")
         lines.append(f"  the cell begins with: {first.strip()}")
     lines += [f"  {what.strip()}", f"  parameters: {json.dumps(parameters, default=str)}"]
     if executed.exists():
@@ -194,6 +202,13 @@ def report_failure(
     if log is not None:
         write_json(failure_path(log), {"notebook": notebook.stem, "text": text})
     return text
+
+
+def _last_begun(executed: Path) -> tuple[int | None, str]:
+    """Index and text of the last cell that began to run; papermill knows no cell of a kernel that died."""
+    cells = load_notebook(executed)["cells"] if executed.exists() else []
+    begun = [index for index, cell in enumerate(cells) if cell["metadata"].get("papermill", {}).get("start_time")]
+    return (begun[-1], source_of(cells[begun[-1]])) if begun else (None, "")
 
 
 def end_with_parent() -> None:
@@ -211,6 +226,16 @@ def end_with_parent() -> None:
         os._exit(ORPHANED)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ParameterError(f"--parameters {text!r} is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise ParameterError(f'--parameters {text!r} is not an object such as {{"seed": 1}}.')
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -232,7 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.notebook is None:
             parser.error("name a notebook, or --list")
-        parameters = json.loads(options.parameters) | {name: yaml.safe_load(value) for name, value in options.p}
+        parameters = _json_object(options.parameters)
+        parameters |= {name: read_value(options.notebook, name, text) for name, text in options.p}
         values = check(options.notebook, parameters)
     except ParameterError as error:
         print(f"REFUSED  {error}", file=sys.stderr)
@@ -243,6 +269,9 @@ def main(arguments: list[str] | None = None) -> int:
     end_with_parent()
     try:
         run(options.notebook, parameters, executed=executed, log=log, done=options.done, stamp=options.stamp)
+    except ParameterError as error:
+        print(f"REFUSED  {error}", file=sys.stderr)
+        return 2
     except Exception as error:
         print(report_failure(options.notebook, parameters, executed, log, error), file=sys.stderr)
         return 1

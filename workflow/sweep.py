@@ -85,7 +85,12 @@ class Job:
 
 def read_settings(path: Path, run: str | None = None) -> dict[str, Any]:
     """A parameter set; an unknown section is refused by name."""
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path.name} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(settings, dict):
+        raise ParameterError(f"{path.name} holds no sections: known are {sorted(SECTIONS)}.")
     unknown = sorted(set(settings) - SECTIONS)
     if unknown:
         raise ParameterError(f"{path.name}: unknown section(s) {unknown}; known are {sorted(SECTIONS)}.")
@@ -191,6 +196,7 @@ def _job(name: str, cell: str, values: dict[str, Any], upstream: dict[str, Job],
         values["run_dir"] = folder
     try:
         everything = check(path, values)
+        values = {name: everything[name] for name in values}
     except ParameterError as error:
         raise ParameterError(f"{name}{f' [{cell}]' if cell else ''}: {error}") from None
     content = {

@@ -148,6 +148,50 @@ def test_training_parameters_are_checked_by_the_librarys_own_config(stand_in_pro
         check(path, {"learning_rate": 0.0})
 
 
+def test_the_number_of_passes_alone_tells_that_a_notebook_trains(stand_in_project):
+    path = stand_in_project("02_training", training="epochs: float = 2.0  # passes\n") / "notebooks/02_training.ipynb"
+    with pytest.raises(ParameterError, match="epochs=0"):
+        check(path, {"epochs": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("rate", "1e-3", 0.001),  # text, to YAML 1.1
+        ("rate", "0.5", 0.5),
+        ("rates", "[1e-3, 2e5]", [0.001, 200000.0]),
+        ("mixed", "[0.9, [8e-1]]", [0.9, [0.8]]),
+        ("word", "123", "123"),
+        ("word", "no", "no"),
+        ("word", "1e-3", "1e-3"),
+        ("word", "", ""),
+        ("seed", "7", 7),
+    ],
+)
+def test_a_value_of_the_command_line_is_read_as_its_annotation_means_it(stand_in_project, name, text, value):
+    lines = (
+        "rate: float = 0.1  # a number\nrates: list[float] = [0.1]  # numbers\nword: str = ''  # a text\n"
+        "mixed: list[float | list[float]] = [0.9]  # numbers of stages\n"
+    )
+    path = stand_in_project("04_latency", latency=lines) / "notebooks/04_latency.ipynb"
+    assert check(path, {name: notebook_parameters.read_value(path, name, text)})[name] == value
+
+
+def test_a_sweep_writes_small_numbers_as_everybody_does(stand_in_project):
+    project = stand_in_project("04_latency", latency="rate: float = 0.1  # a number\n")
+    (project / "set.yaml").write_text("run: r\nnotebooks:\n  04_latency:\n    rate: 1e-3\n")
+    (job,) = sweep.plan(sweep.read_settings(project / "set.yaml"), project)
+    assert job.parameters["rate"] == 0.001
+
+
+@pytest.mark.parametrize(("content", "sentence"), [("run: [", "is not YAML"), ("- a\n", "holds no sections")])
+def test_a_parameter_set_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, content, sentence):
+    (tmp_path / "set.yaml").write_text(content)
+    with pytest.raises(ParameterError, match=f"set.yaml {sentence}") as caught:
+        sweep.read_settings(tmp_path / "set.yaml")
+    assert "\n" not in str(caught.value)
+
+
 def test_every_fault_is_named_at_once(stand_in_project):
     path = stand_in_project("04_latency", latency=PRUNING) / "notebooks/04_latency.ipynb"
     with pytest.raises(ParameterError) as error:
@@ -375,6 +419,52 @@ def test_a_failing_cell_is_named_at_the_end_of_the_log(stand_in_project):
     executed = project / copy.partition(": ")[2]
     assert "fails on purpose" in executed.read_text()
     assert len(read_rows(project / "data/results/x/04_latency.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-p", "seed", "{"], "seed='{' is not a value as YAML writes one"),
+        (["--parameters", "{"], "is not JSON"),
+        (["--parameters", "[1]"], "is not an object"),
+    ],
+)
+def test_values_that_cannot_be_read_are_refused_in_one_sentence(stand_in_project, capsys, arguments, sentence):
+    project = stand_in_project("04_latency")
+    assert run_notebook.main([str(project / "notebooks/04_latency.ipynb"), *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("REFUSED  ") and sentence in told
+
+
+def changed_notebook(project: Path, change) -> None:
+    path = project / "notebooks/04_latency.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    change(notebook)
+    nbformat.write(notebook, path)
+
+
+def test_a_cell_in_which_the_kernel_died_is_named(stand_in_project):
+    project = stand_in_project("04_latency")
+    dies = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    changed_notebook(project, lambda notebook: notebook.cells.insert(3, nbformat.v4.new_code_cell(dies)))
+    ended = run_one(project, "-p", "run_dir", "data/results/x")
+    assert ended.returncode == 1
+    told = ended.stderr[ended.stderr.index("FAILED") :]
+    assert "FAILED  04_latency, cell 5" in told and "begins with: import os, signal" in told
+    assert "the kernel died in this cell" in told and "ran out of memory" in told
+
+
+def test_a_notebook_saved_with_a_kernel_of_another_machine_runs_and_one_in_another_language_is_refused(
+    stand_in_project,
+):
+    project = stand_in_project("04_latency")
+    changed_notebook(project, lambda n: n.metadata.kernelspec.update(name="my-conda-env", display_name="mine"))
+    ended = run_one(project, "-p", "run_dir", "data/results/x")
+    assert ended.returncode == 0, ended.stderr
+    changed_notebook(project, lambda n: n.metadata.kernelspec.update(name="ir", language="R"))
+    ended = run_one(project, "-p", "run_dir", "data/results/y")
+    assert ended.returncode == 2 and "REFUSED  04_latency.ipynb is written in r" in ended.stderr
+    assert not (project / "data/results/y").exists()
 
 
 def test_what_a_notebook_prints_is_shown_and_kept(stand_in_project):
