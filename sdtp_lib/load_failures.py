@@ -90,7 +90,7 @@ CAUSES = (
         words=("attn_implementation", "does not support an attention implementation", "scaled_dot_product_attention"),
     ),
     Cause(
-        "tokenizer", "add the tokenizer's files (tokenizer.json); an old one needs `pip install sentencepiece tiktoken`",
+        "tokenizer", "add the tokenizer's files (tokenizer.json); old ones need `pip install sentencepiece tiktoken`",
         words=("sentencepiece or tiktoken", "SentencePiece", "backend tokenizer"),
     ),
     Cause("accelerate", "pip install accelerate, or leave device_map out", words=("accelerate",)),

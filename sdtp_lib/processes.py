@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sdtp_lib.records import RowWriter, join_rows, read_rows
+from sdtp_lib.records import RowWriter, join_rows
 
 T = TypeVar("T")
 
@@ -62,24 +62,26 @@ class Share:
         ------
         RuntimeError
             If another run writes there.
+        OtherProvenance
+            If the rows there, or those of the run that was stopped, were made by another model, seed or setting.
         """
-        own, known = path, set()
+        own, beside = path, None
         if self.is_first:
-            _gather(path)
+            _gather(path, passport)
         self.wait()
         if self.count > 1:
             own = path.with_name(f"{path.stem}.share{self.index}{path.suffix}")
-            known = {row["key"] for row in read_rows(path)} if path.exists() else set()
-        with RowWriter(own, passport, known=known) as writer:
+            beside = path
+        with RowWriter(own, passport, beside=beside) as writer:
             yield writer
         self.wait()
         if self.is_first:
-            _gather(path)
+            _gather(path, passport)
         self.wait()
 
 
-def _gather(path: Path) -> None:
+def _gather(path: Path, passport: Mapping[str, Any]) -> None:
     """Move the rows of all share files beside ``path`` into it; refused while a process still writes to one."""
     shares = sorted(path.parent.glob(f"{path.stem}.share*{path.suffix}"))
     if shares:
-        join_rows(path, shares)
+        join_rows(path, shares, passport)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdtp_lib import load_failures
 from sdtp_lib.data.samples import chat_prompt, tokenise_prompt
+from sdtp_lib.data.texts import instead, json_lines
 
 GROUPS = {
     "Single-document QA": ("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"),
@@ -147,24 +149,24 @@ def read_records(source: str | os.PathLike[str], dataset: str) -> list[dict[str,
         paths = [path for path in (source / member, source / "data" / member) if path.is_file()]
         if not paths:
             raise OSError(f"{source} has no {member}: give a folder in the official format, the data.zip, or 'hub'.")
-        lines = paths[0].read_text(encoding="utf-8").split("\n")
+        content = paths[0].read_bytes()
     elif source.is_file():
+        if not zipfile.is_zipfile(source):
+            raise OSError(
+                f"{source.name} is no zip archive{instead(source.read_bytes()[:200])}; the official data.zip of "
+                f"{HUB_DATASET} is wanted."
+            )
         with zipfile.ZipFile(source) as archive:
             inside = [name for name in archive.namelist() if name.rpartition("/")[2] == member]
             if not inside:
                 raise OSError(f"{source.name} holds no {member}: is it the official data.zip of {HUB_DATASET}?")
-            lines = archive.read(inside[0]).decode("utf-8").split("\n")
+            try:
+                content = archive.read(inside[0])
+            except (zipfile.BadZipFile, zlib.error) as error:
+                raise OSError(f"{member} in {source.name} is damaged ({error}): download the archive again.") from error
     else:
         raise OSError(f"No such file or folder: {os.fspath(source)!r}; give the official data.zip or 'hub'.")
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            record = json.loads(line)
-            missing = [field for field in FIELDS if field not in record]
-            if missing:
-                raise ValueError(f"{member}, line {number} lacks {missing}: not in LongBench's official fields.")
-            records.append(record)
-    return sorted(records, key=lambda record: record["_id"])
+    return sorted(json_lines(content, member, FIELDS), key=lambda record: record["_id"])
 
 
 def build_prompt(record: Mapping[str, Any], tokenizer: Any, max_tokens: int) -> tuple[list[int], bool]:
@@ -286,5 +288,5 @@ def _downloaded() -> Path:
 
         return Path(hf_hub_download(HUB_DATASET, "data.zip", repo_type="dataset"))
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"Cannot download data.zip of {HUB_DATASET} ({first}): give the file or a folder.") from error
+        told = load_failures.sentence(error, "check the network")
+        raise OSError(f"Cannot download data.zip of {HUB_DATASET} {told} Or give the file or a folder.") from error

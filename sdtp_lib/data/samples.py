@@ -64,7 +64,7 @@ def load_instructions(
     if source == "embedded":
         raw: Iterable[dict[str, Any]] = embedded_instructions()
     elif Path(source).is_file():
-        raw = json_lines(Path(source))
+        raw = json_lines(Path(source).read_bytes(), Path(source).name, ("instruction", "response"))
     elif source.endswith((".jsonl", ".json")) or source.count("/") != 1:
         raise OSError(
             f"No such file: {source!r}; give a JSON-lines file, a Hub data set such as {DOLLY}, or 'embedded'."

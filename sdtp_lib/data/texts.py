@@ -6,9 +6,10 @@ import hashlib
 import json
 import pydoc_data.topics
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from sdtp_lib import load_failures
 
 SPLITS = ("train", "heldout")
 HELDOUT_DOCUMENT_OF = 5
@@ -41,21 +42,51 @@ def _document_split(name: str) -> str:
     return "heldout" if stable_number("document-split", name) % HELDOUT_DOCUMENT_OF == 0 else "train"
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path.name}, line {number} is not JSON: {error}") from error
-            missing = [field for field in ("instruction", "response") if field not in item]
-            if missing:
-                raise ValueError(
-                    f"{path.name}, line {number} lacks {missing}: each line needs instruction and response."
-                )
-            yield item
+def json_lines(content: bytes, name: str, needs: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file, one per line; blank lines and a byte-order mark do not count.
+
+    Parameters
+    ----------
+    content, name
+        What stands in the file, and what errors call it.
+    needs
+        Fields that each object must have.
+
+    Raises
+    ------
+    ValueError
+        Naming the line that is not a JSON object or lacks a field, or what the file is instead.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from None
+    # Only at newlines: JSON strings may hold other characters that count as line ends.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{name}, line {number} is not JSON: {error}{instead(content)}.") from error
+        if not isinstance(item, dict):
+            raise ValueError(f"{name}, line {number} is not an object: each line holds one, with fields by name.")
+        missing = [field for field in needs if field not in item]
+        if missing:
+            raise ValueError(f"{name}, line {number} lacks {missing}: each line needs {', '.join(needs)}.")
+        yield item
+
+
+def instead(content: bytes) -> str:
+    """What a file holds instead of data, as the end of a sentence; empty if that is not plain to see."""
+    head = content[:200].lstrip().lower()
+    if not head:
+        return "; the file is empty"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "; it is a web page, saved where the download should be: download the file itself"
+    if head.startswith(b"version https://git-lfs"):
+        return "; it is a git-lfs pointer: run `git lfs pull`"
+    return ""
 
 
 def hub_records(name: str) -> Iterator[dict[str, Any]]:
@@ -64,10 +95,8 @@ def hub_records(name: str) -> Iterator[dict[str, Any]]:
 
         yield from datasets.load_dataset(name, split="train")
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(
-            f"Cannot read the data set {name!r} ({first}): check the name and the network, or give a JSON-lines file."
-        ) from error
+        told = load_failures.sentence(error, "check the name and the network")
+        raise OSError(f"Cannot read the data set {name!r} {told} Or give a JSON-lines file.") from error
 
 
 def embedded_instructions() -> Iterator[dict[str, Any]]:

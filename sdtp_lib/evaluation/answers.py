@@ -26,7 +26,7 @@ from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.token_fates import TokenFates
 from sdtp_lib.pruning.trace import PruningTrace
-from sdtp_lib.records import RowWriter
+from sdtp_lib.records import RowWriter, content_id
 
 FULL = "full"
 
@@ -109,6 +109,8 @@ def run_items(
 ) -> None:
     """One row for each item and variant that ``writer`` does not have yet.
 
+    ``OtherProvenance`` where ``writer`` has rows of these names that another scorer, prompt or pruning config made.
+
     A row has ``dataset, item, variant, prompt_tokens, was_cut, prediction, score, new_tokens, batch, prefill_seconds``
     (to the first token), ``generate_seconds`` (both of the row's whole batch), and for pruned variants
     ``tokens_per_layer, compression_ratio, dropped_at`` (see `token_fates`).
@@ -116,11 +118,12 @@ def run_items(
     ``batch_size`` prompts of like lengths and equal rules are answered together, padded on the left; a batch that
     fails is tried again item by item.
     """
+    ids = writer.scored_by({variant.name: variant.scorer for variant in variants})
     for batch in _batches(items, batch_size):
         for variant in variants:
-            todo = [item for item in batch if not writer.done(_key(item, variant))]
+            todo = [item for item in batch if not writer.done(_key(item, variant), **_made_from(item, variant))]
             if todo:
-                _add_answers(model, tokenizer, todo, variant, writer)
+                _add_answers(model, tokenizer, todo, variant, ids[variant.name], writer)
         if progress is not None:
             for item in batch:
                 progress(item)
@@ -128,6 +131,12 @@ def run_items(
 
 def _key(item: Item, variant: Variant) -> str:
     return f"{item.dataset}|{item.identifier}|{variant.name}"
+
+
+def _made_from(item: Item, variant: Variant) -> dict[str, str]:
+    config = variant.config and variant.config.to_dict()
+    sample = content_id(item.prompt_ids, item.max_new_tokens, item.stop_ids)
+    return {"sample_hash": sample, "config_hash": content_id(config)}
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -143,25 +152,28 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
             yield from (alike[first : first + size] for first in range(0, len(alike), size))
 
 
-def _add_answers(model: Any, tokenizer: Any, items: Sequence[Item], variant: Variant, writer: RowWriter) -> None:
+def _add_answers(
+    model: Any, tokenizer: Any, items: Sequence[Item], variant: Variant, scorer_id: str | None, writer: RowWriter
+) -> None:
+    labels = {item.identifier: _labels(item, variant) | {"scorer_id": scorer_id} for item in items}
     try:
         answers = _answered(model, tokenizer, items, variant)
     except (RuntimeError, ValueError, MemoryError) as error:
         if len(items) > 1:
             for item in items:
-                _add_answers(model, tokenizer, [item], variant, writer)
+                _add_answers(model, tokenizer, [item], variant, scorer_id, writer)
             return
         (item,) = items
         reason = f"{type(error).__name__}: {str(error)[:300]}"
-        writer.add(_key(item, variant), kind="failure", **_labels(item, variant), error=reason)
+        writer.add(_key(item, variant), kind="failure", **labels[item.identifier], error=reason)
         return
     for item, answer in zip(items, answers, strict=True):
-        writer.add(_key(item, variant), kind="item", **_labels(item, variant), **answer)
+        writer.add(_key(item, variant), kind="item", **labels[item.identifier], **answer)
 
 
 def _labels(item: Item, variant: Variant) -> dict[str, Any]:
     names = {"dataset": item.dataset, "item": item.identifier, "variant": variant.name}
-    return names | {"prompt_tokens": len(item.prompt_ids), "was_cut": item.cut}
+    return names | {"prompt_tokens": len(item.prompt_ids), "was_cut": item.cut} | _made_from(item, variant)
 
 
 class _FirstToken:

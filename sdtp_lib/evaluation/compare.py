@@ -18,7 +18,7 @@ from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence, m
 from sdtp_lib.evaluation.methods import Method
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.stage import Scorer
-from sdtp_lib.records import RowWriter
+from sdtp_lib.records import RowWriter, content_id
 
 LOSSLESS_PERPLEXITY_PERCENT = 5.0
 
@@ -40,7 +40,14 @@ def compare_scorers(
     an ``answer_mask`` only), ``compression_ratio``, ``prefill_flops_share`` (of unpruned, the pruners' own not
     counted), ``kv_bytes`` of the prompt's cache and ``seconds``. The unpruned logits are computed once a sample. What
     fails is a row of kind ``failure``.
+
+    Raises
+    ------
+    OtherProvenance
+        Before anything is computed: ``writer`` has rows of these names that another scorer made, or of these keys that
+        another prompt or pruning config made.
     """
+    ids = writer.scored_by({method.name: method.scorer for method in methods})
     shape = ModelShape.from_model(model)
     for sample in samples:
         prompt, response = sample["prompt_ids"], sample["response_ids"]
@@ -49,13 +56,16 @@ def compare_scorers(
             for method in methods
             for config_name, config in configs.items()
         ]
-        todo = [item for item in todo if not writer.done(item[0])]
+        made_from = {name: {"sample_hash": content_id(prompt, response), "config_hash": content_id(config.to_dict())}
+                     for name, config in configs.items()}  # fmt: skip
+        todo = [item for item in todo if not writer.done(item[0], **made_from[item[1]])]
         if not todo:
             continue
         full = None
         made: dict[str, Scorer] = {}
         for key, config_name, config, method in todo:
             labels = {"cell": cell, "sample": sample["id"], "setting": config_name, "scorer": method.name}
+            labels |= {"scorer_id": ids[method.name], **made_from[config_name]}
             labels |= {"block": method.block, "category": sample["category"], "prompt_tokens": len(prompt)}
             started = time.perf_counter()
             try:

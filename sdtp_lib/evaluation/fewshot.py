@@ -7,7 +7,6 @@ lm-eval's own task files give prompts, choices and metrics. The data come from a
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from sdtp_lib.data.texts import json_lines
 from sdtp_lib.harness import SDTPLM
-from sdtp_lib.records import RowWriter
+from sdtp_lib.records import RowWriter, content_id
 
 TASKS = ("copa", "piqa", "winogrande", "mathqa", "boolq", "cb", "wic", "wsc")
 _FILES = {
@@ -68,17 +68,24 @@ def run_task(
 
     A row has ``dataset, item, variant, score`` (accuracy, 0 or 1), ``margin_nats`` (log-likelihood of the right choice
     minus that of the best wrong one), ``loglikelihoods``, ``prompt_tokens`` and, where pruned, ``compression_ratio``.
+    ``OtherProvenance`` where ``writer`` has rows of these names that another scorer, prompt (its shots, say) or pruning
+    config made.
     """
+    ids = writer.scored_by({name: model.scorer for name, model in models.items()})
+    configs = {name: content_id(model.pruning and model.pruning.to_dict()) for name, model in models.items()}
     task.build_all_requests(limit=limit)
     items: dict[int, list[Any]] = {}
     for instance in task.instances:
         items.setdefault(instance.doc_id, []).append(instance)
     for number, instances in sorted(items.items()):
+        asked = content_id([instance.args for instance in sorted(instances, key=lambda instance: instance.idx)])
         for variant, model in models.items():
             key = f"{task.config.task}|{number}|{variant}"
-            if writer.done(key):
+            made_from = {"sample_hash": asked, "config_hash": configs[variant]}
+            if writer.done(key, **made_from):
                 continue
             labels = {"dataset": task.config.task, "item": str(number), "variant": variant}
+            labels |= {"scorer_id": ids[variant], **made_from}
             try:
                 fields = _scored(task, instances, model)
             except (RuntimeError, ValueError, MemoryError) as error:
@@ -117,7 +124,7 @@ def _dataset(name: str, paths: Mapping[str, Path]) -> Any:
     import datasets
 
     read = {
-        split: [_official(name, json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        split: [_official(name, row) for row in json_lines(path.read_bytes(), path.name)]
         for split, path in paths.items()
     }
     return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in read.items()})

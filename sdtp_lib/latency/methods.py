@@ -66,6 +66,8 @@ class Method:
     computed
         Tokens a layer of each pass over the layers, for a prompt of T tokens: one list for most, two where two passes
         are run. Layers that a pass does not reach have 0.
+    scorer
+        What scores the tokens, None for the plain model.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Method:
     open: Callable[[Any], contextlib.AbstractContextManager[Session]]
     config: PruningConfig | None
     computed: Callable[[int], list[list[int]]]
+    scorer: Scorer | None = None
 
     def generate(self, model: Any, input_ids: torch.Tensor, new_tokens: int) -> Generation:
         """Timed greedy generation; opening the session is on the clock, since a user pays for it too."""
@@ -116,7 +119,10 @@ def sdtp(model: Any, config: PruningConfig, scorer: Scorer, name: str, family: s
         with token_pruning(model, config, scorer):
             yield _model_session(model)
 
-    return Method(name, family, open_session, config, lambda tokens: [budget.tokens_per_layer(config, layers, tokens)])
+    return Method(
+        name, family, open_session, config,
+        lambda tokens: [budget.tokens_per_layer(config, layers, tokens)], scorer,
+    )  # fmt: skip
 
 
 def one_layer_propagation(model: Any, config: PruningConfig, name: str = "one-layer propagation") -> Method:
@@ -149,6 +155,7 @@ def one_layer_filter(model: Any, config: PruningConfig, name: str = "one-layer f
     return Method(
         name, "one-layer filter", open_session, config,
         lambda tokens: [[tokens] * filter_layer + [0] * (layers - filter_layer), [kept(tokens)] * layers],
+        scorer,
     )  # fmt: skip
 
 
@@ -174,7 +181,7 @@ def kv_only(model: Any, config: PruningConfig, name: str = "KV only") -> Method:
 
             yield Session(prefill, lambda token, cache: plain_step_all(model, token, cache))
 
-    return Method(name, "KV only", open_session, config, lambda tokens: [[tokens] * layers])
+    return Method(name, "KV only", open_session, config, lambda tokens: [[tokens] * layers], scorer)
 
 
 def earlier_scheme(model: Any, config: PruningConfig, scorer: Scorer, name: str = "earlier scheme") -> Method:
@@ -198,7 +205,7 @@ def earlier_scheme(model: Any, config: PruningConfig, scorer: Scorer, name: str 
 
         yield Session(prefill, lambda token, cache: plain_step_all(model, token, cache))
 
-    return Method(name, "earlier scheme", open_session, config, computed)
+    return Method(name, "earlier scheme", open_session, config, computed, scorer)
 
 
 def plain_step_all(model: Any, token_ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:

@@ -21,7 +21,7 @@ from sdtp_lib.latency.generation import plain_prefill
 from sdtp_lib.latency.memory import peak_allocated_bytes
 from sdtp_lib.latency.methods import Method
 from sdtp_lib.pruning.stage import Scorer
-from sdtp_lib.records import RowWriter, read_rows
+from sdtp_lib.records import RowWriter, content_id
 from sdtp_lib.scorers.simple import attention
 
 Progress = Callable[[str], None]
@@ -122,6 +122,11 @@ def run(
     -------
     list of rows
         Those measured now (`read_rows` gives all).
+
+    Raises
+    ------
+    OtherProvenance
+        If ``writer`` has rows of these methods that another scorer or pruning config made.
     """
     written: list[dict[str, Any]] = []
     for tokens in prompt_lengths:
@@ -144,27 +149,25 @@ def _run_length(
     weights = round(shape.read_share * sum(parameter.nbytes for parameter in model.parameters()))
     ids = prompt_ids(shape.vocab_size, tokens, seed).to(model.device)
     by_name = {method.name: method for method in found}
+    scorer_ids = writer.scored_by({method.name: method.scorer for method in found})
     written: list[dict[str, Any]] = []
 
     def key(name: str, repetition: int) -> str:
         return f"{tokens}+{new_tokens}/{name}/{repetition}"
 
     def done(name: str, repetition: int) -> bool:
-        return writer.done(key(name, repetition)) or name in exhausted
+        # Memory that ran out in this run would run out again; another run may have more.
+        exhausted = any(writer.failed(key(name, other)) for other in range(repeats))
+        return writer.done(key(name, repetition), config_hash=config_hash(by_name[name])) or exhausted
 
     def keep(row: dict[str, Any]) -> None:
         name = row.pop("variant")
         # The generation's own clock, which starts before the session opens, is the latency.
         row.pop("latency_ms")
         counted = {"prompt_tokens": tokens, "weight_bytes": weights, **describe(by_name[name], shape, tokens)}
-        row = {"new_tokens": new_tokens, **row}
+        row = {"new_tokens": new_tokens, "scorer_id": scorer_ids[name], **row}
         written.append(writer.add(key(name, row["repetition"]), kind="latency", **counted, **row))
 
-    exhausted = {
-        row["method"]
-        for row in (read_rows(writer.path) if writer.path.exists() else [])
-        if row.get("status") == measure.OUT_OF_MEMORY and row.get("prompt_tokens") == tokens
-    }
     missing = [name for name in by_name if not all(done(name, repetition) for repetition in range(repeats))]
     # A GPU loads kernels by shape, so every method warms up; on a CPU memory is what must be touched once, and the
     # unpruned method, which is the first, touches the most.
@@ -180,6 +183,11 @@ def _run_length(
     return written
 
 
+def config_hash(method: Method) -> str:
+    """What the field of this name says in a method's rows."""
+    return content_id(method.config and method.config.to_dict())
+
+
 def describe(method: Method, shape: budget.ModelShape, prompt_tokens: int) -> dict[str, Any]:
     """What a method computes at a length, counted: the fields of its rows that no clock is needed for."""
     passes = method.computed(prompt_tokens)
@@ -188,6 +196,7 @@ def describe(method: Method, shape: budget.ModelShape, prompt_tokens: int) -> di
     return {
         "method": method.name,
         "family": method.family,
+        "config_hash": config_hash(method),
         "keep_ratio": ratio if not isinstance(ratio, tuple) else None,
         "prune_layers": list(config.layers) if config is not None else None,
         "tflops": method.tflops(shape, prompt_tokens),
@@ -221,7 +230,11 @@ def run_quality(
             found = methods_at(ids.shape[1])
             # Turned like the repetitions of a latency run, so that each method stands at each place.
             found = found[number % len(found) :] + found[: number % len(found)]
-            todo = [m for m in found if not writer.done(f"quality/{text}/{sample['id']}/{m.name}")]
+            scorer_ids = writer.scored_by({method.name: method.scorer for method in found})
+            sample_hash = content_id(sample["prompt_ids"], sample["response_ids"])
+            keys = {method.name: f"quality/{text}/{sample['id']}/{method.name}" for method in found}
+            made_from = {m.name: {"sample_hash": sample_hash, "config_hash": config_hash(m)} for m in found}
+            todo = [m for m in found if not writer.done(keys[m.name], **made_from[m.name])]
             if not todo:
                 continue
             if progress:
@@ -232,8 +245,9 @@ def run_quality(
                     logits, parts = _scored(method, model, ids, response)
                     written.append(
                         writer.add(
-                            f"quality/{text}/{sample['id']}/{method.name}", kind="quality", text=text,
-                            sample=sample["id"], prompt_tokens=ids.shape[1],
+                            keys[method.name], kind="quality", text=text,
+                            sample=sample["id"], sample_hash=sample_hash, prompt_tokens=ids.shape[1],
+                            scorer_id=scorer_ids[method.name],
                             prefill_ms=sum(parts.values()), parts_ms=parts,
                             kl_nats=kl_divergence(full, logits), **describe(method, shape, ids.shape[1]),
                         )

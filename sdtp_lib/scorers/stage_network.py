@@ -57,7 +57,7 @@ class StagePruner(nn.Module):
         """(B, n, 1) the score, or (B, n, 2) the paper's drop and keep logits; float32."""
         inner, keys = self._projected(hidden_states)
         if not self.has_side:
-            return self.out(F.gelu(inner))
+            return _in_float32(self.out, F.gelu(inner))
         distance = (prompt_lengths[:, None].to(positions.device) - 1 - positions).clamp(min=0)
         side = []  # each (B, inputs, n)
         if self.uses_distance:
@@ -75,7 +75,8 @@ class StagePruner(nn.Module):
         if self.uses_memory:
             side.append((torch.zeros_like(inner[..., 0]) if memory is None else memory)[:, None])
         side = torch.cat(side, dim=1).transpose(1, 2)
-        return self.out(F.gelu(inner + self.side(side))) + self.skip(side)
+        inner = inner + _in_float32(self.side, side)
+        return _in_float32(self.out, F.gelu(inner)) + _in_float32(self.skip, side)
 
     def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Inner activations (B, n, width) and keys (B, n, R) of the normalised hidden states: one product, float32."""
@@ -104,6 +105,11 @@ class StagePruner(nn.Module):
         count = asks.sum(-1).clamp(min=1).float().log()[:, None, None]
         pooled = products.logsumexp(2) - count
         return torch.where(torch.isfinite(pooled), pooled, torch.zeros_like(pooled))
+
+
+def _in_float32(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """The layer on float32 inputs, whatever dtype its weights were cast to (``pruners.to(torch.bfloat16)``)."""
+    return F.linear(inputs, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
 def _inverse_rms(hidden_states: Tensor) -> Tensor:

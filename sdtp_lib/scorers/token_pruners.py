@@ -10,15 +10,20 @@ Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention input
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
+from sdtp_lib import load_failures
+from sdtp_lib.provenance import content_id
 from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StagePruner
@@ -136,10 +141,56 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         }
         return cls(text.hidden_size, layers, **{**described, **options})
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> TokenPruners:
+        """The pruners of a folder that ``save_pretrained`` wrote, or of a Hub id; whole, or an error.
+
+        Parameters
+        ----------
+        options
+            The mixin's (``revision``, ``token``, ``cache_dir`` ...), or fields of the config to change (``blend``).
+
+        Raises
+        ------
+        OSError
+            If there is no such folder, a file of it is missing or damaged, the weights lack a stage that its config
+            names, or the Hub cannot give it.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        folder = Path(name)
+        local = folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1
+        lacking = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
+        if local and lacking:
+            what = f"it lacks {' and '.join(lacking)}" if folder.is_dir() else "there is no such folder"
+            raise OSError(f"Cannot load pruners from {name!r}: {what}; give one of save_pretrained's, or a Hub id.")
+        try:
+            if not local:  # the mixin goes on without a config that it cannot fetch
+                hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+                hf_hub_download(name, "config.json", **{key: options[key] for key in hub if key in options})
+            # Not strict, it would leave the random numbers of a new network where the weights lack a stage.
+            return super().from_pretrained(name, strict=True, **options)
+        except RuntimeError as error:
+            stages = ", ".join(dict.fromkeys(re.findall(r"stages\.(\d+)\.", str(error)))) or "unknown"
+            raise OSError(
+                f"Cannot load pruners from {name!r}: model.safetensors does not fit config.json at stage(s) {stages}; "
+                "write both again with save_pretrained."
+            ) from error
+        except Exception as error:
+            if type(error) is ValueError and load_failures.cause_of(error) is None:
+                raise  # a field of the config that the constructor refuses
+            remedy = "write it again with save_pretrained" if local else "give a folder that save_pretrained wrote"
+            raise OSError(f"Cannot load pruners from {name!r} {load_failures.sentence(error, remedy)}") from error
+
     @property
     def name(self) -> str:
         """How result rows call this scorer."""
         return "learned"
+
+    @property
+    def identity(self) -> str:
+        """How result rows tell these pruners from others of the same name: a hash of weights and settings."""
+        settings = (self.layers, self.features, self.head, self.query_heads, self.query_window, self.attention_kernel)
+        return f"TokenPruners {content_id(dict(self.state_dict()), *settings, self.passage_tokens, self.blend)}"
 
     def check(self, model: nn.Module, config: Any) -> None:
         """Refuse a model of other sizes or layers without a pruner, before any compute; warn of other weights.
@@ -166,7 +217,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
                     f"{field}={own} of these pruners (base model {self.base_model}) does not fit the model's {other}: "
                     "load pruners that were trained on this model, or train some."
                 )
-        if self.weights_fingerprint is not None and weights_fingerprint(model) != self.weights_fingerprint:
+        own, other = self.weights_fingerprint, weights_fingerprint(model)
+        if own is not None and other is not None and own != other:
             warnings.warn(
                 f"these pruners were trained on other weights of the same shape ({self.base_model}): "
                 "expect worse scores, or train on this model.",
@@ -265,7 +317,13 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         return f"layers={list(self.layers)}, features={self.features}, head={self.head!r}, base={self.base_model!r}"
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """A short hash of the first numbers of the embedding, the same in float32 and bfloat16 and on any device."""
-    sample = model.get_input_embeddings().weight.detach()[:64, :64].to("cpu", torch.bfloat16).contiguous()
+def weights_fingerprint(model: nn.Module) -> str | None:
+    """A short hash of the first numbers of the embedding, the same in float32 and bfloat16 and on any device.
+
+    None where they are not in memory: accelerate leaves offloaded weights on ``meta`` between forwards.
+    """
+    weight = model.get_input_embeddings().weight.detach()
+    if weight.is_meta:
+        return None
+    sample = weight[:64, :64].to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
