@@ -5,12 +5,14 @@
     python benchmarks/ablations.py --dolly PATH --longbench FOLDER            # and LongBench (Table 5)
 
 Recipes are those of `train_embedded.py`; all of ours share one label pass, the paper's has its own. What is trained
-already is not trained again; rows resume. On 2 cores: 20 minutes of labels each, 3 minutes a recipe, then comparing.
+already, as asked for, is not trained again; rows resume. On 2 cores: 20 minutes of labels each, 3 minutes per recipe,
+then comparing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import runpy
 import subprocess
@@ -44,6 +46,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def is_trained(folder: Path, recipe: str, options: argparse.Namespace) -> bool:
+    """Whether the folder's pruners are there; those of another recipe, data or number of passes are refused by name."""
+    facts = folder / "training.json"
+    if not facts.is_file():
+        return False
+    there = json.loads(facts.read_text(encoding="utf-8")).get("asked", {})
+    asked = {"recipe": recipe, "dolly": options.dolly, "prompts": options.prompts, "epochs": options.epochs}
+    other = [f"{name} {there.get(name)!r} (asked: {v!r})" for name, v in asked.items() if there.get(name) != v]
+    if other:
+        raise SystemExit(
+            f"{folder.name} holds pruners trained with {', '.join(other)}: give this run a folder of its own "
+            "(--run-dir), or move that one away."
+        )
+    return True
+
+
 def call(script: str, *arguments: object) -> None:
     """One of the other commands, its output passed on; ends with it if it fails."""
     subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)], check=True)
@@ -55,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     for recipe in options.recipes:
         slug = re.sub(r"\W+", "-", recipe)
         folder = options.run_dir.resolve() / slug
-        if not (folder / "training.json").is_file():
+        if not is_trained(folder, recipe, options):
             print(f"\n=== training: {recipe}", flush=True)
             call("train_embedded.py", "--dolly", options.dolly, "--recipe", recipe, "--prompts", options.prompts,
                  "--epochs", options.epochs, "--out", folder, "--work", folder.with_name(f"{slug}.work"))  # fmt: skip

@@ -19,7 +19,6 @@ from sdtp_lib import PruningConfig, load_model
 from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
 from sdtp_lib.evaluation.tables import fewshot_table, markdown
 from sdtp_lib.harness import SDTPLM
-from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
 from sdtp_lib.scorers.by_name import SIMPLE, scorer_named
 
@@ -58,7 +57,7 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     for preset in options.presets:
         config = PruningConfig.preset(preset, num_layers=model.config.num_hidden_layers)
         models |= {f"{name} {preset}": SDTPLM(**shared, pruning=config, scorer=s) for name, s in chosen.items()}
-    with RowWriter(path, passport(model, model_name=options.model, weights=weights_note(model))) as writer:
+    with RowWriter(path, passport(model, model_name=options.model)) as writer:
         for name in options.tasks:
             try:
                 task = local_task(name, options.data, shots=options.shots)

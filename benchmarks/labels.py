@@ -22,8 +22,7 @@ from tqdm import tqdm
 from sdtp_lib import PruningConfig, evaluation, load_model
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
-from sdtp_lib.models import weights_note
-from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.records import RowWriter, content_id, passport, project_root, read_frame
 from sdtp_lib.training.labels import LABELS, block_effects, saliency_of
 
 
@@ -50,7 +49,9 @@ def agreement(model, sample: dict, options: argparse.Namespace, writer: RowWrite
         for layer in options.layers
         for label in options.labels
     }
-    if all(writer.done(key) for key in keys.values()):
+    made_from = {"block_tokens": options.block_tokens}
+    made_from["sample_hash"] = content_id(sample["prompt_ids"], sample["response_ids"])
+    if all(writer.done(key, **made_from) for key in keys.values()):
         return
     prompt = len(sample["prompt_ids"])
     ids = torch.tensor([[*sample["prompt_ids"], *sample["response_ids"]]], device=model.device)
@@ -64,6 +65,7 @@ def agreement(model, sample: dict, options: argparse.Namespace, writer: RowWrite
             writer.done(key) or writer.add(
                 key, kind="agreement", cell=cell, sample=sample["id"], layer=layer, label=label,
                 rank_agreement=float(pandas.Series(by_block).corr(gold, method="spearman")), blocks=len(gold),
+                **made_from,
             )  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     model, tokenizer = load_model(options.model)
     depth = model.config.num_hidden_layers
     configs = {preset: PruningConfig.preset(preset, num_layers=depth) for preset in options.presets}
-    stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
+    stamp = passport(model, model_name=options.model, seed=options.seed)
     sizes = {"prompt_tokens": options.prompt_tokens, "count": options.samples, "seed": options.seed}
     plan = [(cell, sample) for cell in options.cells for sample in cell_samples(cell, tokenizer, **sizes)]
     with RowWriter(path, stamp) as writer, torch.inference_mode(False):

@@ -92,7 +92,7 @@ def run_latency(options: argparse.Namespace) -> int:
     from sdtp_lib.latency import run as latency_run
     from sdtp_lib.latency.measure import threads
 
-    model, scorer, writer = _prepared(options)
+    model, _, scorer, writer = _prepared(options)
 
     def methods_at(tokens: int) -> list[latency_methods.Method]:
         found = latency_run.presets(model, scorer, options.presets)
@@ -115,10 +115,8 @@ def run_quality(options: argparse.Namespace) -> int:
     from sdtp_lib.evaluation import tables as evaluation_tables
     from sdtp_lib.latency import run as latency_run
     from sdtp_lib.latency.measure import threads
-    from sdtp_lib.models import load_model
 
-    model, scorer, writer = _prepared(options)
-    _, tokenizer = load_model(options.model, device="cpu")
+    model, tokenizer, scorer, writer = _prepared(options)
     samples = latency_run.quality_samples(
         tokenizer, prompt_tokens=options.prompt_tokens, count=options.samples, continuation_tokens=128,
         seed=options.seed,
@@ -145,7 +143,7 @@ def run_dtypes(options: argparse.Namespace) -> int:
     from sdtp_lib.latency import run as latency_run
     from sdtp_lib.latency.measure import summarise
 
-    model, _, writer = _prepared(options)
+    model, _, _, writer = _prepared(options)
     with writer:
         rows = latency_run.dtype_comparison(
             model, options.prompt_tokens, (torch.float32, torch.bfloat16), repeats=options.repeats, seed=options.seed
@@ -165,7 +163,7 @@ def run_training(options: argparse.Namespace) -> int:
     from sdtp_lib.latency import training_cost as latency_training
     from sdtp_lib.latency.measure import threads
 
-    model, _, writer = _prepared(options)
+    model, _, _, writer = _prepared(options)
     layers = range(4, model.config.num_hidden_layers, 3)
     with threads(options.threads), writer:
         rows = latency_training.measure_costs(
@@ -185,7 +183,7 @@ def run_memory(options: argparse.Namespace) -> int:
     from sdtp_lib.latency import measure as profiling
     from sdtp_lib.latency import run as latency_run
 
-    model, scorer, writer = _prepared(options)
+    model, _, scorer, writer = _prepared(options)
     with writer:
         for tokens in options.lengths:
             for method in latency_run.presets(model, scorer, ("keep09",)):
@@ -256,13 +254,14 @@ def print_comparison(options: argparse.Namespace) -> int:
 
 
 def _prepared(options: argparse.Namespace):
-    """Model, scorer (trained or untrained pruners) and the open-able writer of a measuring command."""
+    """Model, tokenizer, scorer (trained or untrained pruners) and the writer, not yet open, of a measuring command."""
+    import torch
+
     from sdtp_lib import TokenPruners, load_model
     from sdtp_lib.config import PruningConfig
-    from sdtp_lib.models import weights_note
     from sdtp_lib.scorers.by_name import shipped_for
 
-    model, _ = load_model(
+    model, tokenizer = load_model(
         options.model, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
     )
     pruners = options.pruners or shipped_for(options.model)
@@ -270,11 +269,14 @@ def _prepared(options: argparse.Namespace):
         scorer = TokenPruners.from_pretrained(str(pruners))
     else:
         config = PruningConfig.preset("keep09", model.config.num_hidden_layers)
+        torch.manual_seed(options.seed)  # their numbers decide no time, but a run that goes on has the same scorer
         scorer = TokenPruners(model.config.hidden_size, config.layers)
     out = options.out or project_root() / "data" / "results" / "latency"
-    run_passport = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
-    run_passport["pruners"] = Path(pruners).name if pruners else None
-    return model, scorer.eval(), RowWriter(out / "latency.jsonl", run_passport)
+    # The number of CPU threads decides no time on a GPU.
+    threads = options.threads or torch.get_num_threads() if model.device.type == "cpu" else None
+    names = {"model_name": options.model, "pruners": Path(pruners).name if pruners else None}
+    run_passport = passport(model, seed=options.seed, threads=threads, **names)
+    return model, tokenizer, scorer.eval(), RowWriter(out / "latency.jsonl", run_passport)
 
 
 def _report(path: Path, quiet_only: bool = False) -> int:

@@ -23,7 +23,6 @@ from sdtp_lib import PruningConfig, load_model
 from sdtp_lib.data import longbench
 from sdtp_lib.evaluation.answers import FULL, Variant, longbench_items, run_items
 from sdtp_lib.evaluation.tables import answers_table, markdown
-from sdtp_lib.models import weights_note
 from sdtp_lib.paper import TABLE1
 from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root, read_frame
@@ -67,7 +66,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
         for name, scorer in chosen
     ]
     positions = getattr(model.config, "max_position_embeddings", None) or 8192
-    stamp = passport(model, model_name=options.model, weights=weights_note(model))
+    stamp = passport(model, model_name=options.model)
     with share.rows(path, stamp) as writer:
         for dataset in datasets:
             try:

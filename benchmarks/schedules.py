@@ -24,7 +24,6 @@ from sdtp_lib import PruningConfig, budget, evaluation, load_model, plots
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
-from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
 from sdtp_lib.scorers.by_name import scorer_named
 
@@ -129,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokens, path = options.prompt_tokens, options.run_dir / "schedules.jsonl"
     name = options.scorer.name
     method = evaluation.Method(name, scorer)
-    stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
+    stamp = passport(model, model_name=options.model, seed=options.seed)
 
     def measure(configs: dict[str, PruningConfig], split: str) -> None:
         sizes = {"prompt_tokens": tokens, "count": options.samples, "seed": options.seed, "split": split}

@@ -159,7 +159,9 @@ def main() -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     pruners.save_pretrained(fresh)
     ids = [sample["id"] for sample in prompts]
+    asked = {name: getattr(arguments, name) for name in ("recipe", "dolly", "prompts", "epochs")}
     facts = {**passport(model, model_name="embedded", seed=arguments.seed), "training": config.to_dict(), "ids": ids}
+    facts["asked"] = asked  # what `ablations.py` compares before it takes a set for its own
     write_json(fresh / "training.json", facts)
     card = out / "README.md"
     if card.exists():

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from sdtp_lib import PruningConfig, TokenPruners, evaluation, load_model
 from sdtp_lib.data.tasks import TASKS
 from sdtp_lib.data.test_sets import cell_samples
-from sdtp_lib.models import weights_note
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
 
 GROUPS = {"text": ("text",), "tasks": tuple(TASKS), "instructions": ("instructions",)}
@@ -70,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     methods = [
         evaluation.Method(json.dumps(blend), with_blend(options.pruners, blend).to(model.device)) for blend in blends
     ]
-    stamp = passport(model, model_name=options.model, seed=options.seed, weights=weights_note(model))
+    stamp = passport(model, model_name=options.model, seed=options.seed)
     with RowWriter(options.run_dir / "blend.jsonl", stamp) as writer:
         for group, cells in GROUPS.items():
             each = max(1, options.samples // len(cells))

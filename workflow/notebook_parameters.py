@@ -173,7 +173,7 @@ def read_value(path: Path, name: str, text: str) -> Any:
 
 
 def as_written(value: Any, annotation: str) -> Any:
-    """``value`` with texts such as ``1e-3`` as numbers where the annotation wants numbers: YAML 1.1 takes 1.0e-3 only."""
+    """``value`` with texts such as ``1e-3``, which YAML 1.1 leaves text, as numbers where those are wanted."""
 
     def with_numbers(value: Any) -> Any:
         if isinstance(value, str):
@@ -230,7 +230,7 @@ def impossible(values: Mapping[str, Any]) -> list[str]:
         if preset and preset not in PRESETS:
             faults.append(f"preset={preset!r} is unknown: choose one of {', '.join(PRESETS)}.")
     faults.extend(_refused_by_config(values))
-    if TRAINING <= set(values):
+    if set(values) >= TRAINING:
         faults.extend(_refused_by_training(values))
     return faults
 

@@ -18,10 +18,12 @@ from typing import Any
 from sdtp_lib.records import passport, read_rows
 
 # What says where a row comes from, and so never is a result.
-ORIGIN = {"schema_version", "key", "kind", "notebook", "folder", *passport()}
+ORIGIN = {
+    "schema_version", "key", "kind", "notebook", "folder", "scorer_id", "sample_hash", "config_hash", *passport()
+}  # fmt: skip
 AT_MOST_GROUPS = 12
 # Numbers that a run is given, not measures.
-SETTINGS = {"prompt_tokens", "keep_ratio", "new_tokens"}
+SETTINGS = {"prompt_tokens", "keep_ratio", "new_tokens", "threads", "salient_above", "top_share"}
 
 
 BOLD = re.compile(r"^\*\*(.*)\*\*$")

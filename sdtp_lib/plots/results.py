@@ -6,6 +6,7 @@ Knows frames by their column names, each documented where it is drawn; draws on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -207,24 +208,39 @@ def slope_chart(
     return ax
 
 
-def loss_curves(frame: pd.DataFrame, ax: Axes | None = None, *, smooth: int = 1, log: bool = False) -> Axes:
+def loss_curves(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    terms: Sequence[str] | None = None,
+    smooth: int = 1,
+    log: bool = False,
+) -> Axes:
     """Loss over training steps.
 
     Parameters
     ----------
     frame
-        Long (``step``, ``value``, ``term``) or wide: ``step`` and one column a term (``loss``, ``mse``, ``eval_loss``;
-        what is not a number is left out). Terms that begin with ``eval`` are dashed with markers.
+        Long (``step``, ``value``, ``term``) or wide: ``step`` and one column per term (``loss``, ``mse_loss``,
+        ``eval_loss``; what is not a number is left out). Terms that begin with ``eval`` are dashed with markers.
+    terms
+        The terms to draw, each of which must be there; default all of them.
     smooth
         Window (in logged rows) of a running mean drawn over the pale raw curve.
     """
     ax = axes_or_new(ax)
-    need_columns(frame, "step", what="loss_curves")
+    need_columns(frame, "step", *(() if "term" in frame.columns else terms or ()), what="loss_curves")
     if "term" not in frame.columns:
         skipped = {"step", "epoch", "seed", "learning_rate", "grad_norm"}
-        terms = [c for c in frame.select_dtypes("number").columns if c not in skipped]
-        frame = frame.melt(id_vars="step", value_vars=terms, var_name="term", value_name="value")
+        found = [c for c in frame.select_dtypes("number").columns if c not in skipped]
+        frame = frame.melt(id_vars="step", value_vars=found, var_name="term", value_name="value")
     frame = frame.dropna(subset=["value"])
+    if terms is not None:
+        empty = sorted(set(terms) - set(frame["term"]))
+        if empty:
+            raise ValueError(f"loss_curves: no values of {', '.join(empty)} in the frame, which has "
+                             f"{', '.join(frame['term'].unique())}: name terms that were logged.")  # fmt: skip
+        frame = frame[frame["term"].isin(list(terms))]
     look = series_look(list(frame["term"].unique()))
     for term, part in frame.groupby("term", sort=False):
         part = part.groupby("step")["value"].mean()
