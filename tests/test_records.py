@@ -13,7 +13,7 @@ import pytest
 
 from sdtp_lib import provenance, records
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.records import RowWriter, atomic_write, passport, read_frame, read_rows, write_json
+from sdtp_lib.records import OtherProvenance, RowWriter, atomic_write, passport, read_frame, read_rows, write_json
 
 
 def test_a_row_holds_schema_key_kind_passport_and_fields(tmp_path):
@@ -213,3 +213,142 @@ def test_the_project_root_can_be_named(tmp_path, monkeypatch):
         assert records.project_root() == tmp_path
     finally:
         records.project_root.cache_clear()
+
+
+# --- whose rows count as done ----------------------------------------------------------------------------------------
+
+ORIGIN = {
+    "utc": "2026-01-01T00:00:00+00:00", "commit": "aaa", "torch": "2.13.0", "model": "embedded",
+    "weights": "as published", "weights_fingerprint": "0123", "dtype": "float32", "device": "cuda:0", "device_name": "NVIDIA H100",
+    "attn_implementation": "sdpa", "seed": 0, "threads": 2, "pruning_keep_ratio": 0.9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "Qwen/Qwen3-8B"),
+        ("weights", "Q4_1, dequantised"),
+        ("weights_fingerprint", "4567"),
+        ("dtype", "bfloat16"),
+        ("device", "cpu"),
+        ("device_name", "NVIDIA A100"),
+        ("attn_implementation", "eager"),
+        ("seed", 1),
+        ("threads", 4),
+    ],
+)
+def test_a_file_of_another_provenance_is_refused_by_name_with_both_values_and_the_remedy(tmp_path, field, value):
+    """Row keys held no model: a second model's run measured nothing and reported the first one's times."""
+    path = tmp_path / "latency.jsonl"
+    with RowWriter(path, ORIGIN) as rows:
+        rows.add("1024+128/unpruned/0", prefill_ms=1.0)
+    before = path.read_bytes()
+    with pytest.raises(OtherProvenance) as caught, RowWriter(path, ORIGIN | {field: value}):
+        pass
+    told = str(caught.value)
+    assert told.startswith(f"latency.jsonl holds rows made with {field}={ORIGIN[field]!r}".replace("cuda:0", "cuda"))
+    assert f"(this run: {value!r})" in told and "give this run a folder of its own, or move the file away" in told
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["latency.jsonl"], "no lock is left"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("utc", "later"), ("commit", "bbb"), ("torch", "2.14.1"), ("device", "cuda:3"), ("pruning_keep_ratio", 0.7)],
+)
+def test_a_run_goes_on_at_another_time_with_other_versions_and_on_the_next_gpu(tmp_path, field, value):
+    with RowWriter(tmp_path / "a.jsonl", ORIGIN) as rows:
+        rows.add("one")
+    with RowWriter(tmp_path / "a.jsonl", ORIGIN | {field: value}) as rows:
+        assert rows.done("one")
+
+
+def test_rows_of_an_older_version_are_refused_since_nobody_can_tell_whose_they_are(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"schema_version": 1, "key": "one", "model": "embedded", "seed": 0}\n')
+    with pytest.raises(OtherProvenance, match=r"a.jsonl holds rows that do not say their weights_fingerprint, .*older"):
+        RowWriter(path, {"model": "embedded", "seed": 0, "weights_fingerprint": "0123"}).__enter__()
+    assert read_rows(path)[0]["key"] == "one", "reports can still read them"
+
+
+def test_scorers_of_one_name_are_told_apart_by_what_they_are(tmp_path):
+    torch = pytest.importorskip("torch")
+    from sdtp_lib import TokenPruners, scorers
+
+    torch.manual_seed(0)
+    first, second = TokenPruners(16, (2,)), TokenPruners(16, (2,))
+    mixed = {w: scorers.weighted([(scorers.attention(8), 1.0), (scorers.recency(), w)]) for w in (0.5, 1.0)}
+    for own, other in ((first, second), (first, TokenPruners(16, (2,), blend={"recency": 1.0})), (first, None),
+                       (scorers.random(0), scorers.random(1)), (mixed[0.5], mixed[1.0])):  # fmt: skip
+        path = tmp_path / "a.jsonl"
+        path.unlink(missing_ok=True)
+        with RowWriter(path, {}) as rows:
+            ids = rows.scored_by({"SDTP": own, "full": None})
+            rows.add("one", scorer="SDTP", scorer_id=ids["SDTP"])
+        with RowWriter(path, {}) as rows:
+            assert rows.scored_by({"SDTP": own, "another": other})["SDTP"] == ids["SDTP"]
+            with pytest.raises(OtherProvenance, match="a.jsonl holds rows of 'SDTP' that were made by .*: give this"):
+                rows.scored_by({"SDTP": other})
+
+
+def test_a_row_is_done_only_for_what_it_was_made_from(tmp_path):
+    with RowWriter(tmp_path / "a.jsonl", {}) as rows:
+        rows.add("needle-0", sample_hash="aa", config_hash="bb")
+        assert rows.done("needle-0", sample_hash="aa", config_hash="bb") and not rows.done("needle-1", sample_hash="aa")
+        with pytest.raises(OtherProvenance, match=r"a.jsonl, row 'needle-0': holds rows made with sample_hash='aa'"):
+            rows.done("needle-0", sample_hash="cc", config_hash="bb")
+
+
+@pytest.mark.parametrize("failure", [{"kind": "failure", "error": "E"}, {"kind": "latency", "status": "out of memory"}])
+def test_what_failed_is_tried_again_by_the_next_run_and_its_success_replaces_the_failure(tmp_path, failure):
+    path = tmp_path / "a.jsonl"
+    with RowWriter(path, {}) as rows:
+        rows.add("one", kind="item", score=1.0)
+        rows.add("two", **failure)
+        assert rows.done("two") and rows.failed("two"), "not again in the same run"
+    with RowWriter(path, {}) as rows:
+        assert rows.done("one") and not rows.done("two") and not rows.failed("two")
+        rows.add("two", **failure)
+    assert [row["key"] for row in read_rows(path)] == ["one", "two"], "one row per key, the last"
+    with RowWriter(path, {}) as rows:
+        rows.add("two", kind="item", score=0.5)
+    assert [(row["key"], row.get("score")) for row in read_rows(path)] == [("one", 1.0), ("two", 0.5)]
+
+
+def test_rows_of_shares_are_held_to_the_runs_provenance_before_they_are_joined(tmp_path):
+    path, share = tmp_path / "a.jsonl", tmp_path / "a.share0.jsonl"
+    with RowWriter(share, {"seed": 1}) as rows:
+        rows.add("one")
+    with pytest.raises(OtherProvenance, match=r"a.share0.jsonl holds rows made with seed=1 \(this run: 0\)"):
+        records.join_rows(path, [share], {"seed": 0})
+    assert share.exists() and read_rows(path) == []
+    records.join_rows(path, [share], {"seed": 1})
+    assert not share.exists() and [row["key"] for row in read_rows(path)] == ["one"]
+    with pytest.raises(OtherProvenance, match=r"a.jsonl holds rows made with seed=1"):
+        RowWriter(tmp_path / "a.share1.jsonl", {"seed": 0}, beside=path).__enter__()
+    with RowWriter(tmp_path / "a.share1.jsonl", {"seed": 1}, beside=path) as rows:
+        assert rows.done("one")
+
+
+def test_a_byte_order_mark_in_front_of_the_rows_is_no_damage(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"key": "one"}\n')
+    with RowWriter(path, {}) as rows:
+        assert rows.done("one")
+
+
+def test_the_passport_tells_models_of_one_name_apart_by_their_weights(tiny_model):
+    model = tiny_model()
+    before = passport(model, model_name="same", seed=0)
+    assert before["weights"] == "as published" and before["device_name"] is None
+    assert passport(model, model_name="same", seed=0)["weights_fingerprint"] == before["weights_fingerprint"]
+    model.model.layers[0].self_attn.q_proj.weight.data.add_(0.5)
+    assert passport(model, model_name="same", seed=0)["weights_fingerprint"] != before["weights_fingerprint"]
+
+
+def test_equal_content_has_an_equal_hash_in_every_process():
+    program = "from sdtp_lib.provenance import *; import functools; print(content_id([1, 'a', {'b': 2.5}], None), "
+    program += "scorer_id(functools.partial(print, sep='')), scorer_id(lambda stage: 0))"
+    told = {subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+            for _ in range(2)}  # fmt: skip
+    assert len(told) == 1 and "0x" not in told.pop()

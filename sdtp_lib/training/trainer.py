@@ -63,9 +63,14 @@ def train_pruners(
     Raises
     ------
     ValueError
-        For no samples, or samples without labels at a wanted layer.
+        For no samples, samples without labels at a wanted layer, or mixed precision without a GPU.
     """
     config = config or TrainingConfig()
+    if config.mixed_precision != "no" and model.device.type == "cpu":
+        raise ValueError(
+            f"mixed_precision={config.mixed_precision!r} needs a GPU, and the model is on the CPU: give 'no', or move "
+            "the model."
+        )
     if not len(samples):
         raise ValueError("samples is empty: give at least one labelled sample.")
     labelled = samples if isinstance(samples, Dataset) else None

@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 
 from sdtp_lib import data
-from sdtp_lib.records import RowWriter, project_root, read_rows
+from sdtp_lib.records import OtherProvenance, RowWriter, project_root, read_rows
 from sdtp_lib.scorers.by_name import scorer_named
 
 
@@ -210,7 +210,8 @@ def test_ablations_train_what_is_missing_and_compare_all_of_them(tmp_path, monke
     module, calls = script("ablations"), []
     monkeypatch.setattr(module, "call", lambda name, *arguments: calls.append((name, *map(str, arguments))))
     (tmp_path / "paper").mkdir()
-    (tmp_path / "paper" / "training.json").write_text("{}")
+    asked = {"recipe": "paper", "dolly": "d.jsonl", "prompts": 180, "epochs": 10.0}
+    (tmp_path / "paper" / "training.json").write_text(json.dumps({"asked": asked}))
     recipes = ["--recipes", "paper", "ours, without rank"]
     module.main(["--dolly", "d.jsonl", *recipes, "--run-dir", str(tmp_path), "--fewshot", "folder"])
     assert [call[0] for call in calls] == ["train_embedded.py", "scorers.py", "fewshot.py"]
@@ -278,3 +279,92 @@ def test_labels_are_summed_each_over_its_mean_and_averaged_over_neighbours():
     plain = [0.5, 1.5, 1.0 + 4.0, 1.0]
     wanted = [sum(plain[:2]) / 2, sum(plain[:3]) / 3, sum(plain[1:]) / 3, sum(plain[2:]) / 2]
     assert joined["layer_4"] == pytest.approx(wanted)
+
+
+@pytest.fixture
+def other_folder(tiny_model, tiny_tokenizer, tmp_path):
+    """A model of the same shape with other weights, under the same folder name as `model_folder`'s would have."""
+    torch = pytest.importorskip("torch")
+    model = tiny_model(max_position_embeddings=2048)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02)
+    model.save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+RUNS = {
+    "latency": ["run", "--lengths", "64", "--new-tokens", "2", "--presets", "keep09", "--repeats", "1"],
+    "scorers": ["--prompts", "1", "--oracle-prompts", "0", "--lengths", "128", "--cells", "text", "--settings", "r=0.9",
+                "--recency-weight", "1"],
+    "labels": ["--cells", "text", "--samples", "1", "--prompt-tokens", "64", "--layers", "4", "--labels", "removal"],
+    "schedules": ["first", "--scorer", "attention", "--cells", "text", "--samples", "1", "--prompt-tokens", "128",
+                  "--ratios", "0.8"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_rows_of_another_model_end_every_benchmark_before_it_measures(model_folder, other_folder, tmp_path, name):
+    """The second run measured nothing and reported the first model's figures as its own."""
+    main, where = command(name), ["--out" if name == "latency" else "--run-dir", str(tmp_path / "rows")]
+    main([*RUNS[name], "--model", str(model_folder), *where])
+    (path,) = (tmp_path / "rows").glob("*.jsonl")
+    before = path.read_bytes()
+    with pytest.raises(OtherProvenance, match=rf"{path.name} holds rows made with model=.*weights_fingerprint"):
+        main([*RUNS[name], "--model", str(other_folder), *where])
+    if name != "latency":
+        with pytest.raises(OtherProvenance, match="seed=0"):
+            main([*RUNS[name], "--model", str(model_folder), "--seed", "5", *where])
+    assert path.read_bytes() == before
+
+
+def test_another_size_of_the_gold_checks_blocks_is_refused(model_folder, tmp_path):
+    arguments = [*RUNS["labels"], "--model", str(model_folder), "--run-dir", str(tmp_path), "--presets"]
+    command("labels")(arguments)
+    with pytest.raises(OtherProvenance, match="block_tokens=16"):
+        command("labels")([*arguments, "--block-tokens", "8"])
+
+
+def test_a_blend_is_never_chosen_from_rows_of_other_pruners(model_folder, tiny_model, tmp_path, monkeypatch):
+    from sdtp_lib import TokenPruners
+
+    module, model = script("tune_blend"), tiny_model()
+    monkeypatch.setattr(module, "GROUPS", {"text": ("text",)})
+    layers = tuple(range(4, 6, 3))
+    for name in ("a", "b"):
+        TokenPruners.for_model(model, layers, features=("hidden",)).save_pretrained(tmp_path / name)
+    arguments = ["--model", str(model_folder), "--presets", "keep08", "--prompt-tokens", "128", "--samples", "1",
+                 "--learned", "1", "--smoothing", "1", "--run-dir", str(tmp_path / "rows")]  # fmt: skip
+    module.main([str(tmp_path / "a"), *arguments])
+    before = (tmp_path / "b" / "config.json").read_bytes()
+    with pytest.raises(OtherProvenance, match="blend.jsonl holds rows of .* that were made by TokenPruners"):
+        module.main([str(tmp_path / "b"), *arguments])
+    assert (tmp_path / "b" / "config.json").read_bytes() == before
+    with pytest.raises(OtherProvenance, match="sample_hash|seed"):
+        module.main([str(tmp_path / "a"), *arguments, "--seed", "8"])
+
+
+def test_latency_loads_one_model_for_weights_and_tokenizer(model_folder, tmp_path, monkeypatch):
+    """Its tokenizer came from a second whole model."""
+    import sdtp_lib.models
+
+    loaded, load = [], sdtp_lib.models.load_model
+    counted = lambda *arguments, **options: loaded.append(arguments) or load(*arguments, **options)  # noqa: E731
+    monkeypatch.setattr(sdtp_lib.models, "load_model", counted)
+    monkeypatch.setattr("sdtp_lib.load_model", counted, raising=False)
+    where = ["--model", str(model_folder), "--repeats", "1", "--out", str(tmp_path)]
+    assert command("latency")(["quality", *where, "--samples", "1", "--prompt-tokens", "160"]) == 0
+    assert len(loaded) == 1
+
+
+def test_pruners_trained_on_other_data_are_not_taken_for_an_ablations_own(tmp_path, monkeypatch):
+    module = script("ablations")
+    monkeypatch.setattr(module, "call", lambda *arguments: None)
+    (tmp_path / "paper").mkdir()
+    asked = {"recipe": "paper", "dolly": "d.jsonl", "prompts": 180, "epochs": 10.0}
+    (tmp_path / "paper" / "training.json").write_text(json.dumps({"asked": asked}))
+    arguments = ["--dolly", "d.jsonl", "--recipes", "paper", "--run-dir", str(tmp_path)]
+    module.main(arguments)
+    with pytest.raises(SystemExit, match=r"paper holds pruners trained with epochs 10.0 \(asked: 3.0\): give this run"):
+        module.main([*arguments, "--epochs", "3"])

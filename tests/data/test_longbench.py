@@ -184,3 +184,38 @@ def test_the_real_multi_news_file_is_read_and_scored():
     records = read_records(shared_data() / "longbench", "multi_news")
     assert len(records) == 200
     assert score(records[0], records[0]["answers"][0]) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"<!DOCTYPE html><html>Sign in</html>", "is no zip archive; it is a web page, saved where the download"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is no zip archive; it is a git-lfs pointer"),
+        (b"", "is no zip archive; the file is empty"),
+        (b"PK\x03\x04 cut off", "is no zip archive; the official data.zip"),
+    ],
+)
+def test_an_archive_that_is_something_else_is_refused_with_what_it_is(tmp_path, content, told):
+    (tmp_path / "data.zip").write_bytes(content)
+    with pytest.raises(OSError, match=f"data.zip {told}"):
+        read_records(tmp_path / "data.zip", "multi_news")
+
+
+def test_a_damaged_member_of_the_archive_is_named(tmp_path):
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data/multi_news.jsonl", json.dumps(a_record()) + "\n")
+    content = bytearray(path.read_bytes())
+    at = content.index(b'"context"')
+    content[at + 1] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(OSError, match="multi_news.jsonl in data.zip is damaged"):
+        read_records(path, "multi_news")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
+    content = b"\xef\xbb\xbf" + json.dumps(a_record()).encode() + b"\n"
+    (tmp_path / "multi_news.jsonl").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("multi_news.jsonl", content)
+    assert read_records(tmp_path, "multi_news") == read_records(tmp_path / "data.zip", "multi_news") == [a_record()]

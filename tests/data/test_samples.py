@@ -104,3 +104,23 @@ def test_documents_are_split_by_name_and_windows_do_not_overlap(tiny_tokenizer):
     assert all(len(w["prompt_ids"]) == 80 and len(w["response_ids"]) == 16 for w in windows)
     assert all(int(window["id"].split("@")[1]) % 96 == 0 for window in windows)
     assert len(text_windows(documents, tiny_tokenizer, prompt_tokens=80, continuation_tokens=16, limit=999)) < 20
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path, jsonl):
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + jsonl.read_bytes())
+    assert load_instructions(marked) == load_instructions(jsonl)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"<html>Sign in</html>", "line 1 is not JSON: .*; it is a web page"),
+        ('{"instruction": "a"}'.encode("utf-16"), "is not UTF-8 text"),
+        (b"[1, 2]\n", "line 1 is not an object"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named_with_what_it_holds(tmp_path, content, told):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"bad.jsonl,? {told}"):
+        load_instructions(tmp_path / "bad.jsonl")

@@ -24,7 +24,7 @@ from sdtp_lib.evaluation.tables import (
     scorer_summary,
     wide_table,
 )
-from sdtp_lib.records import RowWriter, read_frame, read_rows
+from sdtp_lib.records import OtherProvenance, RowWriter, read_frame, read_rows
 
 CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.6, min_local_tokens=4)
 VARIANTS = [Variant(FULL), Variant("recency", CONFIG, scorers.recency()), Variant("all", CONFIG.replace(keep_ratio=1.0),
@@ -244,3 +244,20 @@ def test_a_wide_table_counts_the_items_of_oracles_apart():
 def test_markdown_marks_the_lowest_and_shows_missing_values_as_a_dash():
     frame = pandas.DataFrame({"name": ["a|b", "c"], "kl": [0.25, float("nan")]})
     assert markdown(frame, bold_lowest=["kl"]) == "| name | kl |\n| --- | --- |\n| a\\|b | **0.250** |\n| c | - |"
+
+
+def test_answers_of_another_scorer_or_prompt_are_refused_and_failures_tried_again(tiny_model, tiny_tokenizer, tmp_path):
+    path, short = tmp_path / "rows.jsonl", tiny_model(max_position_embeddings=64)
+
+    def answer(model, item, scorer=None):
+        with RowWriter(path, {}) as writer:
+            variants = [Variant("learned keep09", CONFIG, scorer or scorers.recency())]
+            run_items(model, tiny_tokenizer, [item], variants, writer)
+        return [row["kind"] for row in read_rows(path)]
+
+    assert answer(short, an_item(0, tokens=80)) == ["failure"]
+    assert answer(tiny_model(), an_item(0, tokens=80)) == ["item"]
+    with pytest.raises(OtherProvenance, match="rows of 'learned keep09' that were made by Recency"):
+        answer(tiny_model(), an_item(0, tokens=80), scorers.random())
+    with pytest.raises(OtherProvenance, match="row 'multi_news|i0|learned keep09': holds rows made with sample_hash"):
+        answer(tiny_model(), an_item(0, tokens=60))

@@ -14,7 +14,7 @@ from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence, m
 from sdtp_lib.evaluation.methods import Method, baseline_methods, one_layer_config, oracle_methods
 from sdtp_lib.evaluation.statistics import agreement, paired_bootstrap, perplexity
 from sdtp_lib.model_shape import ModelShape
-from sdtp_lib.records import RowWriter, read_rows
+from sdtp_lib.records import OtherProvenance, RowWriter, read_rows
 
 CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.5, min_local_tokens=4)
 
@@ -132,3 +132,39 @@ def test_agreement_is_one_for_the_same_order_and_counts_the_best_that_are_found(
         agreement([1.0], label, 0.5)
     with pytest.raises(ValueError, match="share=1"):
         agreement(label, label, 1)
+
+
+def test_a_comparison_refuses_rows_of_another_scorer_prompt_or_budget_of_the_same_name(model, tmp_path):
+    """``--prompt-tokens`` was in no key: a run at another length measured nothing and averaged the old rows."""
+    path = tmp_path / "rows.jsonl"
+
+    def compare(sample, config, scorer):
+        with RowWriter(path, {}) as writer:
+            compare_scorers(model, [sample], {"half": config}, [Method("random", scorer)], writer, cell="text")
+        return len(read_rows(path))
+
+    assert compare(a_sample(), CONFIG, scorers.random(0)) == compare(a_sample(), CONFIG, scorers.random(0)) == 1
+    with pytest.raises(OtherProvenance, match="rows of 'random' that were made by Random.*seed=0"):
+        compare(a_sample(), CONFIG, scorers.random(1))
+    with pytest.raises(OtherProvenance, match="sample_hash"):
+        compare(a_sample(tokens=80), CONFIG, scorers.random(0))
+    with pytest.raises(OtherProvenance, match="config_hash"):
+        compare(a_sample(), CONFIG.replace(keep_ratio=0.6), scorers.random(0))
+    assert len(read_rows(path)) == 1
+
+
+def test_a_method_that_failed_is_measured_again_by_the_next_run(model, tmp_path):
+    calls = []
+
+    def fails_once(stage):
+        calls.append(stage.layer_index)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory, say")
+        return stage.positions.float()
+
+    for kind in ("failure", "scorer", "scorer"):
+        with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
+            methods = [Method("shaky", fails_once)]
+            compare_scorers(model, [a_sample()], {"half": CONFIG}, methods, writer, cell="text")
+        assert [row["kind"] for row in read_rows(tmp_path / "rows.jsonl")] == [kind]
+    assert len(calls) == 3, "failed at the first stage, then two stages, then nothing"

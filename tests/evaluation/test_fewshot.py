@@ -13,7 +13,7 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.fewshot import TASKS, _gold, local_task, run_task
 from sdtp_lib.evaluation.tables import fewshot_table
 from sdtp_lib.harness import SDTPLM
-from sdtp_lib.records import RowWriter, read_frame, read_rows
+from sdtp_lib.records import OtherProvenance, RowWriter, read_frame, read_rows
 
 ROWS = {
     "copa": {"premise": "It rained.", "choice1": "It got wet.", "choice2": "Dry.", "question": "effect", "label": 1},
@@ -88,3 +88,19 @@ def test_missing_files_and_unknown_tasks_are_named(tmp_path):
         local_task("copa", tmp_path)
     with pytest.raises(ValueError, match="task='coppa'"):
         local_task("coppa", tmp_path)
+
+
+def test_another_number_of_shots_is_another_prompt_and_refused(folder, tiny_model, tiny_tokenizer, tmp_path):
+    shared = {"pretrained": tiny_model(max_position_embeddings=2048), "tokenizer": tiny_tokenizer, "batch_size": 1}
+    models = {"full": SDTPLM(**shared)}
+    with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
+        run_task(local_task("boolq", folder, shots=2), models, writer, limit=1)
+        with pytest.raises(OtherProvenance, match="sample_hash"):
+            run_task(local_task("boolq", folder, shots=3), models, writer, limit=1)
+
+
+def test_a_byte_order_mark_does_not_hide_the_first_row(folder, tmp_path):
+    for split in ("train", "validation"):
+        text = (folder / f"copa.{split}.jsonl").read_bytes()
+        (tmp_path / f"copa.{split}.jsonl").write_bytes(b"\xef\xbb\xbf" + text)
+    assert len(list(local_task("copa", tmp_path, shots=2).validation_docs())) == 6

@@ -14,7 +14,7 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.latency import methods
 from sdtp_lib.latency import report as latency_report
 from sdtp_lib.latency import run as latency_run
-from sdtp_lib.records import RowWriter, read_rows
+from sdtp_lib.records import OtherProvenance, RowWriter, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -266,3 +266,32 @@ def test_the_benchmark_runs_on_the_embedded_model(tmp_path):
     rows = read_rows(tmp_path / "latency.jsonl")
     assert len(rows) == 1 + 1 + 3 + 5
     assert {r["status"] for r in rows} == {"ok"} and {r["weights"] for r in rows} == {"Q4_1, dequantised"}
+
+
+def test_times_of_another_scorer_are_refused_and_memory_that_ran_out_is_tried_by_the_next_run(model, tmp_path):
+    path, roomy = tmp_path / "rows.jsonl", []
+
+    class Session:
+        """A prefill that fits once there is room."""
+
+        def __enter__(self):
+            if not roomy:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return stages(model)[0].open(model).__enter__()
+
+        def __exit__(self, *exception):
+            return False
+
+    greedy = methods.Method("greedy", "greedy", lambda model: Session(), None, lambda tokens: [[tokens] * 6])
+
+    def run(*found):
+        with RowWriter(path, {}) as writer:
+            latency_run.run(model, writer, lambda tokens: [*stages(model), *found], [64], new_tokens=2, repeats=1)
+        return {row["method"]: row["status"] for row in read_rows(path)}
+
+    assert run(greedy)["greedy"] == "out of memory"
+    roomy.append(True)
+    assert run(greedy)["greedy"] == "ok" and len(read_rows(path)) == 3
+    other = methods.sdtp(model, PruningConfig((2, 4), 0.7), scorers.random(), "keep07")
+    with pytest.raises(OtherProvenance, match="rows of 'keep07' that were made by Recency"):
+        run(other)

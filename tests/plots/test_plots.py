@@ -322,3 +322,14 @@ def test_a_text_that_is_too_long_says_how_much_is_left_out(ax):
     fates = TokenFates(np.full(40, 3), (1,), 3, np.zeros((1, 40)))
     plots.dropped_text(["word "] * 40, fates, ax=ax, columns=10, max_lines=3)
     assert ax.texts[-1].get_text() == "… 34 more tokens"
+
+
+def test_loss_curves_refuse_a_wanted_term_that_the_log_does_not_hold(ax):
+    """Notebook 02 looked for ``mse``, the log says ``mse_loss``: three curves were missing and nothing failed."""
+    frame = pd.DataFrame({"step": [1, 2], "loss": [3.0, 2.0], "mse_loss": [1.0, 0.5], "rank_loss": [np.nan, np.nan]})
+    plots.loss_curves(frame, ax, terms=["loss", "mse_loss"])
+    assert [line.get_label() for line in ax.lines] == ["loss", "mse_loss"]
+    with pytest.raises(ValueError, match=r"loss_curves needs column\(s\) \['mse'\]: the frame has"):
+        plots.loss_curves(frame, ax, terms=["loss", "mse"])
+    with pytest.raises(ValueError, match="no values of rank_loss"):
+        plots.loss_curves(frame, ax, terms=["loss", "rank_loss"])

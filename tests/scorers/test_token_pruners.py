@@ -269,3 +269,85 @@ def test_with_all_inputs_pruners_stay_below_a_hundredth_of_a_small_models_prefil
     pruners = TokenPruners(576, tuple(range(4, 30, 3)), width=96, features=ALL, attention_heads=9)
     share = pruners.flops_per_token() * 1024 * len(pruners.layers) / prefill_flops(shape, [1024] * 30)
     assert 0.002 < share < 0.01
+
+
+# --- files and dtypes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    TokenPruners(16, (1, 3)).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def with_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("layers", [[1, 3, 5], [1]])
+def test_a_config_that_names_other_stages_than_the_weights_is_refused(saved, layers):
+    """The stage that the weights lacked was loaded as random numbers, other ones each time."""
+    with_config(saved, layers=layers)
+    stage = 5 if 5 in layers else 3
+    with pytest.raises(OSError, match=rf"model.safetensors does not fit config.json at stage\(s\) {stage}; write both"):
+        TokenPruners.from_pretrained(saved)
+
+
+def test_a_folder_that_holds_no_pruners_is_refused_by_what_it_lacks(saved, tmp_path):
+    with pytest.raises(OSError, match="nowhere': there is no such folder"):
+        TokenPruners.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="it lacks config.json and model.safetensors"):
+        TokenPruners.from_pretrained(tmp_path / "empty")
+    (saved / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(OSError, match=r"Cannot load pruners from .*: write it again with save_pretrained"):
+        TokenPruners.from_pretrained(saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="it lacks model.safetensors"):
+        TokenPruners.from_pretrained(saved)
+
+
+def test_pruners_of_the_hub_say_what_helps_against_the_cause():
+    with pytest.raises(OSError, match=r"Cannot load pruners from 'someone/pruners' \(.*\): unset HF_HUB_OFFLINE"):
+        TokenPruners.from_pretrained("someone/pruners")
+
+
+def test_a_wrong_field_of_a_saved_config_names_the_field(saved):
+    with_config(saved, head="sore")
+    with pytest.raises(ValueError, match="head='sore' is unknown"):
+        TokenPruners.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("features", [("hidden",), ALL])
+def test_pruners_of_another_dtype_score_as_before_within_its_rounding(dtype, features):
+    """``pruners.to(torch.bfloat16)`` ended in "mat1 and mat2 must have the same dtype"."""
+    pruners = pruners_with(features).requires_grad_(False)
+    paid = paid_attention() if "attention" in features else None
+    before = pruners.score(1, *inputs(), paid)
+    after = pruners.to(dtype).score(1, *inputs(), paid)
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after, before, atol=0.05, rtol=0.05)
+
+
+def test_pruners_serve_a_model_whose_embedding_is_offloaded(tiny_model):
+    accelerate = pytest.importorskip("accelerate")
+    model, config = tiny_model(), PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4)
+    pruners = TokenPruners.for_model(model, config.layers)
+    ids = torch.arange(3, 67)[None]
+    with torch.no_grad(), token_pruning(model, config, pruners) as trace:
+        model(input_ids=ids)
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad(), token_pruning(offloaded, config, pruners) as again:
+        offloaded(input_ids=ids)
+    assert torch.equal(again.kept_positions[3], trace.kept_positions[3])
+
+
+def test_pruners_are_told_apart_by_weights_and_settings_and_keep_their_identity_on_disk(saved):
+    first = TokenPruners.from_pretrained(saved)
+    assert TokenPruners.from_pretrained(saved).identity == first.identity
+    assert TokenPruners.from_pretrained(saved, blend={"recency": 1.0}).identity != first.identity
+    with torch.no_grad():
+        first.stages["1"].out.bias.add_(1.0)
+    assert TokenPruners.from_pretrained(saved).identity != first.identity

@@ -329,3 +329,18 @@ def test_the_config_is_plain_json():
     values = TrainingConfig().to_dict()
     assert TrainingConfig(**values) == TrainingConfig()
     assert math.isclose(values["keep_ratios"][0], 0.6)
+
+
+def test_the_log_has_every_loss_with_a_weight_under_the_name_that_the_figure_asks_for(tiny_model, labelled, tmp_path):
+    config = QUICK.replace(epochs=1, drop_weight=1.0)
+    pruners = train_pruners(tiny_model(), labelled, config, output_dir=tmp_path, progress=False)
+    wanted = {"loss", *(f"{name}_loss" for name, weight in config.weights().items() if weight)}
+    assert wanted == {"loss", "mse_loss", "rank_loss", "drop_loss"}
+    assert all(wanted <= set(entry) for entry in pruners.history if "loss" in entry)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_mixed_precision_on_a_cpu_is_refused_before_any_label_is_made(tiny_model, tmp_path, kind):
+    with pytest.raises(ValueError, match=f"mixed_precision='{kind}' needs a GPU, and the model is on the CPU"):
+        train_pruners(tiny_model(), [{"id": "never read"}], QUICK.replace(mixed_precision=kind), output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
