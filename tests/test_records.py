@@ -219,8 +219,8 @@ def test_the_project_root_can_be_named(tmp_path, monkeypatch):
 
 ORIGIN = {
     "utc": "2026-01-01T00:00:00+00:00", "commit": "aaa", "torch": "2.13.0", "model": "embedded",
-    "weights": "as published", "weights_fingerprint": "0123", "dtype": "float32", "device": "cuda:0", "device_name": "NVIDIA H100",
-    "attn_implementation": "sdpa", "seed": 0, "threads": 2, "pruning_keep_ratio": 0.9,
+    "weights": "as published", "weights_fingerprint": "0123", "dtype": "float32", "device": "cuda:0",
+    "device_name": "NVIDIA H100", "attn_implementation": "sdpa", "seed": 0, "threads": 2, "pruning_keep_ratio": 0.9,
 }  # fmt: skip
 
 
@@ -342,7 +342,7 @@ def test_the_passport_tells_models_of_one_name_apart_by_their_weights(tiny_model
     before = passport(model, model_name="same", seed=0)
     assert before["weights"] == "as published" and before["device_name"] is None
     assert passport(model, model_name="same", seed=0)["weights_fingerprint"] == before["weights_fingerprint"]
-    model.model.layers[0].self_attn.q_proj.weight.data.add_(0.5)
+    model.model.layers[3].mlp.up_proj.weight.data.add_(0.5)
     assert passport(model, model_name="same", seed=0)["weights_fingerprint"] != before["weights_fingerprint"]
 
 
