@@ -82,9 +82,10 @@ def main(arguments: list[str] | None = None) -> None:
         rows = read_frame(writer.path)
     rows = rows[(rows.kind == "scorer") & rows.scorer.isin([method.name for method in methods])]
     table = rows.pivot_table(index="scorer", columns=["setting", "cell"], values="kl_nats", aggfunc="mean")
-    table["geometric mean"] = table.map(math.log).mean(axis=1).map(math.exp)
-    print(table.sort_values("geometric mean").round(4).to_string())
-    best = json.loads(table["geometric mean"].idxmin())
+    means = table.map(math.log).mean(axis=1).map(math.exp)
+    table["geometric mean", ""] = means
+    print(table.loc[means.sort_values().index].round(4).to_string())
+    best = json.loads(means.idxmin())
     print(f"best at {', '.join(options.presets)}: {best}")
     if not options.dry_run:
         write_blend(options.pruners, best)
