@@ -6,11 +6,12 @@ Importing this package loads neither torch nor transformers: each public name is
     architectures/  the one door to transformers' internals        budget      tokens, FLOPs, bytes: pure counting
     scorers/        all that scores tokens                         model_shape the sizes that decide cost
     training/       from samples to token pruners                  models      load_model
-    data/           what is trained and measured on                records     result rows
-    evaluation/     what it costs in quality                       provenance  where a number comes from
-    latency/        what it saves                                  processes   one run shared among processes
-    plots/ views/   pictures, HTML                                 paper       what the paper prints, ours beside it
-    explorer/       the sliders                                    harness     SDTPLM: lm-eval with pruned prompts
+    data/           what is trained and measured on                load_failures  why a load failed, what helps
+    evaluation/     what it costs in quality                       records     result rows
+    latency/        what it saves                                  files       files written whole, locks
+    plots/ views/   pictures, HTML                                 provenance  where a number comes from
+    explorer/       the sliders                                    processes   one run shared among processes
+    paper           what the paper prints, ours beside it          harness     SDTPLM: lm-eval with pruned prompts
 """
 
 from __future__ import annotations

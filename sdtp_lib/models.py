@@ -7,7 +7,6 @@ dequantised once to float32 safetensors in the user's cache directory, so a late
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -115,25 +114,6 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval().requires_grad_(False), tokenizer
-
-
-def weights_note(model: Any) -> str:
-    """What a result row says of the weights: ``"Q4_1, dequantised"`` (the embedded model) or ``"as published"``."""
-    return getattr(model.config, "weights_note", None) or "as published"
-
-
-def fingerprint(model: Any) -> str:
-    """A short hash of some numbers of every matrix, so that a change of one of them tells; adapters are matrices too.
-
-    The same in float32 and bfloat16: values are rounded to bfloat16 first.
-    """
-    digest = hashlib.sha256()
-    matrices = sorted((name, p) for name, p in model.named_parameters() if p.ndim == 2 and p.device.type != "meta")
-    for name, parameter in matrices:
-        rows = parameter.detach()[:: max(1, len(parameter) // 4)]  # spread: a vocabulary's first tokens are seldom used
-        sample = rows[:4, :64].to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def cache_directory() -> Path:

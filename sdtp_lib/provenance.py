@@ -15,6 +15,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,6 @@ def passport(
         **settings,
     }
     if hasattr(model, "named_parameters"):
-        from sdtp_lib.models import fingerprint, weights_note
-
         fields |= {"weights": weights or weights_note(model), "weights_fingerprint": fingerprint(model)}
     if config is not None:
         fields |= {f"pruning_{field}": value for field, value in config.to_dict().items()}
@@ -118,6 +117,29 @@ def identity(fields: Mapping[str, Any]) -> dict[str, Any]:
     if same.get("device"):
         same["device"] = str(same["device"]).partition(":")[0]
     return same
+
+
+def weights_note(model: Any) -> str:
+    """What a result row says of the weights: ``"Q4_1, dequantised"`` (the embedded model) or ``"as published"``."""
+    return getattr(model.config, "weights_note", None) or "as published"
+
+
+def fingerprint(model: Any) -> str:
+    """A short hash of some numbers of every matrix, so that a change of one of them tells; adapters are matrices too.
+
+    The same in float32 and bfloat16: values are rounded to bfloat16 first. Offloaded weights (``meta``) are left out.
+    """
+    import numpy
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim == 2 and parameter.device.type != "meta":
+            # Rows from all over: the first tokens of a vocabulary are seldom trained.
+            rows = parameter.detach()[:: max(1, len(parameter) // 4)][:4, :64]
+            bits = rows.float().cpu().contiguous().numpy().view(numpy.uint32)
+            halves = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to the nearest bfloat16, ties to even
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + halves.astype(numpy.uint16).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def scorer_id(scorer: Any) -> str | None:
@@ -164,8 +186,7 @@ def _device_name(model: Any) -> str | None:
     """The kind of GPU: times of two kinds do not belong into one file, though both are ``cuda``."""
     if getattr(getattr(model, "device", None), "type", None) != "cuda":
         return None
-    import torch
-
+    torch = sys.modules["torch"]  # there, since the model is; this module imports none
     return torch.cuda.get_device_name(model.device)
 
 

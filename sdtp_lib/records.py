@@ -9,18 +9,14 @@ writer on one file is refused. Knows no torch and no model; what a row says of i
 from __future__ import annotations
 
 import codecs
-import contextlib
-import fcntl
 import json
-import math
 import os
-import socket
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtp_lib.files import atomic_write, lock_path, plain, take_lock, write_json
 from sdtp_lib.provenance import commit, content_id, identity, passport, project_root, scorer_id
 
 if TYPE_CHECKING:
@@ -81,7 +77,7 @@ class RowWriter:
 
     def __enter__(self) -> RowWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(self.path)
+        self._lock = take_lock(self.path)
         try:
             _mend_last_line(self.path)
             for path in [self.path] if self._beside is None else [Path(self._beside), self.path]:
@@ -128,7 +124,7 @@ class RowWriter:
         """
         row = self._done.get(key)
         if row is not None:
-            wanted = {name: _plain(name, value) for name, value in made_from.items()}
+            wanted = {name: plain(name, value) for name, value in made_from.items()}
             _refuse_other(f"{self.path.name}, row {key!r}:", [row], wanted)
         return row is not None
 
@@ -181,7 +177,7 @@ class RowWriter:
         if owned:
             raise ValueError(f"field(s) {owned} belong to the passport of {self.path.name}: give them other names.")
         row = {"schema_version": SCHEMA_VERSION, "key": key, "kind": kind, **self._passport, **fields}
-        return self._append({name: _plain(name, value) for name, value in row.items()})
+        return self._append({name: plain(name, value) for name, value in row.items()})
 
     def _append(self, row: dict[str, Any]) -> dict[str, Any]:
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -257,67 +253,6 @@ def join_rows(
                 other.unlink()
 
 
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path in the same folder and with the same suffix, which becomes ``path`` if the body succeeds.
-
-    Whoever reads ``path`` sees the old content or the new, never half of it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    # mkstemp makes files for their owner alone; results follow the user's umask like everything else.
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write ``content`` as indented JSON, atomically; values as in `RowWriter.add`."""
-    text = json.dumps(_plain("content", content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def lock_path(path: str | os.PathLike[str]) -> Path:
-    """The lock file of a row file."""
-    path = Path(path)
-    return path.with_name(path.name + ".lock")
-
-
-def _take_lock(path: Path) -> int:
-    """An open descriptor that holds the lock; the kernel lets go of it when the process dies, however it dies."""
-    lock = lock_path(path)
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise RuntimeError(
-                f"{path.name} is being written by {owner}: wait for it, or give this run a folder of its own."
-            ) from None
-        try:
-            ours = os.fstat(descriptor).st_ino == os.stat(lock).st_ino
-        except FileNotFoundError:
-            ours = False
-        if ours:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            return descriptor
-        os.close(descriptor)
-
-
 def _mend_last_line(path: Path) -> None:
     """Give a whole last line its newline and cut a half-written one off, so that appending starts on a fresh line."""
     if not path.exists():
@@ -345,7 +280,7 @@ def _scorer_name(row: Mapping[str, Any]) -> str:
 
 def _refuse_other(what: str, rows: Iterable[Mapping[str, Any]], wanted: Mapping[str, Any]) -> None:
     """Refuse rows that do not agree with ``wanted``, or that are too old to say; ``what`` names them."""
-    wanted = {name: _plain(name, value) for name, value in wanted.items()}
+    wanted = {name: plain(name, value) for name, value in wanted.items()}
     for row in rows:
         there = identity(row)
         silent = [name for name in wanted if name not in there]
@@ -366,24 +301,3 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
-
-
-def _plain(name: str, value: Any) -> Any:
-    """``value`` in JSON's types."""
-    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
-        value = value.tolist()
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        if math.isinf(value):
-            raise ValueError(f"{name}={value} cannot be stored: a row holds finite numbers, or NaN for a missing one.")
-        return None if math.isnan(value) else value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(f"{name}.{key}", item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(name, item) for item in value]
-    if isinstance(value, os.PathLike):
-        path = Path(value)
-        root = project_root()
-        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-    raise ValueError(f"{name} is a {type(value).__name__}, which a row cannot hold: give numbers, strings or lists.")

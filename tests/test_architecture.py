@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sdtp_lib"
 
 # From the ground up. A part is a folder, or a module beside the folders; it may import parts of lower floors only.
 FLOORS = (
-    {"layer_shape"},
-    {"provenance", "models", "model_shape", "config"},
+    {"layer_shape", "provenance", "load_failures"},
+    {"models", "model_shape", "config", "files"},
     {"records", "budget", "architectures"},
     {"data", "pruning", "processes"},
     {"scorers"},
@@ -44,9 +44,10 @@ INSIDE = {
                 {"methods"}, {"run"}),
 }  # fmt: skip
 # Modules that stay in the dark on purpose: what they must never import, at any depth of function.
-NO_TORCH = {"provenance", "records", "config", "budget", "layer_shape", "model_shape", "paper", "plots", "views",
-            "training.config", "pruning.token_fates", "latency.cost_model", "explorer.state", "explorer.live_html",
-            "explorer.export", "explorer.widgets"}  # fmt: skip
+NO_TORCH = {"provenance", "load_failures", "files", "records", "config", "budget", "layer_shape",
+            "model_shape", "paper", "plots", "views", "training.config", "pruning.token_fates",
+            "latency.cost_model", "explorer.state", "explorer.live_html", "explorer.export",
+            "explorer.widgets"}  # fmt: skip
 # `ModelShape.from_config` builds the model that it counts, which nobody but its caller asks for.
 TORCH_ON_CALL = {"model_shape"}
 NEVER = {

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdtp_lib import models
-from sdtp_lib.models import cache_directory, fingerprint, load_model, weights_note
+from sdtp_lib.models import cache_directory, load_model
+from sdtp_lib.provenance import fingerprint, weights_note
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from sdtp_lib.architectures.attention_weights import attention_looked_back_at
 from sdtp_lib.architectures.layers import layer_inputs
-from sdtp_lib.models import cache_directory, fingerprint
+from sdtp_lib.models import cache_directory
+from sdtp_lib.provenance import fingerprint
 from sdtp_lib.pruning.stage import ASKING_TOKENS, looked_back
 from sdtp_lib.records import atomic_write
 from sdtp_lib.training.labels import LABELS, LOSS_ON, saliency_of
