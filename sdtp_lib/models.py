@@ -125,6 +125,31 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def adapters_fingerprint(model: Any) -> str | None:
+    """A short hash of the PEFT adapters at work in ``model``, names and weights; None where none is."""
+    digest, found = hashlib.sha256(), False
+    for module_name, module in model.named_modules():
+        # What PEFT's tuner layers (LoRA and its kin) have in common; their adapters may be switched off or merged.
+        holders = getattr(module, "adapter_layer_names", None)
+        if holders is None or (getattr(module, "disable_adapters", False) and not getattr(module, "merged", False)):
+            continue
+        for adapter in getattr(module, "active_adapters", ()):
+            for holder in holders:
+                parts = getattr(module, holder, {})
+                if adapter not in parts:
+                    continue
+                found = True
+                part = parts[adapter]
+                tensors = [part] if torch.is_tensor(part) else list(part.parameters())
+                scale = getattr(module, "scaling", {})
+                scale = scale.get(adapter) if isinstance(scale, dict) else scale
+                digest.update(f"{module_name} {holder} {adapter} {scale}".encode())
+                for tensor in tensors:
+                    values = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+                    digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16] if found else None
+
+
 def cache_directory() -> Path:
     """Where converted models live: ``$SDTP_CACHE``, else ``$XDG_CACHE_HOME/sdtp``, else ``~/.cache/sdtp``."""
     if own := os.environ.get("SDTP_CACHE"):
