@@ -129,17 +129,45 @@ def fingerprint(model: Any) -> str:
 
     The same in float32 and bfloat16: values are rounded to bfloat16 first. Offloaded weights (``meta``) are left out.
     """
-    import numpy
-
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 2 and parameter.device.type != "meta":
             # Rows from all over: the first tokens of a vocabulary are seldom trained.
             rows = parameter.detach()[:: max(1, len(parameter) // 4)][:4, :64]
-            bits = rows.float().cpu().contiguous().numpy().view(numpy.uint32)
-            halves = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to the nearest bfloat16, ties to even
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + halves.astype(numpy.uint16).tobytes())
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + _bfloat16_bytes(rows))
     return digest.hexdigest()[:16]
+
+
+def _bfloat16_bytes(tensor: Any) -> bytes:
+    import numpy
+
+    bits = tensor.detach().float().cpu().contiguous().numpy().view(numpy.uint32)
+    halves = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to the nearest bfloat16, ties to even
+    return halves.astype(numpy.uint16).tobytes()
+
+
+def adapters_fingerprint(model: Any) -> str | None:
+    """A short hash of the PEFT adapters at work in ``model``, names and weights; None where none is."""
+    digest, found = hashlib.sha256(), False
+    for module_name, module in model.named_modules():
+        # What PEFT's tuner layers (LoRA and its kin) have in common; their adapters may be switched off or merged.
+        holders = getattr(module, "adapter_layer_names", None)
+        if holders is None or (getattr(module, "disable_adapters", False) and not getattr(module, "merged", False)):
+            continue
+        for adapter in getattr(module, "active_adapters", ()):
+            for holder in holders:
+                parts = getattr(module, holder, {})
+                if adapter not in parts:
+                    continue
+                found = True
+                part = parts[adapter]
+                tensors = list(part.parameters()) if hasattr(part, "parameters") else [part]
+                scale = getattr(module, "scaling", {})
+                scale = scale.get(adapter) if isinstance(scale, dict) else scale
+                digest.update(f"{module_name} {holder} {adapter} {scale}".encode())
+                for tensor in tensors:
+                    digest.update(_bfloat16_bytes(tensor))
+    return digest.hexdigest()[:16] if found else None
 
 
 def scorer_id(scorer: Any) -> str | None:

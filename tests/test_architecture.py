@@ -30,7 +30,8 @@ FLOORS = (
 )
 # The same within a folder, module by module. Its `__init__` stands on top and imports nothing from outside.
 INSIDE = {
-    "architectures": ({"caches", "masks", "unsupported"}, {"layers"}, {"attention_bias"}, {"attention_weights"}),
+    "architectures": ({"caches", "masks", "unsupported", "attention_interface"}, {"layers"},
+                      {"bias_probe", "attention_weights"}, {"attention_bias", "attention_readings"}),
     "data": ({"texts"}, {"samples"}, {"tasks", "longbench"}, {"test_sets"}),
     "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard", "pruned_cache"}, {"continuation"},
                 {"prefill"}, {"engine"}),

@@ -1,74 +1,77 @@
-"""Inside one attention layer: a bias on its keys.
+"""Inside attention: a bias on each key, added to the attention scores before the softmax.
 
-Part of the door to transformers' internals (`architectures`). A name of our own enters transformers' attention
-registries on entry and leaves on exit; the functions of transformers stay as they are. Axes: B batch, T tokens,
-H heads, G key/value heads, w queries, D hidden size.
+Part of the door to transformers' internals (`architectures`). Knows two ways in, and neither which one a family needs
+nor why anyone asks: `bias_route` tries them on the model itself and takes the first that proves right.
+
+- ``keys``: sdpa, with the bias as one more dimension of the keys. No T x T tensor.
+- ``mask``: eager attention, with the bias added to the T x T mask that each layer adds to its scores. Serves families
+  with attention sinks, a soft cap, or an attention function of their own.
+
+Axes: B batch, T tokens, H heads, G key/value heads.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sdtp_lib.architectures.layers import Architecture, describe, layer_signature, named_arguments
+from sdtp_lib.architectures.attention_interface import backend_named, own_attention
+from sdtp_lib.architectures.bias_probe import first_that_proves_right
+from sdtp_lib.architectures.layers import Architecture, attention_module, describe, layer_signature, named_arguments
 from sdtp_lib.config import PruningNotSupported
 
 LOWEST_KEEP = 1e-6  # log(keep) below this adds nothing to the mask and its gradient explodes
-
-
-@contextlib.contextmanager
-def own_attention(config: Any, name: str, function: Callable, mask_like: str) -> Iterator[None]:
-    """Let the layers that read ``config`` use ``function`` for attention; masks are made as for ``mask_like``."""
-    before = config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(name, function)
-    # Without an entry here (in the class-wide table: only that one is looked at) transformers would hand out no mask at
-    # all, and padded batches would be silently wrong.
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[mask_like])
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            registry._global_mapping.pop(name, None)
+BiasOf = Callable[[int, torch.Tensor], torch.Tensor | None]
 
 
 # --- a bias on the keys
 
 
 @contextlib.contextmanager
-def key_bias(model: nn.Module, bias_of: Callable[[int, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """Add a bias to the attention scores of each key, layer by layer, without a T x T matrix.
-
-    Queries get one more dimension (the constant 1 / scale), keys too (the bias), values a zero column, so that
-    ``q'.k' * scale = q.k * scale + bias``; the gradient of that key dimension is the gradient of the bias.
+def key_bias(model: nn.Module, bias_of: BiasOf) -> Iterator[None]:
+    """Add a bias to the attention scores of each key, layer by layer; a bias of 0 leaves the logits as they are.
 
     Parameters
     ----------
     bias_of
-        Called as ``bias_of(layer_index, key)`` with ``key`` (B, G, T, head size); returns the bias (B, T) or
-        (B, G, T) in the graph, or None for a layer without one.
+        Called as ``bias_of(layer_index, key)`` with ``key`` (B, G, T, any), which tells shape, dtype and device;
+        returns the bias (B, T) or (B, G, T) in the graph, or None for a layer without one.
+
+    Raises
+    ------
+    PruningNotSupported
+        Before any compute of the caller's, for models on which no way of adding a bias proves right (`bias_route`).
     """
-    architecture = describe(model)
-    if architecture.model_type == "bloom":
-        with _alibi_bias(architecture, bias_of):
-            yield
-        return
-    if getattr(architecture.config, "attn_logit_softcapping", None):
-        raise PruningNotSupported(
-            f"{architecture.model_type}: attention scores are soft-capped, so a bias cannot enter through the keys: "
-            "use label='gradient_x_hidden', which needs none."
-        )
+    with _ROUTES[bias_route(model)](describe(model), bias_of):
+        yield
+
+
+@contextlib.contextmanager
+def _through_keys(architecture: Architecture, bias_of: BiasOf) -> Iterator[None]:
+    """Queries get one more dimension (the constant 1 / scale), keys too (the bias), values a zero column.
+
+    So ``q'.k' * scale = q.k * scale + bias``, and the gradient of that key dimension is the gradient of the bias.
+    """
     inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    running: dict[str, Any] = {}
+
+    def enter(index: int):
+        def note(*_: Any) -> None:
+            running.clear()
+            running["index"] = index
+
+        return note
 
     def biased(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
-        bias = bias_of(module.layer_idx, key)
+        if "bias" not in running:  # some layers call attention twice: with one and the same bias
+            running["bias"] = bias_of(running["index"], key)
+        bias = running["bias"]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if bias is None:
             return inner(module, query, key, value, attention_mask, scaling=scale, **kwargs)
@@ -79,40 +82,84 @@ def key_bias(model: nn.Module, bias_of: Callable[[int, torch.Tensor], torch.Tens
         # With unequal head sizes sdpa falls back to its T x T kernel.
         value = torch.cat([value, value.new_zeros(*value.shape[:-1], 1)], dim=-1)
         output, weights = inner(module, query, key, value, attention_mask, scaling=scale, **kwargs)
-        return output[..., :-1], weights
+        return output[..., :-1].contiguous(), weights  # as the functions of transformers return it
 
-    with own_attention(architecture.config, f"sdtp_key_bias_{id(biased):x}", biased, "sdpa"):
+    with contextlib.ExitStack() as cleanup:
+        for index, layer in enumerate(architecture.layers):
+            cleanup.callback(layer.register_forward_pre_hook(enter(index)).remove)
+        cleanup.enter_context(own_attention(architecture.config, biased, "sdpa"))
         yield
 
 
 @contextlib.contextmanager
-def _alibi_bias(architecture: Architecture, bias_of: Callable) -> Iterator[None]:
-    """BLOOM: the bias joins alibi, which is already added to the scores of each key."""
-    heads = architecture.config.n_head
+def _through_mask(architecture: Architecture, bias_of: BiasOf) -> Iterator[None]:
+    """Eager attention always gets a mask to add to its scores, sinks and soft caps included: the bias joins it."""
 
-    def hook(index: int, names: tuple[str, ...]):
+    def hook(index: int, layer: nn.Module):
+        names, (heads, groups) = layer_signature(layer), _head_counts(architecture.config, layer)
+
         def add(_module: nn.Module, args: tuple, kwargs: dict[str, Any]):
             arguments = named_arguments(names, args, kwargs)
-            hidden, alibi = arguments.pop("hidden_states"), arguments["alibi"]
-            rows = hidden.shape[0]
-            bias = bias_of(index, hidden.new_empty(rows, heads, alibi.shape[-1], 0))
+            hidden, mask = arguments.pop("hidden_states"), arguments.get("attention_mask")
+            if mask is not None and (not torch.is_tensor(mask) or mask.dim() != 4):
+                shape = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
+                raise PruningNotSupported(f"layer {index} gets an attention_mask of shape {shape}, not (B, 1, T, T).")
+            bias = bias_of(index, hidden.new_empty(hidden.shape[0], groups, hidden.shape[1], 0))
             if bias is None:
                 return None
-            bias = (bias[:, None] if bias.dim() == 2 else bias).expand(rows, heads, -1)
-            arguments["alibi"] = alibi + bias.reshape(rows * heads, 1, -1).to(alibi.dtype)
+            bias = bias[:, None] if bias.dim() == 2 else bias.repeat_interleave(heads // groups, dim=1)
+            bias = bias[:, :, None, :]
+            if mask is not None and mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, torch.finfo(hidden.dtype).min)
+            arguments["attention_mask"] = bias if mask is None else mask + bias.to(mask.dtype)
             return (hidden,), arguments
 
         return add
 
-    handles = [
-        layer.register_forward_pre_hook(hook(index, layer_signature(layer)), with_kwargs=True)
-        for index, layer in enumerate(architecture.layers)
-    ]
-    try:
+    with contextlib.ExitStack() as cleanup:
+        for index, layer in enumerate(architecture.layers):
+            cleanup.callback(layer.register_forward_pre_hook(hook(index, layer), with_kwargs=True).remove)
+        cleanup.enter_context(backend_named(architecture.config, "eager"))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _head_counts(config: Any, layer: nn.Module) -> tuple[int, int]:
+    """H and G of a layer, as far as its attention or the configuration tells; else G = H."""
+    heads = int(config.num_attention_heads)
+    repeated = getattr(attention_module(layer), "num_key_value_groups", None)
+    groups = heads // int(repeated) if repeated else int(getattr(config, "num_key_value_heads", None) or heads)
+    return heads, groups if heads % groups == 0 else heads
+
+
+_ROUTES = {"keys": _through_keys, "mask": _through_mask}
+
+
+# --- which way is right, tried on the model itself
+
+_ROUTE_OF: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str]] = weakref.WeakKeyDictionary()
+
+
+def bias_route(model: nn.Module) -> str:
+    """``"keys"`` or ``"mask"``: the first way of adding a bias that proves right on a short prompt.
+
+    Right is: a bias of 0 changes no logits and has a gradient in every layer; a key under a very low bias is gone (its
+    token no longer matters to those after it); and where the weights are shown, a bias b multiplies a key's odds by
+    exp(b). Tried once per model object, backend and dtype.
+
+    Raises
+    ------
+    PruningNotSupported
+        If neither does, naming what went wrong in each.
+    """
+    architecture = describe(model)
+    known = _ROUTE_OF.setdefault(architecture.stack, {})
+    key = (architecture.backend, model.dtype, architecture.stack.training)
+    if key not in known:
+        known[key] = first_that_proves_right(model, architecture, _ROUTES)
+    return known[key]
+
+
+# --- what biases are for
 
 
 @contextlib.contextmanager

@@ -122,9 +122,7 @@ class ForwardPass:
         return self._cut[id(tables), "table"][1]
 
     def _keys(self, index: int, hidden: torch.Tensor, padded: bool) -> tuple[torch.Tensor | None, bool]:
-        """Columns (B or 1, n) of the unpruned model's keys that layer ``index`` attends to, -1 for padding.
-
-        """
+        """Columns (B or 1, n) of the unpruned model's keys that layer ``index`` attends to, -1 for padding."""
         record, device, seen = self.record, hidden.device, self.seen
         recorded = record.kept[index] if record is not None else None
         new = self.columns if self.kept is None else self.kept.shape[1]

@@ -45,7 +45,19 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class LayerBefore:
-    """What a layer that has just run leaves behind: itself, its keys (B, G, N, d), its last inputs (B, w, D)."""
+    """What a layer that has just run leaves behind.
+
+    Attributes
+    ----------
+    layer : Module
+        That decoder layer.
+    keys : Tensor (B, G, N, d)
+        Its cached keys.
+    last_hidden : Tensor (B, w, D)
+        Its inputs for the last w tokens.
+    mask_rows : Tensor (B or 1, 1 or H, w, N) or None
+        The last w rows of its mask; None where it had none.
+    """
 
     layer: nn.Module
     keys: torch.Tensor
@@ -69,12 +81,12 @@ class Stage:
         0-based position of each token among its row's own prompt tokens, -1 for padding.
     valid : Tensor (B, N) of bool
         False for padding.
-    position_embeddings
-        The (cos, sin) that the layer will be handed, or None where positions enter otherwise.
+    layer_arguments : Mapping
+        All that the layer would be called with for these tokens if none were dropped, by name: its mask (None, or
+        (B or 1, 1 or H, N, N) boolean or additive, or a backend's own form), position tables and ids, alibi. Without
+        the cache.
     prompt_lengths : Tensor (B,) of int64
         Prompt tokens of each row, before any pruning.
-    alibi : Tensor (B * H, 1, N) or None
-        BLOOM's position bias.
     before : Mapping
         The last layers that have run on these very tokens, by index, where their keys are in the cache.
     read : dict
@@ -99,17 +111,17 @@ class Stage:
 
     @property
     def position_embeddings(self) -> Any:
+        """The (cos, sin) that the layer will be handed, or None where positions enter otherwise."""
         return self.layer_arguments.get("position_embeddings")
 
     @property
     def alibi(self) -> torch.Tensor | None:
+        """BLOOM's position bias (B * H, 1, N), or None."""
         return self.layer_arguments.get("alibi")
 
     def attention_from_last(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
-        return attention_from_last(
-            self.layer, self.hidden_states, self.position_embeddings, window, self._hidden_padding, self.alibi
-        )
+        return attention_from_last(self.layer, self.hidden_states, self.layer_arguments, window, self._hidden_padding)
 
     def attention_just_paid(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens paid one layer earlier, from the keys cached there.
@@ -140,7 +152,8 @@ class Stage:
             return None
         if (layer, window) not in self.read:
             last = before.last_hidden[:, -window:]
+            rows = None if before.mask_rows is None else before.mask_rows[:, :, -last.shape[1] :]
             self.read[layer, window] = attention_from_cached_keys(
-                before.layer, last, before.keys, self.position_embeddings, self._hidden_padding
+                before.layer, last, before.keys, self.position_embeddings, rows, self._hidden_padding
             )
         return self.read[layer, window]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sdtp_lib.architectures.attention_readings import refuse_unreadable
 from sdtp_lib.pruning.stage import Scorer, Stage
 from sdtp_lib.scorers.blend import standardised, strongest_neighbour
 
@@ -109,6 +110,9 @@ class _Attention:
         if self.kernel > 1:
             return strongest_neighbour(probabilities.sum(dim=2), self.kernel).mean(dim=1)
         return probabilities.mean(dim=(1, 2))
+
+    def check(self, model: Any, config: Any) -> None:
+        refuse_unreadable(model, config.layers)
 
 
 @dataclass(frozen=True, eq=False)

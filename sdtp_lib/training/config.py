@@ -26,8 +26,8 @@ class TrainingConfig:
     rank_width
         Share of tokens round the cut in which pairs count most; 0: all pairs across the cut alike.
     staged
-        The losses on labels see at each stage the tokens that the earlier ones leave at the drawn keep ratio, as in
-        inference; False: the whole prompt at every stage.
+        The losses on labels see at each stage the tokens that the earlier ones leave at the drawn keep ratio, as many
+        as in inference; False: the whole prompt at every stage.
     lm_weight, distill_weight
         Weights of the pruned model's cross-entropy on the response (paper) and of its KL to the unpruned model, both
         through simulated pruning; 0 leaves the language model out of the gradient, and training is much cheaper.

@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdtp_lib.architectures.attention_bias import attention_bias, attention_mask_out
-from sdtp_lib.architectures.attention_weights import attention_from_last
+from sdtp_lib.architectures.attention_bias import attention_bias, attention_mask_out, bias_route
+from sdtp_lib.architectures.attention_readings import attention_in_forward, refuse_unreadable
 from sdtp_lib.architectures.layers import describe, layer_inputs, position_argument
 
 LABELS = (
     "gradient_x_hidden", "removal", "removal_by_head", "removal_joint", "removal_odds", "attention_entropy",
 )  # fmt: skip
+DEFAULT_LABEL = "removal"
 LOSS_ON = ("response", "all", "continuation")
 _ODDS_SEED = 20250404
 
@@ -40,7 +41,7 @@ def saliency_of(
     attention_mask: Tensor,
     response_mask: Tensor,
     layers: Sequence[int],
-    label: str | Sequence[str] = "gradient_x_hidden",
+    label: str | Sequence[str] = DEFAULT_LABEL,
 ) -> dict[int, Tensor] | dict[str, dict[int, Tensor]]:
     """Saliency of every token at each of ``layers`` for the loss over the tokens in ``response_mask``.
 
@@ -63,14 +64,11 @@ def saliency_of(
     ------
     ValueError
         For an unknown label, a row without response tokens, or layers that the model lacks.
+    PruningNotSupported
+        Before any compute, for families whose attention takes no bias that can be verified, or shows no weights.
     """
-    labels = (label,) if isinstance(label, str) else tuple(label)
-    unknown = [name for name in labels if name not in LABELS]
-    if unknown:
-        raise ValueError(f"label={unknown} is unknown: choose among {', '.join(LABELS)}.")
+    labels = checked_labels(model, layers, label)
     depth = describe(model).config.num_hidden_layers
-    if not layers or min(layers) < 0 or max(layers) >= depth:
-        raise ValueError(f"layers={list(layers)}: name layers from 0 to {depth - 1} of this model.")
     attention_mask, response_mask = attention_mask.bool(), response_mask.bool() & attention_mask.bool()
     # The first real token is predicted from nothing.
     targets = response_mask & (attention_mask.long().cumsum(-1) > 1)
@@ -87,15 +85,26 @@ def saliency_of(
     else:
         forward["input_ids"] = input_ids
     first = int(targets.any(0).nonzero()[0])
-    # Logits for the response only: over all tokens they would be T x vocabulary.
-    forward["logits_to_keep"] = input_ids.shape[1] - first + 1
+    # Logits for the response only: over all tokens they would be T x vocabulary. Some families give all, all the same.
+    to_keep = forward["logits_to_keep"] = input_ids.shape[1] - first + 1
 
     biased = range(min(layers), depth)
+    entropy_at = layers if "attention_entropy" in labels else ()
+    asks = targets[:, first:]
+
+    def entropy_share(attention: Tensor) -> Tensor:
+        asking = asks.to(attention.device)
+        share = -torch.xlogy(attention, attention).mean(1) * asking[..., None]
+        return share.sum(1) / asking.sum(-1, keepdim=True)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if wants_bias or wants_hidden else torch.no_grad())
-        seen = stack.enter_context(layer_inputs(model, layers))
+        seen = stack.enter_context(layer_inputs(model, layers if wants_hidden else ()))
+        entropy = stack.enter_context(
+            attention_in_forward(model, entropy_at, input_ids.shape[1] - first, entropy_share)
+        )
         bias = stack.enter_context(attention_bias(model, biased, by_head)) if wants_bias else {}
-        logits = model(**forward).logits[:, :-1].float()
+        logits = model(**forward).logits[:, -to_keep:-1].float()
         loss_at = F.cross_entropy(logits.transpose(1, 2), input_ids[:, first:], reduction="none")
         loss_at = loss_at * targets[:, first:]
         found = {}
@@ -113,13 +122,30 @@ def saliency_of(
             odds = _signed_log_odds(loss_at, targets[:, first:])
             at_bias = dict(zip(bias, torch.autograd.grad(odds, list(bias.values())), strict=True))
             found["removal_odds"] = _removal(at_bias, layers, depth, {"removal"}, by_head)["removal"]
-    if "attention_entropy" in labels:
-        found["attention_entropy"] = _attention_entropy(model, seen, attention_mask, targets, forward, layers)
+    found["attention_entropy"] = entropy
     found = {
         name: {i: found[name][i].detach().float() * attention_mask.to(found[name][i].device) for i in layers}
         for name in labels
     }
     return found[label] if isinstance(label, str) else found
+
+
+def checked_labels(model: nn.Module, layers: Sequence[int], label: str | Sequence[str]) -> tuple[str, ...]:
+    """The wanted labels, or an error where ``model`` cannot have them: `ValueError` or `PruningNotSupported`.
+
+    Tries a bias and reads attention on a short prompt, so it must come before hooks of a caller's own.
+    """
+    labels = (label,) if isinstance(label, str) else tuple(label)
+    if unknown := [name for name in labels if name not in LABELS]:
+        raise ValueError(f"label={unknown} is unknown: choose among {', '.join(LABELS)}.")
+    depth = describe(model).config.num_hidden_layers
+    if not layers or min(layers) < 0 or max(layers) >= depth:
+        raise ValueError(f"layers={list(layers)}: name layers from 0 to {depth - 1} of this model.")
+    if any(name.startswith("removal") for name in labels):
+        bias_route(model)
+    if "attention_entropy" in labels:
+        refuse_unreadable(model, layers)
+    return labels
 
 
 def _removal(
@@ -153,33 +179,6 @@ def _signed_log_odds(loss_at: Tensor, targets: Tensor) -> Tensor:
     # log(1 - p) by expm1; kept off 0, where float32 logits say p = 1.
     rest = (-torch.expm1(-loss_at)).clamp(min=1e-4)
     return ((-loss_at - rest.log()) * signs * targets).sum()
-
-
-def _attention_entropy(
-    model: nn.Module,
-    seen: dict[int, Tensor],
-    attention_mask: Tensor,
-    targets: Tensor,
-    forward: dict[str, Any],
-    layers: Sequence[int],
-) -> dict[int, Tensor]:
-    architecture = describe(model)
-    rotary = architecture.rotary()
-    if architecture.model_type == "bloom":
-        raise ValueError("label='attention_entropy' is not available for BLOOM: choose 'removal'.")
-    window = attention_mask.shape[1] - int(targets.any(0).nonzero()[0])
-    asks = targets[:, -window:]
-    found = {}
-    with torch.no_grad():
-        for layer in layers:
-            hidden = seen[layer].detach()
-            embeddings = None if rotary is None else rotary(hidden, forward["position_ids"].to(hidden.device))
-            attention = attention_from_last(
-                architecture.layers[layer], hidden, embeddings, window, attention_mask.to(hidden.device)
-            )
-            share = -torch.xlogy(attention, attention).mean(1) * asks[..., None].to(hidden.device)
-            found[layer] = share.sum(1) / asks.sum(-1, keepdim=True).to(hidden.device)
-    return found
 
 
 @torch.no_grad()

@@ -56,15 +56,15 @@ def masked_mse(scores: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
     return difference.square().sum() / valid.sum().clamp(min=1)
 
 
-def cut_weights(labels: Tensor, valid: Tensor, keep_ratio: float | Tensor, width: float = 0.0) -> tuple[Tensor, Tensor]:
+def cut_weights(labels: Tensor, valid: Tensor, kept: Tensor, width: float = 0.0) -> tuple[Tensor, Tensor]:
     """Weights that let `pairwise_ranking` look only at pairs on opposite sides of the cut.
 
     Parameters
     ----------
     labels, valid
         (B, T).
-    keep_ratio
-        The share of each row's valid tokens above the cut; a number or (B,).
+    kept
+        (B,) how many of each row's valid tokens are above the cut.
     width
         Share of the tokens after which a token's weight has fallen to 1/e with its distance (in ranks) from the cut;
         0 weighs all alike.
@@ -76,9 +76,7 @@ def cut_weights(labels: Tensor, valid: Tensor, keep_ratio: float | Tensor, width
     """
     rank = _ranks(labels, valid)
     count = valid.sum(-1, keepdim=True)
-    share = torch.as_tensor(keep_ratio, dtype=torch.float32, device=labels.device).reshape(-1, 1)
-    kept = share * count
-    offset = rank + 0.5 - kept
+    offset = rank + 0.5 - kept[:, None]
     weight = torch.exp(-offset.abs() / (width * count).clamp(min=1)) if width > 0 else torch.ones_like(offset)
     above = (offset < 0) & valid
     return (weight * above).to(labels.dtype), (weight * (~above & valid)).to(labels.dtype)
@@ -114,10 +112,8 @@ def pairwise_ranking(
     return _PairwiseRanking.apply(scores, labels, upper, lower)
 
 
-def dropped_saliency(
-    scores: Tensor, saliency: Tensor, valid: Tensor, keep_ratio: float | Tensor, temperature: float = 0.5
-) -> Tensor:
-    """The share of a row's saliency that a soft cut at ``keep_ratio`` would drop; the mean over rows.
+def dropped_saliency(scores: Tensor, saliency: Tensor, valid: Tensor, kept: Tensor, temperature: float = 0.5) -> Tensor:
+    """The share of a row's saliency that a soft cut would drop; the mean over rows.
 
     First-order damage of pruning: removal saliency says what each token's absence costs, and a stage drops the lowest
     scores. The step at the cut is softened to a sigmoid of the standardised score over ``temperature``.
@@ -126,24 +122,20 @@ def dropped_saliency(
     ----------
     scores, saliency, valid
         (B, T); saliency is non-negative.
-    keep_ratio
-        Share of the valid tokens that stays; a number or (B,).
+    kept
+        (B,) how many of each row's valid tokens stay.
     """
     standard = standardised(scores, valid)
+    threshold = _threshold(standard, valid, kept)
     with torch.no_grad():
-        count = valid.sum(-1, keepdim=True)
-        share = torch.as_tensor(keep_ratio, dtype=torch.float32, device=scores.device).reshape(-1, 1)
-        last_kept = ((share * count).long() - 1).clamp(min=0)
-        descending = standard.masked_fill(~valid, -torch.inf).sort(-1, descending=True).values
-        threshold = descending.gather(-1, last_kept.expand(len(scores), 1))
         weight = saliency.masked_fill(~valid, 0)
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
     return (weight * torch.sigmoid((threshold - standard) / temperature)).sum(-1).mean()
 
 
-def highest(scores: Tensor, valid: Tensor, keep_ratio: float) -> Tensor:
-    """(B, T) bool: the ``keep_ratio`` of the valid tokens (rounded down) that score highest; ties: the later token."""
-    return valid & (_ranks(scores, valid) < (valid.sum(-1, keepdim=True) * keep_ratio).long())
+def highest(scores: Tensor, valid: Tensor, kept: Tensor) -> Tensor:
+    """(B, T) bool: those ``kept`` (B,) of the valid tokens that score highest; ties: the later token."""
+    return valid & (_ranks(scores, valid) < kept[:, None])
 
 
 def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -153,24 +145,29 @@ def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
-def soft_keep(scores: Tensor, valid: Tensor, keep_ratio: float, temperature: float, floor: float = 1e-3) -> Tensor:
+def soft_keep(scores: Tensor, valid: Tensor, kept: Tensor, temperature: float, floor: float = 1e-3) -> Tensor:
     """How much of each token stays under a soft cut: (B, T) in [floor, 1], differentiable with respect to scores.
 
-    A sigmoid of the standardised score's distance to the cut. Tokens outside ``valid`` (protected) stay in full. The
-    floor tames the gradient of the logarithm that turns this into an attention bias.
+    ``kept`` (B,) of the valid tokens are above the cut. A sigmoid of the standardised score's distance to the cut.
+    Tokens outside ``valid`` (protected) stay in full. The floor tames the gradient of the logarithm that turns this
+    into an attention bias.
     """
     standard = standardised(scores, valid)
-    with torch.no_grad():
-        last_kept = ((valid.sum(-1, keepdim=True) * keep_ratio).long() - 1).clamp(min=0)
-        descending = standard.masked_fill(~valid, -torch.inf).sort(-1, descending=True).values
-        threshold = descending.gather(-1, last_kept)
-    keep = torch.sigmoid((standard - threshold) / temperature)
+    keep = torch.sigmoid((standard - _threshold(standard, valid, kept)) / temperature)
     return torch.where(valid, floor + (1 - floor) * keep, torch.ones_like(keep))
 
 
 def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
     """The value of ``hard`` with the gradient of ``soft``, both (B, T)."""
     return soft + (hard - soft).detach()
+
+
+@torch.no_grad()
+def _threshold(standard: Tensor, valid: Tensor, kept: Tensor) -> Tensor:
+    """(B, 1) standardised score of the last token above the cut; clear of the highest where none is."""
+    descending = standard.masked_fill(~valid, -torch.inf).sort(-1, descending=True).values
+    last = descending.gather(-1, (kept[:, None] - 1).clamp(min=0))
+    return torch.where(kept[:, None] > 0, last, last + 1)
 
 
 def _ranks(labels: Tensor, valid: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sdtp_lib.architectures.attention_weights import attention_looked_back_at
+from sdtp_lib.architectures.attention_readings import attention_looked_back_at, refuse_unreadable
 from sdtp_lib.architectures.layers import layer_inputs
 from sdtp_lib.models import cache_directory
-from sdtp_lib.provenance import fingerprint
+from sdtp_lib.provenance import adapters_fingerprint, fingerprint
 from sdtp_lib.pruning.stage import ASKING_TOKENS, looked_back
 from sdtp_lib.records import atomic_write
-from sdtp_lib.training.labels import LABELS, LOSS_ON, saliency_of
+from sdtp_lib.training.labels import DEFAULT_LABEL, LOSS_ON, checked_labels, saliency_of
 
 CONTINUATION_TOKENS = 64
 
@@ -34,7 +34,7 @@ def compute_saliency(
     model: nn.Module,
     samples: Sequence[dict[str, Any]],
     layers: Sequence[int],
-    label: str | Sequence[str] = "removal",
+    label: str | Sequence[str] = DEFAULT_LABEL,
     loss_on: str = "response",
     tokenizer: Any | None = None,
     batch_size: int = 1,
@@ -74,18 +74,22 @@ def compute_saliency(
     ------
     ValueError
         For an unknown label or loss, a sample without prompt or response, or two samples of one id.
+    PruningNotSupported
+        For families that cannot have the label (`saliency_of`).
     """
-    labels = (label,) if isinstance(label, str) else tuple(label)
     if loss_on not in LOSS_ON:
         raise ValueError(f"loss_on={loss_on!r} is unknown: choose one of {', '.join(LOSS_ON)}.")
-    if unknown := [name for name in labels if name not in LABELS]:
-        raise ValueError(f"label={unknown} is unknown: choose among {', '.join(LABELS)}.")
     layers = tuple(layers)
     tokenised = [_tokenised(sample, tokenizer) for sample in samples]
     ids = [sample["id"] for sample in tokenised]
     if len(set(ids)) != len(ids):
         raise ValueError("samples: two of them share an id, and labels are keyed by id; make the ids unique.")
+    labels = checked_labels(model, layers, label)
+    if store_hidden:
+        refuse_unreadable(model, layers)
     about = {"model": fingerprint(model), "layers": layers, "labels": labels, "loss_on": loss_on, "schema": 2}
+    if (adapters := adapters_fingerprint(model)) is not None:
+        about["adapters"] = adapters
     folder = Path(cache_dir or cache_directory()) / "saliency" / _digest(about)
     folder.mkdir(parents=True, exist_ok=True)
     files = {sample["id"]: folder / f"{_digest(sample)}.safetensors" for sample in tokenised}

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from sdtp_lib.architectures.attention_bias import key_bias
-from sdtp_lib.architectures.attention_weights import attention_looked_back_at
+from sdtp_lib import budget
+from sdtp_lib.architectures.attention_bias import bias_route, key_bias
+from sdtp_lib.architectures.attention_readings import attention_looked_back_at
 from sdtp_lib.architectures.layers import layer_inputs
 from sdtp_lib.pruning.selection import gather_tokens
 from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
@@ -44,6 +45,7 @@ def simulated_pruning(
         For a blend that asks with another window than the one that training reads.
     """
     run = _Simulation(pruners, prompt_mask, keep_ratio, config)
+    bias_route(model)  # found before the hooks below are on, for it runs the model
     with (
         layer_inputs(model, pruners.layers) as run.seen,
         attention_looked_back_at(model, run.back, ASKING_TOKENS, run.living) as run.paid,
@@ -92,6 +94,13 @@ class LivingTokens:
         heads = None if mass is None else mass.chunk(LAYERS_BACK, dim=-1)[-1].transpose(1, 2)
         return blend.mixed(scores, self.left, places, heads)
 
+    def kept(self, keep_ratio: float, config: TrainingConfig) -> Tensor:
+        """(B,) how many unprotected tokens a cut leaves: the ratio is that of all tokens, counted as in a prefill."""
+        counts = self.alive.sum(-1).tolist()
+        # T = 1,024 at 0.7: 716 stay, 107 of them protected, so 609 of the 917 others (not 0.7 of those).
+        free = [budget.keep_count(n, keep_ratio, config) - budget.protected_count(n, config) for n in counts]
+        return torch.tensor(free, device=self.alive.device)
+
     def put_back(self, values: Tensor) -> Tensor:
         """``values`` (B, K) of the living at their columns: (B, T), 0 elsewhere."""
         return torch.zeros_like(self.alive, dtype=values.dtype).scatter(1, self.order, values)
@@ -138,9 +147,8 @@ class _Simulation:
         open_to_cut = tokens.alive & losses.scorable(
             tokens.alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
         )
-        living, free = tokens.alive.sum(-1, keepdim=True), open_to_cut.sum(-1, keepdim=True)
-        share = (living * self.keep_ratio - (living - free)).clamp(min=0) / free.clamp(min=1)
-        soft = losses.soft_keep(scores, open_to_cut, share, config.temperature, config.keep_floor)
+        kept = tokens.kept(self.keep_ratio, config)
+        soft = losses.soft_keep(scores, open_to_cut, kept, config.temperature, config.keep_floor)
         hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
         keep = losses.straight_through(soft, hard) if config.straight_through else soft
         self.keeps[index] = keep

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdtp_lib.architectures.attention_weights import attention_looked_back_at
+from sdtp_lib.architectures.attention_readings import attention_looked_back_at
 from sdtp_lib.architectures.layers import layer_inputs, position_argument
 from sdtp_lib.pruning.stage import ASKING_TOKENS
 from sdtp_lib.scorers.token_pruners import TokenPruners
@@ -96,19 +96,20 @@ class PrunerLoss(nn.Module):
             scores = tokens.score(layer, *by_layer[layer], whole=True)
             saliency = labels[:, stage].gather(1, tokens.order)
             counted = losses.scorable(tokens.left, config.sink_tokens, config.local_ratio, config.min_local_tokens)
+            kept = tokens.kept(keep_ratio, config)
             if config.mse_weight:
                 found["mse"].append(losses.masked_mse(scores, losses.log_saliency(saliency, counted), counted))
             if config.rank_weight:
                 sides = (
-                    losses.cut_weights(saliency, counted, keep_ratio, config.rank_width)
+                    losses.cut_weights(saliency, counted, kept, config.rank_width)
                     if config.rank_at_cut
                     else (None, None)
                 )
                 found["rank"].append(losses.pairwise_ranking(scores, saliency, counted, *sides))
             if config.drop_weight:
-                found["drop"].append(losses.dropped_saliency(scores, saliency, counted, keep_ratio))
+                found["drop"].append(losses.dropped_saliency(scores, saliency, counted, kept))
             if config.staged:
-                dropped = counted & ~losses.highest(scores.detach(), counted, keep_ratio)
+                dropped = counted & ~losses.highest(scores.detach(), counted, kept)
                 tokens.alive = tokens.alive & ~tokens.put_back(dropped)
         return {name: torch.stack(values).mean() for name, values in found.items() if values}
 

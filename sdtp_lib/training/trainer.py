@@ -20,6 +20,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from sdtp_lib.records import write_json
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training.config import TrainingConfig
+from sdtp_lib.training.labels import DEFAULT_LABEL
 from sdtp_lib.training.saliency import compute_saliency
 from sdtp_lib.training.step import Collator, PrunerLoss
 
@@ -32,7 +33,7 @@ def train_pruners(
     layers: Sequence[int] | None = None,
     pruners: TokenPruners | None = None,
     tokenizer: Any | None = None,
-    label: str = "removal",
+    label: str = DEFAULT_LABEL,
     loss_on: str = "response",
     output_dir: str | Path = "runs/pruners",
     cache_dir: str | Path | None = None,

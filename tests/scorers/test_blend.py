@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdtp_lib import PruningConfig, TokenPruners, token_pruning
-from sdtp_lib.architectures.attention_weights import attention_looked_back_at
+from sdtp_lib.architectures.attention_readings import attention_looked_back_at
 from sdtp_lib.pruning.stage import looked_back
 from sdtp_lib.scorers.blend import Blend, average_of_neighbours, standardised
 

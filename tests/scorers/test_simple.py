@@ -125,4 +125,5 @@ def test_the_short_way_to_queries_and_keys_equals_the_layers_own(tiny_model, fam
     monkeypatch.setattr(door, "_capture", None)
     short = _run(model, scorers.attention(4), prompt).scores
     for layer in CONFIG.layers:
-        torch.testing.assert_close(short[layer], own[layer], rtol=0, atol=1e-9)
+        # Their own functions take the softmax in float32.
+        torch.testing.assert_close(short[layer], own[layer], rtol=0, atol=1e-7)

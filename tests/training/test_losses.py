@@ -35,7 +35,7 @@ def test_ranking_and_its_gradient_equal_the_pair_by_pair_formula(seed, tokens, w
     scores = torch.randn(2, tokens, generator=generator, dtype=torch.float64).requires_grad_()
     labels = torch.randint(0, 4, (2, tokens), generator=generator).double()
     valid = torch.rand(2, tokens, generator=generator) > 0.3
-    weights = losses.cut_weights(labels, valid, 0.6, width=0.3) if weighted else (None, None)
+    weights = losses.cut_weights(labels, valid, valid.sum(-1) * 6 // 10, width=0.3) if weighted else (None, None)
     expected = naive_ranking(scores, labels, valid, *weights)
     measured = losses.pairwise_ranking(scores, labels, valid, *weights)
     torch.testing.assert_close(measured, expected)
@@ -77,7 +77,7 @@ def test_padding_and_protected_tokens_get_no_gradient_and_change_nothing():
     for loss in (
         losses.pairwise_ranking,
         losses.masked_mse,
-        lambda s, y, v: losses.dropped_saliency(s, y, v, 0.8),
+        lambda s, y, v: losses.dropped_saliency(s, y, v, torch.tensor([19])),
         lambda s, y, v: losses.masked_mse(s, losses.log_saliency(y, v), v),
     ):
         first, second = scores.clone().requires_grad_(), other.clone().requires_grad_()
@@ -95,7 +95,7 @@ def test_a_row_without_scorable_tokens_costs_nothing_and_gives_no_nan():
     for value in (
         losses.pairwise_ranking(scores, labels, valid),
         losses.masked_mse(scores, labels, valid),
-        losses.dropped_saliency(scores, labels, valid, 0.9),
+        losses.dropped_saliency(scores, labels, valid, torch.tensor([0])),
     ):
         assert value.item() == 0
         assert torch.autograd.grad(value, scores)[0].abs().max() == 0
@@ -103,10 +103,10 @@ def test_a_row_without_scorable_tokens_costs_nothing_and_gives_no_nan():
 
 def test_cut_weights_pair_only_tokens_on_opposite_sides_of_the_cut():
     labels = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0]])
-    upper, lower = losses.cut_weights(labels, torch.ones(1, 5, dtype=torch.bool), keep_ratio=0.6)
+    upper, lower = losses.cut_weights(labels, torch.ones(1, 5, dtype=torch.bool), torch.tensor([3]))
     assert upper[0].tolist() == [1, 0, 1, 0, 1]
     assert lower[0].tolist() == [0, 1, 0, 1, 0]
-    near_upper, near_lower = losses.cut_weights(labels, torch.ones(1, 5, dtype=torch.bool), 0.6, width=0.2)
+    near_upper, near_lower = losses.cut_weights(labels, torch.ones(1, 5, dtype=torch.bool), torch.tensor([3]), 0.2)
     assert near_upper[0, 4] > near_upper[0, 2] > near_upper[0, 0] > 0
     assert near_lower[0, 3] > near_lower[0, 1] > 0
 
@@ -114,7 +114,7 @@ def test_cut_weights_pair_only_tokens_on_opposite_sides_of_the_cut():
 def test_dropped_saliency_is_the_share_below_the_cut_when_the_step_is_sharp():
     saliency = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     scores, valid = torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.ones(1, 4, dtype=torch.bool)
-    soft = losses.dropped_saliency(scores, saliency, valid, keep_ratio=0.5, temperature=1e-3)
+    soft = losses.dropped_saliency(scores, saliency, valid, torch.tensor([2]), temperature=1e-3)
     # The last kept token sits on the threshold and counts half.
     assert soft.item() == pytest.approx((1 + 3 + 4 / 2) / 10)
 
@@ -133,25 +133,33 @@ def test_distillation_is_zero_for_equal_logits_and_positive_elsewhere():
     assert losses.distillation(student, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_highest_takes_the_share_of_the_valid_tokens_and_the_later_of_equal_scores():
+def test_highest_takes_so_many_of_the_valid_tokens_and_the_later_of_equal_scores():
     scores = torch.tensor([[9.0, 1.0, 5.0, 5.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     valid = torch.tensor([[False, True, True, True, True], [True, True, True, True, False]])
-    chosen = losses.highest(scores, valid, 0.5)
+    chosen = losses.highest(scores, valid, torch.tensor([2, 2]))
     assert chosen.tolist() == [[False, False, True, True, False], [False, False, True, True, False]]
-    assert not losses.highest(scores, torch.zeros_like(valid), 0.5).any()
+    assert not losses.highest(scores, torch.zeros_like(valid), torch.tensor([0, 0])).any()
 
 
 def test_soft_keep_leaves_protected_tokens_whole_and_reaches_the_scores():
     scores = torch.randn(1, 50, requires_grad=True)
     valid = torch.ones(1, 50, dtype=torch.bool)
     valid[:, :4] = valid[:, -10:] = False
-    keep = losses.soft_keep(scores, valid, keep_ratio=0.5, temperature=0.1)
+    keep = losses.soft_keep(scores, valid, torch.tensor([18]), temperature=0.1)
     assert (keep[~valid] == 1).all()
+    assert (keep[valid] >= 0.5).sum() == 18
     assert keep.min() >= 1e-3
     hard = (keep > 0.5).float()
     through = losses.straight_through(keep, hard)
     torch.testing.assert_close(through, hard)
     assert torch.autograd.grad(through.log1p().sum(), scores)[0][valid].abs().sum() > 0
+
+
+def test_a_cut_that_leaves_no_unprotected_token_leaves_none():
+    """The highest of them used to stay, on the threshold."""
+    scores, valid = torch.randn(2, 9), torch.ones(2, 9, dtype=torch.bool)
+    keep = losses.soft_keep(scores, valid, torch.tensor([0, 1]), temperature=0.1)
+    assert (keep >= 0.5).sum(-1).tolist() == [0, 1]
 
 
 def test_ranking_is_exact_at_8192_tokens_within_300_mb():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 
 import pytest
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 
 from sdtp_lib.architectures.attention_bias import attention_mask_out
 from sdtp_lib.architectures.layers import decoder_layers
-from sdtp_lib.training.labels import LABELS, block_effects, saliency_of
+from sdtp_lib.training.labels import DEFAULT_LABEL, LABELS, block_effects, saliency_of
 from sdtp_lib.training.saliency import compute_saliency, load_hidden, pad_left
+from sdtp_lib.training.trainer import train_pruners
 
 LAYERS = (1, 2)
 
@@ -33,7 +35,7 @@ def test_gradient_x_hidden_equals_captums(tiny_model):
     captum = pytest.importorskip("captum.attr")
     model = tiny_model().double()
     ids, mask, answers = inputs()
-    mine = saliency_of(model, ids, mask, answers, LAYERS)
+    mine = saliency_of(model, ids, mask, answers, LAYERS, "gradient_x_hidden")
 
     def loss_from(embeddings):
         return response_loss_from(model, embeddings, ids).reshape(1)
@@ -172,6 +174,38 @@ def test_labels_are_keyed_by_sample_id_whatever_the_order(tiny_model, tmp_path):
         torch.testing.assert_close(
             torch.tensor(row["layer_1"]), torch.tensor(by_id[row["sample_id"]]["layer_1"]), rtol=1e-3, atol=1e-6
         )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for the old name
+def test_labels_of_a_model_with_adapters_are_not_taken_for_those_without(tiny_model, tmp_path):
+    """Labels were kept under one key with LoRA on and off."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(torch.ones_like(weight))
+
+    def labels():
+        rows = compute_saliency(model.eval(), samples(1), LAYERS, cache_dir=tmp_path, progress=False)
+        return torch.tensor(rows[0]["layer_1"]), len(list((tmp_path / "saliency").iterdir()))
+
+    on, _ = labels()
+    with model.disable_adapter():
+        off, folders = labels()
+    assert not torch.allclose(on, off) and folders == 2
+    assert torch.equal(labels()[0], on) and labels()[1] == 2, "the first labels are still there"
+    with torch.no_grad():
+        model.base_model.model.model.layers[2].self_attn.q_proj.lora_A["default"].weight.mul_(3)
+    assert labels()[1] == 3, "trained on, another adapter"
+
+
+def test_one_default_label_everywhere():
+    """`saliency_of` had another default than `compute_saliency` and `train_pruners`."""
+    defaults = {
+        inspect.signature(f).parameters["label"].default for f in (saliency_of, compute_saliency, train_pruners)
+    }
+    assert defaults == {DEFAULT_LABEL} == {"removal"}
 
 
 def test_a_killed_label_pass_goes_on_where_it_stopped(tiny_model, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.stage import ASKING_TOKENS
@@ -20,7 +21,7 @@ from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training import losses
 from sdtp_lib.training.config import TrainingConfig
 from sdtp_lib.training.saliency import compute_saliency
-from sdtp_lib.training.simulation import share_of_living, simulated_pruning
+from sdtp_lib.training.simulation import LivingTokens, share_of_living, simulated_pruning
 from sdtp_lib.training.step import Collator, PrunerLoss
 from sdtp_lib.training.trainer import split_by_id, train_pruners
 
@@ -118,11 +119,28 @@ def test_a_stage_learns_only_about_tokens_that_the_one_before_leaves(tiny_model,
         LAYERS[0], batch["hidden"][:, 0], prompt.long().cumsum(-1) - 1, prompt, prompt.sum(-1)
     ).detach()
     counted = losses.scorable(prompt, 2, config.local_ratio, 4)
-    dropped = counted & ~losses.highest(scores, counted, 0.5)
+    tokens = int(prompt.sum())
+    kept = budget.keep_count(tokens, 0.5, config) - budget.protected_count(tokens, config)
+    dropped = counted & ~losses.highest(scores, counted, torch.tensor([kept]))
     other = {**batch, "labels": batch["labels"].clone()}
     other["labels"][:, 1][dropped] *= 50
     changed = {name: not torch.equal(value, step(**other)[name]) for name, value in step(**batch).items()}
     assert changed == dict.fromkeys(changed, not staged)
+
+
+@pytest.mark.parametrize(("ratio", "last"), [(0.9, 394), (0.8, 136), (0.7, 40)])
+def test_staged_training_leaves_as_many_tokens_as_a_prefill(ratio, last):
+    """Training took the ratio of the unprotected tokens: 439, 174 and 66 were left of 1,024 after nine stages."""
+    layers, config = tuple(range(4, 30, 3)), TrainingConfig()
+    tokens = LivingTokens(TokenPruners(8, layers), torch.ones(1, 1024, dtype=torch.bool))
+    expected = budget.tokens_per_layer(PruningConfig(layers, ratio), 30, 1024)
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers:
+        scores = torch.rand(1, 1024, generator=generator)
+        open_to_cut = tokens.alive & losses.scorable(tokens.alive, 4, config.local_ratio, config.min_local_tokens)
+        tokens.alive = tokens.alive & ~(open_to_cut & ~losses.highest(scores, open_to_cut, tokens.kept(ratio, config)))
+        assert int(tokens.alive.sum()) == expected[layer]
+    assert int(tokens.alive.sum()) == last
 
 
 def test_attention_stored_of_the_whole_prompt_is_shared_among_the_living():

@@ -1,0 +1,135 @@
+"""What the last tokens attend to at each layer of a forward under way, read by hooks and without a graph.
+
+Part of the door to transformers' internals (`architectures`); how one layer is asked, `attention_weights` knows.
+Axes: B batch, T tokens, H heads, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdtp_lib.architectures.attention_weights import attention_from_last, mask_rows, queries_come_apart
+from sdtp_lib.architectures.caches import without_cache
+from sdtp_lib.architectures.layers import describe, layer_signature, named_arguments
+
+_READABLE: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+
+
+def refuse_unreadable(model: nn.Module, layers: Sequence[int]) -> None:
+    """Raise `PruningNotSupported` if the attention of ``layers`` cannot be read: tried once on a short prompt."""
+    architecture = describe(model)
+    known = _READABLE.setdefault(architecture.stack, set())
+    asked = {layer for layer in layers if not queries_come_apart(architecture.layers[layer])}
+    if asked <= known:
+        return
+    ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None] + 3
+    with torch.no_grad(), attention_in_forward(model, asked, 4, lambda paid: paid.sum()):
+        model(ids, use_cache=False)
+    known |= asked
+
+
+@contextlib.contextmanager
+def attention_in_forward(
+    model: nn.Module, layers: Sequence[int], window: int, reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Layer -> ``reduce`` of the attention (B, H, w, T) that the last ``window`` tokens pay there, without a graph."""
+    found: dict[int, torch.Tensor] = {}
+
+    def read(index: int, layer: nn.Module, arguments: dict[str, Any]) -> None:
+        found[index] = reduce(attention_from_last(layer, arguments["hidden_states"], without_cache(arguments), window))
+
+    with _before_layers(model, layers, read):
+        yield found
+
+
+@contextlib.contextmanager
+def attention_looked_back_at(
+    model: nn.Module, looked_back: Mapping[int, Sequence[int]], window: int, living: Callable[[int], torch.Tensor]
+) -> Iterator[dict[int, torch.Tensor]]:
+    """What `Stage.attention_mass` would show in a pruned prefill, out of one unpruned forward over prompt and response.
+
+    Yields stage -> Tensor (B, T, H x layers), filled by the forward without a graph; 0 outside the prompt.
+
+    Parameters
+    ----------
+    looked_back
+        Stage -> the earlier layers whose attention it reads.
+    window
+        The prompt's last tokens that ask.
+    living
+        Layer -> the prompt's tokens that live there, (B, T) bool. Asked before the layer runs, and after what its own
+        stage is shown has been filled in, except in families that show a stage its own layer.
+    """
+    architecture = describe(model)
+    # As at a stage: families whose queries cannot be had apart show the stage's own layer in place of all others.
+    apart = all(map(queries_come_apart, architecture.layers))
+    sources = {stage: tuple(layers) if apart else (stage,) * len(layers) for stage, layers in looked_back.items()}
+    paid: dict[int, torch.Tensor] = {}
+    found: dict[int, torch.Tensor] = {}
+
+    def read(index: int, layer: nn.Module, arguments: dict[str, Any]) -> None:
+        paid[index] = _mass_in_prompts(layer, arguments, window, living(index))
+        for stage, layers in sources.items():
+            if layers[-1] == index:
+                found[stage] = torch.cat([paid[earlier].to(paid[index].device) for earlier in layers], dim=-1)
+
+    with _before_layers(model, sorted({layer for layers in sources.values() for layer in layers}), read):
+        yield found
+
+
+@contextlib.contextmanager
+def _before_layers(
+    model: nn.Module, layers: Sequence[int], read: Callable[[int, nn.Module, dict[str, Any]], None]
+) -> Iterator[None]:
+    """Call ``read`` with each layer's arguments by name before it runs, without a graph."""
+    architecture = describe(model)
+
+    def hook(index: int, names: tuple[str, ...]):
+        @torch.no_grad()
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            read(index, module, named_arguments(names, args, kwargs))
+
+        return before
+
+    with contextlib.ExitStack() as cleanup:
+        for index in layers:
+            layer = architecture.layers[index]
+            handle = layer.register_forward_pre_hook(hook(index, layer_signature(layer)), with_kwargs=True)
+            cleanup.callback(handle.remove)
+        yield
+
+
+def _mass_in_prompts(layer: nn.Module, arguments: Mapping[str, Any], window: int, living: torch.Tensor) -> torch.Tensor:
+    """(B, T, H) attention that the last ``window`` living tokens of each row pay to its others; 0 where none live."""
+    hidden = arguments["hidden_states"]
+    tokens, mass, whole = hidden.shape[1], [], without_cache(arguments)
+    for row, alive in enumerate(living.to(hidden.device)):
+        own = {name: _cut(name, value, hidden.shape[:2], row, alive) for name, value in whole.items()}
+        paid = attention_from_last(layer, hidden[row : row + 1, alive], own, window)[0].sum(dim=1)
+        mass.append(paid.new_zeros(tokens, len(paid)).index_put((alive.nonzero()[:, 0],), paid.transpose(0, 1)))
+    return torch.stack(mass)
+
+
+def _cut(name: str, value: Any, shape: tuple[int, int], row: int, alive: torch.Tensor) -> Any:
+    """One argument of a layer for the ``alive`` tokens of one row only."""
+    rows, tokens = shape
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cut(name, each, shape, row, alive) for each in value)
+    if name == "attention_mask" and value is not None and not torch.is_tensor(value):
+        value = mask_rows(value, tokens, tokens)
+    if not torch.is_tensor(value):
+        return value
+    alive = alive.to(value.device)
+    if name == "alibi":
+        return value.reshape(rows, -1, 1, tokens)[row][..., alive]
+    if name == "attention_mask" and value.dim() == 4:
+        return value[row if value.shape[0] > 1 else 0][None][:, :, alive][..., alive]
+    if value.dim() > 1 and value.shape[1] == tokens and value.shape[0] in (1, rows):
+        return value[row if value.shape[0] > 1 else 0, alive][None]
+    return value[alive] if value.dim() and value.shape[0] == tokens else value
