@@ -12,6 +12,7 @@ are left out (below 1 %).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -29,15 +30,19 @@ def protected_count(tokens: int, config: PruningConfig) -> int:
     return min(tokens, config.sink_tokens + local)
 
 
-def keep_count(tokens: int, keep_ratio: float, config: PruningConfig) -> int:
-    """How many of ``tokens`` alive tokens of a row stay at a stage: ``min(n, max(floor(r n + 1e-9), protected))``."""
-    # 1e-9: 0.7 * 10 is 6.999.. in binary, and 7 tokens are meant.
-    return with_protected(math.floor(keep_ratio * tokens + 1e-9), tokens, config)
+def keep_count(tokens: int, layer_index: int, config: PruningConfig, protected: int | None = None) -> int:
+    """How many of ``tokens`` alive tokens of a row stay at the stage before ``layer_index``.
 
-
-def with_protected(wanted: int, tokens: int, config: PruningConfig) -> int:
-    """How many of ``tokens`` stay where a budget of any kind wants ``wanted``: never fewer than the protected ones."""
-    return min(tokens, max(wanted, protected_count(tokens, config)))
+    ``k = min(n, max(floor(r n + 1e-9), protected))``; a budget in tokens stands in for ``floor(r n)``. ``protected`` is
+    what may not be dropped, by default `protected_count`; an adaptive budget (``keep_mass``) keeps at least that.
+    """
+    wanted = config.tokens_at(layer_index)
+    if config.keep_mass is not None:
+        wanted = 0
+    elif wanted is None:
+        # 1e-9: 0.7 * 10 is 6.999.. in binary, and 7 tokens are meant.
+        wanted = math.floor(config.ratio_at(layer_index) * tokens + 1e-9)
+    return min(tokens, max(wanted, protected_count(tokens, config) if protected is None else protected))
 
 
 def tokens_per_layer(config: PruningConfig | None, num_layers: int, prompt_tokens: int) -> list[int]:
@@ -50,10 +55,12 @@ def tokens_per_layer(config: PruningConfig | None, num_layers: int, prompt_token
     """
     if config is not None:
         config.validate_for(num_layers)
+        if prompt_tokens < config.min_prompt_tokens:
+            config = None
     alive, counts = prompt_tokens, []
     for layer in range(num_layers):
         if config is not None and layer in config.layers:
-            alive = keep_count(alive, config.ratio_at(layer), config)
+            alive = keep_count(alive, layer, config)
         counts.append(alive)
     return counts
 
@@ -207,6 +214,47 @@ def find_keep_ratio(
         middle = (low + high) / 2
         low, high = (middle, high) if reaches(middle) else (low, middle)
     return low
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedupBudget:
+    """A wanted prefill speed-up by FLOPs: for each prompt length the keep ratio of ``config`` that reaches it.
+
+    Stands for a `PruningConfig` whose ``keep_ratio`` is not fixed yet; each length is solved once.
+    """
+
+    config: PruningConfig
+    speedup: float
+    shape: ModelShape
+    _solved: dict[int, PruningConfig] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    def for_prompt(self, tokens: int) -> PruningConfig:
+        """The configuration for a prompt of ``tokens``; one that is all protected is left whole.
+
+        Raises
+        ------
+        ValueError
+            If the protected tokens forbid the speed-up; the message has the highest that can be had.
+        """
+        if tokens not in self._solved:
+            self._solved[tokens] = self._solve(tokens)
+        return self._solved[tokens]
+
+    def _solve(self, tokens: int) -> PruningConfig:
+        most = self.config.replace(keep_ratio=1e-6)
+        counts = tokens_per_layer(most, self.shape.num_layers, tokens)
+        if counts[-1] == tokens:
+            return self.config.replace(keep_ratio=1.0)
+        highest = speedup_limit(self.shape, most, tokens)
+        if highest < self.speedup:
+            raise ValueError(
+                f"budget='{self.speedup:g}x': a prompt of {tokens} tokens can be prefilled at most {highest:.2f}x as "
+                f"fast with layers={list(self.config.layers)} and the protected tokens (sink_tokens="
+                f"{self.config.sink_tokens}, local_ratio={self.config.local_ratio}, min_local_tokens="
+                f"{self.config.min_local_tokens}): ask for less, prune earlier or protect less."
+            )
+        ratio = find_keep_ratio(self.shape, self.config, tokens, speedup=self.speedup)
+        return self.config.replace(keep_ratio=ratio)
 
 
 def _check_layers(shape: ModelShape, per_layer: Sequence[int]) -> None:

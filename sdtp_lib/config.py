@@ -16,6 +16,7 @@ from typing import Any
 
 PRESETS = ("keep09", "keep08", "keep07", "paper-low")
 POSITION_MODES = ("original", "compact")
+PRUNE_MODES = ("first", "every")
 
 
 class PruningNotSupported(RuntimeError):
@@ -32,7 +33,7 @@ class PruningConfig:
         0-based indices of the decoder layers *before* which tokens are dropped, ascending. Layer 0 is refused: its
         cache is the record of how many tokens were seen.
     keep_ratio
-        Share of the *current* tokens that stays at each stage, in (0, 1]; one number for all stages or one a stage.
+        Share of the *current* tokens that stays at each stage, in (0, 1]; one number for all stages or one per stage.
         1.0 keeps everything and is exact.
     sink_tokens
         The first tokens of a prompt always stay (attention sinks; paper: 4).
@@ -43,6 +44,16 @@ class PruningConfig:
     positions
         ``"original"`` keeps every token's position; ``"compact"`` renumbers the kept ones 0..K-1 after each stage
         (models with rotary positions, batch 1).
+    keep_tokens
+        A budget in tokens instead of ``keep_ratio``: how many stay at each stage; one number, or one per stage.
+    keep_mass
+        An adaptive budget instead of ``keep_ratio``: at each stage the best-scored tokens stay until they hold this
+        share of the scores' sum, in (0, 1]. Scores must not be negative; batch 1.
+    min_prompt_tokens
+        Shorter prompts are left whole, without a warning.
+    prune
+        ``"first"`` prunes a forward with an empty cache; ``"every"`` also what is added to a cache, when it is longer
+        than ``min_prompt_tokens``: after a cached prefix, in each turn.
 
     Raises
     ------
@@ -56,14 +67,18 @@ class PruningConfig:
     local_ratio: float = 0.1
     min_local_tokens: int = 16
     positions: str = "original"
+    keep_tokens: int | tuple[int, ...] | None = None
+    keep_mass: float | None = None
+    min_prompt_tokens: int = 0
+    prune: str = "first"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _checked_layers(self.layers))
         object.__setattr__(self, "keep_ratio", _checked_ratio(self.keep_ratio, len(self.layers)))
-        for field in ("sink_tokens", "min_local_tokens"):
+        for field in ("sink_tokens", "min_local_tokens", "min_prompt_tokens"):
             value = _whole(field, getattr(self, field))
             if value < 0:
-                raise ValueError(f"{field}={value} is negative: give the number of tokens to protect, 0 or more.")
+                raise ValueError(f"{field}={value} is negative: give a number of tokens, 0 or more.")
             object.__setattr__(self, field, value)
         local_ratio = _real("local_ratio", self.local_ratio)
         if not 0 <= local_ratio <= 1:
@@ -71,6 +86,16 @@ class PruningConfig:
         object.__setattr__(self, "local_ratio", local_ratio)
         if self.positions not in POSITION_MODES:
             raise ValueError(f"positions={self.positions!r} is unknown: choose one of {', '.join(POSITION_MODES)}.")
+        if self.prune not in PRUNE_MODES:
+            raise ValueError(f"prune={self.prune!r} is unknown: choose one of {', '.join(PRUNE_MODES)}.")
+        if self.keep_tokens is not None:
+            object.__setattr__(self, "keep_tokens", _checked_tokens(self.keep_tokens, len(self.layers)))
+        if self.keep_mass is not None:
+            if self.keep_tokens is not None:
+                raise ValueError("keep_tokens and keep_mass are two budgets: give one of them.")
+            object.__setattr__(self, "keep_mass", _real("keep_mass", self.keep_mass))
+            if not 0 < self.keep_mass <= 1:
+                raise ValueError(f"keep_mass={self.keep_mass} is outside (0, 1]: give a share of the scores.")
 
     @classmethod
     def preset(cls, name: str, num_layers: int, **changes: Any) -> PruningConfig:
@@ -104,6 +129,15 @@ class PruningConfig:
         """The keep ratio of the stage before ``layer_index``."""
         stage = self.layers.index(layer_index)
         return self.keep_ratio[stage] if isinstance(self.keep_ratio, tuple) else self.keep_ratio
+
+    def tokens_at(self, layer_index: int) -> int | None:
+        """How many tokens the stage before ``layer_index`` keeps, where the budget is in tokens; else None."""
+        stage = self.layers.index(layer_index)
+        return self.keep_tokens[stage] if isinstance(self.keep_tokens, tuple) else self.keep_tokens
+
+    def for_prompt(self, _tokens: int) -> PruningConfig:
+        """The configuration for a prompt of so many tokens: itself (a wanted speed-up depends on the length)."""
+        return self
 
     def validate_for(self, num_layers: int) -> None:
         """Refuse layers that a model of ``num_layers`` decoder layers does not have."""
@@ -167,6 +201,20 @@ def _checked_layers(layers: Any) -> tuple[int, ...]:
     return layers
 
 
+def _checked_tokens(keep_tokens: Any, stages: int) -> int | tuple[int, ...]:
+    one_for_all = isinstance(keep_tokens, str) or not isinstance(keep_tokens, Iterable)
+    counts = tuple(_whole("keep_tokens", count) for count in ((keep_tokens,) if one_for_all else keep_tokens))
+    if any(count < 1 for count in counts):
+        raise ValueError(f"keep_tokens={keep_tokens!r} keeps no token: give 1 or more.")
+    if one_for_all:
+        return counts[0]
+    if len(counts) != stages:
+        raise ValueError(
+            f"keep_tokens={list(counts)} has {len(counts)} entries for {stages} layers: give one number or one for each."
+        )
+    return counts
+
+
 def _checked_ratio(keep_ratio: Any, stages: int) -> float | tuple[float, ...]:
     one_for_all = isinstance(keep_ratio, str) or not isinstance(keep_ratio, Iterable)
     ratios = tuple(_real("keep_ratio", ratio) for ratio in ((keep_ratio,) if one_for_all else keep_ratio))
@@ -179,6 +227,6 @@ def _checked_ratio(keep_ratio: Any, stages: int) -> float | tuple[float, ...]:
         return ratios[0]
     if len(ratios) != stages:
         raise ValueError(
-            f"keep_ratio={list(ratios)} has {len(ratios)} entries for {stages} layers: give one number, or one a layer."
+            f"keep_ratio={list(ratios)} has {len(ratios)} entries for {stages} layers: give one number or one for each."
         )
     return ratios

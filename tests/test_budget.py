@@ -33,7 +33,7 @@ SMALL = ModelShape(2, 8, 2, 1, 4, 16, 10)
     ],
 )
 def test_keep_count_gives_the_values_worked_by_hand(tokens, keep_ratio, expected):
-    assert budget.keep_count(tokens, keep_ratio, PLAIN) == expected
+    assert budget.keep_count(tokens, 1, PLAIN.replace(layers=(1,), keep_ratio=keep_ratio)) == expected
 
 
 def test_overlapping_sinks_and_local_tokens_are_protected_once():

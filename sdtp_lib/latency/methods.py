@@ -249,7 +249,7 @@ def _stop_at_stage(model: Any, config: PruningConfig, scorer: Scorer, input_ids:
             model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     except _Reached as reached:
         tokens = input_ids.shape[1]
-        kept = budget.keep_count(tokens, config.ratio_at(config.layers[0]), config)
+        kept = budget.keep_count(tokens, config.layers[0], config)
         local = budget.protected_count(tokens, config) - config.sink_tokens
         return select_positions(reached.scores, [tokens], [kept], config.sink_tokens, [local])[0]
     raise ValueError(f"layers={list(config.layers)}: no stage was reached, so nothing was chosen.")

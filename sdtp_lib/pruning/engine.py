@@ -24,7 +24,7 @@ from sdtp_lib.architectures.layers import ATTENTION_BACKENDS, Architecture, desc
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.generate_guard import guarded_generate
-from sdtp_lib.pruning.prefill import Prefill, tokens_plan
+from sdtp_lib.pruning.prefill import Budget, Prefill, tokens_plan
 from sdtp_lib.pruning.pruned_cache import PrunedCache, remembered
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.trace import PruningTrace
@@ -34,17 +34,21 @@ _ACTIVE_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def token_pruning(model: nn.Module, config: PruningConfig, scorer: Scorer) -> Iterator[PruningTrace]:
+def token_pruning(
+    model: nn.Module, budget: Budget, scorer: Scorer, *, protect: torch.Tensor | None = None
+) -> Iterator[PruningTrace]:
     """Prune the prompt tokens of every prefill that ``model`` runs inside the ``with`` (arXiv 2504.04514, section 3.3).
 
     Parameters
     ----------
     model
         A decoder-only causal LM of transformers in eval mode, also wrapped by PEFT.
-    config : PruningConfig
-        Before which layers, and how much stays.
+    budget : PruningConfig
+        Before which layers, and how much stays; or a `budget.SpeedupBudget`, which decides by the prompt's length.
     scorer
         `TokenPruners`, or anything that maps a `Stage` to scores (B, N); see `sdtp_lib.scorers`.
+    protect : Tensor (B, T) of bool, optional
+        Tokens of the prompts inside the ``with`` that are never dropped; T counts padding, B may be 1 for all rows.
 
     Yields
     ------
@@ -65,8 +69,8 @@ def token_pruning(model: nn.Module, config: PruningConfig, scorer: Scorer) -> It
     Leaving the ``with``, also by an exception, leaves the model as it was.
     """
     architecture = describe(model)
-    _check_arguments(architecture, config, scorer, model)
-    session = _Session(architecture, config, scorer)
+    config = _checked_config(architecture, budget, scorer, model)
+    session = _Session(architecture, config, budget, scorer, _checked_protection(protect))
     stack = architecture.stack
     with _only_session(stack), contextlib.ExitStack() as cleanup:
         if stack is not model:
@@ -85,9 +89,10 @@ def token_pruning(model: nn.Module, config: PruningConfig, scorer: Scorer) -> It
         session.say_if_nothing_was_pruned()
 
 
-def _check_arguments(architecture: Architecture, config: PruningConfig, scorer: Any, model: nn.Module) -> None:
+def _checked_config(architecture: Architecture, budget: Any, scorer: Any, model: nn.Module) -> PruningConfig:
+    config = getattr(budget, "config", budget)
     if not isinstance(config, PruningConfig):
-        raise ValueError(f"config={config!r} is not a PruningConfig: see PruningConfig.preset('keep09', num_layers).")
+        raise ValueError(f"budget={budget!r} is not a PruningConfig: see PruningConfig.preset('keep09', num_layers).")
     config.validate_for(len(architecture.layers))
     if not callable(scorer):
         raise ValueError(f"scorer={scorer!r} cannot be called: give TokenPruners or one of sdtp_lib.scorers.")
@@ -109,6 +114,16 @@ def _check_arguments(architecture: Architecture, config: PruningConfig, scorer: 
             f"positions='compact' needs one rotary table for all layers, which {architecture.model_type} has not: "
             "use positions='original'."
         )
+    return config
+
+
+def _checked_protection(protect: Any) -> torch.Tensor | None:
+    if protect is None:
+        return None
+    if not torch.is_tensor(protect) or protect.dtype != torch.bool or protect.dim() != 2:
+        found = f"{protect.dtype} {tuple(protect.shape)}" if torch.is_tensor(protect) else type(protect).__name__
+        raise ValueError(f"protect={found}: give booleans (B, T), True for tokens that are never dropped.")
+    return protect
 
 
 @contextlib.contextmanager
@@ -130,8 +145,16 @@ def _only_session(stack: nn.Module) -> Iterator[None]:
 class _Session:
     """The hooks of one ``with`` and the forward pass that is under way."""
 
-    def __init__(self, architecture: Architecture, config: PruningConfig, scorer: Scorer) -> None:
-        self.architecture, self.config, self.scorer = architecture, config, scorer
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: PruningConfig,
+        budget: Budget,
+        scorer: Scorer,
+        protect: torch.Tensor | None,
+    ) -> None:
+        self.architecture, self.config, self.budget, self.scorer = architecture, config, budget, scorer
+        self.protect = protect
         self.trace = PruningTrace()
         self._pass: ForwardPass | None = None
         self._unchecked: Prefill | None = None
@@ -160,7 +183,7 @@ class _Session:
                     "logits_to_keep as a tensor names columns that pruning moves: give an int, the last so many."
                 )
             lengths = _prompt_lengths(arguments.get("attention_mask"), rows, columns)
-            last = max(tokens_plan(self.config, len(self.architecture.layers), lengths)[-1])
+            last = max(tokens_plan(self.budget, len(self.architecture.layers), lengths)[-1])
             if keep and keep > last:
                 raise PruningNotSupported(
                     f"logits_to_keep={keep} is more than the {last} tokens that reach the last layer: give at most "
@@ -190,7 +213,8 @@ class _Session:
             lengths = _prompt_lengths(arguments.get("attention_mask"), rows, columns)
             device = _tokens_of(arguments).device
             self._pass = Prefill(
-                self.architecture, self.config, self.scorer, self.trace, lengths, columns, device, cache
+                self.architecture, self.budget, self.scorer, self.trace, lengths, columns, device, cache,
+                self._protection(rows, columns),
             )  # fmt: skip
             self._warn_if_nothing_goes(self._pass.plan)
         elif remembered(cache) is not None:
@@ -202,6 +226,16 @@ class _Session:
                 "cache is computed in full: prefill the whole prompt inside the `with`"
             )
             self._say_once("prefix", f"nothing is pruned: {self._not_pruned}.")
+
+    def _protection(self, rows: int, columns: int) -> torch.Tensor | None:
+        if self.protect is None:
+            return None
+        if self.protect.shape[0] not in (1, rows) or self.protect.shape[1] != columns:
+            raise ValueError(
+                f"protect has shape {tuple(self.protect.shape)}, but the prompt is {rows} row(s) of {columns} tokens: "
+                "give one boolean per token, padding included."
+            )
+        return self.protect.expand(rows, -1)
 
     def _take_turn(self) -> None:
         with self._lock:
@@ -267,13 +301,24 @@ class _Session:
         return replace
 
     def _warn_if_nothing_goes(self, plan: list[list[int]]) -> None:
-        ratios = [self.config.ratio_at(layer) for layer in self.config.layers]
-        if plan[-1] == plan[0] and min(ratios) < 1:
+        if plan[-1] != plan[0] or not self._wants_less():
+            return
+        if max(plan[0]) < self.config.min_prompt_tokens:
+            self.trace.not_pruned = (
+                f"the prompt of {max(plan[0])} tokens is shorter than min_prompt_tokens={self.config.min_prompt_tokens}"
+            )
+        else:
             self._say_once(
                 "short",
                 f"the prompt of {max(plan[0])} tokens is too short to prune: the first {self.config.sink_tokens} and "
                 f"at least the last {self.config.min_local_tokens} tokens always stay.",
             )
+
+    def _wants_less(self) -> bool:
+        config = self.config
+        if config is not self.budget or config.keep_tokens is not None or config.keep_mass is not None:
+            return True
+        return any(config.ratio_at(layer) < 1 for layer in config.layers)
 
     def say_if_nothing_was_pruned(self) -> None:
         """On the way out: a ``with`` that saw tokens and no prefill says why."""

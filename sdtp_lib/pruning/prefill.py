@@ -12,7 +12,7 @@ scorer sees hidden states (1, 10, D), and the columns ``[0, 1, 4, 7, 8, 9]`` are
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,16 +24,27 @@ from sdtp_lib.architectures.masks import last_rows
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.pruned_cache import CacheRecord, remember
-from sdtp_lib.pruning.selection import gather_tokens, select_positions
+from sdtp_lib.pruning.selection import count_for_mass, gather_tokens, protected_tokens, select_positions
 from sdtp_lib.pruning.stage import LAYERS_BACK, LayerBefore, Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
 
 LAST_TOKENS = 64  # inputs of each layer that stay at hand for a scorer that asks what was attended to
 
 
-def tokens_plan(config: PruningConfig, num_layers: int, lengths: list[int]) -> list[list[int]]:
-    """Tokens of each row in each layer (L lists of B), known before the prefill from the lengths alone."""
-    by_length = {length: budget.tokens_per_layer(config, num_layers, length) for length in set(lengths)}
+class Budget(Protocol):
+    """A `PruningConfig`, or a `budget.SpeedupBudget`."""
+
+    def for_prompt(self, tokens: int) -> PruningConfig:
+        """The configuration for a prompt of ``tokens``."""
+        ...
+
+
+def tokens_plan(wanted: Budget, num_layers: int, lengths: list[int]) -> list[list[int]]:
+    """Tokens of each row in each layer (L lists of B), known before the prefill from the lengths alone.
+
+    Where some tokens are protected by the caller or the budget is adaptive, at least so many stay.
+    """
+    by_length = {n: budget.tokens_per_layer(wanted.for_prompt(n), num_layers, n) for n in set(lengths)}
     return [[by_length[length][layer] for length in lengths] for layer in range(num_layers)]
 
 
@@ -43,17 +54,26 @@ class Prefill(ForwardPass):
     def __init__(
         self,
         architecture: Architecture,
-        config: PruningConfig,
+        wanted: Budget,
         scorer: Scorer,
         trace: PruningTrace,
         lengths: list[int],
         columns: int,
         device: torch.device,
         cache: Any = None,
+        protected: torch.Tensor | None = None,
     ) -> None:
+        # Rows may differ in their keep ratio (a wanted speed-up), never in layers or protected ends.
+        config = wanted.for_prompt(max(lengths))
         super().__init__(architecture, config.positions == "compact", len(lengths), columns, cache)
-        plan = tokens_plan(config, len(architecture.layers), lengths)
+        plan = tokens_plan(wanted, len(architecture.layers), lengths)
         self.config, self.scorer, self.trace, self.lengths, self.plan = config, scorer, trace, lengths, plan
+        self.wanted, self.protected = wanted, None if protected is None else protected.to(device)
+        if config.keep_mass is not None and len(lengths) > 1:
+            raise PruningNotSupported(
+                f"keep_mass={config.keep_mass} with a batch of {len(lengths)}: rows would keep numbers that only the "
+                "scores tell: use batch 1 or keep_ratio."
+            )
         if self.compact and len(lengths) > 1:
             raise PruningNotSupported(
                 f"positions='compact' with a batch of {len(lengths)}: rows would need tables of their own: "
@@ -103,12 +123,14 @@ class Prefill(ForwardPass):
         scores = self._checked_scores(index, self.scorer(stage), valid)
         self.carried = stage.carried
         trace.scored_positions[index], trace.scores[index] = positions, scores
-        counts = self.plan[index]
+        local = [budget.protected_count(count, config) - config.sink_tokens for count in self.alive]
+        counts = self._counts(index, scores, local)
         if counts == self.alive:
             trace.kept_positions[index] = positions
             return None
-        local = [budget.protected_count(count, config) - config.sink_tokens for count in self.alive]
-        chosen = select_positions(scores, self.alive, counts, config.sink_tokens, local)
+        chosen = select_positions(scores, self.alive, counts, config.sink_tokens, local, self.protected)
+        if self.protected is not None:
+            self.protected = gather_tokens(self.protected, chosen) & (chosen >= 0)
         self.alive, self.padded = list(counts), min(counts) < max(counts)
         self.positions = gather_tokens(positions, chosen).masked_fill(chosen < 0, -1)
         self.kept = chosen if self.kept is None else gather_tokens(self.kept, chosen).masked_fill(chosen < 0, -1)
@@ -118,6 +140,25 @@ class Prefill(ForwardPass):
         self.segments.append((index, self.kept, self.padded))
         trace.kept_positions[index] = self.positions
         return gather_tokens(hidden, chosen)
+
+    def _counts(self, index: int, scores: torch.Tensor, local: list[int]) -> list[int]:
+        """How many tokens of each row stay: the plan's, unless protected tokens or the scores' mass have a say."""
+        config, sinks = self.config, self.config.sink_tokens
+        if self.protected is None and config.keep_mass is None:
+            return self.plan[index]
+        least = [count + sinks for count in local]
+        if self.protected is not None:
+            least = protected_tokens(self.alive, scores.shape[1], sinks, local, self.protected).sum(dim=1).tolist()
+        if config.keep_mass is not None:
+            least = [max(least[0], count_for_mass(scores[0, scores.shape[1] - self.alive[0] :], config.keep_mass))]
+        counts = [
+            budget.keep_count(alive, index, self.wanted.for_prompt(length), at_least)
+            if length >= config.min_prompt_tokens
+            else alive
+            for alive, length, at_least in zip(self.alive, self.lengths, least, strict=True)
+        ]
+        self.plan[index:] = [counts] * (len(self.plan) - index)
+        return counts
 
     def _layers_before(self, index: int, hidden: torch.Tensor) -> dict[int, LayerBefore]:
         found = {}
@@ -144,6 +185,7 @@ class Prefill(ForwardPass):
 
     def finish(self) -> None:
         """After the last layer: remember the cuts with the cache, complete the trace."""
+        self.trace.tokens_per_row = torch.tensor(self.plan)
         if self.cache is None:
             return
         self.trace.kv_bytes_per_layer = kv_bytes(self.cache)

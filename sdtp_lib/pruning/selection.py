@@ -17,6 +17,7 @@ def select_positions(
     kept: Sequence[int],
     sink_tokens: int,
     local_tokens: Sequence[int],
+    protected: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Columns that stay, in their order: the protected ones, then the highest scores; ties go to the later token.
 
@@ -28,8 +29,10 @@ def select_positions(
         Living tokens, and how many of them stay (``0 < kept <= counts``).
     sink_tokens : int
         The first living tokens of each row that always stay.
-    local_tokens : ints, one a row
-        The last living tokens of each row that always stay. Protected tokens must fit into ``kept``.
+    local_tokens : ints, one per row
+        The last kept tokens of each row that always stay. Protected tokens must fit into ``kept``.
+    protected : Tensor (B, N) of bool, optional
+        Further tokens that always stay.
 
     Returns
     -------
@@ -44,6 +47,8 @@ def select_positions(
         ranking[row, :first] = -torch.inf
         ranking[row, first : first + sink_tokens] = torch.inf
         ranking[row, columns - min(local, count) :] = torch.inf
+    if protected is not None:
+        ranking = ranking.masked_fill(protected, torch.inf)
     # A stable sort of the reversed row puts the later of two equal scores first, so a run repeats exactly.
     order = columns - 1 - ranking.flip(1).argsort(dim=1, descending=True, stable=True)
     chosen = order[:, :width]
@@ -51,6 +56,29 @@ def select_positions(
         spare = torch.arange(width, device=scores.device) >= torch.tensor(kept, device=scores.device)[:, None]
         chosen = chosen.masked_fill(spare, -1)
     return chosen.sort(dim=1).values
+
+
+def protected_tokens(
+    counts: Sequence[int], columns: int, sink_tokens: int, local_tokens: Sequence[int], protected: torch.Tensor
+) -> torch.Tensor:
+    """Which of the N columns may not be dropped, (B, N): the first and last of each row, and ``protected`` (B, N)."""
+    index = torch.arange(columns, device=protected.device)
+    found = []
+    for row, (count, local) in enumerate(zip(counts, local_tokens, strict=True)):
+        first = columns - count
+        ends = (index < first + sink_tokens) | (index >= columns - local) | protected[row]
+        found.append(ends & (index >= first))
+    return torch.stack(found)
+
+
+def count_for_mass(scores: torch.Tensor, mass: float) -> int:
+    """How many of the best of ``scores`` (N,) hold the share ``mass`` of their sum. Waits for the device once.
+
+    Example: scores 0.5, 0.3, 0.1, 0.1 and a mass of 0.75: the best two, which hold 0.8.
+    """
+    order = scores.double().clamp_min(0).sort(descending=True).values.cumsum(0)
+    # A last place of rounding must not cost a token: shares that are equal on paper are equal here.
+    return min(int((order < mass * order[-1] * (1 - 1e-12)).sum()) + 1, len(scores))
 
 
 def gather_tokens(values: torch.Tensor, columns: torch.Tensor, dim: int = 1) -> torch.Tensor:

@@ -159,7 +159,7 @@ def simulate(
 def _kept(scores: np.ndarray, config: PruningConfig, layer: int) -> np.ndarray:
     """(n,) which of the n living tokens stay at ``layer``."""
     alive = len(scores)
-    keep = keep_count(alive, config.ratio_at(layer), config)
+    keep = keep_count(alive, layer, config)
     local = max(0, protected_count(alive, config) - config.sink_tokens)
     index = np.arange(alive)
     protected = (index < config.sink_tokens) | (index >= alive - local)

@@ -39,7 +39,7 @@ class PruningTrace:
     prefills : int
         Prefills seen so far.
     not_pruned : str
-        Why nothing was pruned, where the ``with`` saw tokens and no prefill.
+        Why nothing was pruned of what the ``with`` saw last; empty where something was, or nothing was seen.
     """
 
     kept_positions: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -56,6 +56,7 @@ class PruningTrace:
         self.kept_positions, self.scored_positions, self.scores = {}, {}, {}
         self.kv_bytes_per_layer = []
         self.prompt_lengths, self.tokens_per_row = list(prompt_lengths), tokens_per_row
+        self.not_pruned = ""
         self.prefills += 1
 
     @property
