@@ -210,7 +210,7 @@ def _checked_tokens(keep_tokens: Any, stages: int) -> int | tuple[int, ...]:
         return counts[0]
     if len(counts) != stages:
         raise ValueError(
-            f"keep_tokens={list(counts)} has {len(counts)} entries for {stages} layers: give one number or one for each."
+            f"keep_tokens={list(counts)} has {len(counts)} entries for {stages} layers: give one, or one for each."
         )
     return counts
 
@@ -227,6 +227,6 @@ def _checked_ratio(keep_ratio: Any, stages: int) -> float | tuple[float, ...]:
         return ratios[0]
     if len(ratios) != stages:
         raise ValueError(
-            f"keep_ratio={list(ratios)} has {len(ratios)} entries for {stages} layers: give one number or one for each."
+            f"keep_ratio={list(ratios)} has {len(ratios)} entries for {stages} layers: give one, or one for each."
         )
     return ratios

@@ -1,4 +1,4 @@
-"""Budgets other than one ratio: a wanted speed-up, tokens per stage, a share of the scores; and tokens that must stay."""
+"""Budgets other than one ratio: a wanted speed-up, tokens per stage, a share of the scores; and protected tokens."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_protected_tokens_stay_at_every_stage_and_count_in_the_budget(tiny_model
     trace = _trace(tiny_model(), CONFIG, protect=protect)
     for kept in trace.kept_positions.values():
         assert set(range(30, 130)) <= set(kept[0].tolist())
-    # 120 of 200 are wanted before layer 1 and 124 must stay: 4 sinks, the 100, and the last 20; then 117 with the last 13
+    # 120 of 200 are wanted before layer 1, and 124 must stay: 4 sinks, the 100, the last 20; then the last 13, and 12
     assert trace.tokens_per_layer == [200, 124, 124, 117, 116, 116]
 
 
