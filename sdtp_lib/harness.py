@@ -16,17 +16,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
 from sdtp_lib import scorers
 from sdtp_lib.config import PruningConfig
+from sdtp_lib.extras import extra
 from sdtp_lib.models import load_model
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.scorers.token_pruners import TokenPruners
+
+with extra("eval"):
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
 
 _LOGGER = logging.getLogger(__name__)
 _SIMPLE = {

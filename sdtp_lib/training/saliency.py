@@ -10,10 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,11 +20,15 @@ from tqdm.auto import tqdm
 
 from sdtp_lib.architectures.attention_weights import attention_looked_back_at
 from sdtp_lib.architectures.layers import layer_inputs
+from sdtp_lib.extras import extra
 from sdtp_lib.models import cache_directory
 from sdtp_lib.provenance import fingerprint
 from sdtp_lib.pruning.stage import ASKING_TOKENS, looked_back
 from sdtp_lib.records import atomic_write
 from sdtp_lib.training.labels import LABELS, LOSS_ON, saliency_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 CONTINUATION_TOKENS = 64
 
@@ -76,6 +79,8 @@ def compute_saliency(
         For an unknown label or loss, a sample without prompt or response, or two samples of one id.
     """
     labels = (label,) if isinstance(label, str) else tuple(label)
+    with extra("train"):  # before any compute
+        from datasets import Dataset
     if loss_on not in LOSS_ON:
         raise ValueError(f"loss_on={loss_on!r} is unknown: choose one of {', '.join(LOSS_ON)}.")
     if unknown := [name for name in labels if name not in LABELS]:
