@@ -48,7 +48,7 @@ def main(folder: Path, arguments: list[str]) -> int:
     found = newest_found(pip, "transformers")
     if found is None or numbers(found) < numbers(pinned("transformers")):
         print(
-            f"WARNING: no package index within reach (newest transformers found: {found or 'none'}; constraints.txt has "
+            f"WARNING: no package index within reach (newest transformers found: {found or 'none'}, pinned: "
             f"{pinned('transformers')}): the newest releases were NOT tested.",
             file=sys.stderr,
         )
