@@ -101,7 +101,7 @@ test: $(READY) ## the tests (PYTEST_FLAGS=... for pytest)
 # Both run whatever needs no notebook, picture or embedded model.
 FLOOR := .venv-floor
 NEWEST := .venv-newest
-LIBRARY_TESTS := tests/pruning tests/scorers tests/training tests/evaluation tests/latency \
+LIBRARY_TESTS := tests/architectures tests/pruning tests/scorers tests/training tests/evaluation tests/latency \
     tests/test_budget.py tests/test_config.py tests/test_harness.py tests/test_models.py tests/test_records.py
 NOT_SLOW := -m 'not slow and not embedded and not browser'
 
