@@ -58,7 +58,7 @@ def scorer_named(text: str) -> NamedScorer:
     path = pruners_folder(folder or DEFAULT_PRUNERS)
     if not name or path is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: no pruners in {folder!r}; give NAME=DIR with pruners of this model, or one of "
+            f"{text!r}: no pruners in {folder}; give NAME=DIR with pruners of this model, or one of "
             f"{', '.join(SIMPLE)}."
         )
     return NamedScorer(name, path)
