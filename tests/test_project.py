@@ -175,7 +175,7 @@ def test_readmes_tree_names_every_folder_and_no_other():
     files = [path.relative_to(ROOT) for path in tracked("*")]
     if files:
         top = {f"{path.parts[0]}/" for path in files if len(path.parts) > 1 and not path.parts[0].startswith(".")}
-        library = {f"sdtp_lib/{path.parts[1]}/" for path in files if path.match("sdtp_lib/*/*")}
+        library = {"/".join(path.parts[:2]) + "/" for path in files if path.parts[0] == "sdtp_lib" and path.parts[2:]}
         assert {name for name in named if name.endswith("/")} == top | library
     assert all((ROOT / name).exists() for name in named)
     beside = re.search(r"beside its folders: ([\w, ]+)", tree)[1].split(", ")
