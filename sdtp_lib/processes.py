@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sdtp_lib.extras import extra
 from sdtp_lib.records import RowWriter, join_rows
 
 T = TypeVar("T")
@@ -33,7 +34,8 @@ class Share:
     def __init__(self) -> None:
         self._state: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
+            with extra("train"):
+                from accelerate import PartialState
 
             self._state = PartialState(cpu=not torch.cuda.is_available())
         self.index: int = self._state.process_index if self._state else 0

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtp_lib.extras import extra
 from sdtp_lib.files import atomic_write, lock_path, plain, take_lock, write_json
 from sdtp_lib.provenance import commit, content_id, identity, passport, project_root, scorer_id
 
@@ -227,7 +228,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def read_frame(path: str | os.PathLike[str]) -> pandas.DataFrame:
     """The rows of a file as a data frame, one column a field."""
-    import pandas
+    with extra("train"):
+        import pandas
 
     return pandas.DataFrame.from_records(read_rows(path))
 

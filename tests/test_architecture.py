@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sdtp_lib"
 
 # From the ground up. A part is a folder, or a module beside the folders; it may import parts of lower floors only.
 FLOORS = (
-    {"layer_shape", "provenance", "load_failures"},
+    {"extras", "layer_shape", "load_failures", "provenance", "shipped"},
     {"models", "model_shape", "config", "files"},
     {"records", "budget", "architectures"},
     {"data", "pruning", "processes"},
@@ -28,7 +29,7 @@ FLOORS = (
     {"latency"},
     {"paper"},
 )
-# The same within a folder, module by module. Its `__init__` stands on top and imports nothing from outside.
+# The same within a folder, module by module. Its `__init__` stands on top and imports nothing from outside but extras.
 INSIDE = {
     "architectures": ({"caches", "masks", "unsupported", "attention_interface"}, {"layers"},
                       {"bias_probe", "attention_weights"}, {"attention_bias", "attention_readings"}),
@@ -45,7 +46,7 @@ INSIDE = {
                 {"methods"}, {"run"}),
 }  # fmt: skip
 # Modules that stay in the dark on purpose: what they must never import, at any depth of function.
-NO_TORCH = {"provenance", "load_failures", "files", "records", "config", "budget", "layer_shape",
+NO_TORCH = {"extras", "shipped", "provenance", "load_failures", "files", "records", "config", "budget", "layer_shape",
             "model_shape", "paper", "plots", "views", "training.config", "pruning.token_fates",
             "latency.cost_model", "explorer.state", "explorer.live_html", "explorer.export",
             "explorer.widgets"}  # fmt: skip
@@ -148,7 +149,8 @@ def allowed(upper: str, lower: str) -> bool:
     if among(lower, NEVER.get(upper, set()) | NEVER.get(part_of(upper), set())):
         return False
     if part_of(upper) != part_of(lower):
-        return upper not in INSIDE and floor_of(part_of(lower), FLOORS) < floor_of(part_of(upper), FLOORS)
+        is_lower = floor_of(part_of(lower), FLOORS) < floor_of(part_of(upper), FLOORS)
+        return is_lower and (upper not in INSIDE or lower == "extras")
     floors = INSIDE[part_of(upper)]
     above, below = (floor_of(name.partition(".")[2], floors) for name in (upper, lower))
     return below < above
@@ -319,3 +321,13 @@ def test_importing_every_module_leaves_transformers_and_torch_as_they_were():
         capture_output=True, text=True, check=False, cwd=PACKAGE.parent,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+@pytest.mark.parametrize("folder", ["sdtp_lib", "benchmarks", "workflow", "notebooks", "tests"])
+def test_nobody_but_architectures_calls_a_models_cache_by_a_name_of_its_own(folder):
+    root = PACKAGE.parent / folder
+    files = [path for path in (*root.rglob("*.py"), *root.glob("*.ipynb")) if "architectures" not in path.parts]
+    files = [path for path in files if path != Path(__file__)]
+    called = re.compile(r"\.past_key_values\b|[(,]\s*past_key_values=(?!None)")
+    found = [path.name for path in files if called.search(path.read_text(encoding="utf-8"))]
+    assert files and not found, "use cache_argument(model, cache) and cache_in(output): the name differs by release"

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import constraints
+import newest
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -66,6 +67,50 @@ def test_every_requirement_holds_for_the_tested_version_and_has_a_ceiling(requir
 def test_the_constraints_are_what_the_requirements_lead_to():
     installed = constraints.closure()
     assert {**installed, **constraints.APART} == CONSTRAINTS, "run `make constraints`"
+
+
+def test_the_core_is_what_pruning_needs_and_no_more():
+    names = {Requirement(line).name for line in PROJECT["project"]["dependencies"]}
+    assert names == {"huggingface-hub", "numpy", "safetensors", "torch", "transformers"}
+
+
+def test_the_lowest_versions_that_are_promised_are_those_that_the_floor_runs_on():
+    floor = dict(
+        line.split("==") for line in (ROOT / "constraints-floor.txt").read_text().splitlines() if line[0] != "#"
+    )
+    extras = PROJECT["project"]["optional-dependencies"]
+    for line in (*PROJECT["project"]["dependencies"], *extras["train"], *extras["embedded"]):
+        requirement = Requirement(line)
+        (lowest,) = (specifier.version for specifier in requirement.specifier if specifier.operator == ">=")
+        assert Version(floor[requirement.name]) == Version(lowest), requirement.name
+
+
+@pytest.mark.parametrize("answer", [None, "1.0.0"], ids=["no index", "an old mirror"])
+def test_without_an_index_the_newest_releases_are_not_tested_and_that_is_said(answer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(newest.venv, "create", lambda *args, **kwargs: None)
+    monkeypatch.setattr(newest, "newest_found", lambda pip, name: answer)
+    monkeypatch.setattr(newest.subprocess, "run", lambda *args, **kwargs: pytest.fail("something was installed or run"))
+    assert newest.main(tmp_path, ["tests"]) == 0
+    assert "NOT tested" in capsys.readouterr().err
+
+
+def test_a_newest_release_that_breaks_a_test_or_cannot_be_installed_fails(tmp_path, monkeypatch):
+    def run(command, **kwargs):
+        fails = "pytest" in command and "install" not in command
+        return subprocess.CompletedProcess(command, 1 if fails else 0, stdout="transformers==99.0.0")
+
+    monkeypatch.setattr(newest.venv, "create", lambda *args, **kwargs: None)
+    monkeypatch.setattr(newest, "newest_found", lambda pip, name: "99.0.0")
+    monkeypatch.setattr(newest.subprocess, "run", run)
+    assert newest.main(tmp_path, ["tests"]) == 1
+    assert (tmp_path / "torch.txt").read_text() == f"torch=={CONSTRAINTS['torch']}\n"
+
+    def cannot_install(command, **kwargs):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(newest.subprocess, "run", cannot_install)
+    with pytest.raises(subprocess.CalledProcessError):
+        newest.main(tmp_path, ["tests"])
 
 
 def test_no_constraint_names_a_local_build():
@@ -130,7 +175,7 @@ def test_readmes_tree_names_every_folder_and_no_other():
     files = [path.relative_to(ROOT) for path in tracked("*")]
     if files:
         top = {f"{path.parts[0]}/" for path in files if len(path.parts) > 1 and not path.parts[0].startswith(".")}
-        library = {f"sdtp_lib/{path.parts[1]}/" for path in files if path.match("sdtp_lib/*/*")}
+        library = {"/".join(path.parts[:2]) + "/" for path in files if path.parts[0] == "sdtp_lib" and path.parts[2:]}
         assert {name for name in named if name.endswith("/")} == top | library
     assert all((ROOT / name).exists() for name in named)
     beside = re.search(r"beside its folders: ([\w, ]+)", tree)[1].split(", ")
@@ -165,7 +210,8 @@ def test_continuous_integration_runs_lint_and_tests_and_closes_with_them():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     steps = [line for line in script.read_text().splitlines() if line.startswith("make ")]
-    assert "make lint" in steps and steps[-1].split()[:2] == ["make", "test"]  # flags may follow
+    assert {"make lint", "make test-floor", "make test-newest", "make test-wheel"} <= set(steps)
+    assert steps[-1].split()[:2] == ["make", "test"]  # flags may follow
 
 
 def test_results_and_environments_are_never_tracked():

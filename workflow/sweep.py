@@ -27,6 +27,8 @@ from typing import Any
 import yaml
 from notebook_parameters import ParameterError, check, code_lines, load_notebook, parameters_of, source_of, tags_of
 
+from sdtp_lib.shipped import shipped_pruners
+
 LINK = re.compile(r"\{(\d\d_\w+)\}")
 # The files of a job. Snakemake wants the same wildcards in outputs and logs, so these hold the fingerprint.
 DONE = "{folder}/{notebook}.done.json"
@@ -289,7 +291,7 @@ def _files_read(values: Mapping[str, Any], root: Path) -> Iterator[tuple[str, st
     for name, value in values.items():
         if not isinstance(value, str) or not value or name == "run_dir" or value.startswith("data/results"):
             continue
-        target = root / value
+        target = shipped_pruners().get(value, root / value)
         if target.is_file() or target.is_dir():
             files = [target] if target.is_file() else sorted(file for file in target.rglob("*") if file.is_file())
             yield value, _digest([(file.relative_to(target).as_posix(), _file_hash(file)) for file in files[:500]])

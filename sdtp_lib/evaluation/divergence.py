@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.architectures.layers import position_argument
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.pruning.engine import token_pruning
@@ -59,7 +60,8 @@ def continuation_logits(
             # Positions said, not left to the cache's length: a KV-cache compression makes that shorter than the prompt.
             after = torch.arange(given.shape[1], device=given.device)[None] + len(prompt_ids)
             places = position_argument(model, after)
-            rest = model(input_ids=given, past_key_values=first.past_key_values, use_cache=True, **places).logits
+            cached = cache_argument(model, cache_in(first))
+            rest = model(input_ids=given, **cached, use_cache=True, **places).logits
             logits = torch.cat([logits, rest], dim=1)
     return logits[0].float(), trace
 

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks._yaml_loader import load_yaml
-
 from sdtp_lib.data.texts import json_lines
+from sdtp_lib.extras import extra
 from sdtp_lib.harness import SDTPLM
 from sdtp_lib.records import RowWriter, content_id
+
+with extra("eval"):
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
 
 TASKS = ("copa", "piqa", "winogrande", "mathqa", "boolq", "cb", "wic", "wsc")
 _FILES = {

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas
 
 
 def agreement(scores: Any, label: Any, share: float) -> tuple[float, float]:
@@ -33,8 +32,20 @@ def agreement(scores: Any, label: Any, share: float) -> tuple[float, float]:
         raise ValueError(f"share={share} is not in (0, 1): name the part of the tokens that counts as best.")
     count = max(1, int(share * len(label)))
     found = np.intersect1d(np.argsort(label)[-count:], np.argsort(scores)[-count:])
-    correlation = pandas.Series(scores).corr(pandas.Series(label), method="spearman")
-    return float(correlation), len(found) / count
+    return _correlation(_ranks(scores), _ranks(label)), len(found) / count
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Rank of each value, 1 for the smallest; equal values share the mean of their ranks."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[group]
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Pearson's; nan where one of them is constant, so that no order can be compared."""
+    one, other = one - one.mean(), other - other.mean()
+    norm = np.sqrt((one**2).sum() * (other**2).sum())
+    return float((one * other).sum() / norm) if norm else float("nan")
 
 
 def perplexity(losses: Sequence[float]) -> float:

@@ -6,11 +6,12 @@ Views of rows (see `records`); nothing is computed on a model here. A row is of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdtp_lib.evaluation.statistics import paired_bootstrap
+from sdtp_lib.extras import extra
 
-if TYPE_CHECKING:
+with extra("train"):
     import pandas
 
 LEARNED_PREFIX = "SDTP"
@@ -26,8 +27,6 @@ def scorer_summary(frame: pandas.DataFrame, *, by: Sequence[str] = ("cell", "set
     answers), ``answers_kept_percent`` (of the ``answered_items`` that the unpruned model gets right),
     ``compression_ratio, prefill_flops_share``.
     """
-    import pandas
-
     lines = []
     for group, part in frame[frame.kind == "scorer"].groupby(list(by), sort=False):
         part = _common_samples(part)
@@ -56,8 +55,6 @@ def beside_oracles(frame: pandas.DataFrame) -> pandas.DataFrame:
 
     Oracles often run on fewer samples, and how hard a sample is varies more than how good a score is.
     """
-    import pandas
-
     keys = ["cell", "setting", "sample"]
     oracles = frame[frame.block != "deployable"]
     learned = frame[(frame.block == "deployable") & frame.scorer.str.startswith(LEARNED_PREFIX)]
@@ -76,8 +73,6 @@ def paired_differences(
     The verdict is ``better`` or ``worse`` (lower is better) where the 95 % interval excludes zero, else ``open``; with
     fewer than `FEWEST_PAIRS` samples it is ``too few``.
     """
-    import pandas
-
     lines = []
     for group, part in frame[frame.kind == "scorer"].groupby(list(by), sort=False):
         wide = part.pivot_table(index="sample", columns="scorer", values=column, sort=False)
@@ -119,8 +114,6 @@ def wide_table(summary: pandas.DataFrame, setting: str, *, column: str = "kl_nat
 
 def best_simple(summary: pandas.DataFrame) -> pandas.DataFrame:
     """For each cell and setting: the best deployable score that is not learned, beside the best learned one."""
-    import pandas
-
     lines = []
     for (cell, setting), part in summary[summary.block == "deployable"].groupby(["cell", "setting"], sort=False):
         learned = part[part.scorer.str.startswith(LEARNED_PREFIX)]
@@ -164,8 +157,6 @@ def _common_samples(part: pandas.DataFrame) -> pandas.DataFrame:
             counts = block.groupby("sample")["scorer"].nunique()
             full = counts[counts == counts.max()].index
             kept.append(block[block["sample"].isin(full)])
-    import pandas
-
     return pandas.concat(kept)
 
 
@@ -175,8 +166,6 @@ def answers_table(frame: pandas.DataFrame, *, against: str) -> pandas.DataFrame:
     Columns ``dataset, variant, items, score, difference, low, high, 1/tau, prefill speed-up, end-to-end speed-up``
     (ratios of medians over the shared items). Only items that both variants have are counted.
     """
-    import pandas
-
     done = frame[frame.kind == "item"]
     lines = []
     for dataset, part in done.groupby("dataset", sort=False):
@@ -204,7 +193,6 @@ def fewshot_table(frame: pandas.DataFrame, *, against: str = "full") -> pandas.D
     ``mean of tasks`` weighs tasks alike; its interval resamples items within tasks.
     """
     import numpy as np
-    import pandas
 
     done = frame[frame.kind == "item"]
     lines = []

@@ -28,9 +28,10 @@ from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.token_fates import TokenFates
 from sdtp_lib.records import project_root
 from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.shipped import pruners_folder
 from sdtp_lib.views.tokens import display_tokens
 
-PRUNERS = "data/pruners/smollm2-135m-instruct"
+PRUNERS = "smollm2-135m-instruct"
 
 
 class EngineSource:
@@ -150,8 +151,8 @@ class _FirstToken(BaseStreamer):
 def default_scorers(pruners: str | Path | None = PRUNERS) -> dict[str, Any]:
     """Trained pruners where there are any, then the simple scorers, by name."""
     found: dict[str, Any] = {}
-    folder = project_root() / pruners if pruners else None
-    if folder is not None and folder.is_dir():
+    folder = pruners_folder(pruners, project_root())
+    if folder is not None:
         found["learned"] = TokenPruners.from_pretrained(folder)
     return found | {
         "attention": scorers.attention(),
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve app/explore.ipynb with Voila; the address it prints holds the token."""
     parser = argparse.ArgumentParser(prog="python -m sdtp_lib.explorer.app", description=__doc__)
     parser.add_argument("--model", default="embedded", help="'embedded', a local folder or a Hub id")
-    parser.add_argument("--pruners", default=PRUNERS, help="folder of trained pruners, from the project's root")
+    parser.add_argument("--pruners", default=PRUNERS, help="pruners that ship, or a folder from the project's root")
     parser.add_argument("--prompt-tokens", type=int, default=1024, help="length of the example prompts")
     parser.add_argument("--port", type=int, default=8866)
     parser.add_argument("--token", default=None, help="token in the address (default: a new one at each start)")

@@ -10,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from sdtp_lib import plots, records, views
 from sdtp_lib.explorer.state import ExplorerState
+from sdtp_lib.extras import extra
 from sdtp_lib.plots.style import save
 from sdtp_lib.plots.tokens import layout
 from sdtp_lib.pruning.token_fates import TokenFates
 from sdtp_lib.views.layer_map import layer_token_map_html
 from sdtp_lib.views.tokens import answers_html
+
+with extra("study"):
+    from matplotlib.figure import Figure
 
 _COLUMNS, _LINES = 110, 40
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ipywidgets
 import numpy as np
 
 from sdtp_lib import views
@@ -21,9 +20,13 @@ from sdtp_lib.config import POSITION_MODES, PRESETS, PruningConfig
 from sdtp_lib.explorer import live_html
 from sdtp_lib.explorer.export import export_state
 from sdtp_lib.explorer.state import OWN, ExplorerState, Source, parse_layers
+from sdtp_lib.extras import extra
 from sdtp_lib.pruning.token_fates import TokenFates, simulate
 from sdtp_lib.views.layer_map import layer_token_map_svg
 from sdtp_lib.views.tokens import answers_html
+
+with extra("study"):
+    import ipywidgets
 
 _COUNTER = itertools.count()
 _WIDE = {"style": {"description_width": "96px"}, "layout": ipywidgets.Layout(width="98%", max_width="480px")}

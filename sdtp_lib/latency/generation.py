@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.latency.measure import Stopwatch
 
 
@@ -84,13 +85,14 @@ def timed_generation(
 def plain_prefill(model: Any, input_ids: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, Any]:
     """One forward over the prompt (B, T) that fills a cache; logits for the last position only."""
     output = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **arguments)
-    return output.logits, output.past_key_values
+    return output.logits, cache_in(output)
 
 
 def plain_step(model: Any, token_ids: torch.Tensor, cache: Any, **arguments: Any) -> tuple[torch.Tensor, Any]:
     """One forward over one new token a row (B, 1)."""
-    output = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
-    return output.logits, output.past_key_values
+    cached = cache_argument(model, cache)
+    output = model(input_ids=token_ids, **cached, use_cache=True, logits_to_keep=1, **arguments)
+    return output.logits, cache_in(output)
 
 
 def prefill_and_decode(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from sdtp_lib import budget, scorers
-from sdtp_lib.architectures.caches import cache_lengths, kv_bytes
+from sdtp_lib.architectures.caches import cache_argument, cache_in, cache_lengths, kv_bytes
 from sdtp_lib.architectures.layers import describe, num_layers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.latency.generation import Generation, plain_prefill, plain_step, timed_generation
@@ -212,8 +212,8 @@ def plain_step_all(model: Any, token_ids: torch.Tensor, cache: Any) -> tuple[tor
     """A step of one token (its logits), or of a whole continuation (logits of every position)."""
     if token_ids.shape[1] == 1:
         return plain_step(model, token_ids, cache)
-    output = model(input_ids=token_ids, past_key_values=cache, use_cache=True)
-    return output.logits, output.past_key_values
+    output = model(input_ids=token_ids, **cache_argument(model, cache), use_cache=True)
+    return output.logits, cache_in(output)
 
 
 def _model_session(model: Any) -> Session:

@@ -6,6 +6,12 @@ and never show or save; `use_style` is the one style sheet and `save` the one wa
 
 from __future__ import annotations
 
+from sdtp_lib.extras import extra
+
+with extra("study"):
+    import matplotlib  # noqa: F401
+    import seaborn  # noqa: F401
+
 from sdtp_lib.plots.cost import memory_over_length, speedup_over_length, stacked_time
 from sdtp_lib.plots.results import (
     loss_curves,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdtp_lib.extras import extra
 from sdtp_lib.records import atomic_write
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class PruningTrace:
 
     def to_frame(self) -> pandas.DataFrame:
         """One line per row, stage and token alive before it: ``row, layer, position, score, kept``."""
-        import pandas
+        with extra("train"):
+            import pandas
 
         self._counts()
         frames = []

@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib.pruning.stage import Scorer
-from sdtp_lib.records import project_root
 from sdtp_lib.scorers import simple
 from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.shipped import pruners_folder
 
 SIMPLE = ("random", "recency", "hidden_norm", "attention")
-SHIPPED = project_root() / "data" / "pruners" / "smollm2-135m-instruct"
-
-
-def shipped_for(model: str) -> Path | None:
-    """The pruners that ship for a model of this name; None if none do."""
-    return SHIPPED if model == "embedded" and SHIPPED.is_dir() else None
+# What a name alone means, such as SDTP.
+DEFAULT_PRUNERS = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
@@ -48,19 +44,21 @@ class NamedScorer:
 
 
 def scorer_named(text: str) -> NamedScorer:
-    """For ``add_argument(type=...)``: a simple score's name, ``NAME=DIR``, or a name alone for the shipped pruners.
+    """For ``add_argument(type=...)``: a simple score's name, ``NAME=PRUNERS`` (a folder, or the name of pruners that
+    ship), or a name alone for the shipped ones of the embedded model.
 
     Raises
     ------
     argparse.ArgumentTypeError
-        If there is no such folder.
+        If there are no such pruners.
     """
     name, _, folder = text.partition("=")
     if name in SIMPLE and not folder:
         return NamedScorer(name, None)
-    path = Path(folder) if folder else SHIPPED
-    if not name or not (path / "config.json").is_file():
+    path = pruners_folder(folder or DEFAULT_PRUNERS)
+    if not name or path is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: no pruners in {path}; give NAME=DIR with pruners of this model, or one of {', '.join(SIMPLE)}."
+            f"{text!r}: no pruners in {folder}; give NAME=DIR with pruners of this model, or one of "
+            f"{', '.join(SIMPLE)}."
         )
     return NamedScorer(name, path)

@@ -27,6 +27,7 @@ from sdtp_lib.provenance import content_id
 from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StagePruner
+from sdtp_lib.shipped import pruners_folder
 
 FEATURES = ("hidden", "distance", "query", "attention", "memory")
 HEADS = ("score", "gumbel")
@@ -143,10 +144,12 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> TokenPruners:
-        """The pruners of a folder that ``save_pretrained`` wrote, or of a Hub id; whole, or an error.
+        """The pruners of a folder that ``save_pretrained`` wrote, that ship, or of a Hub id; whole, or an error.
 
         Parameters
         ----------
+        pretrained_model_name_or_path
+            A folder, else the name of pruners that ship (``smollm2-135m-instruct``, from any folder), else a Hub id.
         options
             The mixin's (``revision``, ``token``, ``cache_dir`` ...), or fields of the config to change (``blend``).
 
@@ -156,7 +159,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             If there is no such folder, a file of it is missing or damaged, the weights lack a stage that its config
             names, or the Hub cannot give it.
         """
-        name = os.fspath(pretrained_model_name_or_path)
+        name = os.fspath(pruners_folder(pretrained_model_name_or_path) or pretrained_model_name_or_path)
         folder = Path(name)
         local = folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1
         lacking = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]

@@ -10,10 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,11 +20,15 @@ from tqdm.auto import tqdm
 
 from sdtp_lib.architectures.attention_readings import attention_looked_back_at, refuse_unreadable
 from sdtp_lib.architectures.layers import layer_inputs
+from sdtp_lib.extras import extra
 from sdtp_lib.models import cache_directory
 from sdtp_lib.provenance import adapters_fingerprint, fingerprint
 from sdtp_lib.pruning.stage import ASKING_TOKENS, looked_back
 from sdtp_lib.records import atomic_write
 from sdtp_lib.training.labels import DEFAULT_LABEL, LOSS_ON, checked_labels, saliency_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 CONTINUATION_TOKENS = 64
 
@@ -77,6 +80,8 @@ def compute_saliency(
     PruningNotSupported
         For families that cannot have the label (`saliency_of`).
     """
+    with extra("train"):  # before any compute
+        from datasets import Dataset
     if loss_on not in LOSS_ON:
         raise ValueError(f"loss_on={loss_on!r} is unknown: choose one of {', '.join(LOSS_ON)}.")
     layers = tuple(layers)

@@ -7,22 +7,26 @@ come from `saliency`, keyed by sample id; what a step computes, `step` knows.
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
+from sdtp_lib.extras import extra
 from sdtp_lib.records import write_json
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training.config import TrainingConfig
 from sdtp_lib.training.labels import DEFAULT_LABEL
 from sdtp_lib.training.saliency import compute_saliency
 from sdtp_lib.training.step import Collator, PrunerLoss
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def train_pruners(
@@ -66,6 +70,9 @@ def train_pruners(
     ValueError
         For no samples, samples without labels at a wanted layer, or mixed precision without a GPU.
     """
+    with extra("train"):  # before any compute; the trainer itself needs accelerate
+        importlib.import_module("accelerate")
+        from datasets import Dataset
     config = config or TrainingConfig()
     if config.mixed_precision != "no" and model.device.type == "cpu":
         raise ValueError(

@@ -15,6 +15,7 @@ import pytest
 from sdtp_lib import data
 from sdtp_lib.records import OtherProvenance, RowWriter, project_root, read_rows
 from sdtp_lib.scorers.by_name import scorer_named
+from sdtp_lib.shipped import shipped_pruners
 
 
 def script(name):
@@ -225,8 +226,10 @@ def test_ablations_train_what_is_missing_and_compare_all_of_them(tmp_path, monke
 
 
 def test_scores_are_named_simple_shipped_or_by_folder(tiny_model, tmp_path):
-    model, shipped = tiny_model(), project_root() / "data" / "pruners" / "smollm2-135m-instruct"
-    assert scorer_named("SDTP") == scorer_named(f"SDTP={shipped}") and scorer_named("SDTP").folder == shipped
+    model, name = tiny_model(), "smollm2-135m-instruct"
+    shipped = shipped_pruners()[name]
+    assert scorer_named("SDTP") == scorer_named(f"SDTP={shipped}") == scorer_named(f"SDTP={name}")
+    assert scorer_named("SDTP").folder == shipped
     recency = scorer_named("recency")
     assert recency.folder is None and recency.layers(recency.load(model), 6) == [1, 2, 3, 4, 5]
     learned = scorer_named("SDTP")

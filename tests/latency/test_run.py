@@ -186,12 +186,14 @@ def test_types_are_compared_in_turn_and_the_models_own_comes_back(tiny_model):
     model = tiny_model()
     rows = latency_run.dtype_comparison(model, 32, (torch.float32, torch.bfloat16), repeats=2)
     assert [r["variant"] for r in rows] == ["float32", "bfloat16"] * 2
-    assert rows[0]["kl_nats"] == 0.0 and 0 < rows[1]["kl_nats"] < 0.1
+    # So small a divergence that rounding may give it either sign.
+    assert rows[0]["kl_nats"] == 0.0 and 0 < abs(rows[1]["kl_nats"]) < 0.1
     assert model.dtype == torch.float32
 
 
 def test_pruned_prefill_allocates_linearly_in_the_prompt(tiny_model):
-    model = tiny_model(max_position_embeddings=4096)
+    # As many key as query heads: where they are shared, torch 2.7's own attention on a CPU is quadratic.
+    model = tiny_model(max_position_embeddings=4096, num_key_value_heads=4)
     method = stages(model)[1]
     short, long = (latency_run.peak_allocated(model, method, tokens) for tokens in (1000, 4000))
     assert long < 4.4 * short

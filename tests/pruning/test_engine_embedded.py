@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sdtp_lib import PruningConfig, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from tests.reference import alive_per_layer, eager_copy, masked_logits
 
 pytestmark = pytest.mark.embedded
@@ -39,7 +40,7 @@ def test_smollm2_pruned_equals_the_masked_float64_reference_in_prefill_and_decod
         logits, tokens = [out.logits[0, -1]], []
         for _ in range(20):
             tokens.append(logits[-1].argmax())
-            step = exact(input_ids=tokens[-1].view(1, 1), past_key_values=out.past_key_values)
+            step = exact(input_ids=tokens[-1].view(1, 1), **cache_argument(exact, cache_in(out)))
             logits.append(step.logits[0, -1])
     exact.config._attn_implementation = "eager"
     alive = alive_per_layer(trace.kept_positions, 200, model.config.num_hidden_layers, 0)

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, QuantizedCache, TextIteratorStreamer
 
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from tests.reference import alive_per_layer, assert_logits_equal, eager_copy, masked_logits
 
 CONFIG = PruningConfig(layers=(1, 3, 4), keep_ratio=0.6, min_local_tokens=4)
@@ -39,7 +40,7 @@ def _by_hand(model, prompt, steps):
         tokens = []
         for _ in range(steps):
             tokens.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
-            out = model(input_ids=tokens[-1], past_key_values=out.past_key_values)
+            out = model(input_ids=tokens[-1], **cache_argument(model, cache_in(out)))
     return torch.cat([prompt, *tokens], dim=1)
 
 
@@ -58,7 +59,7 @@ def test_greedy_generation_prefills_once_and_equals_the_loop_by_hand(model, prom
 
 def test_decode_extends_the_caches_of_the_pruned_prefill(model, prompt):
     output, trace = _generate(model, prompt, return_dict_in_generate=True)
-    lengths = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    lengths = [layer.keys.shape[-2] for layer in cache_in(output).layers]
     # The last new token is returned but never run.
     assert lengths == [tokens + 9 for tokens in trace.tokens_per_layer]
     assert trace.tokens_per_layer == [64, 38, 38, 22, 13, 13]
@@ -122,7 +123,7 @@ def test_a_second_turn_through_generate_continues_the_returned_cache(model, prom
     with token_pruning(model, CONFIG, SCORER) as trace:
         first = model.generate(prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         longer = torch.cat([first.sequences, turn], dim=1)
-        second = model.generate(longer, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+        second = model.generate(longer, **cache_argument(model, cache_in(first)), max_new_tokens=4, do_sample=False)
     assert trace.prefills == 1
     alive = alive_per_layer(trace.kept_positions, 64, 6, 0)
     expected = masked_logits(eager_copy(model), second[0], alive).argmax(-1)
@@ -131,13 +132,13 @@ def test_a_second_turn_through_generate_continues_the_returned_cache(model, prom
 
 def test_a_copied_cache_branches_without_disturbing_the_original(model, prompt):
     with torch.no_grad(), token_pruning(model, CONFIG, SCORER):
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        cache = cache_in(model(input_ids=prompt, use_cache=True))
         branch = copy.deepcopy(cache)
         step = torch.tensor([[9]])
-        first = model(input_ids=step, past_key_values=branch).logits
-        second = model(input_ids=step, past_key_values=cache).logits
+        first = model(input_ids=step, **cache_argument(model, branch)).logits
+        second = model(input_ids=step, **cache_argument(model, cache)).logits
         branch.crop(-1)
-        third = model(input_ids=step, past_key_values=branch).logits
+        third = model(input_ids=step, **cache_argument(model, branch)).logits
     assert torch.equal(first, second)
     assert torch.equal(first, third)
 
@@ -206,7 +207,7 @@ def test_an_offloaded_cache_gives_the_same_ids(model, prompt):
 def test_a_quantised_cache_is_pruned_and_decodes(model, prompt):
     pytest.importorskip("optimum.quanto")
     cache = QuantizedCache("quanto", model.config, nbits=4, q_group_size=16, residual_length=16)
-    ids, trace = _generate(model, prompt, past_key_values=cache, max_new_tokens=4)
+    ids, trace = _generate(model, prompt, **cache_argument(model, cache), max_new_tokens=4)
     assert ids.shape == (1, 68)
     assert [cache.get_seq_length(layer) for layer in range(6)] == [t + 3 for t in trace.tokens_per_layer]
 
@@ -214,8 +215,8 @@ def test_a_quantised_cache_is_pruned_and_decodes(model, prompt):
 def test_a_cache_of_ones_own_is_used_and_returned(model, prompt):
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), token_pruning(model, CONFIG, SCORER):
-        out = model(input_ids=prompt, past_key_values=cache, use_cache=True)
-    assert out.past_key_values is cache
+        out = model(input_ids=prompt, **cache_argument(model, cache), use_cache=True)
+    assert cache_in(out) is cache
     assert cache.layers[5].keys.shape[-2] == 13
 
 
@@ -223,7 +224,7 @@ def test_a_forward_without_a_cache_is_pruned_too(model, prompt):
     with torch.no_grad(), token_pruning(model, CONFIG, SCORER) as trace:
         cached = model(input_ids=prompt, use_cache=True).logits
         plain = model(input_ids=prompt, use_cache=False)
-    assert plain.past_key_values is None
+    assert cache_in(plain) is None
     assert torch.equal(plain.logits, cached)
     assert trace.kv_bytes_per_layer == []
 
@@ -232,7 +233,7 @@ def test_output_attentions_under_eager_have_each_layers_own_size(tiny_model, pro
     model = tiny_model(attn_implementation="eager")
     with torch.no_grad(), token_pruning(model, CONFIG, SCORER) as trace:
         out = model(input_ids=prompt, use_cache=True, output_attentions=True, output_hidden_states=True)
-        step = model(input_ids=prompt[:, :1], past_key_values=out.past_key_values, output_attentions=True)
+        step = model(input_ids=prompt[:, :1], **cache_argument(model, cache_in(out)), output_attentions=True)
     assert [a.shape[-1] for a in out.attentions] == trace.tokens_per_layer
     assert [a.shape[-1] for a in step.attentions] == [tokens + 1 for tokens in trace.tokens_per_layer]
     for weights in step.attentions:
@@ -245,7 +246,7 @@ def test_compact_positions_equal_a_model_that_sees_renumbered_tokens(model, prom
     model = model.double()
     with torch.no_grad(), token_pruning(model, config, SCORER) as trace:
         out = model(input_ids=prompt, use_cache=True)
-        step = model(input_ids=torch.tensor([[9]]), past_key_values=out.past_key_values).logits[0, 0]
+        step = model(input_ids=torch.tensor([[9]]), **cache_argument(model, cache_in(out))).logits[0, 0]
     kept = trace.kept_positions[2][0]
     with torch.no_grad():
         hidden = model.model(input_ids=prompt, output_hidden_states=True).hidden_states[2][:, kept]
@@ -274,14 +275,14 @@ def test_compact_positions_differ_from_original_ones(model, prompt):
 
 def test_crop_takes_back_tokens_added_after_prefill_and_no_more(model, prompt):
     with torch.no_grad(), token_pruning(model, CONFIG, SCORER):
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
-        model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache)
+        cache = cache_in(model(input_ids=prompt, use_cache=True))
+        model(input_ids=torch.tensor([[5, 6, 7]]), **cache_argument(model, cache))
         cache.crop(-2)
         assert cache.get_seq_length() == 65
-        once = model(input_ids=torch.tensor([[8]]), past_key_values=cache).logits
+        once = model(input_ids=torch.tensor([[8]]), **cache_argument(model, cache)).logits
         with pytest.raises(PruningNotSupported, match=r"crop\(-3\).*only 2 were added"):
             cache.crop(-3)
-        fresh = model(input_ids=prompt, use_cache=True).past_key_values
-        model(input_ids=torch.tensor([[5]]), past_key_values=fresh)
-        direct = model(input_ids=torch.tensor([[8]]), past_key_values=fresh).logits
+        fresh = cache_in(model(input_ids=prompt, use_cache=True))
+        model(input_ids=torch.tensor([[5]]), **cache_argument(model, fresh))
+        direct = model(input_ids=torch.tensor([[8]]), **cache_argument(model, fresh)).logits
     torch.testing.assert_close(once, direct, rtol=0, atol=1e-5)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.evaluation.divergence import continuation_logits
 
 kvpress = pytest.importorskip("kvpress", reason="kvpress needs transformers < 5.3: make test-floor")
@@ -30,12 +31,12 @@ def _run(model, press, config, steps=4):
     with torch.no_grad(), token_pruning(model, config, scorers.hidden_norm()) as trace:
         with press(model):
             out = model(input_ids=PROMPT, use_cache=True)
-        cache, logits = out.past_key_values, [out.logits[0, -1]]
+        cache, logits = cache_in(out), [out.logits[0, -1]]
         lengths = [layer.keys.shape[-2] for layer in cache.layers]
         for step in range(steps):
             place = torch.tensor([[PROMPT.shape[1] + step]])
             token = logits[-1].argmax().view(1, 1)
-            out = model(input_ids=token, past_key_values=cache, position_ids=place)
+            out = model(input_ids=token, **cache_argument(model, cache), position_ids=place)
             logits.append(out.logits[0, -1])
     return trace, lengths, torch.stack(logits), cache
 
@@ -57,7 +58,7 @@ def test_at_keep_ratio_one_the_press_alone_decides(tiny_model, name):
         plain = model(input_ids=PROMPT, use_cache=True)
     trace, lengths, logits, _ = _run(model, PRESSES[name](), CONFIG.replace(keep_ratio=1.0), steps=0)
     assert trace.compression_ratio == 1.0
-    assert lengths == [layer.keys.shape[-2] for layer in plain.past_key_values.layers] == [40] * 6
+    assert lengths == [layer.keys.shape[-2] for layer in cache_in(plain).layers] == [40] * 6
     assert torch.equal(logits[0], plain.logits[0, -1])
 
 
@@ -69,7 +70,7 @@ def test_a_second_turn_on_a_compressed_cache_equals_single_steps(tiny_model):
         _, _, _, cache = _run(model, PRESSES["SnapKV"](), CONFIG, steps=0)
         with torch.no_grad(), token_pruning(model, CONFIG, scorers.hidden_norm()):
             outputs = [
-                model(input_ids=ids, past_key_values=cache, position_ids=at).logits[0]
+                model(input_ids=ids, **cache_argument(model, cache), position_ids=at).logits[0]
                 for ids, at in zip(turn.split(pieces, 1), places.split(pieces, 1), strict=True)
             ]
         found.append(torch.cat(outputs))
@@ -86,7 +87,8 @@ def test_a_continuation_is_scored_at_its_own_positions_not_at_the_compressed_len
         scored, _ = continuation_logits(model, PROMPT[0].tolist(), [*turn, 3], config, scorers.hidden_norm())
     _, _, first, cache = _run(model, PRESSES["SnapKV"](), config, steps=0)
     with torch.no_grad(), token_pruning(model, config, scorers.hidden_norm()):
-        rest = model(torch.tensor([turn]), past_key_values=cache, position_ids=torch.arange(100, 103)[None]).logits[0]
+        places = torch.arange(100, 103)[None]
+        rest = model(torch.tensor([turn]), **cache_argument(model, cache), position_ids=places).logits[0]
     torch.testing.assert_close(scored, torch.cat([first, rest]).float(), rtol=0, atol=1e-6)
 
 
@@ -96,9 +98,9 @@ def test_compression_with_padding_is_refused(tiny_model):
     mask[0, :60] = 0
     with torch.no_grad(), token_pruning(model, CONFIG, scorers.hidden_norm()):
         with PRESSES["SnapKV"]()(model):
-            cache = model(input_ids=PROMPT.expand(2, -1), attention_mask=mask, use_cache=True).past_key_values
+            cache = cache_in(model(input_ids=PROMPT.expand(2, -1), attention_mask=mask, use_cache=True))
         with pytest.raises(PruningNotSupported, match="KV-cache compression ran inside"):
-            model(input_ids=PROMPT[:, :1].expand(2, -1), past_key_values=cache)
+            model(input_ids=PROMPT[:, :1].expand(2, -1), **cache_argument(model, cache))
 
 
 def test_the_tables_command_measures_each_press_alone_and_behind_sdtp(tiny_model, tiny_tokenizer, tmp_path, capsys):

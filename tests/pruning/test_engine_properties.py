@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from sdtp_lib import PruningConfig, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from tests.reference import FAMILIES, alive_per_layer, assert_logits_equal, eager_copy, louder, masked_logits
 
 CASES = int(os.environ.get("SDTP_PROPERTY_CASES", "60"))
@@ -83,7 +84,7 @@ def test_every_row_of_every_case_equals_the_masked_reference(build, case):
                 out = model(
                     input_ids=steps[:, step : step + 1],
                     attention_mask=mask,
-                    past_key_values=out.past_key_values,
+                    **cache_argument(model, cache_in(out)),
                     **extra,
                 )
                 logits.append(out.logits)

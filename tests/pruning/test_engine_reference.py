@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sdtp_lib import PruningConfig, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from tests.reference import FAMILIES, alive_per_layer, assert_logits_equal, eager_copy, louder, masked_logits
 
 CONFIG = PruningConfig(layers=(1, 3, 4), keep_ratio=0.6, min_local_tokens=4)
@@ -36,7 +37,7 @@ def _greedy(model, logits, cache, steps, mask=None):
             extra = {"attention_mask": mask}
             if model.config.model_type != "bloom":
                 extra["position_ids"] = positions
-        out = model(input_ids=token, past_key_values=cache, use_cache=True, **extra)
+        out = model(input_ids=token, **cache_argument(model, cache), use_cache=True, **extra)
         collected.append(out.logits[:, -1])
     return torch.cat(tokens, dim=1), torch.stack(collected, dim=1)
 
@@ -48,7 +49,7 @@ def test_prefill_and_twenty_decode_steps_equal_the_masked_reference(tiny_model, 
     prompt = torch.randint(3, 128, (1, 70))
     with torch.no_grad(), token_pruning(model, CONFIG, scorers.attention(4)) as trace:
         out = model(input_ids=prompt, use_cache=True)
-        tokens, logits = _greedy(model, out.logits, out.past_key_values, 20)
+        tokens, logits = _greedy(model, out.logits, cache_in(out), 20)
     assert trace.tokens_per_layer == [70, 42, 42, 25, 15, 15]
 
     twin = eager_copy(model)
@@ -80,12 +81,12 @@ def test_each_row_of_a_padded_batch_gives_what_it_gives_alone(tiny_model, family
     extra = {} if family == "bloom" else {"position_ids": positions}
     with torch.no_grad(), token_pruning(model, CONFIG, scorer) as trace:
         out = model(input_ids=batch, attention_mask=mask, use_cache=True, **extra)
-        tokens, logits = _greedy(model, out.logits, out.past_key_values, 8, mask)
+        tokens, logits = _greedy(model, out.logits, cache_in(out), 8, mask)
     together = (dict(trace.kept_positions), trace.tokens_per_row)
     for index, row in enumerate(rows):
         with torch.no_grad(), token_pruning(model, CONFIG, scorer) as alone:
             out = model(input_ids=row[None], use_cache=True)
-            alone_tokens, alone_logits = _greedy(model, out.logits, out.past_key_values, 8)
+            alone_tokens, alone_logits = _greedy(model, out.logits, cache_in(out), 8)
         for layer in CONFIG.layers:
             kept = together[0][layer][index]
             assert kept[kept >= 0].tolist() == alone.kept_positions[layer][0].tolist()
@@ -117,10 +118,10 @@ def test_a_second_turn_on_the_pruned_cache_equals_the_reference(tiny_model, fami
     torch.manual_seed(4)
     prompt, turn = torch.randint(3, 128, (1, 60)), torch.randint(3, 128, (1, 9))
     with torch.no_grad(), token_pruning(model, CONFIG, scorers.attention(4)) as trace:
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        cache = cache_in(model(input_ids=prompt, use_cache=True))
         before = dict(trace.kept_positions)
         logits = torch.cat(
-            [model(input_ids=piece, past_key_values=cache).logits[0] for piece in turn.split(pieces, dim=1)]
+            [model(input_ids=piece, **cache_argument(model, cache)).logits[0] for piece in turn.split(pieces, dim=1)]
         )
     assert trace.prefills == 1
     assert all(torch.equal(trace.kept_positions[layer], kept) for layer, kept in before.items())

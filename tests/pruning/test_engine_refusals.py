@@ -11,6 +11,7 @@ import torch
 from transformers import StaticCache
 
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.architectures.layers import decoder_layers, describe
 
 CONFIG = PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4)
@@ -49,7 +50,7 @@ def _refused(model, match, act, error=PruningNotSupported, config=CONFIG, scorer
 def test_a_static_cache_is_refused(tiny_model):
     model = tiny_model()
     cache = StaticCache(config=model.config, max_cache_len=128)
-    _refused(model, "StaticCache.*dynamic", lambda model: model(input_ids=PROMPT, past_key_values=cache))
+    _refused(model, "StaticCache.*dynamic", lambda model: model(input_ids=PROMPT, **cache_argument(model, cache)))
 
 
 def test_labels_and_logits_to_keep_that_cannot_match_are_refused(tiny_model):
@@ -305,7 +306,7 @@ def test_a_thousand_entries_leave_nothing_behind(tiny_model):
     before = _hooks(model)
     config = PruningConfig(layers=(1,), keep_ratio=0.5, min_local_tokens=4)
     with torch.no_grad(), token_pruning(model, config, scorers.recency()) as trace:
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        cache = cache_in(model(input_ids=prompt, use_cache=True))
     gone = weakref.ref(cache)
     del cache
     for _ in range(1000):

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, StaticCache
 
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
 from sdtp_lib.architectures import decoder_layers
+from sdtp_lib.architectures.caches import cache_argument
 
 CONFIG = PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4)
 PROMPT = torch.arange(3, 67)[None]
@@ -135,7 +136,8 @@ def test_continuous_batching_is_refused_through_all_its_doors(tiny_model):
 def test_a_static_cache_among_the_arguments_is_refused(tiny_model):
     model = tiny_model()
     cache = StaticCache(config=model.config, max_cache_len=128)
-    refused(model, "StaticCache.*dynamic", lambda model: model.generate(PROMPT, past_key_values=cache, **LENGTH))
+    given = cache_argument(model, cache)
+    refused(model, "StaticCache.*dynamic", lambda model: model.generate(PROMPT, **given, **LENGTH))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks, newer transformers warns

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdtp_lib import PruningConfig, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from tests.reference import louder
 
 CONFIG = PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4, local_ratio=0.0)
@@ -83,9 +84,9 @@ def test_prefill_decode_and_a_second_turn_equal_the_model_with_dropped_keys_mask
     new = torch.randint(3, 120, (1, 7), generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), token_pruning(model, CONFIG, scorers.random(3)) as trace:
         out = model(input_ids=PROMPT, use_cache=True)
-        logits, cache = [out.logits[0]], out.past_key_values
+        logits, cache = [out.logits[0]], cache_in(out)
         for piece in new.split((1, 1, 4, 1), dim=1):
-            logits.append(model(input_ids=piece, past_key_values=cache).logits[0])
+            logits.append(model(input_ids=piece, **cache_argument(model, cache)).logits[0])
     expected = _with_dropped_keys_masked(model, torch.cat([PROMPT, new], dim=1), trace.kept_positions)
     last = trace.kept_positions[3][0]
     scale = float(expected.abs().max())

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from tests.reference import louder
 
 CONFIG = PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4)
@@ -25,12 +26,12 @@ def model(tiny_model):
 
 def _prefilled(model, ids=PROMPT, **arguments):
     with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()):
-        return model(input_ids=ids, use_cache=True, **arguments).past_key_values
+        return cache_in(model(input_ids=ids, use_cache=True, **arguments))
 
 
 def _step(model, cache, token, **arguments):
     with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()):
-        return model(input_ids=token, past_key_values=cache, **arguments).logits
+        return model(input_ids=token, **cache_argument(model, cache), **arguments).logits
 
 
 def test_a_pruned_cache_goes_through_torch_save_and_deepcopy(model):
@@ -78,25 +79,26 @@ def test_rows_that_are_moved_take_their_record_along(model, method, argument, or
 def test_what_follows_outside_the_with_is_refused_in_words_where_it_would_be_wrong(model):
     cache = _prefilled(model)
     with pytest.raises(PruningNotSupported, match=r"filled by a pruned prefill.*3 token\(s\).*inside `with"):
-        model(input_ids=torch.tensor([[9, 8, 7]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[9, 8, 7]]), **cache_argument(model, cache))
     one = torch.tensor([[9]])
     assert torch.equal(
-        model(input_ids=one, past_key_values=copy.deepcopy(cache)).logits, _step(model, copy.deepcopy(cache), one)
+        model(input_ids=one, **cache_argument(model, copy.deepcopy(cache))).logits,
+        _step(model, copy.deepcopy(cache), one),
     )
     model.set_attn_implementation("eager")
     with pytest.raises(PruningNotSupported, match="filled by a pruned prefill"):
-        model(input_ids=one, past_key_values=_prefilled(model))
+        model(input_ids=one, **cache_argument(model, _prefilled(model)))
 
 
 def test_a_reset_cache_is_an_ordinary_one_again(model):
-    plain = model(input_ids=PROMPT).past_key_values
+    plain = cache_in(model(input_ids=PROMPT))
     plain.reset()
     if plain.get_seq_length():
         pytest.skip("this transformers' reset fills a cache with zeros and leaves its length")
     cache = _prefilled(model)
     cache.reset()
     assert type(cache) is DynamicCache
-    assert torch.equal(model(input_ids=PROMPT, past_key_values=cache).logits, model(input_ids=PROMPT).logits)
+    assert torch.equal(model(input_ids=PROMPT, **cache_argument(model, cache)).logits, model(input_ids=PROMPT).logits)
 
 
 def test_a_cache_filled_by_other_rows_is_refused_before_any_compute(model):
@@ -107,13 +109,13 @@ def test_a_cache_filled_by_other_rows_is_refused_before_any_compute(model):
 
 def test_a_cache_that_is_not_empty_is_said_once_and_in_the_trace(model):
     cache = DynamicCache(config=model.config)
-    model(input_ids=PROMPT[:, :8], past_key_values=cache)
+    model(input_ids=PROMPT[:, :8], **cache_argument(model, cache))
     rest = torch.cat([PROMPT[:, :8], PROMPT.repeat(1, 2)], dim=1)
     with (
         pytest.warns(UserWarning, match="the cache held 8 token.*prefill the whole prompt inside") as said,
         token_pruning(model, CONFIG, scorers.recency()) as trace,
     ):
-        model.generate(rest, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        model.generate(rest, **cache_argument(model, cache), max_new_tokens=3, do_sample=False)
     assert len([w for w in said if "cache held" in str(w.message)]) == 1
     assert "cache held 8" in trace.not_pruned
 
