@@ -35,7 +35,7 @@ INSIDE = {
                       {"bias_probe", "attention_weights"}, {"attention_bias", "attention_readings"}),
     "data": ({"texts"}, {"samples"}, {"tasks", "longbench"}, {"test_sets"}),
     "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard", "pruned_cache"}, {"continuation"},
-                {"prefill"}, {"engine"}),
+                {"prefill"}, {"session"}, {"engine"}),
     "scorers": ({"blend"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name"}),
     "views": ({"tokens", "layer_map"},),
     "plots": ({"style"}, {"cost", "results", "tokens"}),

@@ -1,0 +1,246 @@
+"""What the hooks of one ``with token_pruning`` do: whose turn it is, and which forward is a prefill.
+
+It decides when; `prefill` and `continuation` decide what. One thread at a time: a second one is refused. What a
+``with`` saw and did not prune it says once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdtp_lib.architectures.caches import cache_of, refuse_cache, tokens_seen
+from sdtp_lib.architectures.layers import Architecture, named_arguments
+from sdtp_lib.config import PruningConfig, PruningNotSupported
+from sdtp_lib.pruning.continuation import ForwardPass
+from sdtp_lib.pruning.prefill import Budget, Prefill, tokens_plan
+from sdtp_lib.pruning.pruned_cache import PrunedCache, remembered
+from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.pruning.trace import PruningTrace
+
+
+class Session:
+    """What the hooks of one ``with`` call; they are registered by `engine`."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: PruningConfig,
+        budget: Budget,
+        scorer: Scorer,
+        protect: torch.Tensor | None,
+    ) -> None:
+        self.architecture, self.config, self.budget, self.scorer = architecture, config, budget, scorer
+        self.protect = protect
+        self.trace = PruningTrace()
+        self._pass: ForwardPass | None = None
+        self._unchecked: Prefill | None = None
+        # The thread whose forward is under way. Looked at and set under the lock, so that two cannot both find it free.
+        self._thread: int | None = None
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+        self._not_pruned = ""
+
+    def before_model(self, names: tuple[str, ...]):
+        """The hook on the causal LM: refuses what cannot be right with K columns of logits."""
+
+        def check(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            arguments = named_arguments(names, args, kwargs)
+            rows, columns = _shape_of(arguments)
+            if columns < 2 or tokens_seen(cache_of(arguments)) > 0:
+                return
+            if arguments.get("labels") is not None:
+                raise PruningNotSupported(
+                    "labels= cannot be matched to the logits of the kept tokens: compute the loss from the returned "
+                    "logits and trace.kept_positions, or run the model outside token_pruning."
+                )
+            keep = arguments.get("logits_to_keep", 0)
+            if torch.is_tensor(keep):
+                raise PruningNotSupported(
+                    "logits_to_keep as a tensor names columns that pruning moves: give an int, the last so many."
+                )
+            lengths = _prompt_lengths(arguments.get("attention_mask"), rows, columns)
+            last = max(tokens_plan(self.budget, len(self.architecture.layers), lengths)[-1])
+            if keep and keep > last:
+                raise PruningNotSupported(
+                    f"logits_to_keep={keep} is more than the {last} tokens that reach the last layer: give at most "
+                    f"{last}, or 0 for all of them."
+                )
+
+        return check
+
+    def before_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The hook on the decoder stack: a prefill, or a forward on what a pruned prefill left, or neither?"""
+        if module.training:
+            raise PruningNotSupported(
+                "the model is in training mode, which pruned prefill does not serve: call model.eval()."
+            )
+        self._take_turn()
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        arguments = named_arguments(names, args, kwargs)
+        cache = cache_of(arguments)
+        if cache is not None:
+            refuse_cache(cache)
+        rows, columns = _shape_of(arguments)
+        seen = tokens_seen(cache)
+        self.check_pending()
+        if seen == 0:
+            if columns == 0:
+                raise ValueError("the prompt has no tokens: give input_ids or inputs_embeds of at least one.")
+            lengths = _prompt_lengths(arguments.get("attention_mask"), rows, columns)
+            device = _tokens_of(arguments).device
+            self._pass = Prefill(
+                self.architecture, self.budget, self.scorer, self.trace, lengths, columns, device, cache,
+                self._protection(rows, columns),
+            )  # fmt: skip
+            self._warn_if_nothing_goes(self._pass.plan)
+        elif remembered(cache) is not None:
+            self._pass = ForwardPass(self.architecture, self.config.positions == "compact", rows, columns, cache)
+            cache.inside = True
+        elif not getattr(cache, "prefilled_inside", False):
+            self._not_pruned = self._not_pruned or (
+                f"the cache held {seen} token(s) before the first forward inside the `with`, and what is added to a "
+                "cache is computed in full: prefill the whole prompt inside the `with`"
+            )
+            self._say_once("prefix", f"nothing is pruned: {self._not_pruned}.")
+
+    def _protection(self, rows: int, columns: int) -> torch.Tensor | None:
+        if self.protect is None:
+            return None
+        if self.protect.shape[0] not in (1, rows) or self.protect.shape[1] != columns:
+            raise ValueError(
+                f"protect has shape {tuple(self.protect.shape)}, but the prompt is {rows} row(s) of {columns} tokens: "
+                "give one boolean per token, padding included."
+            )
+        return self.protect.expand(rows, -1)
+
+    def _take_turn(self) -> None:
+        with self._lock:
+            if self._thread not in (None, threading.get_ident()):
+                raise PruningNotSupported(
+                    "a second thread runs this model while a forward inside token_pruning is under way: "
+                    "one thread at a time, or a second copy of the model."
+                )
+            self._thread = threading.get_ident()
+            self._pass = None
+
+    def after_final_norm(self, _module: nn.Module, _args: tuple, hidden: torch.Tensor) -> torch.Tensor | None:
+        """The hook on the last norm of a stack that reshapes its output to T columns: fill it up on the left."""
+        if self._pass is None or self._pass.kept is None:
+            return None
+        return nn.functional.pad(hidden, (0, 0, self._pass.columns - hidden.shape[1], 0))
+
+    def after_stack(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
+        """The hook after the stack, also after an exception (then without an output)."""
+        with self._lock:
+            if self._thread != threading.get_ident():
+                return None  # a refused second thread must not end the first one's pass
+            finished, self._pass = self._pass, None
+            self._thread = None
+        if finished is None:
+            return None
+        if isinstance(finished.cache, PrunedCache):
+            finished.cache.inside = False
+        if not isinstance(finished, Prefill) or output is None:
+            return None
+        finished.finish()
+        self._unchecked = finished
+        if finished.cache is not None:
+            finished.cache.prefilled_inside = True  # an attribute, so that copies of the cache know it too
+        if finished.positions.device.type == "cpu":
+            self.check_pending()
+        if finished.kept is None or self.architecture.fixed_length_norm() is None:
+            return None
+        hidden = output[0][:, -finished.kept.shape[1] :]
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output["last_hidden_state"] = hidden
+        return output
+
+    def check_pending(self) -> None:
+        """Complain about scores of the last prefill: at once on a CPU, elsewhere when the next forward begins."""
+        unchecked, self._unchecked = self._unchecked, None
+        if unchecked is not None:
+            unchecked.check_scores()
+
+    def before_layer(self, index: int, names: tuple[str, ...]):
+        """The hook on layer ``index``: cut if it is configured, then hand it inputs of the right length."""
+
+        def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+            if self._pass is None:
+                return None
+            arguments = named_arguments(names, args, kwargs)
+            given = self._pass.layer_arguments(index, module, arguments)
+            if given is arguments:
+                return None
+            return (given.pop("hidden_states"),), given
+
+        return replace
+
+    def _warn_if_nothing_goes(self, plan: list[list[int]]) -> None:
+        if plan[-1] != plan[0] or not self._wants_less():
+            return
+        if max(plan[0]) < self.config.min_prompt_tokens:
+            self.trace.not_pruned = (
+                f"the prompt of {max(plan[0])} tokens is shorter than min_prompt_tokens={self.config.min_prompt_tokens}"
+            )
+        else:
+            self._say_once(
+                "short",
+                f"the prompt of {max(plan[0])} tokens is too short to prune: the first {self.config.sink_tokens} and "
+                f"at least the last {self.config.min_local_tokens} tokens always stay.",
+            )
+
+    def _wants_less(self) -> bool:
+        config = self.config
+        if config is not self.budget or config.keep_tokens is not None or config.keep_mass is not None:
+            return True
+        return any(config.ratio_at(layer) < 1 for layer in config.layers)
+
+    def say_if_nothing_was_pruned(self) -> None:
+        """On the way out: a ``with`` that saw tokens and no prefill says why."""
+        if self._not_pruned and not self.trace.prefills:
+            self.trace.not_pruned = self._not_pruned
+            self._say_once("prefix", f"nothing was pruned: {self._not_pruned}.")
+
+    def _say_once(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(text, stacklevel=2)
+
+
+def _tokens_of(arguments: dict[str, Any]) -> torch.Tensor | None:
+    tokens = arguments.get("input_ids")
+    return tokens if tokens is not None else arguments.get("inputs_embeds")
+
+
+def _shape_of(arguments: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the tokens of this forward."""
+    tokens = _tokens_of(arguments)
+    return (0, 0) if tokens is None else (int(tokens.shape[0]), int(tokens.shape[1]))
+
+
+def _prompt_lengths(mask: Any, rows: int, columns: int) -> list[int]:
+    """Real tokens of each row, read from a 2-D padding mask once, before any compute."""
+    if mask is None:
+        return [columns] * rows
+    if not torch.is_tensor(mask) or mask.dim() != 2:
+        shape = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
+        raise PruningNotSupported(
+            f"attention_mask of shape {shape} hides which tokens are padding: give the 2-D mask (rows, tokens) of the "
+            "tokenizer."
+        )
+    mask = mask[:, -columns:].bool()
+    lengths = mask.sum(dim=1)
+    left_padded = (mask == (torch.arange(columns, 0, -1, device=mask.device)[None] <= lengths[:, None])).all()
+    if not bool(left_padded) or int(lengths.min()) == 0:
+        raise PruningNotSupported(
+            "attention_mask shows padding that is not on the left (or an empty row), which would move the last token: "
+            "set tokenizer.padding_side = 'left' and tokenize again."
+        )
+    return lengths.tolist()
