@@ -106,6 +106,9 @@ def load_model(
             AutoConfig.from_pretrained(source, **tokenizer_options), target, fastest=dtype == "auto"
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            # Some releases of transformers make an empty tokenizer where the folder lacks its files.
+            raise ValueError("its backend tokenizer knows no token but special ones")
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, output_loading_info=True, **options)
         if missing := sorted(info["missing_keys"]):
             # transformers only reports it, and fills them with random numbers.

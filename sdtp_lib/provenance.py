@@ -68,8 +68,8 @@ def passport(
     Parameters
     ----------
     model
-        A transformers model; device, dtype, name, attention implementation and a fingerprint of the weights are read
-        off it. None for pure counts.
+        A transformers model; device, dtype, name, attention implementation and fingerprints of the weights and of the
+        adapters at work are read off it. None for pure counts.
     model_name
         What the run called the model (``"embedded"``, a folder, a Hub id); by default the model's own name.
     config
@@ -93,6 +93,7 @@ def passport(
         "model_type": getattr(own_config, "model_type", None),
         "weights": weights,
         "weights_fingerprint": None,
+        "adapters": None,
         "device": str(model.device) if model is not None else None,
         "device_name": _device_name(model),
         "dtype": str(model.dtype).removeprefix("torch.") if model is not None else None,
@@ -102,6 +103,7 @@ def passport(
     }
     if hasattr(model, "named_parameters"):
         fields |= {"weights": weights or weights_note(model), "weights_fingerprint": fingerprint(model)}
+        fields["adapters"] = adapters_fingerprint(model)
     if config is not None:
         fields |= {f"pruning_{field}": value for field, value in config.to_dict().items()}
     return fields

@@ -103,7 +103,7 @@ def no_tokenizer(folder):
         (lambda folder: changed(folder, model_type="newfangled"), {}, "install a transformers that knows it"),
         (lambda folder: changed(folder, model_type="vit"), {}, "give a causal language model"),
         (cut_weights, {}, "write it again with save_pretrained"),
-        (no_tokenizer, {}, "add the tokenizer's files"),
+        (no_tokenizer, {}, "add the tokenizer's files"),  # transformers 5.2 made an empty one
         (without_a_weight, {}, r"lack 1 tensor\(s\): model.layers.1.mlp.up_proj.weight\): the folder is incomplete"),
     ],
 )  # fmt: skip

@@ -346,6 +346,18 @@ def test_the_passport_tells_models_of_one_name_apart_by_their_weights(tiny_model
     assert passport(model, model_name="same", seed=0)["weights_fingerprint"] != before["weights_fingerprint"]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for the old name
+def test_the_passport_tells_a_model_with_its_adapters_from_the_same_with_them_off(tiny_model):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(), options)
+    on = passport(model, model_name="same")
+    with model.disable_adapter():
+        off = passport(model, model_name="same")
+    assert on["adapters"] is not None and off["adapters"] is None
+    assert on["weights_fingerprint"] == off["weights_fingerprint"], "the numbers are all there either way"
+
+
 def test_equal_content_has_an_equal_hash_in_every_process():
     program = "from sdtp_lib.provenance import *; import functools; print(content_id([1, 'a', {'b': 2.5}], None), "
     program += "scorer_id(functools.partial(print, sep='')), scorer_id(lambda stage: 0))"
