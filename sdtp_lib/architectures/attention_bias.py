@@ -69,6 +69,8 @@ def _through_keys(architecture: Architecture, bias_of: BiasOf) -> Iterator[None]
         return note
 
     def biased(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
+        if lost := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+            raise PruningNotSupported(f"sdpa leaves out what this attention is given ({', '.join(lost)}).")
         if "bias" not in running:  # some layers call attention twice: with one and the same bias
             running["bias"] = bias_of(running["index"], key)
         bias = running["bias"]

@@ -22,7 +22,6 @@ SIZES = {
 EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OWN_FIELDS = {
     "afmoe": {**EXPERTS, "num_shared_experts": 1, "num_dense_layers": 1},
-    "codegen": {"n_embd": 32, "n_layer": 6, "n_head": 4, "rotary_dim": 4, "n_positions": 512},
     "deepseek_v3": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
                     "v_head_dim": 8, "n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4,
                     "head_dim": None, **EXPERTS},
@@ -48,7 +47,7 @@ FAMILIES = (
     ("gpt_oss", "eager", "mask"), ("granite_swa", "eager", "mask"), ("gemma2", "eager", "mask"),
     ("flint", "eager", "mask"), ("mimo_v2_flash", "eager", "mask"), ("granitemoe_swa", "eager", "mask"),
     # attention of their own
-    ("bloom", "eager", "mask"), ("falcon", "sdpa", "mask"), ("falcon", "eager", "mask"), ("gptj", "eager", "mask"),
+    ("bloom", "eager", "mask"), ("falcon", "sdpa", "mask"), ("falcon", "eager", "mask"), ("gptj", "eager", None),
     ("gpt_neox_japanese", "eager", "mask"), ("gpt_neo", "eager", "mask"),
 )  # fmt: skip
 
@@ -87,7 +86,7 @@ def loss_of(model, **options):
 def test_a_bias_of_zero_leaves_the_logits_as_they_are(model_of, family, backend, route):
     """gpt-oss ran without its attention sinks, so its default label belonged to another model."""
     model = model_of(family, backend)
-    assert bias_route(model) == route
+    assert bias_route(model) == route or route is None, "None: it depends on the release"
     plain, backend_before = model(IDS, use_cache=False).logits, model.config._attn_implementation
     with attention_bias(model) as leaves:
         torch.testing.assert_close(model(IDS, use_cache=False).logits, plain, rtol=1e-4, atol=1e-5)
@@ -138,18 +137,37 @@ def test_heads_of_their_own_biases_add_up_to_the_joint_one(model_of, family):
     torch.testing.assert_close(found[1].sum(1), found[0], rtol=1e-6, atol=1e-9)
 
 
-def test_a_family_on_which_no_way_proves_right_is_refused_by_name_before_any_label(model_of):
-    """CodeGen adds its mask before it scales the scores; a bias would be another one than it says."""
-    model = model_of("codegen", "eager")
-    with pytest.raises(PruningNotSupported, match=r"codegen: a bias on the keys .* could not be verified.*label="):
-        saliency_of(model, IDS, torch.ones_like(IDS), torch.ones_like(IDS), [1], "removal")
-    assert saliency_of(model, IDS, torch.ones_like(IDS), torch.ones_like(IDS), [1], "gradient_x_hidden")[1].max() > 0
+def test_a_model_on_which_no_way_proves_right_is_refused_by_name_before_any_label(model_of, monkeypatch):
+    """CodeGen (transformers 5.23) adds its mask before it scales the scores: a bias is another one than it says."""
+
+    def scaled(architecture, bias_of):
+        def halved(index, key):
+            bias = bias_of(index, key)
+            return None if bias is None else bias / 2
+
+        return door._through_mask(architecture, halved)
+
+    monkeypatch.setattr(door, "_ROUTES", {"mask": scaled})
+    model, ones = model_of("llama", "eager"), torch.ones_like(IDS)
+    with pytest.raises(PruningNotSupported, match=r"llama: .* could not be verified.*odds by exp.*label="):
+        saliency_of(model, IDS, ones, ones, [1], "removal")
+    assert saliency_of(model, IDS, ones, ones, [1], "gradient_x_hidden")[1].max() > 0
 
 
-def test_the_probe_catches_a_way_that_leaves_the_sinks_out(model_of, monkeypatch):
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
+def test_sdpa_never_stands_in_for_attention_with_sinks_or_a_soft_cap(model_of, family, monkeypatch):
     monkeypatch.setattr(door, "_ROUTES", {"keys": door._through_keys})
+    with pytest.raises(PruningNotSupported, match="sdpa leaves out what this attention is given"):
+        bias_route(model_of(family, "eager"))
+
+
+def test_the_probe_catches_a_way_that_changes_the_logits_by_itself(model_of, monkeypatch):
+    def slanted(architecture, bias_of):
+        return door._through_keys(architecture, lambda index, key: bias_of(index, key) + torch.arange(key.shape[2]) / 9)
+
+    monkeypatch.setattr(door, "_ROUTES", {"keys": slanted})
     with pytest.raises(PruningNotSupported, match="a bias of 0 changes the logits"):
-        bias_route(model_of("gpt_oss", "eager"))
+        bias_route(model_of("llama", "eager"))
 
 
 def test_a_model_is_tried_once_for_each_backend(model_of, monkeypatch):

@@ -19,12 +19,10 @@ SIZES = {
 }  # fmt: skip
 READ = ("llama", "mistral", "ministral3", "olmo3", "gemma2", "gemma3_text", "gpt_oss", "granite_swa", "doge", "bloom",
         "gpt_neox", "phi3", "cohere2", "bert")  # fmt: skip
-UNREADABLE = ("falcon", "gptj", "codegen", "gpt_neox_japanese")
+UNREADABLE = ("falcon", "gpt_neox_japanese")
 OWN_FIELDS = {
     "bert": {"is_decoder": True, "sliding_window": None},
-    "codegen": {"n_embd": 32, "n_layer": 6, "n_head": 4, "rotary_dim": 4, "n_positions": 512, "sliding_window": None},
     "falcon": {"head_dim": None, "num_key_value_heads": None},
-    "gptj": {"n_embd": 32, "n_layer": 6, "n_head": 4, "rotary_dim": 4, "n_positions": 512},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 
