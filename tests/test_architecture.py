@@ -36,7 +36,7 @@ INSIDE = {
     "data": ({"texts"}, {"samples"}, {"tasks", "longbench"}, {"test_sets"}),
     "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard", "pruned_cache"}, {"continuation"},
                 {"prefill"}, {"session"}, {"engine"}),
-    "scorers": ({"blend"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name"}),
+    "scorers": ({"blend", "pruner_files"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name"}),
     "views": ({"tokens", "layer_map"},),
     "plots": ({"style"}, {"cost", "results", "tokens"}),
     "explorer": ({"state"}, {"live_html", "export", "app"}, {"widgets"}),

@@ -9,25 +9,21 @@ Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention input
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from sdtp_lib import load_failures
-from sdtp_lib.provenance import content_id
+from sdtp_lib.provenance import content_id, fingerprint
 from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.scorers.blend import Blend, standardised
+from sdtp_lib.scorers.pruner_files import loaded_whole
 from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StagePruner
-from sdtp_lib.shipped import pruners_folder
 
 FEATURES = ("hidden", "distance", "query", "attention", "memory")
 HEADS = ("score", "gumbel")
@@ -159,30 +155,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             If there is no such folder, a file of it is missing or damaged, the weights lack a stage that its config
             names, or the Hub cannot give it.
         """
-        name = os.fspath(pruners_folder(pretrained_model_name_or_path) or pretrained_model_name_or_path)
-        folder = Path(name)
-        local = folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1
-        lacking = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
-        if local and lacking:
-            what = f"it lacks {' and '.join(lacking)}" if folder.is_dir() else "there is no such folder"
-            raise OSError(f"Cannot load pruners from {name!r}: {what}; give one of save_pretrained's, or a Hub id.")
-        try:
-            if not local:  # the mixin goes on without a config that it cannot fetch
-                hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-                hf_hub_download(name, "config.json", **{key: options[key] for key in hub if key in options})
-            # Not strict, it would leave the random numbers of a new network where the weights lack a stage.
-            return super().from_pretrained(name, strict=True, **options)
-        except RuntimeError as error:
-            stages = ", ".join(dict.fromkeys(re.findall(r"stages\.(\d+)\.", str(error)))) or "unknown"
-            raise OSError(
-                f"Cannot load pruners from {name!r}: model.safetensors does not fit config.json at stage(s) {stages}; "
-                "write both again with save_pretrained."
-            ) from error
-        except Exception as error:
-            if type(error) is ValueError and load_failures.cause_of(error) is None:
-                raise  # a field of the config that the constructor refuses
-            remedy = "write it again with save_pretrained" if local else "give a folder that save_pretrained wrote"
-            raise OSError(f"Cannot load pruners from {name!r} {load_failures.sentence(error, remedy)}") from error
+        return loaded_whole(super().from_pretrained, pretrained_model_name_or_path, options)
 
     @property
     def name(self) -> str:
@@ -321,12 +294,5 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
 
 
 def weights_fingerprint(model: nn.Module) -> str | None:
-    """A short hash of the first numbers of the embedding, the same in float32 and bfloat16 and on any device.
-
-    None where they are not in memory: accelerate leaves offloaded weights on ``meta`` between forwards.
-    """
-    weight = model.get_input_embeddings().weight.detach()
-    if weight.is_meta:
-        return None
-    sample = weight[:64, :64].to("cpu", torch.bfloat16).contiguous()
-    return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    """`provenance.fingerprint`; None where accelerate has offloaded weights (they are on ``meta`` between forwards)."""
+    return None if any(parameter.is_meta for parameter in model.parameters()) else fingerprint(model)
