@@ -5,6 +5,7 @@ Importing this package loads neither torch nor transformers: each public name is
     pruning/        the method: score, cut, shorten, decode        config      what is pruned; presets
     architectures/  the one door to transformers' internals        budget      tokens, FLOPs, bytes: pure counting
     scorers/        all that scores tokens                         model_shape the sizes that decide cost
+    methods/        every way to shorten a prefill by its name, and the call
     training/       from samples to token pruners                  models      load_model
     data/           what is trained and measured on                load_failures  why a load failed, what helps
     evaluation/     what it costs in quality                       records     result rows
@@ -29,18 +30,18 @@ _HOME_OF = {
     "TrainingConfig": "training.config",
     "compute_saliency": "training.saliency",
     "load_model": "models",
-    "token_pruning": "pruning.engine",
+    "token_pruning": "methods.call",
     "train_pruners": "training.trainer",
 }
-_SUBMODULES = ("budget", "records", "scorers")
+_SUBMODULES = ("budget", "methods", "records", "scorers")
 
 __all__ = ["__version__", *_HOME_OF, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from sdtp_lib import budget, records, scorers
+    from sdtp_lib import budget, methods, records, scorers
     from sdtp_lib.config import PruningConfig, PruningNotSupported
+    from sdtp_lib.methods.call import token_pruning
     from sdtp_lib.models import load_model
-    from sdtp_lib.pruning.engine import token_pruning
     from sdtp_lib.pruning.trace import PruningTrace
     from sdtp_lib.scorers.token_pruners import TokenPruners
     from sdtp_lib.training.config import TrainingConfig

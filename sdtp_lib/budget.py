@@ -170,6 +170,7 @@ def find_keep_ratio(
     speedup: float | None = None,
     final_tokens: int | None = None,
     mean_tokens: float | None = None,
+    pruner_width: int | None = None,
 ) -> float:
     """The largest keep ratio, one for all stages, that reaches one target.
 
@@ -180,7 +181,9 @@ def find_keep_ratio(
     final_tokens
         At most this many tokens in the last layer.
     mean_tokens
-        At most this many tokens a layer on average.
+        At most this many tokens per layer on average.
+    pruner_width
+        Scoring that a ``speedup`` pays for, as in `speedup_limit`.
 
     Raises
     ------
@@ -200,7 +203,7 @@ def find_keep_ratio(
             return counts[-1] <= target
         if name == "mean_tokens":
             return sum(counts) / len(counts) <= target
-        return speedup_limit(shape, candidate, prompt_tokens) >= target
+        return speedup_limit(shape, candidate, prompt_tokens, pruner_width=pruner_width) >= target
 
     low, high = 1e-6, 1.0
     if reaches(high):
@@ -218,7 +221,7 @@ def find_keep_ratio(
 
 @dataclasses.dataclass(frozen=True)
 class SpeedupBudget:
-    """A wanted prefill speed-up by FLOPs: for each prompt length the keep ratio of ``config`` that reaches it.
+    """A wanted prefill speed-up by FLOPs, scoring left out: for each prompt length the keep ratio that reaches it.
 
     Stands for a `PruningConfig` whose ``keep_ratio`` is not fixed yet; each length is solved once.
     """
@@ -245,7 +248,7 @@ class SpeedupBudget:
         counts = tokens_per_layer(most, self.shape.num_layers, tokens)
         if counts[-1] == tokens:
             return self.config.replace(keep_ratio=1.0)
-        highest = speedup_limit(self.shape, most, tokens)
+        highest = speedup_limit(self.shape, most, tokens, pruner_width=0)
         if highest < self.speedup:
             raise ValueError(
                 f"budget='{self.speedup:g}x': a prompt of {tokens} tokens can be prefilled at most {highest:.2f}x as "
@@ -253,7 +256,7 @@ class SpeedupBudget:
                 f"{self.config.sink_tokens}, local_ratio={self.config.local_ratio}, min_local_tokens="
                 f"{self.config.min_local_tokens}): ask for less, prune earlier or protect less."
             )
-        ratio = find_keep_ratio(self.shape, self.config, tokens, speedup=self.speedup)
+        ratio = find_keep_ratio(self.shape, self.config, tokens, speedup=self.speedup, pruner_width=0)
         return self.config.replace(keep_ratio=ratio)
 
 

@@ -1,4 +1,4 @@
-"""The pruners that travel with the library, found by name from any working directory. Knows no model and no torch."""
+"""Where pruners are: those that travel with the library, and those that a person trained. Knows no model."""
 
 from __future__ import annotations
 
@@ -34,3 +34,17 @@ def pruners_folder(name: str | os.PathLike[str] | None, base: str | os.PathLike[
         return None
     folder = Path(base) / name
     return folder if (folder / "config.json").is_file() else shipped_pruners().get(os.fspath(name))
+
+
+def user_folder() -> Path:
+    """Where trained pruners go when nobody says where: ``$SDTP_PRUNERS``, else ``sdtp/pruners`` of the user's data."""
+    if own := os.environ.get("SDTP_PRUNERS"):
+        return Path(own).expanduser()
+    data = os.environ.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "sdtp" / "pruners"
+
+
+def pruner_folders() -> list[Path]:
+    """Every folder of pruners at hand, the user's own before those that ship."""
+    own = sorted(config.parent for config in user_folder().glob("*/config.json"))
+    return [*own, *shipped_pruners().values()]

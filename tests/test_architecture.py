@@ -23,7 +23,7 @@ FLOORS = (
     {"records", "budget", "architectures"},
     {"data", "pruning", "processes"},
     {"scorers"},
-    {"views", "plots"},
+    {"methods", "views", "plots"},
     {"explorer", "training", "harness"},
     {"evaluation"},
     {"latency"},
@@ -34,9 +34,10 @@ INSIDE = {
     "architectures": ({"caches", "masks", "unsupported", "attention_interface"}, {"layers"},
                       {"bias_probe", "attention_weights"}, {"attention_bias", "attention_readings"}),
     "data": ({"texts"}, {"samples"}, {"tasks", "longbench"}, {"test_sets"}),
-    "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard", "pruned_cache"}, {"continuation"},
+    "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard", "pruned_cache", "protection"}, {"continuation"},
                 {"prefill"}, {"session"}, {"engine"}),
-    "scorers": ({"blend", "pruner_files"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name"}),
+    "scorers": ({"blend", "pruner_files"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name", "found"}),
+    "methods": ({"call"},),
     "views": ({"tokens", "layer_map"},),
     "plots": ({"style"}, {"cost", "results", "tokens"}),
     "explorer": ({"state"}, {"live_html", "export", "app"}, {"widgets"}),
@@ -236,7 +237,7 @@ def test_the_checks_see_a_forbidden_import_in_a_function():
 def test_the_checks_see_an_import_through_the_public_face(tmp_path):
     file = tmp_path / "module.py"
     file.write_text("from sdtp_lib import scorers, token_pruning\n")
-    assert edges(file) == {"scorers", "pruning.engine"}
+    assert edges(file) == {"scorers", "methods.call"}
 
 
 @pytest.mark.parametrize(

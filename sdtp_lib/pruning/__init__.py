@@ -2,5 +2,5 @@
 
 Start with `prefill` (score, cut, shorten). `engine` is the ``with``, `session` what its hooks do, `continuation`
 decoding and later turns, `pruned_cache` what a cache remembers, `stage` what a scorer sees, `selection` who stays,
-`trace` what happened, `token_fates` the same as a table, `generate_guard` what ``generate`` may not do. Knows no scorer.
+`trace` what happened, `token_fates` the same as a table, `generate_guard` what ``generate`` may not do.
 """

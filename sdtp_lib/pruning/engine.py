@@ -22,7 +22,7 @@ from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.generate_guard import guarded_generate
 from sdtp_lib.pruning.prefill import Budget
 from sdtp_lib.pruning.session import Session
-from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.pruning.stage import Scorer, name_of
 from sdtp_lib.pruning.trace import PruningTrace
 
 _ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -31,7 +31,7 @@ _ACTIVE_LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def token_pruning(
-    model: nn.Module, budget: Budget, scorer: Scorer, *, protect: torch.Tensor | None = None
+    model: nn.Module, budget: Budget, scorer: Scorer, *, protect: torch.Tensor | None = None, verify: str = "auto"
 ) -> Iterator[PruningTrace]:
     """Prune the prompt tokens of every prefill that ``model`` runs inside the ``with`` (arXiv 2504.04514, section 3.3).
 
@@ -45,6 +45,8 @@ def token_pruning(
         `TokenPruners`, or anything that maps a `Stage` to scores (B, N); see `sdtp_lib.scorers`.
     protect : Tensor (B, T) of bool, optional
         Tokens of the prompts inside the ``with`` that are never dropped; T counts padding, B may be 1 for all rows.
+    verify
+        ``"auto"``, ``"always"`` or ``"never"``: see `verify.check_on_entry`.
 
     Yields
     ------
@@ -67,6 +69,7 @@ def token_pruning(
     architecture = describe(model)
     config = _checked_config(architecture, budget, scorer, model)
     session = Session(architecture, config, budget, scorer, _checked_protection(protect))
+    session.trace.scorer, session.trace.model = name_of(scorer), weakref.ref(model)
     stack = architecture.stack
     with _only_session(stack), contextlib.ExitStack() as cleanup:
         if stack is not model:

@@ -43,6 +43,11 @@ class Scorer(Protocol):
         ...
 
 
+def name_of(scorer: Any) -> str:
+    """A short name of a scorer for rows and legends."""
+    return getattr(scorer, "name", None) or getattr(scorer, "__name__", type(scorer).__name__)
+
+
 @dataclass(frozen=True)
 class LayerBefore:
     """What a layer that has just run leaves behind.

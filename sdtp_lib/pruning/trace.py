@@ -6,12 +6,16 @@ tokens. Axes: B batch, N tokens before a cut, K tokens after it, L layers.
 
 from __future__ import annotations
 
+import html
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sdtp_lib import budget
 from sdtp_lib.extras import extra
+from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.records import atomic_write
 
 if TYPE_CHECKING:
@@ -19,7 +23,11 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass
+def _no_model() -> None:
+    return None
+
+
+@dataclass(repr=False)
 class PruningTrace:
     """The last prefill inside a ``with token_pruning(...)``; tokens decoded later leave it as it was.
 
@@ -39,6 +47,10 @@ class PruningTrace:
         Bytes of keys and values in the cache right after the prefill; empty without a cache.
     prefills : int
         Prefills seen so far.
+    scorer : str
+        The name of what scored.
+    model : callable
+        Gives the model, or None once it is gone; asked for FLOPs by ``print``.
     not_pruned : str
         Why nothing was pruned of what the ``with`` saw last; empty where something was, or nothing was seen.
     """
@@ -50,6 +62,8 @@ class PruningTrace:
     tokens_per_row: torch.Tensor | None = None
     kv_bytes_per_layer: list[int] = field(default_factory=list)
     prefills: int = 0
+    scorer: str = ""
+    model: Callable[[], Any] = field(default=_no_model, compare=False)
     not_pruned: str = ""
 
     def begin(self, prompt_lengths: list[int], tokens_per_row: torch.Tensor) -> None:
@@ -69,6 +83,53 @@ class PruningTrace:
     def compression_ratio(self) -> float:
         """1/tau of the paper: prompt tokens / mean tokens computed in a layer, padding not counted."""
         return sum(self.prompt_lengths) / self._counts().sum(dim=1).double().mean().item()
+
+    def summary(self) -> dict[str, str]:
+        """What the last prefill cost and saved, in words: the parts of ``print(trace)``."""
+        if self.tokens_per_row is None:
+            return {"not pruned": self.not_pruned or "no prefill ran inside the `with`"}
+        counts, rows = self.tokens_per_layer, len(self.prompt_lengths)
+        found = {
+            "prompt": f"{counts[0]:,} tokens" + (f" (longest of {rows})" if rows > 1 else ""),
+            "last layer": f"{counts[-1]:,} tokens ({counts[-1] / counts[0]:.0%})",
+            "1/tau": f"{self.compression_ratio:.2f}",
+            **self._savings(counts),
+            "scorer": self.scorer,
+        }
+        return found | ({"not pruned": self.not_pruned} if self.not_pruned else {})
+
+    def _savings(self, counts: list[int]) -> dict[str, str]:
+        """FLOPs and KV bytes less than the unpruned model's, where the model's FLOPs can be counted."""
+        model = self.model()
+        try:
+            shape = ModelShape.from_model(model) if model is not None else None
+        except ValueError:  # a family whose FLOPs do not follow from its weights
+            shape = None
+        if shape is None:
+            return {}
+        full = [counts[0]] * len(counts)
+        flops = budget.prefill_flops(shape, counts) / budget.prefill_flops(shape, full)
+        kept = budget.kv_bytes(shape, counts, 1) / budget.kv_bytes(shape, full, 1)
+        return {"prefill FLOPs": f"-{1 - flops:.0%} ({1 / flops:.2f}x fewer)", "KV cache": f"-{1 - kept:.0%}"}
+
+    def __str__(self) -> str:
+        """One line."""
+        return ", ".join(f"{name}: {value}" for name, value in self.summary().items())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """A small table for a notebook."""
+        left = "style='text-align:left'"
+        rows = "".join(
+            f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(value)}</td></tr>"
+            for name, value in self.summary().items()
+        )
+        return f"<table>{rows}</table>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: a trace outlives its model."""
+        return {**self.__dict__, "model": _no_model}
 
     def _counts(self) -> torch.Tensor:
         if self.tokens_per_row is None:

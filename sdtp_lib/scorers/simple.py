@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
-from sdtp_lib.pruning.stage import Scorer, Stage
+from sdtp_lib.pruning.stage import Scorer, Stage, name_of
 from sdtp_lib.scorers.blend import standardised, strongest_neighbour
 
 
@@ -57,11 +57,6 @@ def weighted(parts: Sequence[tuple[Scorer, float]]) -> Scorer:
     if not parts:
         raise ValueError("parts=[] names no scorer: give [(scorer, weight), ...].")
     return _Weighted(tuple((scorer, float(weight)) for scorer, weight in parts))
-
-
-def name_of(scorer: Any) -> str:
-    """A short name for rows and legends."""
-    return getattr(scorer, "name", None) or getattr(scorer, "__name__", type(scorer).__name__)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_training_mode_is_refused(tiny_model):
 def test_layers_beyond_the_model_and_missing_scores_are_refused_on_entry(tiny_model):
     far = PruningConfig(layers=(4, 9))
     _refused(tiny_model(), r"names \[9\].*6 decoder layers", lambda model: None, ValueError, far)
-    _refused(tiny_model(), "cannot be called", lambda model: None, ValueError, scorer="recency")
+    _refused(tiny_model(), "cannot be called", lambda model: None, ValueError, scorer=5)
     _refused(tiny_model(), "not a PruningConfig", lambda model: None, ValueError, config={"layers": (1,)})
 
 

@@ -1,0 +1,144 @@
+"""The one call: ``with token_pruning(model, "2x"): model.generate(...)``, for any model, budget, scorer or method.
+
+It turns what a person says into a budget and a scorer, says once what it chose for them, and leaves the work to
+`pruning.engine`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdtp_lib.architectures.layers import describe
+from sdtp_lib.budget import SpeedupBudget
+from sdtp_lib.config import PRESETS, PruningConfig
+from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.pruning import engine
+from sdtp_lib.pruning.prefill import Budget
+from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.pruning.trace import PruningTrace
+from sdtp_lib.scorers.found import TRAINING_FREE, pruners_for, scorer_called, training_free_layers
+
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def token_pruning(
+    model: nn.Module,
+    budget: str | float | PruningConfig | Any = "keep09",
+    scorer: Scorer | str | None = None,
+    *,
+    protect: torch.Tensor | None = None,
+    verify: str = "auto",
+) -> Iterator[PruningTrace]:
+    """Prune the prompt tokens of every prefill that ``model`` runs inside the ``with`` (arXiv 2504.04514).
+
+    >>> with token_pruning(model, "2x") as trace:
+    ...     output = model.generate(**inputs, max_new_tokens=128)
+    >>> print(trace)
+
+    Parameters
+    ----------
+    model
+        A decoder-only causal LM of transformers in eval mode, also wrapped by PEFT.
+    budget
+        ``"keep09"``, ``"keep08"``, ``"keep07"``, ``"paper-low"``: a preset of `PruningConfig`. A number in (0, 1]: the
+        share of the current tokens kept at each of keep09's stages. ``"2x"``: a prefill of half the FLOPs, solved for
+        each prompt's length. A `PruningConfig`. Or an entry of `sdtp_lib.methods`, which brings its own scorer.
+    scorer
+        What says which tokens matter: `TokenPruners`, one of `sdtp_lib.scorers`, any callable from a `Stage` to scores
+        (B, N); or a name: a training-free score's, a method's, a folder or Hub id of pruners. None: pruners made for
+        these very weights, shipped or trained here before; else the best training-free score, which is said once.
+    protect : Tensor (B, T) of bool, optional
+        Prompt tokens that are never dropped; see `sdtp_lib.pruning.protection`.
+    verify
+        ``"auto"``: what this release's list of families does not hold is checked once, pruned against masked, on this
+        very model; ``"always"`` and ``"never"`` override.
+
+    Yields
+    ------
+    PruningTrace
+        What the last prefill kept; ``print(trace)`` is one line.
+
+    Raises
+    ------
+    ValueError
+        For a budget or scorer that does not exist, or layers that the model or the scorer does not have.
+    PruningNotSupported
+        For models, caches, attention backends and uses that cannot be pruned correctly, before any compute.
+    """
+    num_layers = len(describe(model).layers)
+    around = None
+    if hasattr(budget, "budget_for"):
+        method, budget = budget, budget.budget_for(model)
+        scorer = method.scorer_for(model) if scorer is None else scorer
+        around = getattr(method, "around", None)
+    if isinstance(scorer, str):
+        scorer = scorer_called(scorer, model)
+    wanted, scorer = _resolved(model, num_layers, budget, scorer)
+    with contextlib.ExitStack() as stack:
+        trace = stack.enter_context(engine.token_pruning(model, wanted, scorer, protect=protect, verify=verify))
+        if around is not None:
+            stack.enter_context(around(model, trace))
+        yield trace
+
+
+def _resolved(model: nn.Module, num_layers: int, budget: Any, scorer: Scorer | None) -> tuple[Budget, Scorer]:
+    """The budget and the scorer; where the schedule is free, the scorer's own."""
+    speedup = _speedup(budget)
+    config = None if speedup is not None else _config(budget, num_layers)
+    layers = None if config is None else getattr(config, "config", config).layers
+    if scorer is None:
+        scorer, missing = pruners_for(model, layers)
+        if scorer is None:
+            scorer = scorer_called(TRAINING_FREE, model)
+            _say_once(model, missing)
+    if config is not None:
+        return config, scorer
+    layers = getattr(scorer, "layers", None) or training_free_layers(num_layers)
+    return SpeedupBudget(PruningConfig(tuple(layers)), speedup, ModelShape.from_model(model)), scorer
+
+
+def _config(budget: Any, num_layers: int) -> Budget:
+    """A preset's or a ratio's configuration; what is a budget already stays as it is."""
+    if isinstance(budget, str):
+        if budget not in PRESETS:
+            raise ValueError(
+                f"budget={budget!r} is unknown: give {', '.join(PRESETS)}, a speed-up such as '2x', a keep ratio such "
+                "as 0.8, a PruningConfig, or methods.get(...)."
+            )
+        return PruningConfig.preset(budget, num_layers)
+    if isinstance(budget, (int, float)) and not isinstance(budget, bool):
+        return PruningConfig.preset("keep09", num_layers, keep_ratio=budget)
+    if not hasattr(budget, "for_prompt"):
+        raise ValueError(f"budget={budget!r} is not a PruningConfig: see PruningConfig.preset('keep09', num_layers).")
+    return budget
+
+
+def _speedup(budget: Any) -> float | None:
+    """2.0 for ``"2x"``; None for what is no speed-up."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)x", budget.strip()) if isinstance(budget, str) else None
+    if found is None:
+        return None
+    if (speedup := float(found[1])) < 1:
+        raise ValueError(f"budget={budget!r} would be slower than the unpruned model: give '1x' or more.")
+    return speedup
+
+
+def _say_once(model: nn.Module, missing: str) -> None:
+    said = _told.setdefault(model, set())
+    if missing not in said:
+        said.add(missing)
+        name = getattr(model, "name_or_path", "") or "MODEL"
+        warnings.warn(
+            f"{missing}: tokens are scored by the pooled attention of the last 8, which needs no training. Pruners "
+            f"that lose less: python -m sdtp_lib train {name}",
+            stacklevel=4,
+        )

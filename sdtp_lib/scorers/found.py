@@ -1,0 +1,98 @@
+"""The scorer that a model gets when nobody names one: pruners made for these very weights, else a training-free score.
+
+Pruners are looked for in the package and in the user's folder (`shipped`), by the fingerprint of the weights. Knows
+scorers and folders, not budgets.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.scorers import simple
+from sdtp_lib.scorers.token_pruners import TokenPruners, weights_fingerprint
+from sdtp_lib.shipped import pruner_folders, pruners_folder
+
+# Scores that need no training, as a person names them.
+NAMED = {
+    "random": simple.random,
+    "recency": simple.recency,
+    "hidden_norm": simple.hidden_norm,
+    "attention": lambda: simple.attention(8),
+    "attention_pooled": lambda: simple.attention(8, kernel=7),
+    "attention_recency": lambda: simple.weighted([(simple.attention(8), 1.0), (simple.recency(), 0.5)]),
+}
+# Chosen by measurement: LOG.md, "Which training-free score and schedule".
+TRAINING_FREE = "attention_pooled"
+
+_loaded: weakref.WeakKeyDictionary[Any, dict[tuple[str, float], TokenPruners]] = weakref.WeakKeyDictionary()
+
+
+def training_free_layers(num_layers: int) -> tuple[int, ...]:
+    """The schedule that goes with `TRAINING_FREE` where nothing else fixes one: from a third of the depth, every third.
+
+    Attention of early layers says little about what is asked for.
+    """
+    return tuple(range(max(1, num_layers // 3), num_layers, 3))
+
+
+def scorer_called(name: str, model: Any) -> Scorer:
+    """A training-free score by its name, or pruners from a folder, a shipped set's name, or a Hub id.
+
+    Raises
+    ------
+    ValueError
+        If there is neither a score nor a folder of that name.
+    """
+    if name in NAMED:
+        return NAMED[name]()
+    if pruners_folder(name) is None and name.count("/") != 1:
+        raise ValueError(
+            f"scorer={name!r} is unknown: give one of {', '.join(NAMED)}, a method's name, or a folder or Hub id of "
+            "pruners."
+        )
+    return TokenPruners.from_pretrained(name).to(model.device).eval()
+
+
+def pruners_for(model: Any, layers: Sequence[int] | None = None) -> tuple[TokenPruners | None, str]:
+    """Pruners made for ``model``'s very weights and for ``layers`` (None: any), and why there are none.
+
+    Returns
+    -------
+    (TokenPruners or None, str)
+        On the model's device; the sentence is empty where some were found.
+    """
+    text = model.config.get_text_config()
+    own, elsewhere = None, []
+    for folder in pruner_folders():
+        about = _read_config(folder)
+        if (about.get("model_type"), about.get("hidden_size")) != (text.model_type, text.hidden_size):
+            continue
+        own = own or weights_fingerprint(model)
+        if own is None or about.get("weights_fingerprint") != own:
+            continue
+        if layers is None or set(layers) <= set(about.get("layers", ())):
+            return _load(model, folder), ""
+        elsewhere.append(f"{folder.name} scores before layers {about.get('layers')}")
+    if elsewhere:
+        return None, f"pruners of this model were made for other layers ({'; '.join(elsewhere)})"
+    return None, "no pruners were made for this model's weights"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # half-written or not pruners: not these
+
+
+def _load(model: Any, folder: Path) -> TokenPruners:
+    known = (str(folder), (folder / "config.json").stat().st_mtime)
+    mine = _loaded.setdefault(model, {})
+    if known not in mine:
+        mine[known] = TokenPruners.from_pretrained(folder).eval()
+    return mine[known].to(model.device)
