@@ -11,7 +11,7 @@ a process of its own, so an exception is a result and a hang is cut off.
 from __future__ import annotations
 
 import argparse
-import collections
+import contextlib
 import hashlib
 import json
 import logging
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 BACKENDS = ("sdpa", "eager")
-LIMIT_S = 120
+LIMIT_S = 60
+MOST_PARAMETERS = 20_000_000
 
 
 def root() -> Path:
@@ -51,6 +52,8 @@ def run_one(family: str, backend: str, checks: list[str], file: Path, about: dic
 
     start = time.perf_counter()
     try:
+        if (count := family_models.parameter_count(family, backend)) > MOST_PARAMETERS:
+            raise OverflowError(f"{count:,} parameters: nothing smaller is known")
         model = family_models.tiny_model(family, backend)
         subject = family_checks.Subject(model)
         try:
@@ -59,7 +62,13 @@ def run_one(family: str, backend: str, checks: list[str], file: Path, about: dic
             subject = family_checks.Subject(model.float())
             plain = subject.plain(subject.tokens)
     except Exception as error:
-        write("build", "not built", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        write("build", "not built", reason)
+        with contextlib.suppress(Exception):  # what cannot run may still be refused on entry
+            model = family_models.weightless_model(family, backend)
+            result = family_checks.judged(family_checks.entry, family_checks.Subject(model))
+            if result.outcome == family_checks.REFUSED:
+                write("entry", result.outcome, result.detail)
         return
     write("build", "built", type(model).__name__, parameters=sum(p.numel() for p in model.parameters()),
           logits=list(plain.shape), seconds=round(time.perf_counter() - start, 2))  # fmt: skip

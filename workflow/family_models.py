@@ -52,7 +52,7 @@ SIZES: dict[str, Any] = {
 # model_type[:variant] -> what its tiny configuration needs beyond the sizes, or what makes it a further variant.
 _FULL, _WINDOW, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
 EXTRAS: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0},
+    "dbrx": {"attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 1e4},
              "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
     "gpt_neo": {"num_heads": HEADS, "attention_types": [[["global", "local"], 3]]},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": [_WINDOW, _FULL] * 3,
@@ -67,13 +67,15 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "falcon:multi_query": {"multi_query": True},
     "qwen2:window": {"use_sliding_window": True, "max_window_layers": 2},
     "doge:moe": {"is_moe": True},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", _FULL] * 3},
     "lfm2": {"layer_types": ["conv", _FULL] * 3},
     "lfm2:attention": {"layer_types": [_FULL] * LAYERS},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mllama": {"is_decoder": None},
-    "dots3_note": {"num_key_value_heads": HEADS},
+    "dots3_note_text": {"per_layer_config": {}},
+    "bamba": {"attn_layer_indices": [1, 3, 5]}, "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3},
     "longcat_flash": {"num_layers": LAYERS // 2, "zero_expert_num": 2, "ffn_hidden_size": 64},
     "moshi": {"audio_vocab_size": 64},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "num_attention_heads": 2,
@@ -83,7 +85,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 3, "hybrid_layer_ids": [1, 3, 5]},
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "codegen": {"n_inner": 64}, "big_bird": {"attention_type": "original_full"},
-    "cohere_compass_text": {"layer_types": [_WINDOW, _FULL] * 3},
+    "cohere_compass_text": {
+        "layer_types": [_WINDOW, _FULL] * 3,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in (_WINDOW, _FULL)},
+    },
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "model_max_length": 512},
     "qwen4_exp_text": {"layer_types": [_LINEAR, _FULL] * 3, "indexer_n_heads": 2, "indexer_kv_heads": 1,
                        "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4,
@@ -96,7 +101,10 @@ def families() -> list[str]:
     known = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     named = [name for name in EXTRAS if ":" in name and name.split(":")[0] in known]
     # One window for all layers: real models of one family come with and without.
-    windowed = [name for name in known if "sliding_window" in (f := _fields(CONFIG_MAPPING[name])) and "layer_types" not in f]
+    windowed = [
+        name for name in known
+        if "sliding_window" in (fields := _fields(CONFIG_MAPPING[name])) and "layer_types" not in fields and name != "moshi"
+    ]  # fmt: skip
     return known + [f"{name}:{other_window(name)}" for name in windowed] + named
 
 
@@ -122,18 +130,26 @@ def tiny_config(name: str) -> PretrainedConfig:
 
 
 def _shrunk(kind: type, extras: dict[str, Any]) -> PretrainedConfig:
-    fields, renamed = _fields(kind), getattr(kind, "attribute_map", {}) or {}
-    values = {name: value for name, value in SIZES.items() if name in fields and name not in renamed}
+    fields = _fields(kind)
+    values = {name: value for name, value in SIZES.items() if name in fields}
     for name, sub in (getattr(kind, "sub_configs", None) or {}).items():
         if sub is not None and hasattr(sub, "model_type") and name not in extras and sub.model_type in CONFIG_MAPPING:
             values[name] = _shrunk(sub, {}).to_dict()
     if "kv_lora_rank" in fields:
         values["num_key_value_heads"] = HEADS  # latent attention has a key for each query head
     values |= extras
-    return kind(**{name: value for name, value in values.items() if value is not _ABSENT})
+    return kind(**values)
 
 
-_ABSENT = object()
+def parameter_count(name: str, backend: str) -> int:
+    """Numbers in the weights of `tiny_model`, without making them."""
+    return sum(parameter.numel() for parameter in weightless_model(name, backend).parameters())
+
+
+def weightless_model(name: str, backend: str) -> nn.Module:
+    """The same modules on torch's meta device: enough to ask whether they would be pruned."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(tiny_config(name), attn_implementation=backend).eval()
 
 
 def tiny_model(name: str, backend: str, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -70,14 +70,18 @@ def hidden_keys(mask: Any, hide: torch.Tensor, dtype: torch.dtype) -> torch.Tens
         shape = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
         raise NoReference(f"a layer got a mask of shape {shape} for {tokens} tokens")
     if mask.dim() == 2 and mask.shape[0] != tokens:  # (B, T): real tokens and padding, for all queries alike
-        return mask.masked_fill(hide, False if mask.dtype == torch.bool else 0)
+        return mask.masked_fill(hide, 0)
     if mask.shape[-2] != tokens:
         mask = mask.expand(*mask.shape[:-2], tokens, tokens)
-    if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+    if is_added(mask):
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
-    # Booleans and zeros and ones: what stands where the first token would see the last one means "hidden".
-    means_hidden = bool(mask[..., 0, -1].flatten()[0])
-    return mask.masked_fill(hidden, means_hidden)
+    means_visible = bool(mask[..., 0, 0].flatten()[0])  # a token sees itself
+    return mask.masked_fill(hidden, not means_visible)
+
+
+def is_added(mask: torch.Tensor) -> bool:
+    """Whether ``mask`` is added to attention scores; else it is booleans, or zeros and ones."""
+    return mask.is_floating_point() and (not bool(mask.any()) or not bool(((mask == 0) | (mask == 1)).all()))
 
 
 def layer_masks(arguments: Mapping[str, Any], names: tuple[str, ...], tokens: int) -> list[str]:

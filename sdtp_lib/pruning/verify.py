@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtp_lib.config import PruningConfig
-from sdtp_lib.errors import PruningNotSupported
-from sdtp_lib.masked_reference import NoReference, find_layers, masked_forward
+from sdtp_lib.config import PruningConfig, PruningNotSupported
+from sdtp_lib.pruning.masked_reference import NoReference, find_layers, masked_forward
 
 MODES = ("auto", "always", "never")
 PROMPT_TOKENS, STEPS, SEED = 28, 2, 20250404
@@ -109,7 +108,7 @@ def trusted(model: nn.Module, model_type: str, backend: str) -> bool:
 @functools.cache
 def supported() -> Mapping[str, Mapping[str, list[str]]]:
     """transformers version (two numbers) -> family and class -> backends; written by ``make sweep``."""
-    file = importlib.resources.files("sdtp_lib").joinpath("supported.json")
+    file = importlib.resources.files("sdtp_lib.pruning").joinpath("supported.json")
     return json.loads(file.read_text(encoding="utf-8"))["works"]
 
 
@@ -182,9 +181,10 @@ def _pruned(
     model: nn.Module, config: PruningConfig, tokens: torch.Tensor
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Stage -> kept positions, logits of the kept tokens, logits of the decode steps; by the public face only."""
-    from sdtp_lib import scorers, token_pruning
+    from sdtp_lib.pruning.engine import token_pruning  # the engine asks this module on entry
 
-    with token_pruning(model, config, scorers.random(SEED)) as trace:
+    generator = torch.Generator().manual_seed(SEED)
+    with token_pruning(model, config, lambda stage: torch.rand(stage.positions.shape, generator=generator)) as trace:
         output = model(**_inputs(model, tokens[:, :PROMPT_TOKENS]), use_cache=True, return_dict=True)
         prefill, steps = output.logits, []
         for end in range(PROMPT_TOKENS + 1, PROMPT_TOKENS + STEPS + 1):
