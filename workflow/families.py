@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import sys
 import time
 import warnings
@@ -88,11 +87,10 @@ def rows_of(file: Path, code: str | None = None) -> list[dict[str, Any]]:
 
 
 def run(names: list[str], checks: list[str], file: Path) -> None:
-    import torch
-    import transformers
-
     import family_checks  # noqa: F401 - loaded before the fork, once for all
     import family_models
+    import torch
+    import transformers
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -128,8 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--file", type=Path)
     arguments = parser.parse_intermixed_args(argv)
-    import transformers
     import family_checks
+    import transformers
 
     checks = arguments.checks or list(family_checks.ENGINE if arguments.quick else family_checks.CHECKS)
     file = arguments.file or root() / f"data/support/{transformers.__version__}.jsonl"

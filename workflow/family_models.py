@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCABULARY, LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 128, 6, 32, 4, 2, 8
 
-# Field -> value, given to every configuration that has the field. Names of one size in different families stand together.
+# Field -> value, given to every configuration that has the field; what is one size has many names.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "text_vocab_size"), VOCABULARY),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
@@ -34,7 +34,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "experts_top_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_shared_experts", "num_shared_experts",
-                     "moe_num_shared_experts", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
+                     "moe_num_shared_experts", "first_k_dense_replace", "num_dense_layers",
+                     "moe_layer_start_index"), 1),
     "qk_rope_head_dim": 4, "kv_lora_rank": 16, "q_lora_rank": 16,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     "is_decoder": True, "tie_word_embeddings": False,
@@ -52,11 +53,16 @@ SIZES: dict[str, Any] = {
 # model_type[:variant] -> what its tiny configuration needs beyond the sizes, or what makes it a further variant.
 _FULL, _WINDOW, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
 EXTRAS: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 1e4},
-             "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "gpt_neo": {"num_heads": HEADS, "attention_types": [[["global", "local"], 3]]},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": [_WINDOW, _FULL] * 3,
-                     "activation_sparsity_pattern": [0.0] * LAYERS},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": [_WINDOW, _FULL] * 3,
+        "activation_sparsity_pattern": [0.0] * LAYERS,
+    },
     "gemma3n_text:shared": {"num_kv_shared_layers": 2},
     "gemma4_text:shared": {"num_kv_shared_layers": 2, "layer_types": [_WINDOW, _FULL] * 3},
     "gemma4_text:bidirectional": {"use_bidirectional_attention": "all"},
@@ -75,24 +81,40 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mllama": {"is_decoder": None},
     "dots3_note_text": {"per_layer_config": {}},
-    "bamba": {"attn_layer_indices": [1, 3, 5]}, "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3},
+    "bamba": {"attn_layer_indices": [1, 3, 5]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3},
     "longcat_flash": {"num_layers": LAYERS // 2, "zero_expert_num": 2, "ffn_hidden_size": 64},
     "moshi": {"audio_vocab_size": 64},
-    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "num_attention_heads": 2,
-                 "attention_head_size": 8, "feed_forward_size": 64, "attn_layers": ["local", "lsh"] * 3},
+    "reformer": {
+        "axial_pos_embds_dim": [16, 16],
+        "axial_pos_shape": [8, 8],
+        "num_attention_heads": 2,
+        "attention_head_size": 8,
+        "feed_forward_size": 64,
+        "attn_layers": ["local", "lsh"] * 3,
+    },
     "xlstm": {"num_heads": 2, "chunk_size": 16},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 3, "hybrid_layer_ids": [1, 3, 5]},
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "codegen": {"n_inner": 64}, "big_bird": {"attention_type": "original_full"},
+    "codegen": {"n_inner": 64},
+    "big_bird": {"attention_type": "original_full"},
     "cohere_compass_text": {
         "layer_types": [_WINDOW, _FULL] * 3,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in (_WINDOW, _FULL)},
     },
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "model_max_length": 512},
-    "qwen4_exp_text": {"layer_types": [_LINEAR, _FULL] * 3, "indexer_n_heads": 2, "indexer_kv_heads": 1,
-                       "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4,
-                       "ple_layer_ids": [], "hc_lowrank": 8, "hc_count": 2},
+    "qwen4_exp_text": {
+        "layer_types": [_LINEAR, _FULL] * 3,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "ple_layer_ids": [],
+        "hc_lowrank": 8,
+        "hc_count": 2,
+    },
 }
 
 
@@ -100,12 +122,14 @@ def families() -> list[str]:
     """Every ``model_type`` of the causal-LM mapping, then the variants named in `EXTRAS`."""
     known = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     named = [name for name in EXTRAS if ":" in name and name.split(":")[0] in known]
-    # One window for all layers: real models of one family come with and without.
-    windowed = [
-        name for name in known
-        if "sliding_window" in (fields := _fields(CONFIG_MAPPING[name])) and "layer_types" not in fields and name != "moshi"
-    ]  # fmt: skip
+    # One window for all layers: real models of one family come with and without (but Moshi only with).
+    windowed = [name for name in known if _one_window(name) and name != "moshi"]
     return known + [f"{name}:{other_window(name)}" for name in windowed] + named
+
+
+def _one_window(model_type: str) -> bool:
+    fields = _fields(CONFIG_MAPPING[model_type])
+    return "sliding_window" in fields and "layer_types" not in fields
 
 
 def other_window(model_type: str) -> str:

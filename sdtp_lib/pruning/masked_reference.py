@@ -5,9 +5,9 @@ transformers made for each layer; from a stage on it hides the keys of the dropp
 anything else a family puts into its masks stay as they are. It knows models and kept positions, nothing else.
 Axes: B rows (one here), T tokens of prompt and continuation, V vocabulary.
 
-Worked example: T = 10 of which 8 are the prompt, ``kept = {4: [0, 1, 5, 6, 7]}``. Layers 0 to 3 see their own mask; from
-layer 4 on nobody sees tokens 2, 3 and 4 any more (each of these still sees itself, so that no row of the mask is empty);
-tokens 8 and 9 came later and are seen by all after them.
+Worked example: T = 10 of which 8 are the prompt, ``kept = {4: [0, 1, 5, 6, 7]}``. Layers 0 to 3 see their own mask;
+from layer 4 on nobody sees tokens 2, 3 and 4 any more (each of these still sees itself, so that no row of the mask is
+empty); tokens 8 and 9 came later and are seen by all after them.
 """
 
 from __future__ import annotations

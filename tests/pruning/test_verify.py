@@ -20,7 +20,7 @@ from sdtp_lib.pruning.masked_reference import hidden_keys, masked_forward
 from sdtp_lib.pruning.verify import check_on_entry, trusted, verify_pruning
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reference import alive_per_layer, eager_copy, louder, masked_logits  # noqa: E402
+from reference import alive_per_layer, eager_copy, louder, masked_logits
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
