@@ -33,7 +33,7 @@ from sdtp_lib.pruning.masked_reference import (
 
 RIGHT, REFUSED, WRONG, ERROR = "right", "refused", "silently wrong", "raw error"
 # No truth to hold it against; the plain model does not agree with itself (padding, cache), so there is none.
-UNPROVEN, UNASKED = "not proven", "not asked"
+UNPROVEN, UNASKED, UNBUILT = "not proven", "not asked", "not built"
 # Of the largest logit, by dtype: norms and rotary tables compute in float32 also in float64 models.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 LABEL_TOLERANCE = 1e-4  # of the largest label: labels are float32
@@ -382,6 +382,7 @@ CHECKS: dict[str, Callable[[Subject], float | None]] = {
     "attention": attention, **{name: label_check(name) for name in LABEL_NAMES}, "flops": flops,
 }  # fmt: skip
 ENGINE = ("exact", "prefill", "decode", "second turn", "padded")
+QUICK = ("exact", "decode")
 
 
 def judged(check: Callable[[Subject], float | None], subject: Subject) -> Result | None:

@@ -7,6 +7,7 @@ that attention matters. Knows nothing of pruning.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+BACKENDS = ("sdpa", "eager")
 VOCABULARY, LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 128, 6, 32, 4, 2, 8
 
 # Field -> value, given to every configuration that has the field; what is one size has many names.
@@ -125,6 +127,14 @@ def families() -> list[str]:
     # One window for all layers: real models of one family come with and without (but Moshi only with).
     windowed = [name for name in known if _one_window(name) and name != "moshi"]
     return known + [f"{name}:{other_window(name)}" for name in windowed] + named
+
+
+def default_backend(name: str) -> str:
+    """sdpa where the family has it, else eager."""
+    with contextlib.suppress(Exception):
+        weightless_model(name, "sdpa")
+        return "sdpa"
+    return "eager"
 
 
 def _one_window(model_type: str) -> bool:
