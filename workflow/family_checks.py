@@ -109,8 +109,11 @@ class Subject:
     @functools.cached_property
     def caches_hold(self) -> None:
         """The plain model must decode from its cache what it computes at full length."""
-        first = self.generate(self.tokens)
-        full = self.plain(first.sequences)[:, PROMPT - 1 : -1]
+        try:
+            first = self.generate(self.tokens)
+            full = self.plain(first.sequences)[:, PROMPT - 1 : -1]
+        except Exception as error:
+            raise Inconsistent(f"the plain model itself ends in {_line(error)}") from error
         if (off := _apart(torch.stack(first.logits, 1), full)) > self.tolerance:
             raise Inconsistent(f"the plain model's decode differs from its own full forward by {off:.1e}")
 
@@ -152,7 +155,11 @@ def entry(subject: Subject) -> float:
 def exact(subject: Subject) -> float:
     """Keep ratio 1.0 gives the plain model's logits and tokens, bit for bit."""
     whole = CONFIG.replace(keep_ratio=1.0)
-    plain, generated = subject.plain(subject.tokens), subject.generate(subject.tokens)
+    entry(subject)
+    try:
+        plain, generated = subject.plain(subject.tokens), subject.generate(subject.tokens)
+    except Exception as error:
+        raise Inconsistent(f"the plain model itself ends in {_line(error)}") from error
     with torch.no_grad(), token_pruning(subject.model, whole, scorers.random(3)) as trace:
         found = subject.model(input_ids=subject.tokens, use_cache=False, return_dict=True).logits
         again = subject.generate(subject.tokens)
