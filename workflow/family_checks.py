@@ -264,8 +264,7 @@ def flops(subject: Subject) -> float | None:
         return None
     from torch.utils.flop_counter import FlopCounterMode
 
-    make = getattr(ModelShape, "of", None) or getattr(ModelShape, "from_model", None)
-    shape = make(subject.model) if make else ModelShape.from_config(subject.model.config)
+    shape = ModelShape.from_model(subject.model)
     said = prefill_flops(shape, [PROMPT] * shape.num_layers, causal=False, logits_positions=PROMPT)
     with FlopCounterMode(display=False) as counter:
         subject.plain(subject.tokens)
