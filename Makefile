@@ -79,9 +79,9 @@ report: $(READY) ## one HTML page from the rows of a run (RUN=folder)
 tables: $(READY) ## rewrite README's tables from result rows
 	$(BIN)/python workflow/tables.py $(RUN)
 
-.PHONY: support
-support: $(READY) ## rewrite README's support matrix from the engine's reference tests
-	$(BIN)/python workflow/support.py
+.PHONY: sweep
+sweep: $(READY) ## every causal LM of transformers against the truth; writes docs/support.md (QUICK=1: minutes, writes nothing)
+	$(BIN)/python workflow/families.py $(if $(QUICK),--quick) $(FAMILIES)
 
 .PHONY: figures
 figures: $(READY) ## refresh the pictures that README shows, from result rows

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import report
 import result_tables
-import support
 import tables
 from result_tables import Table
 
@@ -112,16 +111,3 @@ def test_the_readme_shows_what_the_tables_hold():
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     assert tables.render(readme, kept) == readme, "run `make tables`"
     assert {match["name"] for match in tables.BLOCK.finditer(readme)} >= set(kept)
-
-
-def test_the_support_matrix_counts_what_passed_by_family_and_backend():
-    outcomes = [
-        ("test_decode_equals_the_reference[llama-sdpa]", True),
-        ("test_a_second_turn_works[at-once-llama-sdpa]", False),
-        ("test_decode_equals_the_reference[llama-eager]", True),
-        ("test_decode_equals_the_reference[gemma3_text-eager]", True),
-        ("test_something_else", True),
-    ]
-    table = support.matrix(outcomes)
-    assert table.body == (("llama", "1 of 2", "1 of 1"), ("gemma3_text", "-", "1 of 1"))
-    assert "decode equals the reference; a second turn works" in table.note
