@@ -24,6 +24,7 @@ from sdtp_lib.pruning.prefill import Budget
 from sdtp_lib.pruning.session import Session
 from sdtp_lib.pruning.stage import Scorer, name_of
 from sdtp_lib.pruning.trace import PruningTrace
+from sdtp_lib.pruning.verify import check_on_entry
 
 _ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _ACTIVE_LOCK = threading.Lock()
@@ -68,6 +69,7 @@ def token_pruning(
     """
     architecture = describe(model)
     config = _checked_config(architecture, budget, scorer, model)
+    check_on_entry(model, token_pruning, architecture.model_type, architecture.backend, verify)
     session = Session(architecture, config, budget, scorer, _checked_protection(protect))
     session.trace.scorer, session.trace.model = name_of(scorer), weakref.ref(model)
     stack = architecture.stack

@@ -13,10 +13,9 @@ import functools
 import importlib.resources
 import inspect
 import json
-import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +25,11 @@ from torch import nn
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.masked_reference import NoReference, find_layers, masked_forward
 
+# `engine.token_pruning`, handed in by the engine, which asks this module on entry.
+Prune = Callable[..., contextlib.AbstractContextManager]
 MODES = ("auto", "always", "never")
 PROMPT_TOKENS, STEPS, SEED = 28, 2, 20250404
 _found: weakref.WeakKeyDictionary[nn.Module, dict[Any, Verification | str]] = weakref.WeakKeyDictionary()
-_checking = threading.local()
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Verification:
         )
 
 
-def check_on_entry(model: nn.Module, model_type: str, backend: str, mode: str = "auto") -> Verification | None:
+def check_on_entry(
+    model: nn.Module, prune: Prune, model_type: str, backend: str, mode: str = "auto"
+) -> Verification | None:
     """Let ``model`` be pruned, or refuse; called by the engine on entry of a ``with``.
 
     Parameters
@@ -86,9 +88,9 @@ def check_on_entry(model: nn.Module, model_type: str, backend: str, mode: str = 
     """
     if mode not in MODES:
         raise ValueError(f"verify={mode!r} is unknown: choose one of {', '.join(MODES)}.")
-    if mode == "never" or getattr(_checking, "now", False) or (mode == "auto" and trusted(model, model_type, backend)):
+    if mode == "never" or (mode == "auto" and trusted(model, model_type, backend)):
         return None
-    return verify_pruning(model, backend=backend)
+    return verify_pruning(model, prune, backend=backend)
 
 
 def trusted(model: nn.Module, model_type: str, backend: str) -> bool:
@@ -112,11 +114,13 @@ def supported() -> Mapping[str, Mapping[str, list[str]]]:
     return json.loads(file.read_text(encoding="utf-8"))["works"]
 
 
-def verify_pruning(model: nn.Module, *, backend: str | None = None, again: bool = False) -> Verification:
+def verify_pruning(model: nn.Module, prune: Prune, *, backend: str | None = None, again: bool = False) -> Verification:
     """Compare the pruned model with the masked one on one short prompt; what was found is kept with the model object.
 
     Parameters
     ----------
+    prune
+        `engine.token_pruning`.
     backend
         The attention backend in force, default what the configuration says.
     again
@@ -132,7 +136,7 @@ def verify_pruning(model: nn.Module, *, backend: str | None = None, again: bool 
     key = (backend, _dtype(model))
     if again or key not in known:
         try:
-            found = _measured(model)
+            found = _measured(model, prune)
             known[key] = found if found.holds else f"{found}, so kept tokens would be computed wrongly"
         except PruningNotSupported:
             raise
@@ -150,7 +154,7 @@ def verify_pruning(model: nn.Module, *, backend: str | None = None, again: bool 
 
 
 @torch.no_grad()
-def _measured(model: nn.Module) -> Verification:
+def _measured(model: nn.Module, prune: Prune) -> Verification:
     start = time.perf_counter()
     depth = len(find_layers(model))
     if depth < 2:
@@ -160,7 +164,7 @@ def _measured(model: nn.Module) -> Verification:
     )
     with _untouched(model):
         tokens = _prompt(model)
-        kept, prefill, decoded = _pruned(model, config, tokens)
+        kept, prefill, decoded = _pruned(model, prune, config, tokens)
         expected = masked_forward(model, tokens, kept, PROMPT_TOKENS).logits.double()
         # What rounding at the first layer's input has become when it reaches the logits: measured, since depth, experts
         # and outliers decide it more than the dtype does.
@@ -178,13 +182,15 @@ def _measured(model: nn.Module) -> Verification:
 
 
 def _pruned(
-    model: nn.Module, config: PruningConfig, tokens: torch.Tensor
+    model: nn.Module, prune: Prune, config: PruningConfig, tokens: torch.Tensor
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Stage -> kept positions, logits of the kept tokens, logits of the decode steps; by the public face only."""
-    from sdtp_lib.pruning.engine import token_pruning  # the engine asks this module on entry
-
     generator = torch.Generator().manual_seed(SEED)
-    with token_pruning(model, config, lambda stage: torch.rand(stage.positions.shape, generator=generator)) as trace:
+
+    def scorer(stage: Any) -> torch.Tensor:
+        return torch.rand(stage.positions.shape, generator=generator)
+
+    with prune(model, config, scorer, verify="never") as trace:
         output = model(**_inputs(model, tokens[:, :PROMPT_TOKENS]), use_cache=True, return_dict=True)
         prefill, steps = output.logits, []
         for end in range(PROMPT_TOKENS + 1, PROMPT_TOKENS + STEPS + 1):
@@ -259,15 +265,13 @@ def _unit(model: nn.Module) -> float:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode and random state of their own; no check of a check."""
+    """Eval mode and random state of their own."""
     training = [module for module in model.modules() if module.training]
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    _checking.now = True
     model.eval()
     try:
         with torch.random.fork_rng(devices=gpus):
             yield
     finally:
-        _checking.now = False
         for module in training:
             module.training = True

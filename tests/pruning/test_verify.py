@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 import sdtp_lib.pruning.masked_reference as masked_reference
 import sdtp_lib.pruning.verify as verify
 from sdtp_lib import PruningNotSupported
+from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.masked_reference import hidden_keys, masked_forward
 from sdtp_lib.pruning.verify import check_on_entry, trusted, verify_pruning
 
@@ -61,7 +62,7 @@ def hooks_of(model) -> int:
 def test_a_family_that_is_pruned_exactly_passes_in_every_dtype(tiny_model, family, backend, dtype):
     if family == "qwen2_moe" and dtype == torch.float64:
         pytest.skip("grouped expert kernels know no float64")
-    found = verify_pruning(louder(tiny_model(family, dtype=dtype, attn_implementation=backend)))
+    found = verify_pruning(louder(tiny_model(family, dtype=dtype, attn_implementation=backend)), token_pruning)
     assert found.holds
     assert 3 * max(found.prefill_difference, found.decode_difference) < found.tolerance
 
@@ -70,7 +71,7 @@ def test_a_family_that_is_pruned_exactly_passes_in_every_dtype(tiny_model, famil
 def test_layers_that_mix_tokens_outside_attention_are_refused_with_both_figures(tiny_model, dtype):
     model = leaky(tiny_model, dtype)
     with pytest.raises(PruningNotSupported, match=r"difference [\d.e+-]+ in prefill.*explains [\d.e+-]+") as refusal:
-        check_on_entry(model, "llama", "sdpa", "auto")
+        check_on_entry(model, token_pruning, "llama", "sdpa", "auto")
     assert "LeakyForCausalLM" in str(refusal.value) and "verify='never'" in str(refusal.value)
 
 
@@ -83,7 +84,7 @@ def test_layers_that_number_the_tokens_themselves_are_refused(tiny_model):
     for layer in model.model.layers:
         layer.register_forward_hook(numbered)
     with pytest.raises(PruningNotSupported, match="largest logit difference"):
-        verify_pruning(model)
+        verify_pruning(model, token_pruning)
 
 
 def test_an_error_inside_the_check_becomes_a_refusal(tiny_model):
@@ -94,19 +95,19 @@ def test_an_error_inside_the_check_becomes_a_refusal(tiny_model):
 
     model.model.layers[2].register_forward_pre_hook(fail)
     with pytest.raises(PruningNotSupported, match="TypeError: unheard-of argument"):
-        verify_pruning(model)
+        verify_pruning(model, token_pruning)
 
 
 def test_each_model_object_is_asked_once_for_a_backend_and_dtype(tiny_model):
     model = tiny_model()
     seen = calls_of(model)
-    first = check_on_entry(model, "llama", "sdpa", "always")
+    first = check_on_entry(model, token_pruning, "llama", "sdpa", "always")
     asked = len(seen)
     assert asked > 0
-    assert check_on_entry(model, "llama", "sdpa", "always") is first
+    assert check_on_entry(model, token_pruning, "llama", "sdpa", "always") is first
     assert len(seen) == asked
     model.to(torch.bfloat16)
-    check_on_entry(model, "llama", "sdpa", "always")
+    check_on_entry(model, token_pruning, "llama", "sdpa", "always")
     assert len(seen) == 2 * asked
 
 
@@ -116,7 +117,7 @@ def test_a_refusal_is_remembered_too(tiny_model):
     seen = calls_of(model)
     for _ in range(2):
         with pytest.raises(PruningNotSupported) as refusal:
-            check_on_entry(model, "llama", "sdpa")
+            check_on_entry(model, token_pruning, "llama", "sdpa")
         messages.append((str(refusal.value), len(seen)))
     assert messages[0] == messages[1]
 
@@ -124,7 +125,7 @@ def test_a_refusal_is_remembered_too(tiny_model):
 def test_the_prompt_is_short(tiny_model):
     model = tiny_model()
     seen = calls_of(model)
-    verify_pruning(model)
+    verify_pruning(model, token_pruning)
     assert 24 <= max(seen) <= 32 and len(seen) <= 6
 
 
@@ -134,7 +135,7 @@ def test_the_model_and_the_random_state_are_left_as_they_were(tiny_model):
     model.model.layers[0].eval()
     training = [m.training for m in model.modules()]
     weights, hooks, state = [p.clone() for p in model.parameters()], hooks_of(model), torch.random.get_rng_state()
-    verify_pruning(model)
+    verify_pruning(model, token_pruning)
     assert [m.training for m in model.modules()] == training
     assert hooks_of(model) == hooks
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -151,7 +152,7 @@ def test_an_unknown_mode_is_named(tiny_model, mode):
 def test_never_asks_nothing(tiny_model):
     model = leaky(tiny_model)
     seen = calls_of(model)
-    assert check_on_entry(model, "llama", "sdpa", "never") is None
+    assert check_on_entry(model, token_pruning, "llama", "sdpa", "never") is None
     assert seen == []
 
 
@@ -164,8 +165,8 @@ def test_only_transformers_own_classes_on_listed_backends_and_versions_are_trust
     assert not trusted(model, "mistral", "sdpa")
     assert not trusted(leaky(tiny_model), "llama", "sdpa")
     seen = calls_of(model)
-    assert check_on_entry(model, "llama", "sdpa", "auto") is None and seen == []
-    assert check_on_entry(model, "llama", "sdpa", "always").holds and seen
+    assert check_on_entry(model, token_pruning, "llama", "sdpa", "auto") is None and seen == []
+    assert check_on_entry(model, token_pruning, "llama", "sdpa", "always").holds and seen
     monkeypatch.setattr(verify, "supported", lambda: {"4.0": {"llama LlamaForCausalLM": ["sdpa"]}})
     assert not trusted(model, "llama", "sdpa")
 
