@@ -59,6 +59,7 @@ def main(folder: Path, arguments: list[str]) -> int:
     install = [*pip, "install", "--quiet", "--upgrade", "-c", str(torch), *index, *NEWEST, *TEST_TOOLS]
     subprocess.run([*install, "-e", f"{ROOT}[train,embedded]"], check=True)
     listed = subprocess.run([*pip, "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
+    listed = listed.replace("huggingface_hub", "huggingface-hub")
     print("newest:", ", ".join(line for line in listed.split() if line.partition("==")[0] in NEWEST), flush=True)
     return subprocess.run([str(python), "-m", "pytest", *arguments], cwd=ROOT, check=False).returncode
 
