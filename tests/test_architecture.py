@@ -84,7 +84,7 @@ INTERNAL_NAMES = {
 
 
 # Hooks are torch's, but they change how a model runs: only these put them on, inside a `with`.
-HOOKED = {"architectures", "pruning.engine"}
+HOOKED = {"architectures", "pruning.engine", "pruning.masked_reference", "pruning.verify"}
 HOOKS = {
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
     "register_full_backward_pre_hook", "register_module_forward_hook", "register_module_forward_pre_hook",

@@ -68,7 +68,7 @@ def saliency_of(
         Before any compute, for families whose attention takes no bias that can be verified, or shows no weights.
     """
     labels = checked_labels(model, layers, label)
-    depth = describe(model).config.num_hidden_layers
+    depth = len(describe(model).layers)
     attention_mask, response_mask = attention_mask.bool(), response_mask.bool() & attention_mask.bool()
     # The first real token is predicted from nothing.
     targets = response_mask & (attention_mask.long().cumsum(-1) > 1)
@@ -138,7 +138,7 @@ def checked_labels(model: nn.Module, layers: Sequence[int], label: str | Sequenc
     labels = (label,) if isinstance(label, str) else tuple(label)
     if unknown := [name for name in labels if name not in LABELS]:
         raise ValueError(f"label={unknown} is unknown: choose among {', '.join(LABELS)}.")
-    depth = describe(model).config.num_hidden_layers
+    depth = len(describe(model).layers)
     if not layers or min(layers) < 0 or max(layers) >= depth:
         raise ValueError(f"layers={list(layers)}: name layers from 0 to {depth - 1} of this model.")
     if any(name.startswith("removal") for name in labels):

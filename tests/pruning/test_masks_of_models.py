@@ -111,9 +111,10 @@ def test_packed_sequences_do_not_see_each_other_after_a_cut():
 
 
 def test_a_bidirectional_layer_sees_all_kept_tokens_and_only_those():
+    # Without `verify`, which asks for decode steps too: a model that looks ahead has none that equal a whole forward.
     model = _model("gemma3_text", {**GROUPED, "head_dim": 8, "use_bidirectional_attention": True}, "sdpa")
     assert PROMPT.shape[1] < 2 * model.config.sliding_window
-    with torch.no_grad(), token_pruning(model, CONFIG, scorers.random(3)) as trace:
+    with torch.no_grad(), token_pruning(model, CONFIG, scorers.random(3), verify="never") as trace:
         found = model(input_ids=PROMPT, use_cache=False).logits[0]
     seen = torch.ones(6, 64, dtype=torch.bool)
     for stage, kept in sorted(trace.kept_positions.items()):
@@ -125,6 +126,6 @@ def test_a_bidirectional_layer_sees_all_kept_tokens_and_only_those():
         changed[0, -1] = PROMPT[0, -1] % 100 + 7
         after = model(input_ids=changed, use_cache=False).logits[0]
     assert (after[0] - plain[0]).abs().max() > 1e-6, "this model looks ahead"
-    with torch.no_grad(), token_pruning(model, CONFIG, scorers.random(3)):
+    with torch.no_grad(), token_pruning(model, CONFIG, scorers.random(3), verify="never"):
         moved = model(input_ids=changed, use_cache=False).logits[0]
     assert (moved[0] - found[0]).abs().max() > 1e-6, "and so do its kept tokens"

@@ -146,7 +146,7 @@ def test_the_model_and_the_random_state_are_left_as_they_were(tiny_model):
 @pytest.mark.parametrize("mode", ("Auto", True, None, ""))
 def test_an_unknown_mode_is_named(tiny_model, mode):
     with pytest.raises(ValueError, match="verify=.*auto, always, never"):
-        check_on_entry(tiny_model(), "llama", "sdpa", mode)
+        check_on_entry(tiny_model(), token_pruning, "llama", "sdpa", mode)
 
 
 def test_never_asks_nothing(tiny_model):
