@@ -38,6 +38,7 @@ def attention_from_last(
     arguments: Mapping[str, Any],
     window: int,
     valid: torch.Tensor | None = None,
+    past: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention that the last ``window`` tokens pay at ``layer``, computed from the hidden states that enter it.
 
@@ -49,44 +50,56 @@ def attention_from_last(
         every token sees itself and the earlier ones.
     valid : Tensor (B, N) of bool, optional
         Real tokens, where no mask tells padding; padding is on the left.
+    past : (Tensor, Tensor), optional
+        Keys and values (B, G, S, d) of a cached prefix, to which the tokens attend as well; the mask covers S + N keys.
 
     Returns
     -------
     Tensor (B, H, w, N) in float32 (float64 models: float64), w = min(window, N). Rows add up to 1, or to less where the
-    layer has attention sinks.
+    layer has attention sinks, and where some is paid to the prefix.
 
     Raises
     ------
     PruningNotSupported
         For layers that do not call transformers' attention interface.
     """
-    window = min(window, hidden_states.shape[1])
+    tokens = hidden_states.shape[1]
+    window = min(window, tokens)
     attention = attention_module(layer)
     split = _is_split(attention)
     if split or hasattr(attention, "_reshape") and "alibi" in arguments:
-        rows = mask_rows(arguments.get("attention_mask"), window, hidden_states.shape[1])
-        rows = _visible(attention, rows, window, hidden_states, valid)
         normed = layer.input_layernorm(hidden_states)
         if split:  # queries of the last tokens only, and no values
             tables = arguments.get("position_embeddings")
             query, key = _rotated(attention, normed[:, -window:], "q", tables), _rotated(attention, normed, "k", tables)
-            return _plain_weights(query, key, float(attention.scaling), rows)
-        # BLOOM: fused projection, alibi, no attention interface
-        query, key, _ = attention._reshape(attention.query_key_value(normed))
-        alibi = arguments["alibi"].reshape(len(query), -1, 1, hidden_states.shape[1])
-        return _plain_weights(query[:, :, -window:], key, float(attention.inv_norm_factor), alibi + rows)
+            scale = float(attention.scaling)
+        else:  # BLOOM: fused projection, alibi, no attention interface
+            query, key, _ = attention._reshape(attention.query_key_value(normed))
+            query, scale = query[:, :, -window:], float(attention.inv_norm_factor)
+        key = _after(past, 0, key)
+        rows = mask_rows(arguments.get("attention_mask"), window, key.shape[2])
+        rows = _visible(attention, rows, window, key, valid)
+        if not split:
+            rows = rows + arguments["alibi"].reshape(len(query), -1, 1, key.shape[2])
+        return _plain_weights(query, key, scale, rows)[..., -tokens:]
     captured = _capture(layer, hidden_states, arguments)
-    rows = mask_rows(captured.mask, window, captured.key.shape[2])
-    rows = _visible(captured.module, rows, window, hidden_states, valid)
+    key, value = _after(past, 0, captured.key), _after(past, 1, captured.value)
+    rows = mask_rows(captured.mask, window, key.shape[2])
+    rows = _visible(captured.module, rows, window, key, valid)
     weigh = getattr(sys.modules[type(captured.module).__module__], "eager_attention_forward", None)
     if weigh is None:
         raise _unreadable(layer, "its module has no attention function that shows weights")
     query = captured.query[:, :, -window:]
     try:
-        weights = weigh(captured.module, query, captured.key, captured.value, rows, **captured.options)[1]
+        weights = weigh(captured.module, query, key, value, rows, **captured.options)[1]
     except Exception as error:  # a function of the family's own, fed with fewer queries than it may expect
         raise _unreadable(layer, f"{type(error).__name__}: {error}") from error
-    return weights.to(torch.promote_types(weights.dtype, torch.float32))
+    return weights[..., -tokens:].to(torch.promote_types(weights.dtype, torch.float32))
+
+
+def _after(past: tuple[torch.Tensor, torch.Tensor] | None, which: int, new: torch.Tensor) -> torch.Tensor:
+    """Keys (``which=0``) or values (1) of a cached prefix and the new ones behind them."""
+    return new if past is None else torch.cat([past[which].to(new.device), new], dim=2)
 
 
 def attention_from_cached_keys(
@@ -97,9 +110,9 @@ def attention_from_cached_keys(
     rows: torch.Tensor | None,
     valid: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """The same (B, H, w, N) where ``layer`` has run and its ``keys`` (B, G, N, d) are at hand: no key is projected.
+    """The same (B, H, w, n) where ``layer`` has run and its ``keys`` (B, G, n, d) are at hand: no key is projected.
 
-    ``last_hidden`` (B, w, D) are the last tokens as they entered the layer, ``rows`` (B, 1, w, N) of the mask that they
+    ``last_hidden`` (B, w, D) are the last tokens as they entered the layer, ``rows`` (B, 1, w, n) of the mask that they
     had there. None for families whose queries cannot be computed apart from the keys.
     """
     attention = attention_module(layer)
@@ -144,6 +157,7 @@ def _visible(
         if getattr(attention, "is_causal", True):
             rows = rows.tril(tokens - window)
         if valid is not None:
+            valid = torch.nn.functional.pad(valid, (tokens - valid.shape[1], 0), value=True)
             rows = rows & valid[:, None, None, :].to(rows.device)
     return torch.zeros_like(rows, dtype=like.dtype).masked_fill_(~rows, lowest)
 

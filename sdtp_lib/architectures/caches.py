@@ -81,6 +81,16 @@ def cached_keys(cache: Any | None, layer_index: int, tokens: int) -> torch.Tenso
     return keys if torch.is_tensor(keys) and keys.dim() == 4 and keys.shape[2] == tokens else None
 
 
+def cached_past(cache: Any, layer_index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys and values (B, G, S, d) that ``layer_index`` holds before it runs; None where they cannot be read."""
+    layers = getattr(cache, "layers", None) or ()
+    layer = layers[layer_index] if layer_index < len(layers) else None
+    if layer is None or getattr(layer, "_quantized_keys", None) is not None:
+        return None
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return (keys, values) if torch.is_tensor(keys) and keys.dim() == 4 else None
+
+
 def attended_keys(cache: Any, layer_index: int, cached: int, new_tokens: int) -> int:
     """Keys that attention at ``layer_index`` sees when ``new_tokens`` come after ``cached`` ones: the last so many."""
     layers = getattr(cache, "layers", None) or ()

@@ -275,8 +275,9 @@ def _shorten_cache(
         remember(
             cache,
             CacheRecord(
-                tokens, [tokens], kept, [False] * layers, plan, compressed=False, compact=False, backend=backend
-            ),
+                tokens, 1, kept, [False] * layers, any_padding=False, held=plan, compressed=False, compact=False,
+                backend=backend,
+            ),  # fmt: skip
         )
 
 

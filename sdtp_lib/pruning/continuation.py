@@ -97,6 +97,9 @@ class ForwardPass:
         return arguments
 
     def _shorten_positions(self, arguments: dict[str, Any]) -> None:
+        if self.seen and self.architecture.counts_windows_itself and arguments.get("position_embeddings") is not None:
+            # Flash attention takes position ids with gaps for packed sequences, as many keys as queries in each.
+            arguments["position_ids"] = None
         for name in ("position_embeddings", "position_ids"):
             if arguments.get(name) is not None:
                 arguments[name] = self._cut_tables(arguments[name])

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sdtp_lib import budget
-from sdtp_lib.architectures.caches import cache_of, cached_keys, cached_tokens, kv_bytes, without_cache
+from sdtp_lib.architectures.caches import cache_of, cached_keys, cached_past, cached_tokens, kv_bytes, without_cache
 from sdtp_lib.architectures.layers import Architecture
 from sdtp_lib.architectures.masks import last_rows
 from sdtp_lib.config import PruningConfig, PruningNotSupported
@@ -119,6 +119,7 @@ class Prefill(ForwardPass):
             layer_arguments=without_cache(given), prompt_lengths=self.prompt_lengths.to(hidden.device),
             before=self._layers_before(index, hidden), padded=self.padded,
             carried={name: values.to(hidden.device) for name, values in self.carried.items()},
+            past=self._past(index),
         )  # fmt: skip
         scores = self._checked_scores(index, self.scorer(stage), valid)
         self.carried = stage.carried
@@ -163,11 +164,28 @@ class Prefill(ForwardPass):
     def _layers_before(self, index: int, hidden: torch.Tensor) -> dict[int, LayerBefore]:
         found = {}
         for earlier in range(max(0, index - LAYERS_BACK), index):
-            keys = cached_keys(self.cache, earlier, hidden.shape[1])
+            keys = cached_keys(self.cache, earlier, self._held_before(earlier) + hidden.shape[1])
             # On another device a device_map splits the model between the two.
             if keys is not None and earlier in self.last_inputs and keys.device == hidden.device:
                 found[earlier] = LayerBefore(self.architecture.layers[earlier], keys, *self.last_inputs[earlier])
         return found
+
+    def _held_before(self, layer: int) -> int:
+        """Keys that ``layer`` held before this prefill."""
+        if self.record is None:
+            return self.seen
+        return self.record.held[layer] + self.seen - self.record.columns
+
+    def _past(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not self.seen:
+            return None
+        past = cached_past(self.cache, index)
+        if past is None:
+            raise PruningNotSupported(
+                f"prune='every' on past_key_values={type(self.cache).__name__}, whose keys cannot be read, and scores "
+                "share out attention over them: use a dynamic cache."
+            )
+        return past
 
     def _checked_scores(self, index: int, scores: Any, valid: torch.Tensor) -> torch.Tensor:
         if not torch.is_tensor(scores) or scores.shape != valid.shape or scores.is_complex():
@@ -192,21 +210,43 @@ class Prefill(ForwardPass):
         if not self.segments:
             return
         layers = range(len(self.plan))
-        ends = [next((s for s in reversed(self.segments) if s[0] <= layer), None) for layer in layers]
+        nothing = (0, None, False)
+        ends = [next((s for s in reversed(self.segments) if s[0] <= layer), nothing) for layer in layers]
         held = [cached_tokens(self.cache, layer) for layer in layers]
+        before, joined = self.record, {}
+        kept = [self._all_kept(layer, ends[layer][1], joined) for layer in layers]
         remember(
             self.cache,
             CacheRecord(
                 columns=held[0],
-                lengths=self.lengths,
-                kept=[None if end is None else end[1] for end in ends],
-                padded=[end is not None and end[2] for end in ends],
+                rows=len(self.lengths),
+                kept=kept,
+                padded=[ends[layer][2] or (before is not None and before.padded[layer]) for layer in layers],
+                any_padding=min(self.lengths) < self.columns or (before is not None and before.any_padding),
                 held=held,
-                compressed=held != [self.columns if end is None else end[1].shape[1] for end in ends],
+                compressed=held != [held[0] if columns is None else columns.shape[1] for columns in kept]
+                or (not self.seen and held[0] != self.columns),
                 compact=self.compact,
                 backend=self.architecture.backend,
             ),
         )
+
+    def _all_kept(self, layer: int, new: torch.Tensor | None, joined: dict[Any, torch.Tensor]) -> torch.Tensor | None:
+        """Columns (B, n) that ``layer`` holds now: what it held before this prefill, and what it kept of it.
+
+        Example: a prefix of 3 columns that all layers hold, 5 new ones of which 0, 3, 4 stayed: 0, 1, 2, 3, 6, 7.
+        """
+        old = None if self.record is None else self.record.kept[layer]
+        if not self.seen or (new is None and old is None):
+            return new
+        if (id(old), id(new)) not in joined:
+            device = (new if new is not None else old).device
+            covered = 0 if old is None else self.record.columns
+            fresh = torch.arange(self.columns, device=device)[None] if new is None else new
+            parts = [torch.arange(covered, self.seen, device=device)[None], fresh.where(fresh < 0, fresh + self.seen)]
+            parts = parts if old is None else [old.to(device), *parts]
+            joined[id(old), id(new)] = torch.cat([part.expand(len(self.lengths), -1) for part in parts], dim=1)
+        return joined[id(old), id(new)]
 
     def check_scores(self) -> None:
         """Refuse scores that were not finite. Reads the device, so the engine asks when nothing is under way."""

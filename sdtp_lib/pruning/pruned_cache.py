@@ -33,12 +33,14 @@ class CacheRecord:
     ----------
     columns
         C at the time of the record: what layer 0, which is never cut, held after the pruned prefill, padding included.
-    lengths
-        Real tokens of each row among them.
+    rows
+        B.
     kept
         One entry per layer: columns (B, K) whose keys it holds, ascending, -1 for padding; None where it holds all.
     padded
         One entry per layer: whether ``kept`` has padding.
+    any_padding
+        Whether any row had padding at all.
     held
         Keys that each layer held right after the prefill.
     compressed
@@ -51,26 +53,18 @@ class CacheRecord:
     """
 
     columns: int
-    lengths: list[int]
+    rows: int
     kept: list[torch.Tensor | None]
     padded: list[bool]
+    any_padding: bool
     held: list[int]
     compressed: bool
     compact: bool
     backend: str
 
-    @property
-    def rows(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def any_padding(self) -> bool:
-        return any(length < self.columns for length in self.lengths) or any(self.padded)
-
     def select_rows(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``, in that order, as the cache's own tensors do."""
-        wanted = indices.tolist()
-        self.lengths = [self.lengths[row] for row in wanted]
+        self.rows = len(indices)
         moved: dict[int, torch.Tensor] = {}
         for layer, kept in enumerate(self.kept):
             if kept is not None and kept.shape[0] > 1:
@@ -127,7 +121,7 @@ class PrunedCache:
 
     def _refuse_outside(self, new_tokens: int) -> None:
         record = self.record
-        needs_no_mask = record.backend != "eager" and not record.any_padding and not record.compact
+        needs_no_mask = record.backend != "eager" and not (record.any_padding or any(record.padded) or record.compact)
         if new_tokens == 1 and needs_no_mask and not any(getattr(layer, "is_sliding", False) for layer in self.layers):
             return
         raise PruningNotSupported(

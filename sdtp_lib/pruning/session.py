@@ -52,7 +52,8 @@ class Session:
         def check(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             arguments = named_arguments(names, args, kwargs)
             rows, columns = _shape_of(arguments)
-            if columns < 2 or tokens_seen(cache_of(arguments)) > 0:
+            seen = tokens_seen(cache_of(arguments))
+            if columns < 2 or (seen > 0 and self.config.prune == "first"):
                 return
             if arguments.get("labels") is not None:
                 raise PruningNotSupported(
@@ -89,35 +90,39 @@ class Session:
         rows, columns = _shape_of(arguments)
         seen = tokens_seen(cache)
         self.check_pending()
-        if seen == 0:
-            if columns == 0:
-                raise ValueError("the prompt has no tokens: give input_ids or inputs_embeds of at least one.")
+        every = self.config.prune == "every" and columns > max(1, self.config.min_prompt_tokens)
+        if columns == 0:
+            raise ValueError("the prompt has no tokens: give input_ids or inputs_embeds of at least one.")
+        if seen == 0 or every:
             lengths = _prompt_lengths(arguments.get("attention_mask"), rows, columns)
             device = _tokens_of(arguments).device
             self._pass = Prefill(
                 self.architecture, self.budget, self.scorer, self.trace, lengths, columns, device, cache,
-                self._protection(rows, columns),
+                self._protection(rows, seen, columns),
             )  # fmt: skip
             self._warn_if_nothing_goes(self._pass.plan)
         elif remembered(cache) is not None:
             self._pass = ForwardPass(self.architecture, self.config.positions == "compact", rows, columns, cache)
-            cache.inside = True
-        elif not getattr(cache, "prefilled_inside", False):
+        elif not getattr(cache, "prefilled_inside", False) and self.config.prune == "first":
             self._not_pruned = self._not_pruned or (
                 f"the cache held {seen} token(s) before the first forward inside the `with`, and what is added to a "
-                "cache is computed in full: prefill the whole prompt inside the `with`"
+                "cache is computed in full: prefill the whole prompt inside the `with`, or give a PruningConfig with "
+                "prune='every'"
             )
             self._say_once("prefix", f"nothing is pruned: {self._not_pruned}.")
+        if isinstance(cache, PrunedCache):
+            cache.inside = True
 
-    def _protection(self, rows: int, columns: int) -> torch.Tensor | None:
-        if self.protect is None:
+    def _protection(self, rows: int, seen: int, columns: int) -> torch.Tensor | None:
+        """What ``protect`` says of the new tokens; it may cover those in the cache as well. Later turns: nothing."""
+        if self.protect is None or (seen and self.protect.shape[1] < seen + columns):
             return None
-        if self.protect.shape[0] not in (1, rows) or self.protect.shape[1] != columns:
+        if self.protect.shape[0] not in (1, rows) or self.protect.shape[1] != seen + columns:
             raise ValueError(
-                f"protect has shape {tuple(self.protect.shape)}, but the prompt is {rows} row(s) of {columns} tokens: "
-                "give one boolean per token, padding included."
+                f"protect has shape {tuple(self.protect.shape)}, but the prompt is {rows} row(s) of {seen + columns} "
+                "tokens: give one boolean per token, padding included."
             )
-        return self.protect.expand(rows, -1)
+        return self.protect[:, seen:].expand(rows, -1)
 
     def _take_turn(self) -> None:
         with self._lock:

@@ -100,6 +100,9 @@ class Stage:
         What a scorer leaves for the stages after, (B, N) tensors by name; what is left of them here.
     padded : bool
         Whether there may be padding at all, known without asking the device.
+    past : (Tensor, Tensor) or None
+        Keys and values (B, G, S, d) of this layer that the cache held before this prefill: a prefix, earlier turns.
+        Attention is shared out over them too; positions, lengths and scores are of the new tokens only.
     """
 
     layer_index: int
@@ -113,6 +116,7 @@ class Stage:
     read: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
     carried: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     padded: bool = True
+    past: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     @property
     def position_embeddings(self) -> Any:
@@ -126,7 +130,9 @@ class Stage:
 
     def attention_from_last(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
-        return attention_from_last(self.layer, self.hidden_states, self.layer_arguments, window, self._hidden_padding)
+        return attention_from_last(
+            self.layer, self.hidden_states, self.layer_arguments, window, self._hidden_padding, self.past
+        )
 
     def attention_just_paid(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens paid one layer earlier, from the keys cached there.
@@ -158,7 +164,8 @@ class Stage:
         if (layer, window) not in self.read:
             last = before.last_hidden[:, -window:]
             rows = None if before.mask_rows is None else before.mask_rows[:, :, -last.shape[1] :]
-            self.read[layer, window] = attention_from_cached_keys(
+            paid = attention_from_cached_keys(
                 before.layer, last, before.keys, self.position_embeddings, rows, self._hidden_padding
             )
+            self.read[layer, window] = None if paid is None else paid[..., -self.positions.shape[1] :]
         return self.read[layer, window]

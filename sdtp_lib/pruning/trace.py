@@ -133,7 +133,8 @@ class PruningTrace:
 
     def _counts(self) -> torch.Tensor:
         if self.tokens_per_row is None:
-            raise ValueError("the trace is empty: run model(...) or model.generate(...) inside the `with` first.")
+            why = self.not_pruned or "run model(...) or model.generate(...) inside the `with` first"
+            raise ValueError(f"the trace is empty: {why}.")
         return self.tokens_per_row
 
     def to_frame(self) -> pandas.DataFrame:
