@@ -8,7 +8,6 @@ samsum, the choice of the predicted line of code. Knows no model and no pruning;
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import warnings
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib import load_failures
+from sdtp_lib.data.lm_eval_files import private_module, settings, task_folder
 from sdtp_lib.data.samples import chat_prompt, tokenise_prompt
 from sdtp_lib.data.texts import instead, json_lines
 
@@ -178,14 +178,19 @@ def build_prompt(record: Mapping[str, Any], tokenizer: Any, max_tokens: int) -> 
     rules = task(record["dataset"])
     # In one pass, so that braces in a context stay what they are.
     prompt = re.sub(r"\{(context|input)\}", lambda field: record[field[1]], rules.template)
-    ids = tokenizer(prompt, truncation=False)["input_ids"]
-    cut = len(ids) > max_tokens
-    if cut:
-        half = max_tokens // 2
-        prompt = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
+    prompt, cut = cut_middle(prompt, tokenizer, max_tokens)
     if rules.chat:
         prompt = chat_prompt(tokenizer, prompt)
     return tokenise_prompt(tokenizer, prompt, chat=rules.chat), cut
+
+
+def cut_middle(prompt: str, tokenizer: Any, max_tokens: int) -> tuple[str, bool]:
+    """``prompt``, of its first and last ``max_tokens // 2`` tokens if it has more than ``max_tokens``; and whether."""
+    ids = tokenizer(prompt, truncation=False)["input_ids"]
+    if len(ids) <= max_tokens:
+        return prompt, False
+    half = max_tokens // 2
+    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:])), True
 
 
 def as_sample(
@@ -253,33 +258,17 @@ def _line_of_code(prediction: str) -> str:
     return next((line for line in lines if not any(sign in line for sign in ("`", "#", "//"))), "")
 
 
-def _lm_eval_folder() -> Path:
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None:
-        raise OSError("LongBench's prompts and metrics come from lm_eval: pip install 'lm_eval[longbench]'")
-    return Path(spec.submodule_search_locations[0]) / "tasks" / "longbench"
-
-
 @functools.cache
 def _lm_eval_template(name: str) -> str:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Reads lm-eval's files without running the functions they name."""
-
-    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
-    content = yaml.load((_lm_eval_folder() / f"{name}.yaml").read_text(encoding="utf-8"), Loader)
+    content = settings(task_folder("longbench") / f"{name}.yaml")
     return content["doc_to_text"].replace("{{context}}", "{context}").replace("{{question}}", "{input}")
 
 
 @functools.cache
 def _metrics() -> Any:
-    spec = importlib.util.spec_from_file_location("sdtp_longbench_metrics", _lm_eval_folder() / "metrics.py")
-    module = importlib.util.module_from_spec(spec)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fuzzywuzzy and jieba warn about themselves on import
-        spec.loader.exec_module(module)
-    return module
+        return private_module(task_folder("longbench") / "metrics.py", {})
 
 
 def _downloaded() -> Path:
