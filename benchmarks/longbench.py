@@ -21,8 +21,10 @@ from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, load_model
 from sdtp_lib.data import longbench
-from sdtp_lib.evaluation.answers import FULL, Variant, longbench_items, run_items
-from sdtp_lib.evaluation.tables import answers_table, markdown
+from sdtp_lib.evaluation.answer_tables import answers_table
+from sdtp_lib.evaluation.answers import FULL, Variant, run_items
+from sdtp_lib.evaluation.items import longbench_items
+from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.paper import TABLE1
 from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root, read_frame

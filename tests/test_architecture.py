@@ -33,7 +33,8 @@ FLOORS = (
 INSIDE = {
     "architectures": ({"caches", "masks", "unsupported", "attention_interface"}, {"layers"},
                       {"bias_probe", "attention_weights"}, {"attention_bias", "attention_readings"}),
-    "data": ({"texts"}, {"samples"}, {"tasks", "longbench"}, {"test_sets"}),
+    "data": ({"texts", "lm_eval_files"}, {"samples", "ruler_texts"}, {"tasks", "longbench", "ruler"},
+             {"test_sets", "longbench2", "copying"}),
     "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard", "pruned_cache", "protection",
                  "masked_reference"}, {"continuation", "verify"}, {"prefill"}, {"session"}, {"engine"}),
     "scorers": ({"blend", "pruner_files"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name", "found"}),
@@ -42,7 +43,8 @@ INSIDE = {
     "plots": ({"style"}, {"cost", "results", "tokens"}),
     "explorer": ({"state"}, {"live_html", "export", "app"}, {"widgets"}),
     "training": ({"config", "labels", "losses"}, {"saliency", "simulation"}, {"step"}, {"trainer"}),
-    "evaluation": ({"statistics", "divergence", "methods", "answers", "fewshot"}, {"compare", "tables"}),
+    "evaluation": ({"statistics", "divergence", "methods", "items", "fewshot"},
+                   {"answers", "answer_tables", "compare", "tables"}),
     "latency": ({"memory", "report", "cost_model"}, {"measure"}, {"generation", "hardware", "training_cost"},
                 {"methods"}, {"run"}),
 }  # fmt: skip

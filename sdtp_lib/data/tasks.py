@@ -100,7 +100,7 @@ def synthetic_tasks(
         raise ValueError(f"task={task!r} is unknown: choose one of {', '.join(TASKS)}.")
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}.")
-    sentences = () if task == "fewshot_classification" else _haystack(split)
+    sentences = () if task == "fewshot_classification" else haystack(split)
     records = []
     for number in range(count):
         draw = random.Random(stable_number("task", task, split, seed, prompt_tokens, number))
@@ -167,8 +167,8 @@ def _record(
     identifier: str,
 ) -> dict[str, Any]:
     make = {
-        "needle": lambda: _needles(split, draw, 1),
-        "multi_key": lambda: _needles(split, draw, 8),
+        "needle": lambda: needles(split, draw, 1),
+        "multi_key": lambda: needles(split, draw, 8),
         "variable_tracking": lambda: _variables(split, draw),
         "multi_doc_qa": lambda: _people(split, draw),
     }
@@ -177,7 +177,7 @@ def _record(
         question, answer, facts, grow, classes = _messages(split, draw)
     else:
         question, answer, facts = make[task]()
-        grow = _running_text(sentences, draw)
+        grow = running_text(sentences, draw)
     join = _passages if task == "multi_doc_qa" else "\n".join if task == "fewshot_classification" else " ".join
 
     def build(filler: list[str]) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def _record(
 
 
 @functools.cache
-def _haystack(split: str) -> tuple[str, ...]:
+def haystack(split: str) -> tuple[str, ...]:
     """Sentences of the split's documents in reading order."""
     sentences = []
     for document in long_documents("train" if split == "train" else "heldout"):
@@ -234,7 +234,7 @@ def _haystack(split: str) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _running_text(sentences: tuple[str, ...], draw: random.Random) -> Callable[[], str]:
+def running_text(sentences: tuple[str, ...], draw: random.Random) -> Callable[[], str]:
     place = draw.randrange(len(sentences))
 
     def following() -> str:
@@ -253,7 +253,7 @@ def _code(split: str, draw: random.Random) -> str:
             return code
 
 
-def _needles(split: str, draw: random.Random, count: int) -> tuple[str, str, list[str]]:
+def needles(split: str, draw: random.Random, count: int) -> tuple[str, str, list[str]]:
     noun = draw.choice(_NOUNS[split])
     names = draw.sample(_NAMES[split].split(), count)
     codes = [_code(split, draw) for _ in names]

@@ -1,8 +1,7 @@
-"""Generated answers, full and pruned: one row an item and variant, for LongBench and the synthetic tasks alike.
+"""Generated answers, full and pruned: one row per item and variant, by one loop for all benchmarks (see `items`).
 
-An item is a tokenised prompt with its rules and a scoring function. A killed run goes on where
-it stopped; an item that fails is a row of kind ``failure``. Greedy decoding through the engine: the pruned cache of the
-prefill is the one that decode extends.
+A killed run goes on where it stopped; an item that fails is a row of kind ``failure``. Greedy decoding through the
+engine: the pruned cache of the prefill is the one that decode and a second turn extend.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ import numpy as np
 import torch
 
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.data import longbench, tasks
-from sdtp_lib.data.samples import tokenise_prompt
+from sdtp_lib.evaluation.items import Item
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.token_fates import TokenFates
@@ -32,33 +30,6 @@ FULL = "full"
 
 
 @dataclass(frozen=True)
-class Item:
-    """A prompt to answer.
-
-    Attributes
-    ----------
-    dataset, identifier
-        Together they name the item in rows.
-    prompt_ids
-        The prompt as it is fed to the model.
-    max_new_tokens, stop_ids
-        Decoding ends there, besides at the model's own end tokens.
-    score
-        From the generated text to 0 .. 1.
-    cut
-        Whether the middle of the prompt was cut out to fit.
-    """
-
-    dataset: str
-    identifier: str
-    prompt_ids: Sequence[int]
-    max_new_tokens: int
-    score: Callable[[str], float]
-    stop_ids: tuple[int, ...] = ()
-    cut: bool = False
-
-
-@dataclass(frozen=True)
 class Variant:
     """A way to run the prefill: pruned by ``scorer`` under ``config``, or unpruned where both are None."""
 
@@ -66,35 +37,11 @@ class Variant:
     config: PruningConfig | None = None
     scorer: Scorer | None = None
 
-
-def longbench_items(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_tokens: int) -> Iterable[Item]:
-    """Items by the official protocol (see `longbench`), made one by one."""
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
-    for record in records:
-        rules = longbench.task(record["dataset"])
-        ids, cut = longbench.build_prompt(record, tokenizer, max_tokens)
-        yield Item(
-            dataset=record["dataset"],
-            identifier=record["_id"],
-            prompt_ids=ids,
-            max_new_tokens=rules.max_new_tokens,
-            score=lambda prediction, record=record: longbench.score(record, prediction),
-            stop_ids=tuple(newline) if rules.stop_at_newline else (),
-            cut=cut,
-        )
-
-
-def synthetic_items(records: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterable[Item]:
-    """Items of the synthetic tasks (see `tasks`)."""
-    for record in records:
-        chat = record["dataset"] not in tasks.UNCHATTED
-        yield Item(
-            dataset=record["dataset"],
-            identifier=record["_id"],
-            prompt_ids=tokenise_prompt(tokenizer, tasks.as_prompt(record, tokenizer), chat=chat),
-            max_new_tokens=tasks.MOST_NEW_TOKENS[record["dataset"]],
-            score=lambda prediction, record=record: tasks.score(record, prediction),
-        )
+    def applied(self, model: Any) -> contextlib.AbstractContextManager[PruningTrace | None]:
+        """The ``with`` in which ``model`` runs this way; the only place that knows how a variant is put on a model."""
+        if self.config is None:
+            return contextlib.nullcontext()
+        return token_pruning(model, self.config, self.scorer)
 
 
 def run_items(
@@ -112,8 +59,9 @@ def run_items(
     ``OtherProvenance`` where ``writer`` has rows of these names that another scorer, prompt or pruning config made.
 
     A row has ``dataset, item, variant, prompt_tokens, was_cut, prediction, score, new_tokens, batch, prefill_seconds``
-    (to the first token), ``generate_seconds`` (both of the row's whole batch), and for pruned variants
-    ``tokens_per_layer, compression_ratio, dropped_at`` (see `token_fates`).
+    (the time to the first token), ``generate_seconds`` (end to end; both of the row's whole batch), ``tokens_per_layer,
+    compression_ratio``, for pruned variants ``dropped_at`` (see `token_fates`), and the item's labels. An item with a
+    second turn has ``first_prediction`` too, and its end-to-end time is that of both turns.
 
     ``batch_size`` prompts of like lengths and equal rules are answered together, padded on the left; a batch that
     fails is tried again item by item.
@@ -135,7 +83,8 @@ def _key(item: Item, variant: Variant) -> str:
 
 def _made_from(item: Item, variant: Variant) -> dict[str, str]:
     config = variant.config and variant.config.to_dict()
-    sample = content_id(item.prompt_ids, item.max_new_tokens, item.stop_ids)
+    rules = [item.max_new_tokens, item.stop_ids, *([item.follow_up_ids] if item.follow_up_ids else [])]
+    sample = content_id(item.prompt_ids, *rules)
     return {"sample_hash": sample, "config_hash": content_id(config)}
 
 
@@ -144,12 +93,17 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     if size == 1:
         yield from ([item] for item in items)
         return
+
+    def rules(item: Item) -> tuple[bool, int, tuple[int, ...]]:
+        return bool(item.follow_up_ids), item.max_new_tokens, item.stop_ids
+
     source = iter(items)
     while some := list(itertools.islice(source, 16 * size)):
-        some.sort(key=lambda item: (item.max_new_tokens, item.stop_ids, len(item.prompt_ids)))
-        for _, alike in itertools.groupby(some, key=lambda item: (item.max_new_tokens, item.stop_ids)):
-            alike = list(alike)
-            yield from (alike[first : first + size] for first in range(0, len(alike), size))
+        some.sort(key=lambda item: (*rules(item), len(item.prompt_ids)))
+        for (second_turn, *_), alike in itertools.groupby(some, key=rules):
+            # First answers end at different places, so that second turns do not stand side by side.
+            alike, together = list(alike), 1 if second_turn else size
+            yield from (alike[first : first + together] for first in range(0, len(alike), together))
 
 
 def _add_answers(
@@ -173,7 +127,8 @@ def _add_answers(
 
 def _labels(item: Item, variant: Variant) -> dict[str, Any]:
     names = {"dataset": item.dataset, "item": item.identifier, "variant": variant.name}
-    return names | {"prompt_tokens": len(item.prompt_ids), "was_cut": item.cut} | _made_from(item, variant)
+    counted = {"prompt_tokens": len(item.prompt_ids), "was_cut": item.cut}
+    return {**item.labels, **names, **counted, **_made_from(item, variant)}
 
 
 class _FirstToken:
@@ -196,6 +151,9 @@ def _answered(model: Any, tokenizer: Any, items: Sequence[Item], variant: Varian
     """The measured fields of each item, all generated in one batch."""
     limit = getattr(model.config, "max_position_embeddings", None)
     longest, new_tokens = max(len(item.prompt_ids) for item in items), items[0].max_new_tokens
+    follow_up = items[0].follow_up_ids
+    if follow_up:
+        new_tokens = 2 * new_tokens + len(follow_up)
     if limit is not None and longest + new_tokens > limit:
         raise ValueError(
             f"{longest} prompt and {new_tokens} new tokens are more than the model's {limit} positions: lower the "
@@ -207,31 +165,35 @@ def _answered(model: Any, tokenizer: Any, items: Sequence[Item], variant: Varian
     ids = [[filler] * (longest - len(item.prompt_ids)) + list(item.prompt_ids) for item in items]
     mask = [[0] * (longest - len(item.prompt_ids)) + [1] * len(item.prompt_ids) for item in items]
     ends += items[0].stop_ids
-    clock = _FirstToken()
+    settings = {"max_new_tokens": items[0].max_new_tokens, "min_new_tokens": 1, "do_sample": False}
+    settings |= {"eos_token_id": ends or None, "pad_token_id": filler, "return_dict_in_generate": True}
+    ids, mask = torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+    clock, first = _FirstToken(), {}
     started = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        trace = None
-        if variant.config is not None:
-            trace = stack.enter_context(token_pruning(model, variant.config, variant.scorer))
-        output = model.generate(
-            torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            max_new_tokens=new_tokens,
-            min_new_tokens=1,
-            do_sample=False,
-            eos_token_id=ends or None,
-            pad_token_id=filler,
-            streamer=clock,
-        )
+    with variant.applied(model) as trace:
+        output = model.generate(ids, attention_mask=mask, streamer=clock, **settings)
+        new_from = longest
+        if follow_up:
+            first = {"first_prediction": tokenizer.decode(output.sequences[0, longest:], skip_special_tokens=True)}
+            ids = _next_turn(output.sequences, follow_up)
+            new_from = ids.shape[1]
+            cache = output.past_key_values
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
     seconds = time.perf_counter() - started
-    times = {"batch": len(items), "prefill_seconds": clock.first_at - started, "generate_seconds": seconds}
+    times = first | {"batch": len(items), "prefill_seconds": clock.first_at - started, "generate_seconds": seconds}
     answers = []
     for row, item in enumerate(items):
-        new_ids = _up_to_its_end(output[row, longest:].tolist(), ends)
+        new_ids = _up_to_its_end(output.sequences[row, new_from:].tolist(), ends)
         prediction = tokenizer.decode(new_ids, skip_special_tokens=True)
         answer = {"prediction": prediction, "score": item.score(prediction), "new_tokens": len(new_ids)} | times
-        answers.append(answer if trace is None else answer | _kept(trace, row, len(item.prompt_ids)))
+        answers.append(answer | _kept(trace, row, len(item.prompt_ids), model.config.num_hidden_layers))
     return answers
+
+
+def _next_turn(sequences: torch.Tensor, follow_up: tuple[int, ...]) -> torch.Tensor:
+    """All that was said (1, T) and the next turn, whose end-of-turn token the first answer may have given already."""
+    turn = follow_up[1:] if int(sequences[0, -1]) == follow_up[0] else follow_up
+    return torch.cat([sequences, torch.tensor([turn], device=sequences.device)], dim=1)
 
 
 def _up_to_its_end(new_ids: list[int], ends: Sequence[int]) -> list[int]:
@@ -242,7 +204,9 @@ def _up_to_its_end(new_ids: list[int], ends: Sequence[int]) -> list[int]:
     return new_ids
 
 
-def _kept(trace: PruningTrace, row: int, tokens: int) -> dict[str, Any]:
+def _kept(trace: PruningTrace | None, row: int, tokens: int, layers: int) -> dict[str, Any]:
+    if trace is None:
+        return {"tokens_per_layer": [tokens] * layers, "compression_ratio": 1.0}
     counts = trace.tokens_per_row[:, row].tolist()
     packed = _packed(trace, row, tokens, len(counts))
     return {

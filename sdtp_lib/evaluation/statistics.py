@@ -69,3 +69,22 @@ def paired_bootstrap(
     draws = np.random.default_rng(seed).integers(0, len(differences), size=(resamples, len(differences)))
     low, high = np.quantile(differences[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(differences.mean()), float(low), float(high)
+
+
+def stratified_bootstrap(
+    groups: Sequence[Sequence[float]], seed: int = 0, *, resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of the groups' means, each group weighing alike, and its interval: values are resampled within groups.
+
+    Raises
+    ------
+    ValueError
+        If there is no group, or one is empty.
+    """
+    if not groups or not all(len(values) for values in groups):
+        raise ValueError(f"groups of {[len(values) for values in groups]} values: need at least one value in each.")
+    random = np.random.default_rng(seed)  # one for all: groups are drawn independently
+    arrays = [np.asarray(values, dtype=float) for values in groups]
+    draws = [values[random.integers(0, len(values), size=(resamples, len(values)))].mean(axis=1) for values in arrays]
+    low, high = np.quantile(np.mean(draws, axis=0), [(1 - level) / 2, (1 + level) / 2])
+    return float(np.mean([values.mean() for values in arrays])), float(low), float(high)

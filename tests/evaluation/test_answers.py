@@ -14,9 +14,10 @@ import torch
 from sdtp_lib import scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import tasks
-from sdtp_lib.evaluation.answers import FULL, Item, Variant, longbench_items, run_items, synthetic_items, token_fates
+from sdtp_lib.evaluation.answer_tables import answers_table
+from sdtp_lib.evaluation.answers import FULL, Variant, run_items, token_fates
+from sdtp_lib.evaluation.items import Item, longbench_items, synthetic_items
 from sdtp_lib.evaluation.tables import (
-    answers_table,
     beside_oracles,
     best_simple,
     markdown,
@@ -128,7 +129,8 @@ _KILLED_RUN = """
     from transformers import LlamaConfig, LlamaForCausalLM
     from sdtp_lib import scorers
     from sdtp_lib.config import PruningConfig
-    from sdtp_lib.evaluation.answers import FULL, Item, Variant, run_items
+    from sdtp_lib.evaluation.answers import FULL, Variant, run_items
+    from sdtp_lib.evaluation.items import Item
     from sdtp_lib.records import RowWriter, read_rows
 
     class Decoder:
