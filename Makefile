@@ -145,14 +145,15 @@ test-slurm: $(READY) ## a sweep on a real single-node SLURM, started and stopped
 	SDTP_TEST_SLURM=1 $(BIN)/python -m pytest -m slurm $(PYTEST_FLAGS)
 
 # --- measurements outside the notebooks ------------------------------------------------------------------------------
-.PHONY: bench-latency bench-scorers bench-fewshot bench-longbench
-bench-latency bench-scorers bench-fewshot bench-longbench: bench-%: $(READY)
+.PHONY: bench-latency bench-scorers bench-fewshot bench-longbench bench-ruler
+bench-latency bench-scorers bench-fewshot bench-longbench bench-ruler: bench-%: $(READY)
 	$(BIN)/python benchmarks/$*.py $(ARGS)
 bench-latency: ARGS ?= run
 bench-latency: ## time of prefill and decode by preset and prompt length (ARGS=...)
 bench-scorers: ## quality of the scores: KL to the unpruned model by scorer and ratio (ARGS=...)
 bench-fewshot: ## few-shot tasks through lm-evaluation-harness (ARGS=...)
 bench-longbench: ## LongBench (ARGS=...)
+bench-ruler: ## RULER, exact copies, second questions, LongBench v2 (ARGS=...)
 
 .PHONY: bench-compression
 bench-compression: ARGS ?=

@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, load_model
-from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
 from sdtp_lib.evaluation.answer_tables import fewshot_table
+from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
 from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.harness import SDTPLM
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame

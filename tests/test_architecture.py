@@ -40,11 +40,11 @@ INSIDE = {
     "scorers": ({"blend", "pruner_files"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name", "found"}),
     "methods": ({"call"},),
     "views": ({"tokens", "layer_map"},),
-    "plots": ({"style"}, {"cost", "results", "tokens"}),
+    "plots": ({"style"}, {"cost", "needles", "results", "tokens"}),
     "explorer": ({"state"}, {"live_html", "export", "app"}, {"widgets"}),
     "training": ({"config", "labels", "losses"}, {"saliency", "simulation"}, {"step"}, {"trainer"}),
     "evaluation": ({"statistics", "divergence", "methods", "items", "fewshot"},
-                   {"answers", "answer_tables", "compare", "tables"}),
+                   {"answers", "answer_tables", "compare", "tables"}, {"answer_run"}),
     "latency": ({"memory", "report", "cost_model"}, {"measure"}, {"generation", "hardware", "training_cost"},
                 {"methods"}, {"run"}),
 }  # fmt: skip

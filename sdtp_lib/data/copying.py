@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from sdtp_lib.data.samples import chat_prompt, tokenise_prompt
 from sdtp_lib.data.texts import stable_number
 
 TASKS = ("repeat_function", "quote_sentence", "second_question")
-_MODULES = "bisect calendar colorsys configparser copy csv difflib dis fnmatch glob heapq inspect linecache " \
-    "mimetypes pprint random shlex shutil statistics string tempfile textwrap tokenize traceback uuid warnings".split()
-_LONGEST_COPY = 160  # tokens
+_LONGEST_COPY = 600  # characters of a function
+_MORE = 24  # new tokens beyond the copy itself
+_PROGRAM = "Here are functions of a program.\n\n```python\n"
+_QUOTE = 'Quote the sentence of this text that begins with "{}" word for word, and nothing else.'
 
 
 def records(name: str, length: int, count: int, tokenizer: Any, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def records(name: str, length: int, count: int, tokenizer: Any, *, seed: int = 0
         draw = random.Random(stable_number("copying", identifier))
         record = make(draw, tokenizer, length - around)
         if not record:
-            raise ValueError(f"length={length} has no room for {name}: give at least 600.")
+            raise ValueError(f"length={length} has no room for {name}: give more (600 with most tokenizers).")
         found.append({"dataset": name, "_id": identifier, "length": length, "follow_up": None} | record)
     return found
 
@@ -75,54 +75,62 @@ def follow_up_ids(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
 
 
 def score(record: Mapping[str, Any], prediction: str) -> float:
-    """Of a copy: the share of its words up to the first that is wrong, 1.0 for an exact one; blanks count as one blank.
+    """Of a copy: the share of its words (of a function: lines, indented as they are) before the first wrong one.
 
-    Of a question: 1.0 where the answer is there as a word of its own.
+    1.0 is an exact copy, wherever it stands in the prediction. Of a question: 1.0 where the answer is there as a word.
     """
     (answer,) = record["answers"]
     if record["follow_up"]:
         return float(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prediction) is not None)
-    wanted, words = answer.split(), prediction.split()
-    best = 0
-    for start in range(len(words)):
-        right = 0
-        while right < len(wanted) and start + right < len(words) and words[start + right] == wanted[right]:
-            right += 1
-        best = max(best, right)
-    return best / len(wanted)
+    cut = _lines if record["dataset"] == "repeat_function" else str.split
+    wanted, given = cut(answer), cut(prediction)
+    starts = [place for place, piece in enumerate(given) if piece == wanted[0]]
+    return max((_agreeing(wanted, given[start:]) for start in starts), default=0) / len(wanted)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.split("\n")]
+
+
+def _agreeing(wanted: Sequence[str], given: Sequence[str]) -> int:
+    wrong = (place for place, (a, b) in enumerate(zip(wanted, given, strict=False)) if a != b)
+    return next(wrong, min(len(wanted), len(given)))
 
 
 def _function(draw: random.Random, tokenizer: Any, room: int) -> dict[str, Any]:
     named = list(functions().items())
     draw.shuffle(named)
-    shown = named[: _fitting(tokenizer, (source for _, source in named), room - _LONGEST_COPY - 120)]
-    short = [(name, source) for name, source in shown if _tokens(tokenizer, source) <= _LONGEST_COPY]
-    if not short:
+    name, source = next(pair for pair in named if len(pair[1]) <= _LONGEST_COPY)
+    ask = f"Repeat the function `{name}` word for word. Give the code only."
+    used = _tokens(tokenizer, _PROGRAM + ask) + 2 * _tokens(tokenizer, source) + _MORE
+    others = [other for _, other in named if other != source]
+    shown = others[: _fitting(tokenizer, others, room - used)] if room > used else []
+    if not shown:
         return {}
-    name, source = draw.choice(short)
-    code = "\n\n\n".join(source for _, source in shown)
-    return _copy(tokenizer, "Here are functions of a program.\n\n```python\n" + code + "\n```\n\nRepeat the function "
-                 f"`{name}` word for word. Give the code only.", source)  # fmt: skip
+    shown.insert(draw.randrange(len(shown) + 1), source)
+    code = "\n\n\n".join(shown)
+    return _copy(tokenizer, f"{_PROGRAM}{code}\n```\n\n{ask}", source)
 
 
 def _sentence(draw: random.Random, tokenizer: Any, room: int) -> dict[str, Any]:
-    text = _running_text(draw, tokenizer, room - _LONGEST_COPY - 120)
+    text = _running_text(draw, tokenizer, room)
+    longest = max((_tokens(tokenizer, sentence) for sentence in text), default=0)
+    used = _tokens(tokenizer, _QUOTE) + 2 * longest + _MORE
+    text = text[: _fitting(tokenizer, text, room - used)]
     openings = [" ".join(sentence.split()[:5]) for sentence in text]
     usable = [
         (opening, sentence)
         for opening, sentence in zip(openings, text, strict=True)
         if len(sentence.split()) >= 12 and openings.count(opening) == 1
-        and _tokens(tokenizer, sentence) <= _LONGEST_COPY
-    ]  # fmt: skip
+    ]
     if not usable:
         return {}
     opening, sentence = draw.choice(usable)
-    return _copy(tokenizer, f'{" ".join(text)}\n\nQuote the sentence of this text that begins with "{opening}" word for '
-                 "word, and nothing else.", sentence)  # fmt: skip
+    return _copy(tokenizer, f"{' '.join(text)}\n\n{_QUOTE.format(opening)}", sentence)
 
 
 def _copy(tokenizer: Any, prompt: str, answer: str) -> dict[str, Any]:
-    return {"prompt": prompt, "answers": [answer], "max_new_tokens": _tokens(tokenizer, answer) + 24,
+    return {"prompt": prompt, "answers": [answer], "max_new_tokens": _tokens(tokenizer, answer) + _MORE,
             "answer_depth": prompt.find(answer) / len(prompt)}  # fmt: skip
 
 
@@ -165,13 +173,14 @@ def _tokens(tokenizer: Any, text: str) -> int:
 
 @functools.cache
 def functions() -> dict[str, str]:
-    """Source of plain functions of the standard library, by name; of this Python version, as rows say."""
+    """Source of functions of the standard library, by name: of the Python version that rows name."""
     found: dict[str, str] = {}
     twice: set[str] = set()
-    for module in _MODULES:
-        source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    for path in sorted(Path(ast.__file__).parent.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        lines = source.split("\n")
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and 5 <= node.end_lineno - node.lineno <= 25:
                 twice |= {node.name} & found.keys()
-                found[node.name] = ast.get_source_segment(source, node)
+                found[node.name] = "\n".join(lines[node.lineno - 1 : node.end_lineno])
     return {name: source for name, source in found.items() if name not in twice}

@@ -3,7 +3,7 @@
 Settings, generators, templates and metrics are those of the installed ``lm_eval``. What differs, on purpose:
 
 - A prompt, its chat format, the beginning of its answer and the new tokens fit into ``length`` together, so that 8,192
-  runs on a model of 8,192 positions; lm-eval leaves the first words of the answer and, for fwe, the new tokens uncounted.
+  runs on a model of 8,192 positions; lm-eval does not count the first words of the answer and fwe's new tokens.
 - The prompt stands in the tokenizer's chat format, followed by the beginning of the answer, as in RULER's own code and
   lm-eval's ``--apply_chat_template``; ``chat=False`` gives lm-eval's plain form.
 - Draws depend on task, length and seed alone: the first 12 items are the first of 24.
@@ -52,7 +52,7 @@ _MAKERS = ("generate_samples", "sys_word_pair_random", "sys_vartrack_w_noise_ran
 
 @dataclass(frozen=True)
 class Task:
-    """One task's rules, from lm-eval's file: where its generator and metric are, new tokens, what precedes the answer."""
+    """One task's rules, from lm-eval's file: its generator and metric, new tokens, what precedes the answer."""
 
     name: str
     generator: str
@@ -140,7 +140,10 @@ def build_prompt(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
 
 
 def score(record: Mapping[str, Any], prediction: str) -> float:
-    """lm-eval's metric, 0 to 1: the share of the answers that are in the prediction; for questions, whether one is."""
+    """lm-eval's metric, 0 to 1: the share of the answers that are in the prediction.
+
+    For questions too: RULER's own code is content with one of the answers, lm-eval's counts their share.
+    """
     function = task(record["dataset"]).metric.split(".")[1]
     doc = {"max_length": record["length"], "outputs": record["answers"]}
     return float(getattr(_common(), function)(doc, [prediction])[str(record["length"])])
@@ -168,10 +171,8 @@ class _Counted:
         return types.SimpleNamespace(input_ids=range(len(ids) + self._more))
 
 
-def _module(
-    file: str, tokenizer: _Counted, count: int, places: Sequence[str], source: list[str]
-) -> types.ModuleType:
-    """lm-eval's module of a task, making ``count`` samples with our tokenizer and texts; ``source`` learns the place."""
+def _module(file: str, tokenizer: _Counted, count: int, places: Sequence[str], source: list[str]) -> types.ModuleType:
+    """lm-eval's module of a task, making ``count`` samples with our tokenizer and texts; ``source`` gets the place."""
 
     def haystack(type_haystack: str) -> Any:
         if type_haystack != "essay":
@@ -283,11 +284,11 @@ def _quiet() -> dict[str, Any]:
 @contextlib.contextmanager
 def _seeded(number: int) -> Iterator[None]:
     """Python's and numpy's own draws, which lm-eval uses, from a seed; afterwards they go on as if nothing had been."""
-    before, numpy_before = random.getstate(), np.random.get_state()
+    before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(number)
-    np.random.seed(number % 2**32)
+    np.random.seed(number % 2**32)  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(before)
-        np.random.set_state(numpy_before)
+        np.random.set_state(numpy_before)  # noqa: NPY002

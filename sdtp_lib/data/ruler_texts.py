@@ -20,9 +20,18 @@ T = TypeVar("T")
 HUB, EMBEDDED = "hub", "embedded"
 ESSAYS = "baber/paul_graham_essays"
 QUESTIONS = {"squad": "dev-v2.0.json", "hotpotqa": "hotpot_dev_distractor_v1.json"}
-_FIRST = "Adam Berta Carl Doris Ewald Frida Georg Hanna Igor Judith Karl Lydia Moritz Nora Otto Paula".split()
-_LAST = "Ahrens Brandt Conti Duval Ekman Fabri Gruber Hansen Ivanov Jansen Keller Lind Moretti Novak Olsen Petit".split()
-_TOWNS = "Aarhus Bilbao Coimbra Delft Esbjerg Ferrara Ghent Halle Innsbruck Jena Kolding Leiden Malaga Namur".split()
+_FIRST = [
+    "Adam", "Berta", "Carl", "Doris", "Ewald", "Frida", "Georg", "Hanna", "Igor", "Judith", "Karl", "Lydia",
+    "Moritz", "Nora", "Otto", "Paula",
+]  # fmt: skip
+_LAST = [
+    "Ahrens", "Brandt", "Conti", "Duval", "Ekman", "Fabri", "Gruber", "Hansen", "Ivanov", "Jansen", "Keller",
+    "Lind", "Moretti", "Novak", "Olsen", "Petit",
+]  # fmt: skip
+_TOWNS = [
+    "Aarhus", "Bilbao", "Coimbra", "Delft", "Esbjerg", "Ferrara", "Ghent", "Halle", "Innsbruck", "Jena", "Kolding",
+    "Leiden", "Malaga", "Namur",
+]  # fmt: skip
 
 
 def essay_words(places: Sequence[str]) -> tuple[list[str], str]:

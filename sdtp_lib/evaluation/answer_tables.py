@@ -49,8 +49,8 @@ def answers_table(
                 line["prefill speed-up"] = theirs.prefill_seconds.median() / ours.prefill_seconds.median()
                 line["end-to-end speed-up"] = theirs.generate_seconds.median() / ours.generate_seconds.median()
             lines.append(line)
-    order = [*by, "variant", "items", "score", "difference", "low", "high", "solved items", "solved score", "solved low",
-             "solved high", "1/tau", "prefill speed-up", "end-to-end speed-up"]  # fmt: skip
+    order = [*by, "variant", "items", "score", "difference", "low", "high", "solved items", "solved score",
+             "solved low", "solved high", "1/tau", "prefill speed-up", "end-to-end speed-up"]  # fmt: skip
     table = pandas.DataFrame(lines)
     return table[[column for column in order if column in table]]
 

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,8 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         some.sort(key=lambda item: (*rules(item), len(item.prompt_ids)))
         for (second_turn, *_), alike in itertools.groupby(some, key=rules):
             # First answers end at different places, so that second turns do not stand side by side.
-            alike, together = list(alike), 1 if second_turn else size
-            yield from (alike[first : first + together] for first in range(0, len(alike), together))
+            batched, together = list(alike), 1 if second_turn else size
+            yield from (batched[first : first + together] for first in range(0, len(batched), together))
 
 
 def _add_answers(

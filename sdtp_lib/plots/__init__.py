@@ -13,6 +13,7 @@ with extra("study"):
     import seaborn  # noqa: F401
 
 from sdtp_lib.plots.cost import memory_over_length, speedup_over_length, stacked_time
+from sdtp_lib.plots.needles import needle_map
 from sdtp_lib.plots.results import (
     loss_curves,
     pareto,
@@ -40,6 +41,7 @@ __all__ = [
     "kept_share_by_position",
     "loss_curves",
     "memory_over_length",
+    "needle_map",
     "pareto",
     "pareto_front",
     "quality_over_flops",

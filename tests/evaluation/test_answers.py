@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -14,9 +15,10 @@ import torch
 from sdtp_lib import scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import tasks
-from sdtp_lib.evaluation.answer_tables import answers_table
-from sdtp_lib.evaluation.answers import FULL, Variant, run_items, token_fates
+from sdtp_lib.evaluation.answer_tables import answers_table, means_over_tasks
+from sdtp_lib.evaluation.answers import FULL, Variant, _next_turn, run_items, token_fates
 from sdtp_lib.evaluation.items import Item, longbench_items, synthetic_items
+from sdtp_lib.evaluation.statistics import stratified_bootstrap
 from sdtp_lib.evaluation.tables import (
     beside_oracles,
     best_simple,
@@ -25,6 +27,7 @@ from sdtp_lib.evaluation.tables import (
     scorer_summary,
     wide_table,
 )
+from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.records import OtherProvenance, RowWriter, read_frame, read_rows
 
 CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.6, min_local_tokens=4)
@@ -55,6 +58,66 @@ def test_rows_hold_answers_and_what_was_kept_and_ratio_one_answers_as_the_full_m
     table = answers_table(read_frame(tmp_path / "rows.jsonl"), against=FULL)
     assert list(table["items"]) == [2, 2, 2]
     assert table.set_index("variant").loc["all", "difference"] == 0
+
+
+def test_a_second_turn_goes_on_with_the_pruned_cache_and_its_answer_counts(tiny_model, tiny_tokenizer, tmp_path):
+    model, turn = tiny_model(), (7, 8, 9, 10)
+    item = dataclasses.replace(an_item(0), follow_up_ids=turn, labels={"target_tokens": 80})
+    with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
+        run_items(model, tiny_tokenizer, [item, an_item(1)], VARIANTS, writer, batch_size=2)
+    rows = {(row["item"], row["variant"]): row for row in read_rows(tmp_path / "rows.jsonl")}
+    with token_pruning(model, CONFIG, scorers.recency()):
+        first = model.generate(torch.tensor([item.prompt_ids]), max_new_tokens=6, do_sample=False,
+                               return_dict_in_generate=True)  # fmt: skip
+        said = first.sequences[0].tolist()
+        said += turn[1:] if said[-1] == turn[0] else turn
+        both = model.generate(torch.tensor([said]), past_key_values=first.past_key_values, max_new_tokens=6,
+                              do_sample=False)  # fmt: skip
+    pruned = rows["i0", "recency"]
+    assert pruned["first_prediction"] == tiny_tokenizer.decode(first.sequences[0, 60:], skip_special_tokens=True)
+    assert pruned["prediction"] == tiny_tokenizer.decode(both[0, len(said) :], skip_special_tokens=True)
+    assert pruned["target_tokens"] == 80 and pruned["tokens_per_layer"] == [60, 60, 36, 36, 21, 21]
+    assert rows["i0", FULL]["tokens_per_layer"] == [60] * 6 and rows["i0", FULL]["compression_ratio"] == 1.0
+    assert rows["i0", "all"]["prediction"] == rows["i0", FULL]["prediction"]
+    assert "first_prediction" not in rows["i1", FULL] and rows["i1", FULL]["batch"] == 1
+
+
+def test_an_end_of_turn_that_the_first_answer_gave_is_not_said_twice():
+    assert _next_turn(torch.tensor([[5, 6, 2]]), (2, 7, 8)).tolist() == [[5, 6, 2, 7, 8]]
+    assert _next_turn(torch.tensor([[5, 6, 4]]), (2, 7, 8)).tolist() == [[5, 6, 4, 2, 7, 8]]
+
+
+def answer_rows():
+    """Two tasks at one length: pruning loses one of two solved items in the first and nothing in the second."""
+    scores = {("a", "full"): [1, 1, 0, 0], ("a", "p"): [1, 0, 0, 1], ("b", "full"): [1, 0.5], ("b", "p"): [1, 0.5]}
+    return pandas.DataFrame([
+        {"kind": "item", "dataset": dataset, "variant": variant, "item": f"{dataset}{n}", "score": float(score),
+         "target_tokens": 1024, "compression_ratio": 2.0, "prefill_seconds": 1.0, "generate_seconds": 2.0}
+        for (dataset, variant), values in scores.items() for n, score in enumerate(values)
+    ])  # fmt: skip
+
+
+def test_a_table_shows_all_items_and_those_that_the_unpruned_model_solves():
+    table = answers_table(answer_rows(), against=FULL, by=["dataset", "target_tokens"]).set_index(
+        ["dataset", "variant"]
+    )
+    assert table.loc[("a", "p"), ["items", "score", "difference", "solved items"]].tolist() == [4, 50, 0, 2]
+    assert table.loc[("a", "p"), "solved score"] == 50 and table.loc[("b", "p"), "solved score"] == 100
+    assert table.loc[("b", "full"), "solved items"] == 1
+    half = answers_table(answer_rows(), against=FULL, solved_from=0.5).set_index(["dataset", "variant"])
+    assert half.loc[("b", "p"), ["solved items", "solved score"]].tolist() == [2, 75]
+
+
+def test_a_mean_over_tasks_weighs_them_alike_and_its_interval_resamples_within_each():
+    table = means_over_tasks(answer_rows(), against=FULL).set_index("variant")
+    assert table.loc["p", ["tasks", "items", "score", "solved tasks", "solved items"]].tolist() == [2, 6, 62.5, 2, 3]
+    assert table.loc["p", "solved score"] == 75 and table.loc["p", "solved low"] == 50
+    assert table.loc["p", "difference"] == 0 and table.loc["p", "low"] < 0 < table.loc["p", "high"]
+    draws = np.random.default_rng(1).normal(size=40)
+    _, low, high = stratified_bootstrap([draws, -draws])
+    assert high - low > 0.2, "the same places drawn in both tasks would cancel out"
+    with pytest.raises(ValueError, match="at least one value in each"):
+        stratified_bootstrap([[1.0], []])
 
 
 def test_a_prompt_beyond_the_models_positions_is_recorded_and_the_rest_goes_on(tiny_model, tiny_tokenizer, tmp_path):

@@ -10,8 +10,8 @@ pytest.importorskip("lm_eval")
 
 from sdtp_lib import scorers
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.evaluation.fewshot import TASKS, _gold, local_task, run_task
 from sdtp_lib.evaluation.answer_tables import fewshot_table
+from sdtp_lib.evaluation.fewshot import TASKS, _gold, local_task, run_task
 from sdtp_lib.harness import SDTPLM
 from sdtp_lib.records import OtherProvenance, RowWriter, read_frame, read_rows
 

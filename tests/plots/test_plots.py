@@ -37,6 +37,21 @@ def test_importing_plots_changes_no_setting_and_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_needle_map_says_mean_and_items_by_depth_and_length_and_leaves_empty_cells_empty(ax):
+    frame = pd.DataFrame({"answer_depth": [0.1, 0.15, 0.95, 1.0, None], "target_tokens": [1024, 1024, 1024, 4096, 1024],
+                          "score": [1.0, 0.0, 1.0, 0.5, 1.0]})  # fmt: skip
+    plots.needle_map(frame, ax, bins=4)
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ["50\nn=2", "100\nn=1", "50\nn=1"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["0-25", "25-50", "50-75", "75-100"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1,024", "4,096"]
+    values = np.ma.filled(ax.collections[0].get_array(), np.nan).reshape(4, 2)
+    assert values[0, 0] == 50 and values[3].tolist() == [100, 50] and np.isnan(values[1:3]).all()
+    with pytest.raises(ValueError, match="no row has an answer_depth"):
+        plots.needle_map(frame.assign(answer_depth=None))
+    with pytest.raises(ValueError, match="needle_map needs column"):
+        plots.needle_map(frame.drop(columns="score"))
+
+
 def test_the_style_holds_inside_its_block_only():
     before = dict(matplotlib.rcParams)
     with plots.use_style():

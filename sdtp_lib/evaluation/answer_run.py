@@ -1,0 +1,106 @@
+"""What the commands that generate answers share: their arguments, the variants, and one run over parts of items.
+
+A command brings its parts (a data set, or a task at a length); loading, sharing among processes, resuming and the
+variants are here, so that LongBench and RULER are measured by the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.evaluation.answers import FULL, Variant, run_items
+from sdtp_lib.evaluation.items import Item
+from sdtp_lib.models import load_model
+from sdtp_lib.processes import Share
+from sdtp_lib.records import passport, project_root
+from sdtp_lib.scorers.by_name import SIMPLE, scorer_named
+
+
+@dataclass(frozen=True)
+class Part:
+    """Items of one kind.
+
+    Attributes
+    ----------
+    name
+        As the progress bar and messages call it.
+    records
+        Makes its records; an ``OSError`` (data that are not there) leaves the part out with a message.
+    items
+        Makes the items of some of the records.
+    """
+
+    name: str
+    records: Callable[[], Sequence[Any]]
+    items: Callable[[Sequence[Any]], Iterable[Item]]
+
+
+def add_arguments(parser: argparse.ArgumentParser, run: str, *, presets: Sequence[str]) -> None:
+    """The arguments that every such command takes; ``run`` names its folder under ``data/results``."""
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--device-map", default=None)
+    parser.add_argument("--presets", nargs="*", default=list(presets))
+    parser.add_argument("--scorers", nargs="+", type=scorer_named, default=None, metavar="NAME[=DIR]",
+                        help=f"SDTP (default), NAME=DIR, {', '.join(SIMPLE)}")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts a batch; times are then of whole batches")
+    parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / run)
+    parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
+
+
+def load(options: argparse.Namespace, share: Share) -> tuple[Any, Any]:
+    """The model on this process's device, and its tokenizer."""
+    if share.count > 1 and options.device_map:
+        raise SystemExit("--device-map spreads one model over all devices: not with several processes.")
+    return load_model(options.model, dtype=options.dtype, device=share.device, device_map=options.device_map)
+
+
+def variants(options: argparse.Namespace, model: Any) -> list[Variant]:
+    """The unpruned model, then each preset with each score."""
+    layers = model.config.num_hidden_layers
+    chosen = [(named.name, named.load(model)) for named in options.scorers or [scorer_named("SDTP")]]
+    return [Variant(FULL)] + [
+        Variant(f"{name} {preset}", PruningConfig.preset(preset, num_layers=layers), scorer)
+        for preset in options.presets
+        for name, scorer in chosen
+    ]
+
+
+def run_parts(
+    options: argparse.Namespace, path: Path, share: Share, model: Any, tokenizer: Any, parts: Iterable[Part]
+) -> None:
+    """Rows of all parts and variants that ``path`` does not have yet, shared among processes."""
+    chosen = variants(options, model)
+    with share.rows(path, passport(model, model_name=options.model, seed=getattr(options, "seed", None))) as writer:
+        for part in parts:
+            try:
+                records = part.records()
+            except OSError as error:
+                print(f"{part.name} is left out: {error}", file=sys.stderr)
+                continue
+            records = share.of(records)
+            bar = tqdm(total=len(records), desc=part.name, unit="item", mininterval=5, disable=not share.is_first)
+            run_items(
+                model, tokenizer, part.items(records), chosen, writer, batch_size=options.batch_size,
+                progress=lambda item, bar=bar: bar.update(),
+            )  # fmt: skip
+            bar.close()
+
+
+def positions(model: Any) -> int:
+    """How many tokens the model takes."""
+    return getattr(model.config, "max_position_embeddings", None) or 8192
+
+
+def print_failures(frame: Any) -> None:
+    """One line per item that failed, with its reason."""
+    for row in frame[frame.kind == "failure"].itertuples():
+        print(f"failed: {row.dataset} {row.item} {row.variant}: {row.error}")
