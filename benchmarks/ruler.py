@@ -127,6 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not share.is_first:
         return
     frame = read_frame(path)
+    if frame.empty:
+        raise SystemExit(f"{path} has no rows: no task had its data, see above.")
     done = frame[frame.kind == "item"]
     for column in ("target_tokens", "answer_depth", "text_source"):
         if column not in done:  # rows of LongBench v2 alone

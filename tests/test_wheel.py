@@ -21,7 +21,12 @@ def _pip(folder: Path, *arguments: str) -> None:
     index = ["--extra-index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
     ended = subprocess.run(
         # From elsewhere: pip takes a checkout that it is run in for an installed package.
-        [*arguments, "--quiet", *index], capture_output=True, text=True, check=False, cwd=folder, timeout=800
+        [*arguments, "--quiet", *index],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        timeout=800,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
 

@@ -24,7 +24,7 @@ def task_folder(group: str) -> Path:
     """
     spec = importlib.util.find_spec("lm_eval")
     if spec is None:
-        raise OSError(f"{group}'s prompts and metrics come from lm_eval: pip install 'lm_eval[hf,longbench,ruler]'")
+        raise OSError(f"{group}'s prompts and metrics come from lm_eval: pip install 'sdtp-lib[eval]'")
     return Path(spec.submodule_search_locations[0]) / "tasks" / group
 
 

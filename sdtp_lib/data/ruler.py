@@ -262,7 +262,8 @@ def _words_at_hand() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise OSError(f"RULER's generators lack {error.name}: pip install 'lm_eval[hf,ruler]'") from error
+        missing = error.name or getattr(error.__cause__, "name", None)  # one of lm-eval's modules wraps it
+        raise OSError(f"RULER's generators lack {missing}: pip install 'sdtp-lib[eval]'") from error
 
 
 @functools.lru_cache(maxsize=8)

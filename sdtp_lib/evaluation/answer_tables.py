@@ -7,11 +7,13 @@ items, and the score of those that the unpruned model solves. Views of rows (see
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdtp_lib.evaluation.statistics import paired_bootstrap, stratified_bootstrap
+from sdtp_lib.extras import extra
 
-if TYPE_CHECKING:
+with extra("train"):
+    import numpy as np
     import pandas
 
 
@@ -31,8 +33,6 @@ def answers_table(
     solved low, solved high, 1/tau, prefill speed-up, end-to-end speed-up`` (speed-ups: ratios of medians over the
     shared items). Only items that both variants have are counted.
     """
-    import pandas
-
     lines = []
     for group, part in frame[frame.kind == "item"].groupby(list(by), sort=False, dropna=False):
         for variant, ours, theirs in _pairs(part, against):
@@ -63,8 +63,6 @@ def means_over_tasks(
     Columns of ``by`` and ``variant, tasks, items, score, difference, low, high, solved tasks, solved items, solved
     score, solved low, solved high``; the solved ones over the data sets that have an item that ``against`` solves.
     """
-    import pandas
-
     lines = []
     for group, part in frame[frame.kind == "item"].groupby(list(by), sort=False, dropna=False):
         for variant in part.variant.unique():
@@ -95,9 +93,6 @@ def fewshot_table(frame: pandas.DataFrame, *, against: str = "full") -> pandas.D
     Columns ``task, variant, items, accuracy, difference, low, high, margin_nats, margin change, 1/tau``. The line
     ``mean of tasks`` weighs tasks alike; its interval resamples items within tasks.
     """
-    import numpy as np
-    import pandas
-
     done = frame[frame.kind == "item"]
     lines = []
     for variant in done.variant.unique():

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.items import Item
 from sdtp_lib.pruning.engine import token_pruning
@@ -177,8 +178,8 @@ def _answered(model: Any, tokenizer: Any, items: Sequence[Item], variant: Varian
             first = {"first_prediction": tokenizer.decode(output.sequences[0, longest:], skip_special_tokens=True)}
             ids = _next_turn(output.sequences, follow_up)
             new_from = ids.shape[1]
-            cache = output.past_key_values
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
+            settings |= cache_argument(model, cache_in(output))
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     seconds = time.perf_counter() - started
     times = first | {"batch": len(items), "prefill_seconds": clock.first_at - started, "generate_seconds": seconds}
     answers = []

@@ -128,7 +128,7 @@ def test_without_the_word_lists_the_package_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     ruler._needles.cache_clear()
     for name in ("niah_single_1", "cwe"):
-        with pytest.raises(OSError, match=r"pip install 'lm_eval\[hf,ruler\]'"):
+        with pytest.raises(OSError, match=r"lack wonderwords: pip install 'sdtp-lib\[eval\]'"):
             records(name)
 
 

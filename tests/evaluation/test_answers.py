@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sdtp_lib import scorers
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import tasks
 from sdtp_lib.evaluation.answer_tables import answers_table, means_over_tasks
@@ -71,8 +72,8 @@ def test_a_second_turn_goes_on_with_the_pruned_cache_and_its_answer_counts(tiny_
                                return_dict_in_generate=True)  # fmt: skip
         said = first.sequences[0].tolist()
         said += turn[1:] if said[-1] == turn[0] else turn
-        both = model.generate(torch.tensor([said]), past_key_values=first.past_key_values, max_new_tokens=6,
-                              do_sample=False)  # fmt: skip
+        cache = cache_argument(model, cache_in(first))
+        both = model.generate(torch.tensor([said]), max_new_tokens=6, do_sample=False, **cache)
     pruned = rows["i0", "recency"]
     assert pruned["first_prediction"] == tiny_tokenizer.decode(first.sequences[0, 60:], skip_special_tokens=True)
     assert pruned["prediction"] == tiny_tokenizer.decode(both[0, len(said) :], skip_special_tokens=True)
@@ -191,7 +192,8 @@ _KILLED_RUN = """
     torch.set_num_threads(1)
     from transformers import LlamaConfig, LlamaForCausalLM
     from sdtp_lib import scorers
-    from sdtp_lib.config import PruningConfig
+    from sdtp_lib.architectures.caches import cache_argument, cache_in
+from sdtp_lib.config import PruningConfig
     from sdtp_lib.evaluation.answers import FULL, Variant, run_items
     from sdtp_lib.evaluation.items import Item
     from sdtp_lib.records import RowWriter, read_rows
