@@ -114,7 +114,7 @@ def records(
     rules = task(name)
     chat = chat and bool(getattr(tokenizer, "chat_template", None))
     file, function = rules.generator.split(".")
-    counted = _Counted(tokenizer, chat, _UNCOUNTED.get(name.partition("_")[0], 0))
+    counted = _Counted(tokenizer, chat, _UNCOUNTED.get(name.partition("_")[0], 0), length)
     source = ["generated"]
     module = _module(file, counted, count, places, source)
     with _seeded(stable_number("ruler", name, length, seed)):
@@ -159,16 +159,26 @@ def resolve(names: Iterable[str]) -> list[str]:
 
 
 class _Counted:
-    """The tokenizer as lm-eval's generators use it: only the number of ids matters, and that counts all of a prompt."""
+    """The tokenizer as lm-eval's generators use it: only the number of ids matters, and that counts all of a prompt.
 
-    def __init__(self, tokenizer: Any, chat: bool, uncounted: int) -> None:
-        self._tokenizer, self._special = tokenizer, not chat
+    Generators look for the right size by making longer and longer texts, 500 of them for 131,072 tokens. What is far
+    below ``length`` is therefore estimated from the characters per token of the longest text so far; what could decide
+    is counted.
+    """
+
+    def __init__(self, tokenizer: Any, chat: bool, uncounted: int, length: int) -> None:
+        self._tokenizer, self._special, self._length = tokenizer, not chat, length
         around = tokenise_prompt(tokenizer, chat_prompt(tokenizer, ""), chat=True) if chat else []
         self._more = len(around) + uncounted
+        self._longest, self._per_token = 0, 1.0
 
     def __call__(self, text: str) -> types.SimpleNamespace:
-        ids = self._tokenizer(text, add_special_tokens=self._special)["input_ids"]
-        return types.SimpleNamespace(input_ids=range(len(ids) + self._more))
+        count = int(len(text) / self._per_token)
+        if len(text) > 1.5 * self._longest or not 2000 < count + self._more < 0.9 * self._length:
+            count = len(self._tokenizer(text, add_special_tokens=self._special)["input_ids"])
+            if len(text) > self._longest:
+                self._longest, self._per_token = len(text), len(text) / max(1, count)
+        return types.SimpleNamespace(input_ids=range(count + self._more))
 
 
 def _module(file: str, tokenizer: _Counted, count: int, places: Sequence[str], source: list[str]) -> types.ModuleType:

@@ -67,6 +67,23 @@ def test_each_task_fits_into_its_length_scores_its_answers_and_draws_the_same_ag
         assert found[0]["answer_depth"] is None
 
 
+@pytest.mark.parametrize("name", ["niah_single_1", "niah_multikey_1", "vt", "cwe", "qa_2"])
+def test_a_long_prompt_fits_too_and_is_not_read_again_at_every_size_on_the_way(name):
+    class Counting(Words):
+        read = 0
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = super().__call__(text, add_special_tokens)
+            self.read += len(ids["input_ids"])
+            return ids
+
+    tokenizer = Counting()
+    (record,) = records(name, 16384, 1, tokenizer)
+    assert tokenizer.read < 16384 * 16, "every size on the way alone would be 20 to 100 prompts"
+    used = len(ruler.build_prompt(record, tokenizer)) + ruler.task(name).max_new_tokens
+    assert used <= 16384 and (used > 12000 or name == "cwe"), "cwe ends where the short word list does"
+
+
 def test_a_score_is_the_share_of_the_answers_also_of_a_questions():
     record = records("niah_multivalue", count=1)[0]
     assert len(record["answers"]) == 4 and ruler.score(record, " ".join(record["answers"][:2])) == 0.5
