@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from sdtp_lib.architectures.caches import cache_argument, cache_in
-from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.items import Item
-from sdtp_lib.pruning.engine import token_pruning
+from sdtp_lib.methods.call import token_pruning
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.token_fates import TokenFates
 from sdtp_lib.pruning.trace import PruningTrace
@@ -32,10 +31,14 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the prefill: pruned by ``scorer`` under ``config``, or unpruned where both are None."""
+    """A way to run the prefill, or unpruned where ``config`` is None.
+
+    ``config`` and ``scorer`` are what `token_pruning` takes as its budget (a `PruningConfig`, an entry of
+    `sdtp_lib.methods`) and its scorer.
+    """
 
     name: str
-    config: PruningConfig | None = None
+    config: Any = None
     scorer: Scorer | None = None
 
     def applied(self, model: Any) -> contextlib.AbstractContextManager[PruningTrace | None]:
@@ -83,7 +86,7 @@ def _key(item: Item, variant: Variant) -> str:
 
 
 def _made_from(item: Item, variant: Variant) -> dict[str, str]:
-    config = variant.config and variant.config.to_dict()
+    config = variant.config.to_dict() if hasattr(variant.config, "to_dict") else variant.config
     rules = [item.max_new_tokens, item.stop_ids, *([item.follow_up_ids] if item.follow_up_ids else [])]
     sample = content_id(item.prompt_ids, *rules)
     return {"sample_hash": sample, "config_hash": content_id(config)}
