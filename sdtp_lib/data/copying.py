@@ -22,6 +22,7 @@ from sdtp_lib.data.texts import stable_number
 
 TASKS = ("repeat_function", "quote_sentence", "second_question")
 _LONGEST_COPY = 600  # characters of a function
+_OPENING = 5  # words of a sentence that the question tells: repeating those is no copy
 _MORE = 24  # new tokens beyond the copy itself
 _PROGRAM = "Here are functions of a program.\n\n```python\n"
 _QUOTE = 'Quote the sentence of this text that begins with "{}" word for word, and nothing else.'
@@ -75,7 +76,8 @@ def follow_up_ids(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
 
 
 def score(record: Mapping[str, Any], prediction: str) -> float:
-    """Of a copy: the share of its words (of a function: lines, indented as they are) before the first wrong one.
+    """Of a copy: the share of its words (of a function: lines, indented as they are) before the first wrong one,
+    not counting what the question itself tells of a sentence.
 
     1.0 is an exact copy, wherever it stands in the prediction. Of a question: 1.0 where the answer is there as a word.
     """
@@ -85,7 +87,9 @@ def score(record: Mapping[str, Any], prediction: str) -> float:
     cut = _lines if record["dataset"] == "repeat_function" else str.split
     wanted, given = cut(answer), cut(prediction)
     starts = [place for place, piece in enumerate(given) if piece == wanted[0]]
-    return max((_agreeing(wanted, given[start:]) for start in starts), default=0) / len(wanted)
+    told = _OPENING if record["dataset"] == "quote_sentence" else 0
+    right = max((_agreeing(wanted, given[start:]) for start in starts), default=0)
+    return max(0, right - told) / (len(wanted) - told)
 
 
 def _lines(text: str) -> list[str]:
@@ -117,7 +121,7 @@ def _sentence(draw: random.Random, tokenizer: Any, room: int) -> dict[str, Any]:
     longest = max((_tokens(tokenizer, sentence) for sentence in text), default=0)
     used = _tokens(tokenizer, _QUOTE) + 2 * longest + _MORE
     text = text[: _fitting(tokenizer, text, room - used)]
-    openings = [" ".join(sentence.split()[:5]) for sentence in text]
+    openings = [" ".join(sentence.split()[:_OPENING]) for sentence in text]
     usable = [
         (opening, sentence)
         for opening, sentence in zip(openings, text, strict=True)

@@ -13,18 +13,15 @@ Settings, generators, templates and metrics are those of the installed ``lm_eval
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import random
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from sdtp_lib.data import ruler_texts
+from sdtp_lib.data import ruler_generators, ruler_texts
 from sdtp_lib.data.lm_eval_files import private_module, settings, task_folder
+from sdtp_lib.data.ruler_generators import CountedTokenizer
 from sdtp_lib.data.samples import chat_prompt, tokenise_prompt
 from sdtp_lib.data.texts import stable_number
 
@@ -46,8 +43,6 @@ PLACES = (ruler_texts.HUB, ruler_texts.EMBEDDED)
 # What lm-eval's generators do not count: the beginning of the answer (for four words or a long number), and for fwe the
 # new tokens.
 _UNCOUNTED = {"niah": 64, "qa": 8, "fwe": 50}
-# The functions of lm-eval that make so many samples.
-_MAKERS = ("generate_samples", "sys_word_pair_random", "sys_vartrack_w_noise_random", "sys_kwext")
 
 
 @dataclass(frozen=True)
@@ -113,22 +108,25 @@ def records(
     """
     rules = task(name)
     chat = chat and bool(getattr(tokenizer, "chat_template", None))
-    file, function = rules.generator.split(".")
-    counted = _Counted(tokenizer, chat, _UNCOUNTED.get(name.partition("_")[0], 0), length)
-    source = ["generated"]
-    module = _module(file, counted, count, places, source)
-    with _seeded(stable_number("ruler", name, length, seed)):
-        _refuse_too_short(name, module, counted, length, rules)
-        made = getattr(module, function)(max_seq_lengths=[length])
+    made, text_source = ruler_generators.samples(
+        rules.generator,
+        name,
+        length,
+        count,
+        CountedTokenizer(tokenizer, chat, _UNCOUNTED.get(name.partition("_")[0], 0), length),
+        places=places,
+        seed=stable_number("ruler", name, length, seed),
+        max_new_tokens=rules.max_new_tokens,
+    )
     found = []
-    for number, doc in enumerate(made["test"]):
+    for number, doc in enumerate(made):
         opening = doc["gen_prefix"]
         prompt = chat_prompt(tokenizer, doc["input"]) + opening if chat else doc["input"] + rules.delimiter + opening
         answers = list(doc["outputs"])
         place = doc["input"].find(answers[0]) if name.startswith("niah") and len(answers) == 1 else -1
         found.append(
             {"dataset": name, "_id": f"{name}-{length}-{seed}-{number}", "prompt": prompt, "answers": answers,
-             "length": length, "chat": chat, "text_source": source[0],
+             "length": length, "chat": chat, "text_source": text_source,
              "answer_depth": place / len(doc["input"]) if place >= 0 else None}
         )  # fmt: skip
     return found
@@ -158,148 +156,6 @@ def resolve(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-class _Counted:
-    """The tokenizer as lm-eval's generators use it: only the number of ids matters, and that counts all of a prompt.
-
-    Generators look for the right size by making longer and longer texts, 500 of them for 131,072 tokens. What is far
-    below ``length`` is therefore estimated from the characters per token of the longest text so far; what could decide
-    is counted.
-    """
-
-    def __init__(self, tokenizer: Any, chat: bool, uncounted: int, length: int) -> None:
-        self._tokenizer, self._special, self._length = tokenizer, not chat, length
-        around = tokenise_prompt(tokenizer, chat_prompt(tokenizer, ""), chat=True) if chat else []
-        self._more = len(around) + uncounted
-        self._longest, self._per_token = 0, 1.0
-
-    def __call__(self, text: str) -> types.SimpleNamespace:
-        count = int(len(text) / self._per_token)
-        if len(text) > 1.5 * self._longest or not 2000 < count + self._more < 0.9 * self._length:
-            count = len(self._tokenizer(text, add_special_tokens=self._special)["input_ids"])
-            if len(text) > self._longest:
-                self._longest, self._per_token = len(text), len(text) / max(1, count)
-        return types.SimpleNamespace(input_ids=range(count + self._more))
-
-
-def _module(file: str, tokenizer: _Counted, count: int, places: Sequence[str], source: list[str]) -> types.ModuleType:
-    """lm-eval's module of a task, making ``count`` samples with our tokenizer and texts; ``source`` gets the place."""
-
-    def haystack(type_haystack: str) -> Any:
-        if type_haystack != "essay":
-            return _needles().get_haystack(type_haystack)
-        words, source[0] = ruler_texts.essay_words(places)
-        return words
-
-    given = _quiet() | {
-        "DEFAULT_SEQ_LENGTHS": [],
-        "get_tokenizer": lambda _name: tokenizer,
-        "resolve_tokenizer_name": lambda _arguments: None,
-        "get_haystack": haystack,
-        "download_json": ruler_texts.read_json,
-    }
-    if file == "niah_utils":
-        given["generate_samples"] = _needles().generate_samples
-    with _words_at_hand():
-        module = private_module(task_folder("ruler") / f"{file}.py", given)
-    if file == "qa_utils":
-        for name, reader in (("squad", module.read_squad), ("hotpotqa", module.read_hotpotqa)):
-            setattr(module, reader.__name__, _questions_reader(name, reader, places, source, count))
-    for maker in _MAKERS:
-        if hasattr(module, maker):
-            setattr(module, maker, _making(count, getattr(module, maker)))
-    if hasattr(module, "RNG"):  # cwe has draws of its own beside Python's
-        module.RNG = random
-    return module
-
-
-def _making(count: int, maker: Any) -> Any:
-    @functools.wraps(maker)
-    def made(*args: Any, **kwargs: Any) -> Any:
-        # vt makes its one example by the same function.
-        return maker(*args, **kwargs | {"num_samples": min(count, kwargs.get("num_samples", count))})
-
-    return made
-
-
-def _questions_reader(name: str, reader: Any, places: Sequence[str], source: list[str], count: int) -> Any:
-    def read() -> tuple[list, list[str]]:
-        (asked, documents), source[0] = ruler_texts.questions(name, places, reader)
-        if len(asked) < count:
-            raise ValueError(f"count={count}: {source[0]} has {len(asked)} questions of {name}: ask for fewer items.")
-        return asked, documents
-
-    return read
-
-
-def _refuse_too_short(name: str, module: types.ModuleType, tokenizer: _Counted, length: int, rules: Task) -> None:
-    """cwe, fwe and vt of lm-eval try for ever where nothing fits: their smallest prompt is measured first."""
-    if name == "vt":  # its example must fit into 500 tokens
-        example = len(tokenizer(module.generate_input_output(5, 1, 4, is_icl=True)[0]).input_ids)
-        if example + 30 > 500:
-            raise ValueError(
-                f"vt: its example takes {example} of this tokenizer's tokens, and lm-eval allows 470: choose other "
-                "tasks."
-            )
-        least = example + len(tokenizer(module.generate_input_output(10, 1, 4)[0]).input_ids)
-    elif name == "cwe":
-        least = len(tokenizer(module.generate_input_output(10, length)[1]).input_ids)
-    elif name == "fwe":
-        least = len(tokenizer(module.TEMPLATE).input_ids)
-    else:
-        return
-    if least + rules.max_new_tokens + 50 > length:
-        raise ValueError(f"length={length} has no room for {name}: give at least {least + rules.max_new_tokens + 50}.")
-
-
 @functools.cache
 def _common() -> types.ModuleType:
     return private_module(task_folder("ruler") / "common_utils.py", {})
-
-
-@functools.cache
-def _needles() -> types.ModuleType:
-    """lm-eval's needles; kept, since its list of adjective-noun pairs takes seconds to make."""
-    with _words_at_hand():
-        return private_module(
-            task_folder("ruler") / "prepare_niah.py",
-            _quiet() | {"cached_sent_tokenize": _sentences},
-            without=("download_nltk_resources",),
-        )
-
-
-@contextlib.contextmanager
-def _words_at_hand() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        missing = error.name or getattr(error.__cause__, "name", None)  # one of lm-eval's modules wraps it
-        raise OSError(f"RULER's generators lack {missing}: pip install 'sdtp-lib[eval]'") from error
-
-
-@functools.lru_cache(maxsize=8)
-def _sentences(text: str) -> list[str]:
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        return nltk.tokenize.punkt.PunktSentenceTokenizer().tokenize(text)
-    return nltk.sent_tokenize(text)
-
-
-def _quiet() -> dict[str, Any]:
-    """Generators print and draw a bar for each sample."""
-    return {"tqdm": lambda items, **_: items, "print": lambda *_, **__: None}
-
-
-@contextlib.contextmanager
-def _seeded(number: int) -> Iterator[None]:
-    """Python's and numpy's own draws, which lm-eval uses, from a seed; afterwards they go on as if nothing had been."""
-    before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002
-    random.seed(number)
-    np.random.seed(number % 2**32)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(before)
-        np.random.set_state(numpy_before)  # noqa: NPY002

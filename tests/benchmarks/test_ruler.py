@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from sdtp_lib.data import ruler
+from sdtp_lib.data import ruler_generators
 from sdtp_lib.records import OtherProvenance, project_root, read_rows
 
 LENGTH = 1400  # the tiny tokenizer has about a token per letter
@@ -24,13 +24,13 @@ def run(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     kinds |= {f"{name}s": words for name, words in list(kinds.items())}
     words = types.SimpleNamespace(_categories=kinds)
     monkeypatch.setitem(sys.modules, "wonderwords", types.SimpleNamespace(RandomWord=lambda: words))
-    ruler._needles.cache_clear()
+    ruler_generators.needles.cache_clear()
     tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     main = runpy.run_path(str(project_root() / "benchmarks" / "ruler.py"))["main"]
     arguments = ["--model", str(tmp_path / "model"), "--scorers", "recency", "--run-dir", str(tmp_path)]
     yield lambda *more: main([*arguments, "--lengths", str(LENGTH), *more])
-    ruler._needles.cache_clear()
+    ruler_generators.needles.cache_clear()
 
 
 def test_all_variants_answer_the_same_items_and_a_stopped_run_goes_on(run, tmp_path, capsys):

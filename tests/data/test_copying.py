@@ -26,7 +26,8 @@ def test_prompt_turns_and_new_tokens_fit_and_the_answer_stands_in_the_prompt(nam
 def test_a_copy_counts_up_to_its_first_wrong_word_and_a_functions_indentation_counts():
     quote = {"dataset": "quote_sentence", "follow_up": None, "answers": ["We meet here in a time of peace."]}
     assert copying.score(quote, "It says: We meet here in\na  time of peace.") == 1.0
-    assert copying.score(quote, "We meet there. We meet here in the time of peace.") == 4 / 8
+    assert copying.score(quote, "We meet there. We meet here in a good time.") == 0.0
+    assert copying.score(quote, "We meet here in a time of peace, friends.") == 2 / 3
     function = {"dataset": "repeat_function", "follow_up": None, "answers": ["def f(x):\n    y = x\n    return y"]}
     assert copying.score(function, "```python\ndef f(x):\n    y = x  \n    return y\n```") == 1.0
     assert copying.score(function, "def f(x):\n  y = x\n  return y") == pytest.approx(1 / 3)

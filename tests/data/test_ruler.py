@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from sdtp_lib.data import ruler, ruler_texts
+from sdtp_lib.data import ruler, ruler_generators, ruler_texts
 from sdtp_lib.data.lm_eval_files import private_module, settings, task_folder
 from sdtp_lib.data.texts import stable_number
 
@@ -38,9 +38,9 @@ def few_words():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wonderwords", types.SimpleNamespace(RandomWord=RandomWord))
-        ruler._needles.cache_clear()
+        ruler_generators.needles.cache_clear()
         yield
-    ruler._needles.cache_clear()
+    ruler_generators.needles.cache_clear()
 
 
 def records(name, length=1024, count=2, tokenizer=None, **more):
@@ -143,7 +143,7 @@ def test_unknown_tasks_are_named_and_sets_are_resolved_in_order():
 
 def test_without_the_word_lists_the_package_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wonderwords", None)
-    ruler._needles.cache_clear()
+    ruler_generators.needles.cache_clear()
     for name in ("niah_single_1", "cwe"):
         with pytest.raises(OSError, match=r"lack wonderwords: pip install 'sdtp-lib\[eval\]'"):
             records(name)
