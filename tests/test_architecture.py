@@ -39,7 +39,7 @@ INSIDE = {
                  "masked_reference"}, {"continuation", "verify"}, {"prefill"}, {"session"}, {"engine"}),
     "scorers": ({"blend", "pruner_files"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name", "found"}),
     "methods": ({"call"},),
-    "views": ({"tokens", "layer_map"},),
+    "views": ({"looks"}, {"tokens", "layer_map"}),
     "plots": ({"style"}, {"cost", "needles", "results", "tokens"}),
     "explorer": ({"state"}, {"live_html", "export", "app"}, {"widgets"}),
     "training": ({"config", "labels", "losses"}, {"saliency", "simulation"}, {"step"}, {"trainer"}),
@@ -52,7 +52,7 @@ INSIDE = {
 NO_TORCH = {"extras", "shipped", "provenance", "load_failures", "files", "records", "config", "budget", "layer_shape",
             "model_shape", "paper", "plots", "views", "training.config", "pruning.token_fates",
             "latency.cost_model", "explorer.state", "explorer.live_html", "explorer.export",
-            "explorer.widgets"}  # fmt: skip
+            "explorer.widgets", "explorer.controls", "explorer.page"}  # fmt: skip
 # `ModelShape.from_config` builds the model that it counts, which nobody but its caller asks for.
 TORCH_ON_CALL = {"model_shape"}
 NEVER = {

@@ -4,20 +4,20 @@ what made them.
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdtp_lib import plots, records, views
+import numpy as np
+
+from sdtp_lib import plots, records
+from sdtp_lib.explorer.page import RATIOS, live_page, payload, prompt_entry
 from sdtp_lib.explorer.state import ExplorerState
 from sdtp_lib.extras import extra
 from sdtp_lib.plots.style import save
 from sdtp_lib.plots.tokens import layout
 from sdtp_lib.pruning.token_fates import TokenFates
-from sdtp_lib.views.layer_map import layer_token_map_html
-from sdtp_lib.views.tokens import answers_html
 
 with extra("study"):
     from matplotlib.figure import Figure
@@ -25,26 +25,45 @@ with extra("study"):
 _COLUMNS, _LINES = 110, 40
 
 
-def export_state(state: ExplorerState, folder: str | Path, name: str | None = None) -> list[Path]:
+def export_state(
+    state: ExplorerState, folder: str | Path, name: str | None = None, *, against: str | None = None
+) -> list[Path]:
     """Write the view of ``state`` as HTML, PNG, SVG and JSON into ``folder``; the files, in that order of kinds.
 
-    The default name holds prompt, scorer and ratio, so that views do not overwrite each other.
+    The HTML is the live page (`page.live_page`) of this prompt: its slider moves without a kernel. What the engine was
+    run at is exact in it. The default name holds prompt, scorer and ratio, so that views do not overwrite each other.
+
+    Parameters
+    ----------
+    against
+        A second scorer to compare with in the page.
     """
     tokens, fates = state.scored.tokens, state.fates
     ratio = state.config.keep_ratio
     kind = "approximate" if fates.approximate else "engine"
     name = name or re.sub(r"[^\w.-]+", "-", f"{state.prompt}_{state.scorer}_{ratio}_{kind}")[:120]
     title = f"{state.prompt}: tokens dropped by layer, scorer {state.scorer}, keep ratio {ratio}"
-    fragments = [layer_token_map_html(fates, tokens), views.dropped_tokens_html(tokens, fates, max_height=700)]
-    if state.outcome:
-        fragments.append(answers_html(state.outcome.full_answer, state.outcome.answer))
     return export(
         Path(folder) / name,
         title=title,
-        fragments=fragments,
+        page=live_page(view_payload(state, title, against)),
         figure=text_and_map(tokens, fates, title),
         passport=state.passport(),
     )
+
+
+def view_payload(state: ExplorerState, title: str, against: str | None = None) -> dict[str, Any]:
+    """The data of the live page that holds this prompt alone, opened at the state's own choices."""
+    source, config, own = state.source, state.config, state.config.keep_ratio
+    ratios = [*RATIOS] if own in RATIOS else sorted([*RATIOS, own], key=np.mean)
+    names = dict.fromkeys(filter(None, [state.scorer, against]))
+    scored = {scorer: source.scored(state.prompt, scorer) for scorer in names}
+    outcomes = {state.scorer: {own: state.outcome}} if state.outcome else {}
+    sizes = {"num_layers": source.num_layers, "ratios": ratios}
+    prompt = source.prompt(state.prompt)
+    entry = prompt_entry(state.prompt, prompt, scored, outcomes, config, shape=source.shape, **sizes)
+    start = {"scorer": state.scorer, "ratio": ratios.index(own), "against": against or ""}
+    return payload(title, [entry], config, model=source.name, start=start, made=state.passport(), **sizes)
 
 
 def text_and_map(tokens: Sequence[str], fates: TokenFates, title: str = "", *, max_lines: int = _LINES) -> Figure:
@@ -64,53 +83,32 @@ def text_and_map(tokens: Sequence[str], fates: TokenFates, title: str = "", *, m
     return figure
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{title}</title>
-<style>:root{{color-scheme:light dark}}body{{margin:24px auto;max-width:1100px;padding:0 16px;
-font:15px/1.6 system-ui,sans-serif}}h1{{font-size:20px}}section{{margin:22px 0}}table{{font-size:13px;
-border-collapse:collapse}}td{{padding:1px 10px 1px 0;vertical-align:top;overflow-wrap:anywhere}}
-summary{{cursor:pointer}}</style></head><body><h1>{title}</h1>
-{body}
-<details><summary>What made this page</summary><table>{passport}</table></details>
-</body></html>
-"""
-
-
-def standalone_page(title: str, fragments: Sequence[str], passport: Mapping[str, Any]) -> str:
-    """``fragments`` of views as one HTML page that loads nothing; light or dark as the reader's system is."""
-    rows = "".join(
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
-        for name, value in passport.items()
-    )
-    body = "\n".join(f"<section>{fragment}</section>" for fragment in fragments)
-    return _PAGE.format(title=html.escape(title), body=body, passport=rows)
-
-
 def export(
     path: str | Path,
     *,
     title: str,
-    fragments: Sequence[str] = (),
+    page: str = "",
     figure: Figure | None = None,
     passport: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write a view beside ``path``: ``.html`` of the fragments, ``.png`` and ``.svg`` of the figure, and ``.json``.
+    """Write a view beside ``path``: ``.html`` of the page, ``.png`` and ``.svg`` of the figure, and ``.json``.
 
     Returns
     -------
     list of Path
         What was written; each file appears whole or not at all.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # The name may hold a dot ("..._0.9_engine"), and what follows it is no file type to be replaced.
+    beside = {kind: Path(path).with_name(f"{Path(path).name}.{kind}") for kind in ("html", "png", "svg", "json")}
+    beside["html"].parent.mkdir(parents=True, exist_ok=True)
     passport = dict(passport or {})
     written = []
     if figure is not None:
-        written += [save(figure, path, passport, svg=True), path.with_suffix(".svg")]
-    if fragments:
-        with records.atomic_write(path.with_suffix(".html")) as temporary:
-            Path(temporary).write_text(standalone_page(title, fragments, passport), encoding="utf-8")
-        written.append(path.with_suffix(".html"))
-    records.write_json(path.with_suffix(".json"), {"title": title, "files": [p.name for p in written], **passport})
-    return [*written, path.with_suffix(".json")]
+        save(figure, beside["png"], passport, svg=True)
+        written += [beside["png"], beside["svg"]]
+    if page:
+        with records.atomic_write(beside["html"]) as temporary:
+            Path(temporary).write_text(page, encoding="utf-8")
+        written.append(beside["html"])
+    records.write_json(beside["json"], {"title": title, "files": [p.name for p in written], **passport})
+    return [*written, beside["json"]]

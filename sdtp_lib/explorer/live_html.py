@@ -1,28 +1,37 @@
-"""The explorer's page in two parts, so that a moved slider sends kilobytes and not the whole text again.
+"""The notebook's view in two parts, so that a moved slider sends kilobytes and not the whole text again.
 
-`text_html` is sent once per prompt and scorer: a span a token with its scores. `style_html` is sent at each change: a
-style sheet that colours those spans by their identifiers, nothing else. The browser keeps the text, its layout and its
-scroll position. Strings only; no widget.
+`text_html` is sent once per prompt and scorer: a span for each token with its scores. `style_html` is sent at each
+change: a style sheet that colours those spans by their identifiers, nothing else. The browser keeps the text, its
+layout and its scroll position. ``live.js``, sent once, tells what is pointed at and hands on what is selected. Strings
+only; no widget.
 """
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from importlib.resources import files
 
 import numpy as np
 
 from sdtp_lib.pruning.token_fates import TokenFates, stage_colours
+from sdtp_lib.views import looks
 from sdtp_lib.views.tokens import STYLE, token_info, token_text
 
-_TINT = 0.5
-_PALE = "color:color-mix(in srgb,currentColor 60%,transparent)"
-_EXTRA = """<style>
-.sdtp .block{content-visibility:auto;contain-intrinsic-size:auto 140px}
-.sdtp .gone{opacity:.42}
-.sdtp .onlya{background:rgb(0 114 178/.5);border-bottom:2px solid rgb(0 114 178)}
-.sdtp .onlyb{background:rgb(230 159 0/.55);border-bottom:2px dashed rgb(180 110 0)}
+_EXTRA = f"""<style>
+.sdtp .block{{content-visibility:auto;contain-intrinsic-size:auto 140px}}
+.sdtp .live .t{{{looks.KEPT}}}
+.sdtp .live .t:hover::after{{content:none}}
+.sdtp .onlya{{{looks.ONLY_FIRST}}}
+.sdtp .onlyb{{{looks.ONLY_SECOND}}}
+.sdtp .both{{{looks.KEPT}}}
+.sdtp .gone{{{looks.GONE}}}
 </style>"""
+
+
+def script() -> str:
+    """What the page needs once: pointing at a token fills the line above the text, selecting text names its tokens."""
+    return (files("sdtp_lib.explorer") / "live.js").read_text("utf-8")
 
 
 def text_html(tokens: Sequence[str], scored: TokenFates, prefix: str, *, max_height: int = 300) -> str:
@@ -40,10 +49,10 @@ def text_html(tokens: Sequence[str], scored: TokenFates, prefix: str, *, max_hei
         f"<div class=block>{''.join(spans[start:end])}</div>" for start, end in zip([0, *ends], ends, strict=False)
     )
     return (
-        f'<div class="sdtp" style="--info-top:0;--fate:\' · kept\'">{STYLE}{_EXTRA}'
-        '<div class="info">hover a token</div>'
-        f'<div class="text" tabindex="0" role="region" aria-label="prompt" style="max-height:{int(max_height)}px">'
-        f"{blocks}</div></div>"
+        f'<div class="sdtp" style="--fate:\'kept to the end\'">{STYLE}{_EXTRA}'
+        '<div class="info">point at a token</div>'
+        f'<div class="text live" data-prefix="{prefix}" tabindex="0" role="region" aria-label="prompt" '
+        f'style="max-height:{int(max_height)}px">{blocks}</div></div>'
     )
 
 
@@ -60,16 +69,25 @@ def block_ends(tokens: Sequence[str], at_least: int = 96, at_most: int = 320) ->
     return [end for end in ends if end < len(tokens)]
 
 
-def style_html(fates: TokenFates, prefix: str, *, at_layer: int | None = None) -> str:
-    """Colours of the tokens by the layer that drops them; tokens that ``at_layer`` does not see any more are pale."""
+def style_html(fates: TokenFates, prefix: str, *, at_layer: int | None = None, protected: Sequence[int] = ()) -> str:
+    """Colours of the tokens by the layer that drops them.
+
+    With ``at_layer``, a stage: what that layer reads. Dropped just before it: its colour; dropped earlier: struck
+    through; still read: as kept. ``protected`` tokens have a frame.
+    """
     colours = stage_colours(len(fates.layers))
     rules = []
     for stage, layer in enumerate(fates.layers):
-        gone = at_layer is not None and layer <= at_layer
-        r, g, b = colours[stage]
-        look = f'background:rgb({r} {g} {b}/{_TINT});--fate:" · dropped before layer {layer}"'
+        fate = f';--fate:"dropped before layer {layer}"'
         # Never opacity: a layer of its own for each of thousands of spans costs 50 ms of painting.
-        rules.append(_rule(prefix, fates.dropped_at == layer, look + (f";{_PALE}" if gone else "")))
+        if at_layer is None or layer == at_layer:
+            look = looks.dropped(colours[stage]) + fate
+        else:
+            look = (looks.GONE if layer < at_layer else looks.KEPT) + fate
+        rules.append(_rule(prefix, fates.dropped_at == layer, look))
+    frame = np.zeros(fates.tokens, bool)
+    frame[list(protected)] = True
+    rules.append(_rule(prefix, frame, "box-shadow:0 2px 0 0 currentColor,0 -2px 0 0 currentColor"))
     return f"<style>{''.join(rules)}</style>"
 
 
@@ -79,9 +97,9 @@ def compare_style_html(first: TokenFates, second: TokenFates, prefix: str, names
     has_a, has_b = first.dropped_at == end, second.dropped_at == end
     a, b = (_css_string(name) for name in names)
     rules = [
-        _rule(prefix, has_a & ~has_b, f'background:rgb(0 114 178/.5);border-bottom:2px solid;--fate:" · only {a}"'),
-        _rule(prefix, has_b & ~has_a, f'background:rgb(230 159 0/.55);border-bottom:2px dashed;--fate:" · only {b}"'),
-        _rule(prefix, ~has_a & ~has_b, f'{_PALE};--fate:" · both dropped it"'),
+        _rule(prefix, has_a & ~has_b, f'{looks.ONLY_FIRST};--fate:"only {a} keeps it"'),
+        _rule(prefix, has_b & ~has_a, f'{looks.ONLY_SECOND};--fate:"only {b} keeps it"'),
+        _rule(prefix, ~has_a & ~has_b, f'{looks.GONE};--fate:"both dropped it"'),
     ]
     return f"<style>{''.join(rules)}</style>"
 
@@ -93,10 +111,11 @@ def compare_key(first: TokenFates, second: TokenFates, names: tuple[str, str]) -
     either, both = int((has_a | has_b).sum()), int((has_a & has_b).sum())
     a, b = (html.escape(name) for name in names)
     return (
-        f'<span><i class="onlya"></i>only {a}: {int((has_a & ~has_b).sum())}</span>'
-        f'<span><i class="onlyb"></i>only {b}: {int((has_b & ~has_a).sum())}</span>'
-        f'<span><i></i>both keep: {both}</span><span class="gone">both dropped: {int((~has_a & ~has_b).sum())}</span>'
-        f"<span>agreement {100 * both / max(either, 1):.0f} % of what either keeps</span>"
+        f'<span><i class="onlya"></i>only {a} keeps it: {int((has_a & ~has_b).sum())}</span>'
+        f'<span><i class="onlyb"></i>only {b} keeps it: {int((has_b & ~has_a).sum())}</span>'
+        f'<span><i class="both"></i>both keep it: {both}</span>'
+        f'<span><span class="gone">both dropped it</span>: {int((~has_a & ~has_b).sum())}</span>'
+        f"<span>they agree on {100 * both / max(either, 1):.0f} % of what either keeps</span>"
     )
 
 

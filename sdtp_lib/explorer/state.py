@@ -1,13 +1,14 @@
 """What the explorer shows, as a plain object: choices in, fates and numbers out. No widget, no torch.
 
-The source of scores and answers is whatever has `Source`'s members; `app.EngineSource` is the one on the real engine.
-Moving a choice cuts the scores of one unpruned run again (`token_fates.simulate`: approximate, no model call); only
-`ExplorerState.run` asks the source to prune for real.
+The source of scores and answers is whatever has `Source`'s members; `engine_source.EngineSource` is the one on the real
+engine. Moving a choice cuts the scores of one unpruned run again (`token_fates.simulate`: approximate, no model call);
+only `ExplorerState.run` asks the source to prune for real.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,28 @@ from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.token_fates import TokenFates, simulate
 
 OWN = "own"
+CANNOT_PROTECT = "Protected text needs token_pruning(..., protect=), which this release's engine does not have yet."
+_CHOICES = {"keep_ratio", "layers", "preset", "scorer", "prompt", "positions", "protect"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes
+    ----------
+    ids
+        Token ids of the whole prompt, chat format included.
+    question, right_answer
+        What is asked and what is right, where known; plain text.
+    places
+        Name -> first and last token of a place worth finding, such as ``{"question": (498, 510)}``.
+    """
+
+    ids: tuple[int, ...]
+    question: str = ""
+    right_answer: str = ""
+    places: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,16 +70,27 @@ class Outcome:
 class Source(Protocol):
     """Where prompts, scores and answers come from."""
 
+    name: str
     num_layers: int
     shape: ModelShape | None
     prompts: Sequence[str]
     scorers: Sequence[str]
+    notes: Sequence[str]
+    can_protect: bool
+
+    def prompt(self, name: str) -> Prompt:
+        """The prompt of this name."""
+        ...
+
+    def add_prompt(self, name: str, document: str, question: str = "", *, chat: bool = True) -> None:
+        """Take a typed prompt in; ValueError where nothing can be pruned."""
+        ...
 
     def scored(self, prompt: str, scorer: str) -> Scored:
         """The scores of an unpruned run, kept so that asking again costs nothing."""
         ...
 
-    def run(self, prompt: str, scorer: str, config: PruningConfig) -> Outcome:
+    def run(self, prompt: str, scorer: str, config: PruningConfig, protect: Sequence[int] = ()) -> Outcome:
         """Prune for real and answer."""
         ...
 
@@ -92,6 +126,7 @@ class ExplorerState:
         self.scorer = _one_of("scorer", scorer or source.scorers[0], source.scorers)
         self.preset = preset
         self.config = PruningConfig.preset(preset, source.num_layers, positions=positions)
+        self.protect: tuple[int, ...] = ()
         self.outcome: Outcome | None = None
         changes = {"keep_ratio": keep_ratio, "layers": layers}
         if any(value is not None for value in changes.values()):
@@ -99,23 +134,30 @@ class ExplorerState:
         self._fates = self._cut(self.scorer)
 
     def update(self, **choices: Any) -> None:
-        """Change choices: ``keep_ratio``, ``layers``, ``preset``, ``scorer``, ``prompt``, ``positions``.
+        """Change choices: ``keep_ratio``, ``layers``, ``preset``, ``scorer``, ``prompt``, ``positions``, ``protect``.
 
         All of them or none: a value that cannot be is a ValueError and leaves the state as it was.
         """
-        unknown = sorted(set(choices) - {"keep_ratio", "layers", "preset", "scorer", "prompt", "positions"})
+        unknown = sorted(set(choices) - _CHOICES)
         if unknown:
             raise ValueError(f"unknown choice(s) {unknown}.")
-        before = (self.prompt, self.scorer, self.preset, self.config)
+        before = (self.prompt, self.scorer, self.preset, self.config, self.protect)
         try:
             self.prompt = _one_of("prompt", choices.get("prompt", self.prompt), self.source.prompts)
             self.scorer = _one_of("scorer", choices.get("scorer", self.scorer), self.source.scorers)
             if "preset" in choices and choices["preset"] != OWN:
                 name = _one_of("preset", choices["preset"], PRESETS)
-                positions = self.config.positions
-                self.config = PruningConfig.preset(name, self.source.num_layers, positions=positions)
+                self.config = PruningConfig.preset(name, self.source.num_layers, positions=self.config.positions)
                 self.preset = name
+            if "prompt" in choices:
+                self.protect = ()  # positions of another prompt
+            self.protect = tuple(choices.get("protect", self.protect))
+            if self.protect and not self.source.can_protect:
+                raise ValueError(CANNOT_PROTECT)
             changes = {name: choices[name] for name in ("keep_ratio", "layers", "positions") if name in choices}
+            if isinstance(changes.get("keep_ratio"), float):
+                # a slider's 0.8999999999999999 is meant as 0.9
+                changes["keep_ratio"] = round(changes["keep_ratio"], 6)
             if "positions" in changes:
                 _one_of("positions", changes["positions"], POSITION_MODES)
             changed = self.config.replace(**{n: tuple(v) if n == "layers" else v for n, v in changes.items()})
@@ -124,7 +166,7 @@ class ExplorerState:
             self.config = changed
             fates = self._cut(self.scorer)
         except BaseException:
-            self.prompt, self.scorer, self.preset, self.config = before
+            self.prompt, self.scorer, self.preset, self.config, self.protect = before
             raise
         self._fates, self.outcome = fates, None
 
@@ -144,7 +186,8 @@ class ExplorerState:
 
     def run(self) -> Outcome:
         """Prune for real with the present choices."""
-        self.outcome = self.source.run(self.prompt, self.scorer, self.config)
+        protect = (self.protect,) if self.protect else ()
+        self.outcome = self.source.run(self.prompt, self.scorer, self.config, *protect)
         return self.outcome
 
     def numbers(self) -> dict[str, float]:
@@ -173,12 +216,50 @@ class ExplorerState:
             "scorer": self.scorer,
             "preset": self.preset,
             "approximate": self.fates.approximate,
+            **({"protected_tokens": len(self.protect)} if self.protect else {}),
             **{f"pruning_{name}": value for name, value in self.config.to_dict().items()},
             **self.numbers(),
         }
 
     def _cut(self, scorer: str) -> TokenFates:
-        return simulate(self.source.scored(self.prompt, scorer).scores, self.config, self.source.num_layers)
+        scores = self.source.scored(self.prompt, scorer).scores
+        if self.protect:
+            # As the best of all: right unless more is protected than the ratio would keep (then the engine keeps more).
+            scores = {layer: _raised(scores[layer], self.protect) for layer in scores}
+        return simulate(scores, self.config, self.source.num_layers)
+
+
+def parse_protected(text: str, tokens: Sequence[str]) -> tuple[int, ...]:
+    """Token positions out of ``"120-131, 300"``, or of every place where ``text`` stands in the prompt.
+
+    Raises
+    ------
+    ValueError
+        If a position lies outside the prompt, or the text is not in it.
+    """
+    if re.fullmatch(r"[\d\s,-]*", text):
+        spans = [tuple(int(end) for end in part.split("-")) for part in text.replace(",", " ").split()]
+        spans = [(span[0], span[-1]) for span in spans]
+        beyond = [last for _, last in spans if last >= len(tokens)]
+        if beyond:
+            raise ValueError(f"protect: there is no token {beyond[0]}, the prompt has 0 to {len(tokens) - 1}.")
+    else:
+        spans = find_spans(tokens, text)
+        if not spans:
+            raise ValueError(f"protect: {text!r} is not in the prompt; select text, or give tokens such as 120-131.")
+    return tuple(sorted({p for first, last in spans for p in range(first, last + 1)}))
+
+
+def find_spans(tokens: Sequence[str], text: str) -> list[tuple[int, int]]:
+    """First and last token of each occurrence of ``text`` in the joined ``tokens``.
+
+    ``find_spans(["The", " code", " is", " 4", "2"], "42")`` is ``[(3, 4)]``.
+    """
+    if not text.strip():
+        return []
+    owner = [position for position, token in enumerate(tokens) for _ in token]
+    joined = "".join(tokens)
+    return [(owner[m.start()], owner[m.end() - 1]) for m in re.finditer(re.escape(text.strip()), joined)]
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -192,6 +273,12 @@ def parse_layers(text: str) -> tuple[int, ...]:
         except ValueError:
             raise ValueError(f"layers: {part!r} is neither a number such as 4 nor a span such as 4-25:3.") from None
     return tuple(layers)
+
+
+def _raised(scores: Any, positions: Sequence[int]) -> np.ndarray:
+    raised = np.array(scores, float)
+    raised[list(positions)] = np.inf
+    return raised
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> str:

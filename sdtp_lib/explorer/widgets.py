@@ -1,8 +1,8 @@
 """The explorer: sliders and choosers (ipywidgets) around an `ExplorerState`.
 
 A thin layer: every choice is handed to the state, every picture is a string from `views` or `live_html`. Moving
-the keep ratio makes no model call and sends only a style sheet and a map; the button runs the engine. Works at the
-keyboard (Tab, arrows, Enter); colours lie under the page's own text colour, so light and dark both work.
+the keep ratio makes no model call and sends only a style sheet and a map; the button runs the engine. A choice that
+cannot be is answered in one sentence and goes back. Works at the keyboard (Tab, arrows, Enter), light and dark.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 from sdtp_lib import views
 from sdtp_lib.config import POSITION_MODES, PRESETS, PruningConfig
 from sdtp_lib.explorer import live_html
+from sdtp_lib.explorer.controls import WIDE, ModelBox, OwnPrompt, Progress, explained
 from sdtp_lib.explorer.export import export_state
-from sdtp_lib.explorer.state import OWN, ExplorerState, Source, parse_layers
+from sdtp_lib.explorer.state import CANNOT_PROTECT, OWN, ExplorerState, Source, parse_layers, parse_protected
 from sdtp_lib.extras import extra
 from sdtp_lib.pruning.token_fates import TokenFates, simulate
 from sdtp_lib.views.layer_map import layer_token_map_svg
@@ -27,10 +28,12 @@ from sdtp_lib.views.tokens import answers_html
 
 with extra("study"):
     import ipywidgets
+    from ipywidgets import Layout
 
 _COUNTER = itertools.count()
-_WIDE = {"style": {"description_width": "96px"}, "layout": ipywidgets.Layout(width="98%", max_width="480px")}
-_NO_SCORER = "(nobody)"
+_NOTHING = "nothing"
+_EVERY_CUT = ("every cut", 0)  # 0: no cut is before layer 0
+MY_PROMPT = "my prompt"
 
 
 def explore(source: Source | ExplorerState, *, export_to: str | Path | None = None, **choices: Any) -> ipywidgets.VBox:
@@ -51,79 +54,105 @@ class Explorer:
     """Widgets by name (``.keep_ratio``, ``.layers``, ``.run`` ...) around ``.state``; ``.box`` is what to display."""
 
     def __init__(self, state: ExplorerState, *, export_to: str | Path | None = None) -> None:
-        self.state = state
         self.export_to = Path(export_to) if export_to else None
         self._prefix = f"x{next(_COUNTER)}t"
         self._syncing = False
-        source = state.source
-        self.prompt = ipywidgets.Dropdown(description="prompt", options=list(source.prompts), **_WIDE)
-        self.scorer = ipywidgets.Dropdown(description="scorer", options=list(source.scorers), **_WIDE)
-        self.preset = ipywidgets.Dropdown(description="preset", options=[*PRESETS, OWN], **_WIDE)
-        self.positions = ipywidgets.Dropdown(description="positions", options=POSITION_MODES, **_WIDE)
-        self.layers = ipywidgets.Text(description="prune before", continuous_update=False, **_WIDE)
-        self.layers.tooltip = "stage layers, such as 4, 7, 10 or 4-25:3; Enter to apply"
+        self.prompt = ipywidgets.Dropdown(description="prompt", **WIDE)
+        self.scorer = ipywidgets.Dropdown(description="tokens scored by", **WIDE)
+        self.preset = ipywidgets.Dropdown(description="setting", options=[*PRESETS, OWN], **WIDE)
         self.keep_ratio = ipywidgets.FloatSlider(
-            description="keep ratio", min=0.3, max=1.0, step=0.01, readout_format=".2f", **_WIDE
+            description="kept at each cut", min=0.3, max=1.0, step=0.01, readout_format=".0%", **WIDE
         )
-        self.seen_by = ipywidgets.IntSlider(
-            description="seen by layer", min=0, max=source.num_layers - 1, value=source.num_layers - 1, **_WIDE
-        )
-        self.zoom = ipywidgets.IntRangeSlider(description="zoom tokens", min=0, max=1, **_WIDE)
-        self.against = ipywidgets.Dropdown(description="compare with", options=[_NO_SCORER, *source.scorers], **_WIDE)
-        self.token = ipywidgets.BoundedIntText(description="token", min=0, max=0, **_WIDE)
-        self.run = ipywidgets.Button(description="run the engine", button_style="primary", icon="play")
-        self.save = ipywidgets.Button(description="save view", icon="save")
+        self.view = ipywidgets.SelectionSlider(description="show", options=[_EVERY_CUT], **WIDE)
+        self.against = ipywidgets.Dropdown(description="compare with", options=[_NOTHING], **WIDE)
+        self.layers = ipywidgets.Text(description="cut before layers", continuous_update=False, **WIDE)
+        self.positions = ipywidgets.Dropdown(description="positions", options=POSITION_MODES, **WIDE)
+        self.zoom = ipywidgets.IntRangeSlider(description="map shows tokens", min=0, max=1, **WIDE)
+        self.token = ipywidgets.BoundedIntText(description="token number", min=0, max=0, **WIDE)
+        self.protect = ipywidgets.Text(description="protect", continuous_update=False, **WIDE)
+        self.protect.add_class(f"{self._prefix}protect")
+        self.run = ipywidgets.Button(description="run the engine", button_style="primary")
+        self.save = ipywidgets.Button(description="save view")
         self.message = ipywidgets.HTML()
-        self.text = ipywidgets.HTML()
-        self.picture = ipywidgets.HTML()
-        self.inspected = ipywidgets.HTML()
-        self.result = ipywidgets.HTML()
-        self._sync()
-        self._new_text()
-        self.draw()
+        self.text, self.picture, self.inspected, self.result = (ipywidgets.HTML() for _ in range(4))
+        self.progress = Progress(self.text, self.picture, self.result)
+        self.own = OwnPrompt(self._score_mine)
+        self.model = ModelBox(state.source.name, self._load)
+        self._take(state)
         for name in ("prompt", "scorer", "preset", "positions", "keep_ratio"):
             getattr(self, name).observe(self._chooser(name), "value")
         self.layers.observe(self._chooser("layers", parse_layers), "value")
-        for widget in (self.seen_by, self.zoom, self.against):
-            widget.observe(lambda _: self.draw(), "value")
-        self.token.observe(lambda _: self._inspect(), "value")
+        self.protect.observe(self._chooser("protect", self._protected), "value")
+        for widget in (self.view, self.zoom, self.against):
+            widget.observe(lambda _: self._syncing or self._try(self.draw), "value")
+        self.token.observe(lambda _: self._syncing or self._inspect(), "value")
         self.run.on_click(lambda _: self._run())
         self.save.on_click(lambda _: self._save())
         self.box = self._layout()
+
+    def _take(self, state: ExplorerState) -> None:
+        """Show ``state``, which may be on another model than the one before."""
+        self.state, source = state, state.source
+        if hasattr(source, "on_progress"):
+            source.on_progress = self.progress.tell
+        self._syncing = True
+        self.scorer.options = list(source.scorers)
+        self.against.options = [_NOTHING, *source.scorers]
+        self.protect.disabled = not source.can_protect
+        self.protect.placeholder = "select text in the prompt" if source.can_protect else CANNOT_PROTECT
+        self.model.note.value = "<br>".join(html.escape(note) for note in source.notes)
+        self._syncing = False
+        self._sync()
+        self._new_text()
+        self.draw()
 
     def draw(self) -> None:
         """Send what changes with a choice: colours, legend, map and numbers."""
         state, fates = self.state, self.state.fates
         names = (state.scorer, self.against.value)
-        if names[1] == _NO_SCORER:
-            style = live_html.style_html(fates, self._prefix, at_layer=self.seen_by.value)
+        if names[1] == _NOTHING:
+            style = live_html.style_html(fates, self._prefix, at_layer=self.view.value or None, protected=state.protect)
             key = views.stage_css(fates) + views.stage_key(fates)
         else:
             other = state.fates_of(names[1])
             style = live_html.compare_style_html(fates, other, self._prefix, names)
             key = live_html.compare_key(fates, other, names)
         window = (self.zoom.value[0], self.zoom.value[1] + 1)
-        svg = layer_token_map_svg(fates, state.scored.tokens, window=window, height=200)
-        self.picture.value = (
-            f'{style}<div class="sdtp"><div class="key">{key}</div>{_numbers(state)}{svg}'
-            "<div class=info>zoom with the slider “zoom tokens”; up to 200 tokens columns name their token</div></div>"
-        )
+        svg = layer_token_map_svg(fates, state.scored.tokens, window=window, height=190)
+        self.picture.value = f'{style}<div class="sdtp">{_numbers(state)}{svg}<div class="key">{key}</div></div>'
         self._inspect()
+
+    def _try(self, action: Callable[[], None], *, computing: bool = True) -> bool:
+        """Do it, greyed with a bar while it computes; what goes wrong becomes one sentence. Whether it went well."""
+        self.message.value = ""
+        try:
+            if not computing:
+                action()
+            else:
+                with self.progress:
+                    action()
+        # Anything: a widget's callback would swallow it, and the page would show a choice that did not come true.
+        except Exception as error:
+            words = str(error) if isinstance(error, (ValueError, RuntimeError, OSError)) else repr(error)
+            self.message.value = f'<div role="alert" class="sdtp">⚠ {html.escape(words)}</div>'
+            return False
+        return True
 
     def _chooser(self, name: str, read: Callable[[Any], Any] = lambda value: value) -> Callable[[Any], None]:
         def chosen(change: Any) -> None:
             if self._syncing:
                 return
-            try:
+
+            def change_state() -> None:
                 self.state.update(**{name: read(change["new"])})
-                self.message.value = ""
-            except ValueError as error:
-                self.message.value = f'<div role="alert" class="sdtp">⚠ {html.escape(str(error))}</div>'
+                self.result.value = ""
+                if name in ("prompt", "scorer", "layers", "preset"):
+                    self._new_text()
+                self.draw()
+
+            # A moved slider asks no model: greying its own picture would only flicker.
+            self._try(change_state, computing=name in ("prompt", "scorer"))
             self._sync()
-            self.result.value = ""
-            if name != "keep_ratio":
-                self._new_text()
-            self.draw()
 
         return chosen
 
@@ -131,10 +160,17 @@ class Explorer:
         """Make the widgets say what the state says, without answering their own echo."""
         state, self._syncing = self.state, True
         ratio = state.config.keep_ratio
+        self.prompt.options = list(state.source.prompts)
         self.prompt.value, self.scorer.value, self.preset.value = state.prompt, state.scorer, state.preset
         self.positions.value = state.config.positions
         self.keep_ratio.value = ratio if isinstance(ratio, float) else float(np.mean(ratio))
         self.layers.value = ", ".join(map(str, state.config.layers))
+        self.protect.value = _spans(state.protect)
+        views_of = (_EVERY_CUT, *((f"what layer {n} reads", n) for n in state.config.layers))
+        if self.view.options != views_of:
+            seen = self.view.value
+            self.view.options = views_of
+            self.view.value = seen if seen in state.config.layers else 0
         self._syncing = False
 
     def _new_text(self) -> None:
@@ -142,57 +178,99 @@ class Explorer:
         scored = self.state.scored
         stages = tuple(layer for layer in sorted(scored.scores) if layer in self.state.config.layers)
         whole = simulate(scored.scores, PruningConfig(layers=stages, keep_ratio=1.0), self.state.source.num_layers)
-        self.text.value = live_html.text_html(scored.tokens, whole, self._prefix)
-        last = len(scored.tokens) - 1
+        text = live_html.text_html(scored.tokens, whole, self._prefix)
+        if text == self.text.value:
+            return
+        self.text.value, last = text, len(scored.tokens) - 1
+        self._syncing = True
         self.zoom.max, self.zoom.value, self.token.max = last, (0, last), last
+        self._syncing = False
 
     def _inspect(self) -> None:
         self.inspected.value = _token_line(self.state.scored.tokens, self.state.fates, self.token.value)
 
+    def _protected(self, text: str) -> tuple[int, ...]:
+        return parse_protected(text, self.state.scored.tokens)
+
     def _run(self) -> None:
-        self.run.disabled, self.run.description = True, "running …"
-        try:
+        def prune() -> None:
             outcome = self.state.run()
-            self.result.value = _savings(outcome) + answers_html(outcome.full_answer, outcome.answer)
-        except (ValueError, RuntimeError) as error:
-            self.message.value = f'<div role="alert" class="sdtp">⚠ {html.escape(str(error))}</div>'
-        finally:
-            self.run.disabled, self.run.description = False, "run the engine"
+            self.result.value = answers_html(outcome.full_answer, outcome.answer) + _savings(outcome)
+
+        self.run.disabled = True
+        self._try(prune)
+        self.run.disabled = False
         self.draw()
 
+    def _score_mine(self, document: str, question: str, chat: bool) -> None:
+        def score() -> None:
+            self.state.source.add_prompt(MY_PROMPT, document, question, chat=chat)
+            self.state.update(prompt=MY_PROMPT)
+            self.result.value = ""
+            self._new_text()
+            self.draw()
+
+        self.own.button.disabled = True
+        self._try(score)
+        self._sync()
+        self.own.button.disabled = False
+
+    def _load(self, name: str) -> None:
+        def load() -> None:
+            self.progress.tell(f"loading {name}", 0, 1)
+            self._take(ExplorerState(self.state.source.with_model(name)))
+            self.result.value = ""
+
+        self.model.button.disabled = True
+        if not self._try(load):
+            self.model.name.value = self.state.source.name
+        self.model.button.disabled = False
+
     def _save(self) -> None:
-        files = export_state(self.state, self.export_to)
-        names = html.escape(", ".join(path.name for path in files))
-        self.message.value = (
-            f'<div role="status" class="sdtp">saved {names} in {html.escape(str(self.export_to))}</div>'
-        )
+        def save() -> None:
+            against = None if self.against.value == _NOTHING else self.against.value
+            files = export_state(self.state, self.export_to, against=against)
+            names = html.escape(", ".join(path.name for path in files))
+            self.message.value = (
+                f'<div role="status" class="sdtp">saved {names} in {html.escape(str(self.export_to))}</div>'
+            )
+
+        self._try(save, computing=False)
 
     def _layout(self) -> ipywidgets.VBox:
-        wrap = ipywidgets.Layout(display="flex", flex_flow="row wrap", width="100%")
-        left = [self.prompt, self.scorer, self.preset, self.positions]
-        right = [self.keep_ratio, self.layers, self.seen_by, self.zoom]
-        half = ipywidgets.Layout(flex="1 1 320px", max_width="520px")
-        choices = [ipywidgets.VBox(column, layout=half) for column in (left, right)]
-        buttons = [self.run, *([self.save] if self.export_to else [])]
-        below = [ipywidgets.VBox([self.against], layout=half), ipywidgets.VBox([self.token], layout=half)]
+        half = Layout(flex="1 1 330px", max_width="540px", min_width="0")
+        wrap = Layout(display="flex", flex_flow="row wrap", width="100%", grid_gap="0 16px")
+
+        def grid(*controls: Any) -> ipywidgets.Box:
+            columns = [[explained(control) for control in controls[start::2]] for start in (0, 1)]
+            return ipywidgets.Box([ipywidgets.VBox(column, layout=half) for column in columns], layout=wrap)
+
+        pages = {
+            "choices": grid(self.prompt, self.scorer, self.preset, self.keep_ratio, self.view, self.against),
+            "my prompt": self.own.box,
+            "more choices": grid(self.protect, self.token, self.layers, self.zoom, self.positions),
+            "model": self.model.box,
+        }
+        self.tabs = ipywidgets.Tab(children=list(pages.values()), titles=list(pages))
+        buttons = [self.run, *([self.save] if self.export_to else []), self.progress.box]
+        script = {"output_type": "display_data", "data": {"application/javascript": live_html.script()}, "metadata": {}}
         rows = [
-            ipywidgets.Box(choices, layout=wrap),
-            ipywidgets.Box(below, layout=wrap),
-            ipywidgets.HBox(buttons),
-            *(self.message, self.picture, self.inspected, self.text, self.result),
+            self.tabs,
+            ipywidgets.HBox(buttons, layout=Layout(align_items="center", flex_flow="row wrap")),
+            *(self.message, self.result, self.picture, self.text, self.inspected),
+            ipywidgets.Output(outputs=(script,), layout=Layout(display="none")),
         ]
-        return ipywidgets.VBox(rows, layout=ipywidgets.Layout(max_width="1100px"))
+        return ipywidgets.VBox(rows, layout=Layout(max_width="1100px"))
 
 
 def _numbers(state: ExplorerState) -> str:
     numbers = state.numbers()
     flops = numbers.get("prefill_flops_share")
     parts = [
-        "approximate, from the scores of one unpruned run" if state.fates.approximate else "what the engine did",
+        "approximate, cut from the scores of one unpruned run" if state.fates.approximate else "what the engine did",
         f"{numbers['kept_tokens']:,} of {numbers['prompt_tokens']:,} tokens reach the last layer",
-        f"1/τ {numbers['compression_ratio']:.2f}",
-        f"KV cache {100 * numbers['kv_share']:.0f} %",
-        *([f"prefill FLOPs {100 * flops:.0f} %"] if flops is not None else []),
+        *([f"{100 * flops:.0f} % of the prefill's FLOPs"] if flops is not None else []),
+        f"{100 * numbers['kv_share']:.0f} % of the KV cache",
     ]
     return f'<div class="head" aria-live="polite">{" · ".join(parts)}</div>'
 
@@ -200,7 +278,7 @@ def _numbers(state: ExplorerState) -> str:
 def _token_line(tokens: Any, fates: TokenFates, position: int) -> str:
     info = views.token_info(TokenFates(*_one(fates, position)), [position])[0]
     text = html.escape(tokens[position].replace("\n", "↵"))
-    return f'<div class="sdtp"><code>{text}</code> · {info} · {fates.layer_label(position)}</div>'
+    return f'<div class="sdtp">token <code>{text}</code> · {fates.layer_label(position)} · {info}</div>'
 
 
 def _one(fates: TokenFates, position: int) -> tuple[Any, ...]:
@@ -208,18 +286,27 @@ def _one(fates: TokenFates, position: int) -> tuple[Any, ...]:
     return fates.dropped_at[only], fates.layers, fates.num_layers, fates.scores[:, only]
 
 
+def _spans(positions: Any) -> str:
+    """``(4, 5, 6, 9)`` as ``"4-6, 9"``."""
+    runs = [[p for _, p in run] for _, run in itertools.groupby(enumerate(positions), lambda one: one[1] - one[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def _savings(outcome: Any) -> str:
     rows = (
-        ("prefill", outcome.full_prefill_s, outcome.prefill_s, "s", 1),
-        ("prefill and answer", outcome.full_total_s, outcome.total_s, "s", 1),
-        ("KV cache", outcome.full_kv_bytes / 1e6, outcome.kv_bytes / 1e6, "MB", 1),
+        ("prefill", outcome.full_prefill_s, outcome.prefill_s, "s"),
+        ("prefill and answer", outcome.full_total_s, outcome.total_s, "s"),
+        ("KV cache", outcome.full_kv_bytes / 1e6, outcome.kv_bytes / 1e6, "MB"),
     )
     cells = "".join(
-        f"<tr><td>{name}</td><td>{full:.2f} {unit}</td><td>{pruned:.2f} {unit}</td>"
-        f"<td>{100 * (1 - pruned / full) if full else 0:.0f} % saved</td></tr>"
-        for name, full, pruned, unit, _ in rows
+        f"<span>{name} <b>{full:.2f} → {pruned:.2f} {unit}</b> ({_saved(full, pruned)})</span>"
+        for name, full, pruned, unit in rows
     )
-    return (
-        '<div class="sdtp"><table><tr><th></th><th>unpruned</th><th>pruned</th><th>one run each, not a benchmark</th>'
-        f"</tr>{cells}</table></div>"
-    )
+    return f'<div class="sdtp"><div class="key">{cells}<span>one run each, not a benchmark</span></div></div>'
+
+
+def _saved(full: float, pruned: float) -> str:
+    if not full:
+        return "unknown"
+    share = 100 * (1 - pruned / full)
+    return f"{share:.0f} % saved" if share >= 0 else f"{-share:.0f} % more"

@@ -1,6 +1,6 @@
-"""The layer x token map as SVG: a column a token, ending at the layer before which the token was dropped.
+"""The layer x token map as SVG: a column for each token, ending at the layer before which the token was dropped.
 
-One path a stage with neighbouring columns of one stage merged, so that 4,096 tokens are tens of kilobytes and not
+One path per stage, with neighbouring columns of one stage merged, so that 4,096 tokens are tens of kilobytes and not
 thousands of elements. `layer_token_map_html` adds zoom in the browser (wheel, drag, keys).
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sdtp_lib.pruning.token_fates import KEPT_RGB, TokenFates, stage_colours
+from sdtp_lib.pruning.token_fates import TokenFates, stage_colours
+from sdtp_lib.views.looks import KEPT_SHARE
 
 _LEFT, _TOP, _BOTTOM = 46, 6, 34
 
@@ -44,10 +45,10 @@ def layer_token_map_svg(
     shown = stop - first
     inner_w, inner_h = width - _LEFT - 8, height - _TOP - _BOTTOM
     columns = stage_paths(fates, first, stop)
-    colours = [*stage_colours(len(fates.layers)), KEPT_RGB]
-    paths = "".join(
-        f'<path fill="rgb({r},{g},{b})" d="{d}"/>' for d, (r, g, b) in zip(columns, colours, strict=True) if d
-    )
+    # kept columns have the look of kept text: the page's own text colour, thinned
+    fills = [*(f'fill="rgb({r},{g},{b})"' for r, g, b in stage_colours(len(fates.layers)))]
+    fills.append(f'fill="currentColor" fill-opacity="{KEPT_SHARE}"')
+    paths = "".join(f'<path {fill} d="{d}"/>' for d, fill in zip(columns, fills, strict=True) if d)
     names = ""
     if tokens is not None and shown <= 200:
         names = "".join(
@@ -98,7 +99,10 @@ def _axes(fates: TokenFates, first: int, stop: int, width: int, height: int) -> 
     step = _round_step((stop - first) / 8)
     for position in itertools.takewhile(lambda p: p < stop, itertools.count(-(-first // step) * step, step)):
         x = _LEFT + inner_w * (position - first) / (stop - first)
-        parts.append(f'<text x="{x:.1f}" y="{_TOP + inner_h + 14}" text-anchor="middle">{position}</text>')
+        # a number that would stick out of the picture ends at its edge
+        anchor = "end" if x + 3.5 * len(str(position)) > width else "middle"
+        x = min(x, width - 1) if anchor == "end" else x
+        parts.append(f'<text x="{x:.1f}" y="{_TOP + inner_h + 14}" text-anchor="{anchor}">{position}</text>')
     names = (
         f'<text x="{_LEFT + inner_w / 2}" y="{height - 4}" text-anchor="middle">token position</text>'
         f'<text transform="translate(11 {_TOP + inner_h / 2}) rotate(-90)" text-anchor="middle">layer</text>'
@@ -106,11 +110,11 @@ def _axes(fates: TokenFates, first: int, stop: int, width: int, height: int) -> 
     return f'<g class="axes">{layer_labels}{names}<g class="positions">{"".join(parts)}</g></g>'
 
 
-def _thinned(layers: list[int], pixels_a_layer: float) -> list[int]:
+def _thinned(layers: list[int], pixels_per_layer: float) -> list[int]:
     """The layers to write out: those at least a line of text apart, the last one always."""
     chosen = [layers[-1]]
     for layer in reversed(layers[:-1]):
-        if (chosen[-1] - layer) * pixels_a_layer >= 13:
+        if (chosen[-1] - layer) * pixels_per_layer >= 13:
             chosen.append(layer)
     return chosen
 

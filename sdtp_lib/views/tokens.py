@@ -2,10 +2,10 @@
 side by side: what two scorers keep, and what an answer lost by pruning.
 
 Strings in, one HTML fragment out, with its own small style sheet; nothing is displayed or saved. Token text is always
-escaped: prompts come from anywhere and end up in notebooks, Voila pages and reports. Colours are laid under the page's
-own text colour, so a fragment works on light and on dark pages; differences are marked by line style too, so that they
-do not hang on colour alone. Hovering a token shows its numbers in the line above the text. Knows no model, no torch; of
-a tokenizer only `decode` and `convert_ids_to_tokens`.
+escaped: prompts come from anywhere and end up in notebooks, Voila pages and reports. A coloured token brings its own
+text colour, all else takes the page's, so a fragment works on light and on dark pages; text and map have the same
+colours. Differences are marked by line style too, so that they do not hang on colour alone. Hovering a token shows its
+numbers in the line above the text. Knows no model, no torch; of a tokenizer only `decode` and `convert_ids_to_tokens`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from sdtp_lib.pruning.token_fates import TokenFates, stage_colours
+from sdtp_lib.views import looks
 
 STYLE = """<style>
 .sdtp{position:relative;font:14px/1.7 system-ui,sans-serif;color:inherit;max-width:1100px}
@@ -26,17 +27,16 @@ STYLE = """<style>
 .sdtp .info{min-height:1.7em;opacity:.75;font-size:13px}
 .sdtp .text{font:13px/1.75 ui-monospace,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere;
 overflow:auto;border:1px solid rgb(128 128 128/.35);border-radius:4px;padding:6px 9px;resize:vertical}
+.sdtp .over{position:relative}
 .sdtp .t{border-radius:2px;padding:1px 0}
 .sdtp .t:hover{outline:2px solid currentColor}
-.sdtp .t:hover::after{content:attr(data-i) var(--fate,"");position:absolute;left:0;top:var(--info-top,1.7em);
+.sdtp .t:hover::after{content:attr(data-i) var(--fate,"");position:absolute;left:0;top:0;
 right:0;font:13px/1.7 system-ui,sans-serif;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;
 background:var(--jp-layout-color0,Canvas);color:inherit;pointer-events:none}
 .sdtp .key{display:inline-flex;flex-wrap:wrap;gap:2px 14px;font-size:13px}
 .sdtp .key i{display:inline-block;width:14px;height:14px;margin-right:5px;vertical-align:-2px;border-radius:2px;
 border:1px solid rgb(128 128 128/.5)}
 </style>"""
-
-_TINT = 0.5  # how much of a stage's colour lies under the text: more would hurt the contrast of the text
 
 
 def display_tokens(tokenizer: Any, ids: Iterable[int]) -> list[str]:
@@ -114,7 +114,7 @@ def dropped_tokens_html(
     positions: Sequence[int] | None = None,
     max_height: int = 340,
 ) -> str:
-    """The text with each token on the colour of the layer before which it was dropped; kept tokens stay plain.
+    """The text with each token on the colour of the layer before which it was dropped; kept tokens are grey.
 
     Hovering shows position, scores by layer and the fate. Parameters as in `tokens_html`; ``fates`` says the rest.
     """
@@ -141,21 +141,19 @@ def token_info(fates: TokenFates, positions: Sequence[int] | None = None) -> lis
 
 
 def stage_css(fates: TokenFates) -> str:
-    """Style of the classes ``s0`` .. ``sS``: one background a stage; the last, kept, has none."""
-    rules = [
-        f".sdtp .s{i}{{background:rgb({r} {g} {b}/{_TINT})}}"
-        for i, (r, g, b) in enumerate(stage_colours(len(fates.layers)))
-    ]
-    return f"<style>{''.join(rules)}</style>"
+    """Style of the classes ``s0`` .. ``sS``: one background per stage; the last, kept, is grey on any page."""
+    rules = [f".sdtp .s{i}{{{looks.dropped(rgb)}}}" for i, rgb in enumerate(stage_colours(len(fates.layers)))]
+    return f"<style>{''.join(rules)}.sdtp .s{len(fates.layers)}{{{looks.KEPT}}}</style>"
 
 
 def stage_key(fates: TokenFates) -> str:
-    """The legend: a swatch, a layer and a count for each stage, and what was kept."""
+    """The legend: a swatch and a count for each stage, and for what was kept."""
     entries = [
         f'<span><i class="s{i}"></i>before layer {layer}: {count}</span>'
         for i, (layer, count) in enumerate(zip(fates.layers, fates.dropped_per_stage(), strict=True))
     ]
-    return f"{''.join(entries)}<span><i></i>kept to the end: {fates.kept_count} of {fates.tokens}</span>"
+    kept = f'<span><i class="s{len(fates.layers)}"></i>kept to the end: {fates.kept_count} of {fates.tokens}</span>'
+    return f"{''.join(entries)}{kept}"
 
 
 def text_block(
@@ -163,11 +161,10 @@ def text_block(
 ) -> str:
     """Heading, line for what is hovered, scrolling text and legend around finished token spans."""
     head = f'<div class="head">{html.escape(title)}</div>' if title else ""
-    top = "1.7em" if title else "0"
     return (
-        f'<div class="sdtp" style="--info-top:{top}">{STYLE}{extra_css}{head}<div class="info">hover a token</div>'
+        f'<div class="sdtp">{STYLE}{extra_css}{head}<div class="over"><div class="info">hover a token</div>'
         f'<div class="text" tabindex="0" role="region" aria-label="prompt" style="max-height:{int(max_height)}px">'
-        f"{''.join(spans)}</div>{f'<div class=key>{key}</div>' if key else ''}</div>"
+        f"{''.join(spans)}</div></div>{f'<div class=key>{key}</div>' if key else ''}</div>"
     )
 
 
@@ -186,10 +183,13 @@ def _same_length(**lists: Sequence[Any]) -> None:
         raise ValueError(f"these belong together but differ in length: {lengths}.")
 
 
-_COMPARE_CSS = """<style>
-.sdtp .onlya{background:rgb(0 114 178/.5);border-bottom:2px solid rgb(0 114 178)}
-.sdtp .onlyb{background:rgb(230 159 0/.55);border-bottom:2px dashed rgb(180 110 0)}
-.sdtp .gone{opacity:.42}
+_COMPARE_CSS = f"""<style>
+.sdtp .onlya{{{looks.ONLY_FIRST}}}
+.sdtp .onlyb{{{looks.ONLY_SECOND}}}
+.sdtp .gone{{{looks.GONE}}}
+.sdtp .both{{{looks.KEPT}}}
+</style>"""
+_ANSWERS_CSS = """<style>
 .sdtp .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:12px}
 .sdtp .lost{background:rgb(213 94 0/.4);text-decoration:line-through}
 .sdtp .new{background:rgb(0 158 115/.4);text-decoration:underline}
@@ -207,13 +207,13 @@ def scorers_html(
 ) -> str:
     """Where two scorers disagree: tokens that only one of them still keeps when ``layer`` runs (the last by default).
 
-    Blue, solid line: only the first keeps it; orange, dashed: only the second; pale: both dropped it; plain: both keep.
+    Blue, solid line: only the first keeps it; orange, dashed: only the second; struck: neither; bold on grey: both.
     """
     if not len(tokens) == first.tokens == second.tokens:
         raise ValueError(f"different prompts: {len(tokens)} tokens, fates of {first.tokens} and {second.tokens}.")
     layer = first.num_layers - 1 if layer is None else layer
     has_a, has_b = first.dropped_at > layer, second.dropped_at > layer
-    kinds = np.where(has_a & has_b, "", np.where(has_a, "onlya", np.where(has_b, "onlyb", "gone")))
+    kinds = np.where(has_a & has_b, "both", np.where(has_a, "onlya", np.where(has_b, "onlyb", "gone")))
     spans = [
         f'<span class="t {kind}" data-i="position {p} · {html.escape(names[0])}: {first.layer_label(p)} · '
         f'{html.escape(names[1])}: {second.layer_label(p)}">{token_text(text)}</span>'
@@ -225,7 +225,8 @@ def scorers_html(
     key = (
         f'<span><i class="onlya"></i>only {a}: {int((kinds == "onlya").sum())}</span>'
         f'<span><i class="onlyb"></i>only {b}: {int((kinds == "onlyb").sum())}</span>'
-        f"<span><i></i>both keep: {both}</span><span class=gone>both dropped: {int((kinds == 'gone').sum())}</span>"
+        f'<span><i class="both"></i>both keep: {both}</span>'
+        f"<span><span class=gone>both dropped</span>: {int((kinds == 'gone').sum())}</span>"
         f"<span>agreement {100 * both / max(either, 1):.0f} % of what either keeps</span>"
     )
     title = f"{names[0]} against {names[1]}, tokens that layer {layer} still sees"
@@ -248,4 +249,4 @@ def answers_html(full: str, pruned: str, *, names: tuple[str, str] = ("unpruned"
         for name, side in zip(names, sides, strict=True)
     )
     pair = f'<div class="pair">{columns}</div><div class="info">{same}</div>'
-    return f'<div class="sdtp">{STYLE}{_COMPARE_CSS}{pair}</div>'
+    return f'<div class="sdtp">{STYLE}{_ANSWERS_CSS}{pair}</div>'

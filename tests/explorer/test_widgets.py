@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import subprocess
@@ -12,47 +13,9 @@ import numpy as np
 import pytest
 
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.explorer import live_html, widgets
-from sdtp_lib.explorer.state import ExplorerState, Outcome, Scored, parse_layers
-from sdtp_lib.model_shape import ModelShape
-from sdtp_lib.pruning.token_fates import simulate
-
-LAYERS = 12
-
-
-class MadeUpSource:
-    """Scores out of a generator; counts how often the "model" is asked."""
-
-    num_layers = LAYERS
-    prompts = ("short", "nasty")
-    scorers = ("learned", "recency")
-    shape = ModelShape(LAYERS, 64, 4, 2, 16, 128, 256)
-
-    def __init__(self, tokens: int = 120) -> None:
-        self.tokens = tokens
-        self.scored_calls = self.run_calls = 0
-        self._cache: dict = {}
-
-    def scored(self, prompt, scorer):
-        if (prompt, scorer) not in self._cache:
-            self.scored_calls += 1
-            rng = np.random.default_rng(len(prompt) + 7 * len(scorer))
-            base = np.arange(self.tokens) if scorer == "recency" else rng.normal(size=self.tokens)
-            layers = range(1, LAYERS) if scorer == "recency" else range(4, LAYERS, 3)
-            texts = [f" w{i}" for i in range(self.tokens)]
-            if prompt == "nasty":
-                texts[0] = "<script>alert(1)</script>"
-            scores = {layer: base + 0.1 * rng.normal(size=self.tokens) for layer in layers}
-            self._cache[prompt, scorer] = Scored(texts, scores)
-        return self._cache[prompt, scorer]
-
-    def run(self, prompt, scorer, config):
-        self.run_calls += 1
-        rough = simulate(self.scored(prompt, scorer).scores, config, LAYERS)
-        import dataclasses
-
-        fates = dataclasses.replace(rough, approximate=False)
-        return Outcome(fates, "the <b>pruned</b> answer", "the full answer", 1.0, 2.0, 1.5, 3.0, 600, 1000)
+from sdtp_lib.explorer import controls, live_html, widgets
+from sdtp_lib.explorer.state import ExplorerState, find_spans, parse_layers, parse_protected
+from tests.explorer.made_up import LAYERS, MadeUpSource
 
 
 @pytest.fixture
@@ -105,7 +68,7 @@ def test_the_position_mode_is_kept_by_a_preset_and_does_not_make_it_ones_own(sta
         ({"layers": (4, 99)}, "99"),
         ({"layers": (5,)}, r"no scores at layer\(s\) \[5\]"),
         ({"scorer": "nobody"}, "learned, recency"),
-        ({"prompt": "gone"}, "short, nasty"),
+        ({"prompt": "gone"}, "short, nasty, empty"),
         ({"preset": "keep05"}, "keep09"),
         ({"positions": "sideways"}, "original"),
         ({"colour": "red"}, "colour"),
@@ -220,7 +183,7 @@ def test_the_button_runs_the_engine_and_shows_answer_and_savings(source):
     explorer.run.click()
     assert source.run_calls == 1 and not explorer.run.disabled
     assert "what the engine did" in explorer.picture.value
-    assert "50 % saved" in explorer.result.value and "40 % saved" in explorer.result.value
+    assert "2.00 → 1.00 s</b> (50 % saved)" in explorer.result.value and "40 % saved" in explorer.result.value
     assert "<b>pruned" not in explorer.result.value
     explorer.keep_ratio.value = 0.8
     assert explorer.result.value == "" and "approximate" in explorer.picture.value
@@ -256,7 +219,7 @@ def test_a_saved_view_is_a_page_a_picture_and_what_made_them(source, tmp_path):
     files = {path.suffix: path for path in tmp_path.iterdir()}
     assert set(files) == {".html", ".png", ".svg", ".json"}
     page = files[".html"].read_text()
-    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    assert "<script>alert" not in page and "\\u003cscript>alert" in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
     assert json.loads(files[".json"].read_text())["approximate"] is False
 
@@ -271,3 +234,112 @@ def test_a_redraw_at_4096_tokens_leaves_the_kernel_half_of_its_100_ms(source):
         times.append(time.perf_counter() - started)
     assert np.median(times) < 0.05
     assert len(explorer.picture.value) < 150_000
+
+
+def test_a_slider_that_says_0_8999999999999999_means_0_9_and_leaves_the_preset_alone(source):
+    state = ExplorerState(source)
+    state.update(keep_ratio=0.3 + 0.6)  # 0.8999999999999999
+    assert state.config.keep_ratio == 0.9 and state.preset == "keep09"
+    explorer = widgets.Explorer(state)
+    explorer.keep_ratio.value = 0.8
+    explorer.keep_ratio.value = 0.3 + 0.01 * 60
+    assert state.passport()["pruning_keep_ratio"] == 0.9
+
+
+def test_a_prompt_that_cannot_be_scored_is_answered_in_a_sentence_and_the_choice_goes_back(source):
+    explorer = widgets.Explorer(ExplorerState(source))
+    before = explorer.text.value
+    explorer.prompt.value = "empty"
+    assert "0 elements" in explorer.message.value
+    assert explorer.prompt.value == "short" and explorer.state.prompt == "short" and explorer.text.value == before
+    assert "sdtp-stale" not in explorer.text._dom_classes
+
+
+def test_ones_own_prompt_is_scored_shown_and_chosen(source):
+    explorer = widgets.Explorer(ExplorerState(source))
+    explorer.own.button.click()
+    assert "empty" in explorer.message.value and explorer.prompt.value == "short"
+    explorer.own.document.value = "A <b>document</b>."
+    explorer.own.button.click()
+    assert explorer.prompt.value == "my prompt" and explorer.message.value == ""
+    assert not explorer.own.button.disabled
+
+
+def test_a_text_file_fills_the_document(source):
+    explorer = widgets.Explorer(ExplorerState(source))
+    file = {"name": "a.txt", "type": "text/plain", "size": 5, "content": memoryview("Käse".encode())}
+    explorer.own.file.value = ({**file, "last_modified": datetime.datetime(2026, 1, 1)},)
+    assert explorer.own.document.value == "Käse"
+
+
+def test_while_it_computes_the_picture_before_is_grey_and_a_bar_says_so(source, monkeypatch):
+    explorer = widgets.Explorer(ExplorerState(source))
+    seen = []
+    scored = source.scored
+
+    def slow(prompt, scorer):
+        explorer.progress.tell("scoring <it>", 3, 12)
+        seen.append((*explorer.text._dom_classes, explorer.progress.bar.value, explorer.progress.words.value))
+        return scored(prompt, scorer)
+
+    monkeypatch.setattr(source, "scored", slow)
+    explorer.prompt.value = "nasty"
+    assert seen[0][:2] == ("sdtp-stale", 3) and "scoring &lt;it&gt;" in seen[0][2]
+    assert "sdtp-stale" not in explorer.text._dom_classes and explorer.progress.bar.layout.visibility == "hidden"
+
+
+def test_another_model_brings_its_scorers_and_says_which_pruners_were_left_out(source):
+    explorer = widgets.Explorer(ExplorerState(source))
+    explorer.model.name.value = "none"
+    explorer.model.button.click()
+    assert "Cannot load" in explorer.message.value and explorer.model.name.value == "made-up"
+    explorer.model.name.value = "other"
+    explorer.model.button.click()
+    assert explorer.scorer.options == ("recency",) and explorer.state.source.name == "other"
+    assert "&lt;does&gt; not fit" in explorer.model.note.value
+
+
+def test_protected_text_stays_and_is_framed(source):
+    explorer = widgets.Explorer(ExplorerState(source, layers=(4,), keep_ratio=0.5))
+    dropped = np.flatnonzero(explorer.state.fates.dropped_at == 4)[:2]
+    explorer.protect.value = f"{dropped[0]}, {dropped[1]}"
+    assert (explorer.state.fates.dropped_at[dropped] == LAYERS).all()
+    assert "box-shadow" in explorer.picture.value
+    explorer.prompt.value = "nasty"
+    assert explorer.state.protect == () and explorer.protect.value == ""
+
+
+def test_where_the_engine_cannot_protect_the_box_says_so(source, monkeypatch):
+    monkeypatch.setattr(source, "can_protect", False)
+    explorer = widgets.Explorer(ExplorerState(source))
+    assert explorer.protect.disabled and "protect=" in explorer.protect.placeholder
+    with pytest.raises(ValueError, match="protect="):
+        explorer.state.update(protect=(3,))
+    assert explorer.state.protect == ()
+
+
+def test_protected_text_is_found_by_its_words_or_its_numbers():
+    tokens = ["The", " code", " is", " 4", "2", ".", " The", " end"]
+    assert find_spans(tokens, "42") == [(3, 4)] and find_spans(tokens, "The") == [(0, 0), (6, 6)]
+    assert parse_protected("1-2, 5", tokens) == (1, 2, 5) and parse_protected("", tokens) == ()
+    assert parse_protected("code is", tokens) == (1, 2)
+    with pytest.raises(ValueError, match="no token 8"):
+        parse_protected("8", tokens)
+    with pytest.raises(ValueError, match="'nowhere' is not in the prompt"):
+        parse_protected("nowhere", tokens)
+
+
+def test_every_control_has_its_words(source):
+    explorer = widgets.Explorer(ExplorerState(source))
+    for name in ("prompt", "scorer", "preset", "keep_ratio", "view", "against", "layers", "positions", "zoom", "token"):
+        assert len(controls.HELP[getattr(explorer, name).description]) > 30, name
+
+
+def test_views_of_two_ratios_do_not_overwrite_each_other(source, tmp_path):
+    explorer = widgets.Explorer(ExplorerState(source), export_to=tmp_path)
+    for ratio in (0.9, 0.8, 0.85):
+        explorer.keep_ratio.value = ratio
+        explorer.save.click()
+    names = {path.name for path in tmp_path.glob("*.html")}
+    assert names == {f"short_learned_{ratio}_approximate.html" for ratio in ("0.8", "0.85", "0.9")}
+    assert len(list(tmp_path.iterdir())) == 12

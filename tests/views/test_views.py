@@ -179,7 +179,14 @@ def test_scorers_are_compared_by_what_each_still_keeps(fates):
     other = TokenFates(np.array([4, 4, 1, 4, 1, 2]), (1, 2), 4, fates.scores)
     text = views.scorers_html(list("abcdef"), fates, other, ("A", "B"))
     page = Page(text)
-    assert [span["class"].split()[1:] for span in page.tokens] == [[], ["onlyb"], ["gone"], [], ["gone"], ["onlya"]]
+    assert [span["class"].split()[1:] for span in page.tokens] == [
+        ["both"],
+        ["onlyb"],
+        ["gone"],
+        ["both"],
+        ["gone"],
+        ["onlya"],
+    ]
     words = "".join(page.words)
     assert "only A: 1" in words and "only B: 1" in words and "both keep: 2" in words and "agreement 50 %" in words
 
