@@ -6,7 +6,6 @@ answers are made on request. Seconds are of one run each, not a benchmark.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,8 +64,6 @@ class EngineSource:
         self.model, self.tokenizer, self.notes = model, tokenizer, tuple(notes)
         self.name = str(getattr(model, "name_or_path", "") or type(model).__name__)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
-        # The engine may not know protected spans yet; the explorer then says so and offers none.
-        self.can_protect = "protect" in inspect.signature(token_pruning).parameters
         try:
             self.shape = ModelShape.from_model(model)
         except ValueError:  # a family whose FLOPs cannot be counted from its layers
@@ -130,17 +127,15 @@ class EngineSource:
 
     def run(self, prompt: str, scorer: str, config: PruningConfig, protect: Sequence[int] = ()) -> Outcome:
         """Answer with pruning, beside the unpruned answer (which is computed once per prompt)."""
-        options = {}
+        never = None
         if protect:
-            if not self.can_protect:
-                raise ValueError("protect: this release's engine cannot protect tokens yet; clear the selection.")
-            options["protect"] = torch.zeros(1, len(self._prompts[prompt].ids), dtype=torch.bool)
-            options["protect"][0, list(protect)] = True
+            never = torch.zeros(1, len(self._prompts[prompt].ids), dtype=torch.bool, device=self.model.device)
+            never[0, list(protect)] = True
         with self._lock:
             if prompt not in self._unpruned:
                 self._unpruned[prompt] = self._answer(prompt, "answering, nothing dropped")
             full_answer, full_prefill_s, full_total_s = self._unpruned[prompt]
-            with token_pruning(self.model, config, self._scorers[scorer], **options) as trace:
+            with token_pruning(self.model, config, self._scorers[scorer], protect=never) as trace:
                 answer, prefill_s, total_s = self._answer(prompt, "answering, pruned")
         return Outcome(
             TokenFates.from_trace(trace),

@@ -61,7 +61,9 @@ def view_payload(state: ExplorerState, title: str, against: str | None = None) -
     outcomes = {state.scorer: {own: state.outcome}} if state.outcome else {}
     sizes = {"num_layers": source.num_layers, "ratios": ratios}
     prompt = source.prompt(state.prompt)
-    entry = prompt_entry(state.prompt, prompt, scored, outcomes, config, shape=source.shape, **sizes)
+    entry = prompt_entry(
+        state.prompt, prompt, scored, outcomes, config, shape=source.shape, protect=state.protect, **sizes
+    )
     start = {"scorer": state.scorer, "ratio": ratios.index(own), "against": against or ""}
     return payload(title, [entry], config, model=source.name, start=start, made=state.passport(), **sizes)
 

@@ -25,17 +25,17 @@ for (const prompt of data.prompts) {
   }
 }
 
-// The cut of `token_fates.simulate`: of n kept tokens stay the first, the last, and the best of the rest.
-function cut(ranks, ratios, tokens) {
+// The cut of `token_fates.simulate`: of n kept tokens stay the first, the last, the protected, and the best of the rest.
+function cut(ranks, ratios, prompt) {
+  const tokens = prompt.tokens.length, never = new Set(prompt.protect);
   const stages = new Uint8Array(tokens).fill(KEPT);
   let alive = Array.from({length: tokens}, (_, position) => position);
   ranks.forEach((rank, stage) => {
     const n = alive.length, last = Math.max(data.min_local_tokens, Math.ceil(data.local_ratio * n));
-    const safe = Math.min(n, data.sink_tokens + last);
-    const keep = Math.min(n, Math.max(Math.floor(ratios[stage] * n + 1e-9), safe));
-    if (keep >= n) return;
-    const free = alive.slice(data.sink_tokens, n - last).sort((a, b) => rank[a] - rank[b]);
-    for (const position of free.slice(keep - safe)) stages[position] = stage;
+    const free = alive.slice(data.sink_tokens, Math.max(data.sink_tokens, n - last)).filter(p => !never.has(p));
+    const keep = Math.min(n, Math.max(Math.floor(ratios[stage] * n + 1e-9), n - free.length));
+    free.sort((a, b) => rank[a] - rank[b]);
+    for (const position of free.slice(free.length - (n - keep))) if (keep < n) stages[position] = stage;
     alive = alive.filter(position => stages[position] === KEPT);
   });
   return stages;
@@ -54,7 +54,7 @@ function fates(name) {
   if (dropsNothing(choice.ratio)) return {exact: true, stages: new Uint8Array(prompt.tokens.length).fill(KEPT),
     answer: prompt.full_answer};
   return exact ? {exact: true, ...exact}
-    : {exact: false, stages: cut(scorer.ranks, perCut(choice.ratio), prompt.tokens.length)};
+    : {exact: false, stages: cut(scorer.ranks, perCut(choice.ratio), prompt)};
 }
 function nearestRun(scorer) {
   const runs = Object.keys(scorer.exact).map(Number), far = run => Math.abs(mean(run) - mean(choice.ratio));

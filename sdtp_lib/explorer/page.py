@@ -22,7 +22,7 @@ from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.explorer.state import Outcome, Prompt, Scored
 from sdtp_lib.model_shape import ModelShape
-from sdtp_lib.pruning.token_fates import stage_colours
+from sdtp_lib.pruning.token_fates import simulate, stage_colours
 from sdtp_lib.views.looks import ink
 
 # What the page's slider can be moved to.
@@ -40,6 +40,7 @@ def prompt_entry(
     ratios: Sequence[Ratio] = RATIOS,
     num_layers: int,
     shape: ModelShape | None = None,
+    protect: Sequence[int] = (),
 ) -> dict[str, Any]:
     """One prompt of the page as JSON types.
 
@@ -53,11 +54,18 @@ def prompt_entry(
         Stages and protected tokens; its ratio is not used.
     ratios
         The slider's positions; those of ``outcomes`` are among them.
+    protect
+        Positions that are never dropped.
     """
     tokens = list(next(iter(scored.values())).tokens)
     entry: dict[str, Any] = {"name": name, "tokens": tokens, "question": prompt.question, "right": prompt.right_answer}
     entry["places"] = {place: list(span) for place, span in prompt.places.items()}
-    entry["shares"] = [_shares(config.replace(keep_ratio=r), len(tokens), num_layers, shape) for r in ratios]
+    never = np.zeros(len(tokens), bool)
+    never[list(protect)] = True
+    entry["protect"] = list(protect)
+    first = next(iter(scored.values())).scores  # how many stay follows from the ratio, not from the scores
+    cuts = (simulate(first, config.replace(keep_ratio=ratio), num_layers, protect=never) for ratio in ratios)
+    entry["shares"] = [_shares(cut.tokens_per_layer(), len(tokens), shape) for cut in cuts]
     entry["full_answer"] = next((o.full_answer for runs in outcomes.values() for o in runs.values()), None)
     kind = "<u2" if len(tokens) < 65536 else "<u4"
     entry["scorers"] = {
@@ -136,14 +144,13 @@ def _ranks(scores: Any) -> np.ndarray:
     return ranks
 
 
-def _shares(config: PruningConfig, tokens: int, num_layers: int, shape: ModelShape | None) -> list[float | None]:
-    """Shares of the unpruned prefill FLOPs (None where unknown) and of the KV cache; both follow from T alone."""
-    per_layer = budget.tokens_per_layer(config, num_layers, tokens)
+def _shares(per_layer: Sequence[int], tokens: int, shape: ModelShape | None) -> list[float | None]:
+    """Shares of the unpruned prefill FLOPs (None where unknown) and of the KV cache."""
     flops = None
     if shape is not None:
-        full = budget.prefill_flops(shape, [tokens] * num_layers)
+        full = budget.prefill_flops(shape, [tokens] * len(per_layer))
         flops = round(budget.prefill_flops(shape, per_layer) / full, 4)
-    return [flops, round(sum(per_layer) / (tokens * num_layers), 4)]
+    return [flops, round(sum(per_layer) / (tokens * len(per_layer)), 4)]
 
 
 def _packed(values: np.ndarray, kind: str) -> str:

@@ -17,8 +17,9 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.explorer import page
 from sdtp_lib.explorer.engine_source import PRUNERS, EngineSource, fitting_scorers
 from sdtp_lib.explorer.prompts import example_prompts
-from sdtp_lib.models import load_model, weights_note
-from sdtp_lib.records import atomic_write, passport, project_root
+from sdtp_lib.models import load_model
+from sdtp_lib.provenance import passport, project_root, weights_note
+from sdtp_lib.records import atomic_write
 
 GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 

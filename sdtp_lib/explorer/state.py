@@ -20,7 +20,6 @@ from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.token_fates import TokenFates, simulate
 
 OWN = "own"
-CANNOT_PROTECT = "Protected text needs token_pruning(..., protect=), which this release's engine does not have yet."
 _CHOICES = {"keep_ratio", "layers", "preset", "scorer", "prompt", "positions", "protect"}
 
 
@@ -76,7 +75,6 @@ class Source(Protocol):
     prompts: Sequence[str]
     scorers: Sequence[str]
     notes: Sequence[str]
-    can_protect: bool
 
     def prompt(self, name: str) -> Prompt:
         """The prompt of this name."""
@@ -152,8 +150,6 @@ class ExplorerState:
             if "prompt" in choices:
                 self.protect = ()  # positions of another prompt
             self.protect = tuple(choices.get("protect", self.protect))
-            if self.protect and not self.source.can_protect:
-                raise ValueError(CANNOT_PROTECT)
             changes = {name: choices[name] for name in ("keep_ratio", "layers", "positions") if name in choices}
             if isinstance(changes.get("keep_ratio"), float):
                 # a slider's 0.8999999999999999 is meant as 0.9
@@ -186,8 +182,7 @@ class ExplorerState:
 
     def run(self) -> Outcome:
         """Prune for real with the present choices."""
-        protect = (self.protect,) if self.protect else ()
-        self.outcome = self.source.run(self.prompt, self.scorer, self.config, *protect)
+        self.outcome = self.source.run(self.prompt, self.scorer, self.config, self.protect)
         return self.outcome
 
     def numbers(self) -> dict[str, float]:
@@ -222,11 +217,10 @@ class ExplorerState:
         }
 
     def _cut(self, scorer: str) -> TokenFates:
-        scores = self.source.scored(self.prompt, scorer).scores
-        if self.protect:
-            # As the best of all: right unless more is protected than the ratio would keep (then the engine keeps more).
-            scores = {layer: _raised(scores[layer], self.protect) for layer in scores}
-        return simulate(scores, self.config, self.source.num_layers)
+        scored = self.source.scored(self.prompt, scorer)
+        never = np.zeros(len(scored.tokens), bool)
+        never[list(self.protect)] = True
+        return simulate(scored.scores, self.config, self.source.num_layers, protect=never)
 
 
 def parse_protected(text: str, tokens: Sequence[str]) -> tuple[int, ...]:
@@ -273,12 +267,6 @@ def parse_layers(text: str) -> tuple[int, ...]:
         except ValueError:
             raise ValueError(f"layers: {part!r} is neither a number such as 4 nor a span such as 4-25:3.") from None
     return tuple(layers)
-
-
-def _raised(scores: Any, positions: Sequence[int]) -> np.ndarray:
-    raised = np.array(scores, float)
-    raised[list(positions)] = np.inf
-    return raised
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from sdtp_lib.config import POSITION_MODES, PRESETS, PruningConfig
 from sdtp_lib.explorer import live_html
 from sdtp_lib.explorer.controls import WIDE, ModelBox, OwnPrompt, Progress, explained
 from sdtp_lib.explorer.export import export_state
-from sdtp_lib.explorer.state import CANNOT_PROTECT, OWN, ExplorerState, Source, parse_layers, parse_protected
+from sdtp_lib.explorer.state import OWN, ExplorerState, Source, parse_layers, parse_protected
 from sdtp_lib.extras import extra
 from sdtp_lib.pruning.token_fates import TokenFates, simulate
 from sdtp_lib.views.layer_map import layer_token_map_svg
@@ -69,7 +69,9 @@ class Explorer:
         self.positions = ipywidgets.Dropdown(description="positions", options=POSITION_MODES, **WIDE)
         self.zoom = ipywidgets.IntRangeSlider(description="map shows tokens", min=0, max=1, **WIDE)
         self.token = ipywidgets.BoundedIntText(description="token number", min=0, max=0, **WIDE)
-        self.protect = ipywidgets.Text(description="protect", continuous_update=False, **WIDE)
+        self.protect = ipywidgets.Text(
+            description="protect", placeholder="select text below", continuous_update=False, **WIDE
+        )
         self.protect.add_class(f"{self._prefix}protect")
         self.run = ipywidgets.Button(description="run the engine", button_style="primary")
         self.save = ipywidgets.Button(description="save view")
@@ -98,8 +100,6 @@ class Explorer:
         self._syncing = True
         self.scorer.options = list(source.scorers)
         self.against.options = [_NOTHING, *source.scorers]
-        self.protect.disabled = not source.can_protect
-        self.protect.placeholder = "select text in the prompt" if source.can_protect else CANNOT_PROTECT
         self.model.note.value = "<br>".join(html.escape(note) for note in source.notes)
         self._syncing = False
         self._sync()

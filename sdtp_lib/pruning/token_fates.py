@@ -119,6 +119,7 @@ def simulate(
     num_layers: int,
     *,
     positions: Mapping[int, Any] | None = None,
+    protect: Any = None,
 ) -> TokenFates:
     """Cut ``scores`` as the engine would if they did not depend on earlier cuts (marked approximate).
 
@@ -130,6 +131,8 @@ def simulate(
         Stages, ratios and protected tokens (`budget.keep_count` decides how many stay; ties go to the later token).
     positions
         ``{layer: (T,)}`` token positions of the scores; 0..T-1 if left out.
+    protect
+        (T,) of bool: tokens that are never dropped, as in ``token_pruning(..., protect=)``.
 
     Raises
     ------
@@ -148,21 +151,22 @@ def simulate(
     dropped_at = np.full(tokens, num_layers)
     alive = np.arange(tokens)
     seen = np.full(table.shape, np.nan)
+    never = np.zeros(tokens, bool) if protect is None else _numpy(protect).reshape(-1).astype(bool)
     for stage, layer in enumerate(config.layers):
         seen[stage, alive] = table[stage, alive]
-        stays = _kept(table[stage, alive], config, layer)
+        stays = _kept(table[stage, alive], config, layer, never[alive])
         dropped_at[alive[~stays]] = layer
         alive = alive[stays]
     return TokenFates(dropped_at, config.layers, num_layers, seen, approximate=True)
 
 
-def _kept(scores: np.ndarray, config: PruningConfig, layer: int) -> np.ndarray:
-    """(n,) which of the n living tokens stay at ``layer``."""
+def _kept(scores: np.ndarray, config: PruningConfig, layer: int, never: np.ndarray) -> np.ndarray:
+    """(n,) which of the n tokens kept so far stay at ``layer``; ``never`` (n,) are the ones that may not be dropped."""
     alive = len(scores)
-    keep = keep_count(alive, layer, config)
     local = max(0, protected_count(alive, config) - config.sink_tokens)
     index = np.arange(alive)
-    protected = (index < config.sink_tokens) | (index >= alive - local)
+    protected = (index < config.sink_tokens) | (index >= alive - local) | never
+    keep = keep_count(alive, layer, config, int(protected.sum()))
     # Last key first: protected tokens lead, then the score, then the later position.
     order = np.lexsort((-index, -np.nan_to_num(scores, nan=-np.inf), ~protected))
     stays = np.zeros(alive, bool)

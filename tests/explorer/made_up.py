@@ -21,7 +21,6 @@ class MadeUpSource:
     scorers = ("learned", "recency")
     shape = ModelShape(LAYERS, 64, 4, 2, 16, 128, 256)
     notes: tuple[str, ...] = ()
-    can_protect = True
 
     def __init__(self, tokens: int = 120, name: str = "made-up") -> None:
         self.tokens, self.name = tokens, name
@@ -62,6 +61,8 @@ class MadeUpSource:
 
     def run(self, prompt, scorer, config, protect=()):
         self.run_calls += 1
-        rough = simulate(self.scored(prompt, scorer).scores, config, LAYERS)
+        rough = simulate(
+            self.scored(prompt, scorer).scores, config, LAYERS, protect=np.isin(np.arange(self.tokens), protect)
+        )
         fates = dataclasses.replace(rough, approximate=False)
         return Outcome(fates, "the <b>pruned</b> answer", "the full answer", 1.0, 2.0, 1.5, 3.0, 600, 1000)

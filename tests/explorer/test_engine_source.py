@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from sdtp_lib.config import PruningConfig
 from sdtp_lib.explorer import engine_source
 from sdtp_lib.explorer.engine_source import EngineSource
 from sdtp_lib.explorer.state import ExplorerState
@@ -54,10 +53,11 @@ def test_pruners_of_another_model_are_left_out_with_a_sentence(tiny_model, tmp_p
     assert "left out" in note and "hidden_size=64" in note
 
 
-def test_protecting_without_the_engines_help_is_refused(source):
-    if source.can_protect:
-        outcome = source.run("long", "recency", PruningConfig(layers=(2,), keep_ratio=0.3), (30, 31))
-        assert (outcome.fates.dropped_at[[30, 31]] == source.num_layers).all()
-    else:
-        with pytest.raises(ValueError, match="protect"):
-            source.run("long", "recency", PruningConfig(layers=(2,), keep_ratio=0.3), (30, 31))
+def test_protected_tokens_reach_the_last_layer_in_the_picture_and_in_the_engine(source):
+    state = ExplorerState(source, scorer="recency", layers=(2, 4), keep_ratio=0.3)
+    assert (state.fates.dropped_at[30:34] == 2).all()
+    state.update(protect=(30, 31, 32, 33))
+    approximate = state.fates
+    outcome = state.run()
+    assert (outcome.fates.dropped_at[30:34] == source.num_layers).all()
+    assert (outcome.fates.dropped_at == approximate.dropped_at).all()

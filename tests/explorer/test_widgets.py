@@ -309,15 +309,6 @@ def test_protected_text_stays_and_is_framed(source):
     assert explorer.state.protect == () and explorer.protect.value == ""
 
 
-def test_where_the_engine_cannot_protect_the_box_says_so(source, monkeypatch):
-    monkeypatch.setattr(source, "can_protect", False)
-    explorer = widgets.Explorer(ExplorerState(source))
-    assert explorer.protect.disabled and "protect=" in explorer.protect.placeholder
-    with pytest.raises(ValueError, match="protect="):
-        explorer.state.update(protect=(3,))
-    assert explorer.state.protect == ()
-
-
 def test_protected_text_is_found_by_its_words_or_its_numbers():
     tokens = ["The", " code", " is", " 4", "2", ".", " The", " end"]
     assert find_spans(tokens, "42") == [(3, 4)] and find_spans(tokens, "The") == [(0, 0), (6, 6)]
