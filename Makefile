@@ -64,12 +64,13 @@ params: $(READY) ## print every notebook's parameters: type, default, help
 	@$(BIN)/python workflow/run_notebook.py --list
 
 .PHONY: lab
-lab: $(READY) ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. notebooks
+lab: $(READY) ## open JupyterLab at the project's root, on notebook 03
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" \
+	    --LabApp.default_url=/lab/tree/notebooks/03_pruning.ipynb $(ARGS)
 
 .PHONY: app
-app: $(READY) ## serve the pruning views without code cells, on loopback with a token
-	$(BIN)/python -m sdtp_lib.explorer.app
+app: $(READY) ## serve the explorer without code cells, on loopback with a token (ARGS=--help)
+	$(BIN)/python -m sdtp_lib.explorer.app $(ARGS)
 
 .PHONY: report
 report: $(READY) ## one HTML page from the rows of a run (RUN=folder)

@@ -131,12 +131,10 @@ class EngineSource:
         if protect:
             never = torch.zeros(1, len(self._prompts[prompt].ids), dtype=torch.bool, device=self.model.device)
             never[0, list(protect)] = True
-        with self._lock:
-            if prompt not in self._unpruned:
-                self._unpruned[prompt] = self._answer(prompt, "answering, nothing dropped")
-            full_answer, full_prefill_s, full_total_s = self._unpruned[prompt]
-            with token_pruning(self.model, config, self._scorers[scorer], protect=never) as trace:
-                answer, prefill_s, total_s = self._answer(prompt, "answering, pruned")
+        self.full_answer(prompt)
+        full_answer, full_prefill_s, full_total_s = self._unpruned[prompt]
+        with self._lock, token_pruning(self.model, config, self._scorers[scorer], protect=never) as trace:
+            answer, prefill_s, total_s = self._answer(prompt, "answering, pruned")
         return Outcome(
             TokenFates.from_trace(trace),
             answer,
@@ -148,6 +146,13 @@ class EngineSource:
             sum(trace.kv_bytes_per_layer),
             self._full_kv_bytes(len(self._prompts[prompt].ids)),
         )
+
+    def full_answer(self, prompt: str) -> str:
+        """What the model answers when nothing is dropped; computed once per prompt."""
+        with self._lock:
+            if prompt not in self._unpruned:
+                self._unpruned[prompt] = self._answer(prompt, "answering, nothing dropped")
+        return self._unpruned[prompt][0]
 
     def _input(self, prompt: str) -> torch.Tensor:
         return torch.tensor([self._prompts[prompt].ids], device=self.model.device)

@@ -280,7 +280,7 @@ function newMarks() {
   }));
 }
 const HELP = {
-  prompt: 'Three made-up tasks on real text. The place of the answer and the question are framed in the text.',
+  prompt: 'What the model was given. Where they are known, the places of the answer and of the question are framed.',
   scorer: 'What decides which tokens stay: small trained networks (learned), the attention paid by the last tokens '
     + '(attention), the place in the prompt (recency), the size of the hidden state (hidden_norm), or chance (random).',
   ratio: 'The share of the tokens still read that stays at each cut. There are several cuts, so 80 % at each leaves far '

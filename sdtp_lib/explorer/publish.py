@@ -17,11 +17,25 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.explorer import page
 from sdtp_lib.explorer.engine_source import PRUNERS, EngineSource, fitting_scorers
 from sdtp_lib.explorer.prompts import example_prompts
+from sdtp_lib.explorer.state import Prompt
 from sdtp_lib.models import load_model
 from sdtp_lib.provenance import passport, project_root, weights_note
 from sdtp_lib.records import atomic_write
 
+CHOSEN = "synthetic, on real text; of each kind the first of a few that the unpruned model answers right"
 GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+
+
+def answered_examples(model: Any, tokenizer: Any, prompt_tokens: int, seeds: int = 8) -> dict[str, Prompt]:
+    """The example prompts; of each the first of ``seeds`` that the unpruned model answers right, else the first."""
+    first, chosen = example_prompts(tokenizer, prompt_tokens), {}
+    for seed in range(seeds):
+        prompts = example_prompts(tokenizer, prompt_tokens, seed=seed)
+        source = EngineSource(model, tokenizer, {n: p for n, p in prompts.items() if n not in chosen}, {})
+        chosen |= {n: prompts[n] for n in source.prompts if prompts[n].right_answer in source.full_answer(n)}
+        if len(chosen) == len(first):
+            break
+    return {name: chosen.get(name, prompt) for name, prompt in first.items()}
 
 
 def record(source: EngineSource, *, grid: Sequence[float] = GRID, made: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -72,9 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, tokenizer = load_model(options.model)
         found, notes = fitting_scorers(model, options.pruners)
         print("\n".join(notes))
-        prompts = example_prompts(tokenizer, options.prompt_tokens)
+        prompts = answered_examples(model, tokenizer, options.prompt_tokens)
         source = EngineSource(model, tokenizer, prompts, found, max_new_tokens=24)
-        data = record(source, made=passport(model, model_name=options.model, weights=weights_note(model)))
+        made = passport(model, model_name=options.model, weights=weights_note(model))
+        data = record(source, made={**made, "prompts": CHOSEN})
         _write(recorded, json.dumps(data, ensure_ascii=False))
     text = page.live_page(json.loads(recorded.read_text("utf-8")))
     _write(target, text)

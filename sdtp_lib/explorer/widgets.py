@@ -246,7 +246,7 @@ class Explorer:
             return ipywidgets.Box([ipywidgets.VBox(column, layout=half) for column in columns], layout=wrap)
 
         pages = {
-            "choices": grid(self.prompt, self.scorer, self.preset, self.keep_ratio, self.view, self.against),
+            "choices": grid(self.prompt, self.scorer, self.keep_ratio, self.preset, self.view, self.against),
             "my prompt": self.own.box,
             "more choices": grid(self.protect, self.token, self.layers, self.zoom, self.positions),
             "model": self.model.box,
@@ -267,12 +267,12 @@ def _numbers(state: ExplorerState) -> str:
     numbers = state.numbers()
     flops = numbers.get("prefill_flops_share")
     parts = [
-        "approximate, cut from the scores of one unpruned run" if state.fates.approximate else "what the engine did",
-        f"{numbers['kept_tokens']:,} of {numbers['prompt_tokens']:,} tokens reach the last layer",
-        *([f"{100 * flops:.0f} % of the prefill's FLOPs"] if flops is not None else []),
-        f"{100 * numbers['kv_share']:.0f} % of the KV cache",
+        f"<b>{numbers['kept_tokens']:,} of {numbers['prompt_tokens']:,}</b> tokens reach the last layer",
+        *([f"<b>{100 * flops:.0f} %</b> of the prefill's FLOPs"] if flops is not None else []),
+        f"<b>{100 * numbers['kv_share']:.0f} %</b> of the KV cache",
+        "approximate" if state.fates.approximate else "what the engine did",
     ]
-    return f'<div class="head" aria-live="polite">{" · ".join(parts)}</div>'
+    return f'<div aria-live="polite">{" · ".join(parts)}</div>'
 
 
 def _token_line(tokens: Any, fates: TokenFates, position: int) -> str:

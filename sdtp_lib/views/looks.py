@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-KEPT_SHARE = 0.16
+KEPT_SHARE = 0.2
 KEPT = f"background:color-mix(in srgb,currentColor {100 * KEPT_SHARE:.0f}%,transparent);font-weight:700"
 _PALE = "color-mix(in srgb,currentColor 55%,transparent)"
 GONE = f"background:none;font-weight:400;color:{_PALE};text-decoration:line-through 1px"

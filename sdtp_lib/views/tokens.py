@@ -133,10 +133,11 @@ def token_info(fates: TokenFates, positions: Sequence[int] | None = None) -> lis
     """What hovering a token tells: its position and its score at each stage it reached."""
     at = positions if positions is not None else range(fates.tokens)
     columns = fates.scores.T
-    names = [f"L{layer} " for layer in fates.layers]
+    names = [f"layer {layer}: " for layer in fates.layers]
+    told = ([f"{n}{x:.3g}" for n, x in zip(names, column, strict=True) if x == x] for column in columns.tolist())
     return [
-        " · ".join([f"position {p}", *(f"{n}{x:.3g}" for n, x in zip(names, column, strict=True) if x == x)])
-        for p, column in zip(at, columns.tolist(), strict=True)
+        f"position {p}" + (f" · score before {', '.join(parts)}" if parts else "")
+        for p, parts in zip(at, told, strict=True)
     ]
 
 

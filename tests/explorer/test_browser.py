@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import statistics
 import subprocess
@@ -24,22 +23,12 @@ import nbformat
 import pytest
 import yaml
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make test-ui")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make test-ui")
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(280)]
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = ROOT / "data" / "results" / "browser"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 # A median of 100 ms is the goal on two idle cores (see LOG.md); a busy machine gets room before this test fails.
 SLOWEST_MEDIAN_MS = 400
 SETTINGS = {
@@ -47,34 +36,11 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
     "docmanager-extension/plugin": {"autosave": False},
 }
-PLAYGROUND = """from test_widgets import MadeUpSource
-from sdtp_lib import widgets
-explorer = widgets.Explorer(widgets.ExplorerState(MadeUpSource(4096)))
+PLAYGROUND = """from sdtp_lib.explorer.state import ExplorerState
+from sdtp_lib.explorer.widgets import Explorer
+from tests.explorer.made_up import MadeUpSource
+explorer = Explorer(ExplorerState(MadeUpSource(4096)))
 explorer.box"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-    KEPT.mkdir(parents=True, exist_ok=True)
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser):
-    """A 13-inch page that collects what goes wrong; no dialog may open, whatever a prompt says."""
-    one = browser.new_page(viewport={"width": 1280, "height": 800})
-    one.wrong = []
-    one.on("console", lambda message: one.wrong.append(message.text) if message.type == "error" else None)
-    one.on("pageerror", lambda error: one.wrong.append(f"uncaught: {error}"))
-    # Voila's template asks a CDN for icons; a test must not depend on whether there is a network.
-    one.route(re.compile(r"^https://cdn\."), lambda route: route.fulfill(body="", content_type="text/css"))
-    one.on("dialog", lambda dialog: (one.wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    yield one
-    one.close()
 
 
 @contextmanager
@@ -82,8 +48,7 @@ def serving(command: list[str], folder: Path, ready: str, extra: dict[str, str] 
     """A server process with a home of its own, stopped at the end; its log stays in ``folder``."""
     private = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
     private["JUPYTER_RUNTIME_DIR"] = str(folder / "runtime")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, **private, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1", **(extra or {})}
+    env = {**os.environ, **private, "PYTHONPATH": str(ROOT), "JUPYTER_PREFER_ENV_PATH": "1", **(extra or {})}
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -202,7 +167,7 @@ REDRAW = """async moves => {
 }"""
 
 
-def test_dragging_the_keep_ratio_redraws_4096_tokens_in_time(page, lab, browser):
+def test_dragging_the_keep_ratio_redraws_4096_tokens_in_time(page, lab, browser, shots):
     assert open_and_run(page, lab("playground.ipynb")) == []
     page.wait_for_selector("svg.sdtp-map")
     text = page.locator(".sdtp .text").first.inner_html()
@@ -218,12 +183,12 @@ def test_dragging_the_keep_ratio_redraws_4096_tokens_in_time(page, lab, browser)
         "p95_ms": round(times[int(0.95 * len(times)) - 1], 1),
         "load": os.getloadavg()[0],
     }
-    (KEPT / "redraw.json").write_text(json.dumps(measured, indent=1))
+    (shots / "redraw.json").write_text(json.dumps(measured, indent=1))
     print(f"\nredraw: {measured}")
-    page.screenshot(path=KEPT / "explorer-light.png")
+    page.screenshot(path=shots / "explorer-light.png")
     page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     page.wait_for_timeout(1200)
-    page.screenshot(path=KEPT / "explorer-dark.png")
+    page.screenshot(path=shots / "explorer-dark.png")
     page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
     page.wait_for_timeout(600)
     assert page.wrong == []
@@ -251,22 +216,88 @@ def test_the_explorer_works_without_a_mouse(page, lab):
     assert page.wrong == []
 
 
+def test_pointing_fills_the_line_above_the_text_and_selecting_protects(page, lab, shots):
+    open_and_run(page, lab("playground.ipynb"))
+    page.wait_for_selector(".sdtp .live .t")
+    page.locator(".sdtp .live .t").nth(3).hover()
+    page.wait_for_function("document.querySelector('.sdtp .info').textContent.includes('position 3')")
+    line, text = (page.locator(f".sdtp {name}").first.bounding_box() for name in (".info", ".live"))
+    assert line["y"] + line["height"] <= text["y"] + 1, "what is said of a token covers no text"
+    ends = [page.locator(".sdtp .live .t").nth(n).bounding_box() for n in (20, 24)]
+    page.mouse.move(ends[0]["x"] + 8, ends[0]["y"] + 8)
+    page.mouse.down()
+    page.mouse.move(ends[1]["x"] + 8, ends[1]["y"] + 8, steps=4)
+    page.mouse.up()
+    page.wait_for_function(
+        "getComputedStyle(document.querySelectorAll('.sdtp .live .t')[22]).boxShadow !== 'none'", timeout=10_000
+    )
+    box = page.evaluate("document.querySelector('[class*=protect] input').value")
+    assert box == "20-24"
+    page.screenshot(path=shots / "explorer-protected.png")
+    assert page.wrong == []
+
+
+def test_a_prompt_of_ones_own_a_prompt_that_fails_and_another_model(page, lab, shots):
+    open_and_run(page, lab("playground.ipynb"))
+    page.wait_for_selector(".sdtp .live .t")
+    page.locator(".widget-dropdown select").first.select_option("empty")
+    page.wait_for_selector("[role=alert]")
+    page.wait_for_function("document.querySelector('.widget-dropdown select').selectedOptions[0].label === 'short'")
+    page.get_by_role("tab", name="my prompt").click()
+    page.locator("textarea").last.fill("A text of my own.")
+    page.screenshot(path=shots / "explorer-own-prompt.png")
+    page.get_by_role("button", name="score it").click()
+    page.wait_for_function(
+        "/^my.prompt$/.test(document.querySelector('.widget-dropdown select').selectedOptions[0].label)"
+    )
+    page.get_by_role("tab", name="model").click()
+    page.get_by_role("button", name="load it").click()
+    page.wait_for_selector("text=does> not fit")
+    page.get_by_role("tab", name="choices", exact=True).click()
+    page.get_by_role("button", name="run the engine").click()
+    page.wait_for_selector("text=what the engine did")
+    answers, map_ = page.locator(".sdtp .pair").bounding_box(), page.locator("svg.sdtp-map").bounding_box()
+    assert answers["y"] + answers["height"] < min(800, map_["y"]), (
+        "the answers are above the fold, right under the button"
+    )
+    page.screenshot(path=shots / "explorer-answers.png")
+    assert page.wrong == []
+
+
+def test_make_lab_opens_notebook_03_with_the_files_of_the_root(page, tmp_path):
+    recipe = re.search(r"^lab:.*\n\t(.*\\\n.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    flags = re.findall(r"--(?:ServerApp|LabApp)\.\w+=\S+", recipe.replace("$(CURDIR)", str(ROOT)).replace('"', ""))
+    assert len(flags) == 2
+    port, token = free_port(), secrets.token_hex(16)
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}",
+        f"--IdentityProvider.token={token}", f"--LabApp.workspaces_dir={tmp_path}", *flags,
+    ]  # fmt: skip
+    with serving(command, tmp_path, f"http://127.0.0.1:{port}/api"):
+        page.goto(f"http://127.0.0.1:{port}/?token={token}")
+        page.wait_for_selector(".jp-Notebook h1:has-text('03 · Which tokens survive')", timeout=60_000)
+        page.wait_for_selector(".jp-DirListing-item >> text=Makefile")
+        page.wait_for_selector(".jp-DirListing-item >> text=notebooks")
+
+
 @pytest.mark.embedded
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_in_jupyterlab_without_an_error(page, lab, path):
+def test_a_notebook_runs_in_jupyterlab_without_an_error(page, lab, path, shots):
     assert open_and_run(page, lab(path.name)) == []
     if path.stem == "03_pruning":
-        page.wait_for_selector("text=seen by layer")
+        page.wait_for_selector("text=kept at each cut")
         handle = page.locator(".noUi-handle").first
         handle.scroll_into_view_if_needed()
         before, after = moved_map(page, lambda: drag(page, handle, -50))
         assert before != after
-    page.screenshot(path=KEPT / f"{path.stem}.png")
+    page.screenshot(path=shots / f"{path.stem}.png")
     assert page.wrong == []
 
 
 @pytest.mark.embedded
-def test_the_app_shows_the_explorer_without_code_behind_a_token(page, tmp_path):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_app_shows_the_explorer_without_code_behind_a_token(page, tmp_path, shots, scheme):
+    page.emulate_media(color_scheme=scheme)
     port, token = free_port(), secrets.token_hex(16)
     command = [sys.executable, "-m", "sdtp_lib.explorer.app", f"--port={port}", f"--token={token}"]
     command += ["--prompt-tokens=300"]
@@ -279,36 +310,10 @@ def test_the_app_shows_the_explorer_without_code_behind_a_token(page, tmp_path):
         assert page.locator(".jp-InputArea-editor, .cm-editor").count() == 0
         assert "default_source" not in page.inner_text("body")
         moved_map(page, lambda: drag(page, page.locator(".noUi-handle").first, -60))
-        page.screenshot(path=KEPT / "app.png", full_page=True)
+        page.screenshot(path=shots / f"app-{scheme}.png", full_page=True)
         page.locator("button:has-text('run the engine')").click()
         page.wait_for_selector("text=what the engine did", timeout=60_000)
-        page.screenshot(path=KEPT / "app-engine.png", full_page=True)
+        page.screenshot(path=shots / f"app-engine-{scheme}.png", full_page=True)
+        paper = page.evaluate("getComputedStyle(document.body).getPropertyValue('--jp-layout-color0')")
+        assert (paper.strip() in ("white", "#fff", "#ffffff")) == (scheme == "light")
         assert page.wrong == []
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_an_exported_page_opens_from_a_file_and_zooms(page, tmp_path, monkeypatch, scheme):
-    monkeypatch.syspath_prepend(ROOT / "tests")
-    from test_widgets import MadeUpSource
-
-    from sdtp_lib.explorer.export import export_state
-    from sdtp_lib.explorer.state import ExplorerState
-
-    state = ExplorerState(MadeUpSource(300), prompt="nasty", keep_ratio=0.7)
-    state.run()
-    files = export_state(state, tmp_path, "view")
-    page.emulate_media(color_scheme=scheme)
-    page.goto(next(file for file in files if file.suffix == ".html").as_uri())
-    cells = page.locator("svg.sdtp-map .cells")
-    assert cells.get_attribute("viewBox") == "0 0 300 12"
-    page.locator(".sdtp[role=group]").focus()
-    page.keyboard.press("+")
-    zoomed = [float(number) for number in cells.get_attribute("viewBox").split()]
-    assert zoomed[2] == pytest.approx(240) and zoomed[0] == pytest.approx(30)
-    page.keyboard.press("0")
-    page.locator(".sdtp .t").nth(40).hover()
-    assert page.evaluate("getComputedStyle(document.querySelectorAll('.sdtp .t')[40], '::after').content").startswith(
-        '"position 40'
-    )
-    page.screenshot(path=KEPT / f"export-{scheme}.png", full_page=True)
-    assert page.wrong == []

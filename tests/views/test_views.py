@@ -80,8 +80,8 @@ def test_each_token_is_one_span_in_the_prompts_order(fates):
 
 def test_hovering_tells_position_scores_and_fate(fates):
     info = [span["data-i"] for span in Page(views.dropped_tokens_html(NASTY, fates)).tokens]
-    assert info[0] == "position 0 · L1 0.5 · L2 0.4 · kept to the end"
-    assert info[1] == "position 1 · L1 0.1 · dropped before layer 1"
+    assert info[0] == "position 0 · score before layer 1: 0.5, layer 2: 0.4 · kept to the end"
+    assert info[1] == "position 1 · score before layer 1: 0.1 · dropped before layer 1"
 
 
 def test_the_legend_counts_what_each_stage_dropped(fates):
