@@ -63,10 +63,16 @@ study: $(READY) ## run notebooks 01-05 (PARAMS=..., PROFILE=..., RUN=...); only 
 params: $(READY) ## print every notebook's parameters: type, default, help
 	@$(BIN)/python workflow/run_notebook.py --list
 
+WORKSPACES := .jupyter/workspaces
 .PHONY: lab
-lab: $(READY) ## open JupyterLab at the project's root, on notebook 03
+lab: $(READY) $(WORKSPACES)/.made ## open JupyterLab at the project's root, on notebook 03; later where you left it
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" \
-	    --LabApp.default_url=/lab/tree/notebooks/03_pruning.ipynb $(ARGS)
+	    --LabApp.workspaces_dir="$(CURDIR)/$(WORKSPACES)" $(ARGS)
+
+# The first layout: the address of a notebook alone would move the file browser into its folder.
+$(WORKSPACES)/.made: app/lab-workspace.json | $(READY)
+	@$(BIN)/jupyter lab workspaces import $< --LabWorkspaceImportApp.workspaces_dir=$(@D)
+	@touch $@
 
 .PHONY: app
 app: $(READY) ## serve the explorer without code cells, on loopback with a token (ARGS=--help)
