@@ -41,7 +41,7 @@ INSIDE = {
     "methods": ({"call"},),
     "views": ({"looks"}, {"tokens", "layer_map"}),
     "plots": ({"style"}, {"cost", "needles", "results", "tokens"}),
-    "explorer": ({"state"}, {"live_html", "page", "prompts"}, {"export", "engine_source"}, {"controls"},
+    "explorer": ({"state", "typed"}, {"live_html", "page", "prompts"}, {"export", "engine_source"}, {"controls"},
                  {"widgets", "publish"}, {"app"}),
     "training": ({"config", "labels", "losses"}, {"saliency", "simulation"}, {"step"}, {"trainer"}),
     "evaluation": ({"statistics", "divergence", "methods", "items", "fewshot"},
@@ -53,7 +53,7 @@ INSIDE = {
 NO_TORCH = {"extras", "shipped", "provenance", "load_failures", "files", "records", "config", "budget", "layer_shape",
             "model_shape", "paper", "plots", "views", "training.config", "pruning.token_fates",
             "latency.cost_model", "explorer.state", "explorer.live_html", "explorer.export",
-            "explorer.widgets", "explorer.controls", "explorer.page"}  # fmt: skip
+            "explorer.widgets", "explorer.controls", "explorer.page", "explorer.typed"}  # fmt: skip
 # `ModelShape.from_config` builds the model that it counts, which nobody but its caller asks for.
 TORCH_ON_CALL = {"model_shape"}
 NEVER = {

@@ -11,9 +11,11 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 
+from sdtp_lib.explorer.state import ExplorerState, Outcome
 from sdtp_lib.pruning.token_fates import TokenFates, stage_colours
 from sdtp_lib.views import looks
 from sdtp_lib.views.tokens import STYLE, token_info, token_text
@@ -127,3 +129,49 @@ def _rule(prefix: str, chosen: np.ndarray, look: str) -> str:
 def _css_string(text: str) -> str:
     """``text`` for a CSS string inside a style element: no quote, backslash, line end or ``<`` survives."""
     return "".join(c if c.isalnum() or c in " ._-+()" else f"\\{ord(c):x} " for c in text)
+
+
+def numbers_html(state: ExplorerState) -> str:
+    """Tokens and shares of the unpruned cost of what is drawn, and whether it is exact."""
+    numbers = state.numbers()
+    flops = numbers.get("prefill_flops_share")
+    parts = [
+        f"<b>{numbers['kept_tokens']:,} of {numbers['prompt_tokens']:,}</b> tokens reach the last layer",
+        *([f"<b>{100 * flops:.0f} %</b> of the prefill's FLOPs"] if flops is not None else []),
+        f"<b>{100 * numbers['kv_share']:.0f} %</b> of the KV cache",
+        "approximate" if state.fates.approximate else "what the engine did",
+    ]
+    return f'<div aria-live="polite">{" · ".join(parts)}</div>'
+
+
+def token_html(tokens: Sequence[str], fates: TokenFates, position: int) -> str:
+    """All that is known of one token, in one line."""
+    info = token_info(TokenFates(*_one(fates, position)), [position])[0]
+    text = html.escape(tokens[position].replace("\n", "↵"))
+    return f'<div class="sdtp">token <code>{text}</code> · {fates.layer_label(position)} · {info}</div>'
+
+
+def _one(fates: TokenFates, position: int) -> tuple[Any, ...]:
+    only = slice(position, position + 1)
+    return fates.dropped_at[only], fates.layers, fates.num_layers, fates.scores[:, only]
+
+
+def savings_html(outcome: Outcome) -> str:
+    """Seconds and bytes of a real run beside the unpruned one."""
+    rows = (
+        ("prefill", outcome.full_prefill_s, outcome.prefill_s, "s"),
+        ("prefill and answer", outcome.full_total_s, outcome.total_s, "s"),
+        ("KV cache", outcome.full_kv_bytes / 1e6, outcome.kv_bytes / 1e6, "MB"),
+    )
+    cells = "".join(
+        f"<span>{name} <b>{full:.2f} → {pruned:.2f} {unit}</b> ({_saved(full, pruned)})</span>"
+        for name, full, pruned, unit in rows
+    )
+    return f'<div class="sdtp"><div class="key">{cells}<span>one run each, not a benchmark</span></div></div>'
+
+
+def _saved(full: float, pruned: float) -> str:
+    if not full:
+        return "unknown"
+    share = 100 * (1 - pruned / full)
+    return f"{share:.0f} % saved" if share >= 0 else f"{-share:.0f} % more"

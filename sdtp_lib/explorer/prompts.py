@@ -12,7 +12,8 @@ from typing import Any
 
 from sdtp_lib.data.samples import chat_prompt, tokenise_prompt
 from sdtp_lib.data.tasks import as_sample, synthetic_tasks
-from sdtp_lib.explorer.state import Prompt, find_spans
+from sdtp_lib.explorer.state import Prompt
+from sdtp_lib.explorer.typed import find_spans
 from sdtp_lib.views.tokens import display_tokens
 
 # Task of `data.tasks` -> the name that a reader chooses by.

@@ -8,7 +8,6 @@ only `ExplorerState.run` asks the source to prune for real.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -221,52 +220,6 @@ class ExplorerState:
         never = np.zeros(len(scored.tokens), bool)
         never[list(self.protect)] = True
         return simulate(scored.scores, self.config, self.source.num_layers, protect=never)
-
-
-def parse_protected(text: str, tokens: Sequence[str]) -> tuple[int, ...]:
-    """Token positions out of ``"120-131, 300"``, or of every place where ``text`` stands in the prompt.
-
-    Raises
-    ------
-    ValueError
-        If a position lies outside the prompt, or the text is not in it.
-    """
-    if re.fullmatch(r"[\d\s,-]*", text):
-        spans = [tuple(int(end) for end in part.split("-")) for part in text.replace(",", " ").split()]
-        spans = [(span[0], span[-1]) for span in spans]
-        beyond = [last for _, last in spans if last >= len(tokens)]
-        if beyond:
-            raise ValueError(f"protect: there is no token {beyond[0]}, the prompt has 0 to {len(tokens) - 1}.")
-    else:
-        spans = find_spans(tokens, text)
-        if not spans:
-            raise ValueError(f"protect: {text!r} is not in the prompt; select text, or give tokens such as 120-131.")
-    return tuple(sorted({p for first, last in spans for p in range(first, last + 1)}))
-
-
-def find_spans(tokens: Sequence[str], text: str) -> list[tuple[int, int]]:
-    """First and last token of each occurrence of ``text`` in the joined ``tokens``.
-
-    ``find_spans(["The", " code", " is", " 4", "2"], "42")`` is ``[(3, 4)]``.
-    """
-    if not text.strip():
-        return []
-    owner = [position for position, token in enumerate(tokens) for _ in token]
-    joined = "".join(tokens)
-    return [(owner[m.start()], owner[m.end() - 1]) for m in re.finditer(re.escape(text.strip()), joined)]
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """``"4, 7 10"`` as (4, 7, 10); ``"4-25:3"`` as every third layer from 4 to 25."""
-    layers: list[int] = []
-    for part in text.replace(",", " ").split():
-        try:
-            span, _, step = part.partition(":")
-            first, dash, last = span.partition("-")
-            layers += range(int(first), int(last) + 1, int(step or 1)) if dash else [int(part)]
-        except ValueError:
-            raise ValueError(f"layers: {part!r} is neither a number such as 4 nor a span such as 4-25:3.") from None
-    return tuple(layers)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> str:

@@ -20,9 +20,10 @@ from sdtp_lib.config import POSITION_MODES, PRESETS, PruningConfig
 from sdtp_lib.explorer import live_html
 from sdtp_lib.explorer.controls import WIDE, ModelBox, OwnPrompt, Progress, explained
 from sdtp_lib.explorer.export import export_state
-from sdtp_lib.explorer.state import OWN, ExplorerState, Source, parse_layers, parse_protected
+from sdtp_lib.explorer.state import OWN, ExplorerState, Source
+from sdtp_lib.explorer.typed import parse_layers, parse_protected, said_spans
 from sdtp_lib.extras import extra
-from sdtp_lib.pruning.token_fates import TokenFates, simulate
+from sdtp_lib.pruning.token_fates import simulate
 from sdtp_lib.views.layer_map import layer_token_map_svg
 from sdtp_lib.views.tokens import answers_html
 
@@ -119,7 +120,9 @@ class Explorer:
             key = live_html.compare_key(fates, other, names)
         window = (self.zoom.value[0], self.zoom.value[1] + 1)
         svg = layer_token_map_svg(fates, state.scored.tokens, window=window, height=190)
-        self.picture.value = f'{style}<div class="sdtp">{_numbers(state)}{svg}<div class="key">{key}</div></div>'
+        self.picture.value = (
+            f'{style}<div class="sdtp">{live_html.numbers_html(state)}{svg}<div class="key">{key}</div></div>'
+        )
         self._inspect()
 
     def _try(self, action: Callable[[], None], *, computing: bool = True) -> bool:
@@ -165,7 +168,7 @@ class Explorer:
         self.positions.value = state.config.positions
         self.keep_ratio.value = ratio if isinstance(ratio, float) else float(np.mean(ratio))
         self.layers.value = ", ".join(map(str, state.config.layers))
-        self.protect.value = _spans(state.protect)
+        self.protect.value = said_spans(state.protect)
         views_of = (_EVERY_CUT, *((f"what layer {n} reads", n) for n in state.config.layers))
         if self.view.options != views_of:
             seen = self.view.value
@@ -187,7 +190,7 @@ class Explorer:
         self._syncing = False
 
     def _inspect(self) -> None:
-        self.inspected.value = _token_line(self.state.scored.tokens, self.state.fates, self.token.value)
+        self.inspected.value = live_html.token_html(self.state.scored.tokens, self.state.fates, self.token.value)
 
     def _protected(self, text: str) -> tuple[int, ...]:
         return parse_protected(text, self.state.scored.tokens)
@@ -195,7 +198,7 @@ class Explorer:
     def _run(self) -> None:
         def prune() -> None:
             outcome = self.state.run()
-            self.result.value = answers_html(outcome.full_answer, outcome.answer) + _savings(outcome)
+            self.result.value = answers_html(outcome.full_answer, outcome.answer) + live_html.savings_html(outcome)
 
         self.run.disabled = True
         self._try(prune)
@@ -261,52 +264,3 @@ class Explorer:
             ipywidgets.Output(outputs=(script,), layout=Layout(display="none")),
         ]
         return ipywidgets.VBox(rows, layout=Layout(max_width="1100px"))
-
-
-def _numbers(state: ExplorerState) -> str:
-    numbers = state.numbers()
-    flops = numbers.get("prefill_flops_share")
-    parts = [
-        f"<b>{numbers['kept_tokens']:,} of {numbers['prompt_tokens']:,}</b> tokens reach the last layer",
-        *([f"<b>{100 * flops:.0f} %</b> of the prefill's FLOPs"] if flops is not None else []),
-        f"<b>{100 * numbers['kv_share']:.0f} %</b> of the KV cache",
-        "approximate" if state.fates.approximate else "what the engine did",
-    ]
-    return f'<div aria-live="polite">{" · ".join(parts)}</div>'
-
-
-def _token_line(tokens: Any, fates: TokenFates, position: int) -> str:
-    info = views.token_info(TokenFates(*_one(fates, position)), [position])[0]
-    text = html.escape(tokens[position].replace("\n", "↵"))
-    return f'<div class="sdtp">token <code>{text}</code> · {fates.layer_label(position)} · {info}</div>'
-
-
-def _one(fates: TokenFates, position: int) -> tuple[Any, ...]:
-    only = slice(position, position + 1)
-    return fates.dropped_at[only], fates.layers, fates.num_layers, fates.scores[:, only]
-
-
-def _spans(positions: Any) -> str:
-    """``(4, 5, 6, 9)`` as ``"4-6, 9"``."""
-    runs = [[p for _, p in run] for _, run in itertools.groupby(enumerate(positions), lambda one: one[1] - one[0])]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _savings(outcome: Any) -> str:
-    rows = (
-        ("prefill", outcome.full_prefill_s, outcome.prefill_s, "s"),
-        ("prefill and answer", outcome.full_total_s, outcome.total_s, "s"),
-        ("KV cache", outcome.full_kv_bytes / 1e6, outcome.kv_bytes / 1e6, "MB"),
-    )
-    cells = "".join(
-        f"<span>{name} <b>{full:.2f} → {pruned:.2f} {unit}</b> ({_saved(full, pruned)})</span>"
-        for name, full, pruned, unit in rows
-    )
-    return f'<div class="sdtp"><div class="key">{cells}<span>one run each, not a benchmark</span></div></div>'
-
-
-def _saved(full: float, pruned: float) -> str:
-    if not full:
-        return "unknown"
-    share = 100 * (1 - pruned / full)
-    return f"{share:.0f} % saved" if share >= 0 else f"{-share:.0f} % more"
