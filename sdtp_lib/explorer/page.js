@@ -217,7 +217,7 @@ function writeLegend() {
       swatch(`s${s}`), `${layer}: ${count[s]}`);
     chip.onclick = () => { choice.view = choice.view === s + 1 ? 0 : s + 1; by('view').value = choice.view; redraw(); };
     return chip;
-  }), make('span', {}, swatch('k'), choice.view ? 'still read' : `kept to the end: ${count[KEPT]}`),
+  }), make('span', {}, swatch('k'), choice.view ? 'still read' : `kept: ${count[KEPT]}`),
     ...(choice.view > 1 ? [make('span', {}, make('span', {class: 'gone'}, 'dropped earlier'))] : []));
 }
 function point(position) {
