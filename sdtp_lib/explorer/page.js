@@ -229,7 +229,8 @@ function point(position) {
   if (!span) return by('info').replaceChildren('Point at a token, or press the arrow keys in the text.');
   span.classList.add('at');
   const T = spans.length, stage = shown.stages[position], cells = by('cells');
-  cursor.style.left = `${cells.offsetLeft + cells.clientLeft + cells.clientWidth * (position + .5) / T - 1}px`;
+  const inner = cells.getBoundingClientRect(), outer = by('map').getBoundingClientRect();
+  cursor.style.left = `${inner.left - outer.left + inner.width * (position + .5) / T - 1}px`;
   const told = stages => stages[position] === KEPT ? 'kept to the end' : `dropped before layer ${data.layers[stages[position]]}`;
   const ranks = prompt.scorers[choice.scorer].ranks, last = Math.min(stage, S - 1);
   by('info').replaceChildren(make('code', {}, prompt.tokens[position].replaceAll('\n', '↵')),

@@ -19,8 +19,8 @@ from sdtp_lib.views.tokens import display_tokens
 # Task of `data.tasks` -> the name that a reader chooses by.
 EXAMPLES = {
     "needle": "one fact in a long text",
-    "multi_doc_qa": "a question about many passages",
-    "multi_key": "one fact among eight of its kind",
+    "multi_doc_qa": "one of many passages",
+    "multi_key": "one fact among eight",
 }
 
 

@@ -94,6 +94,10 @@ def test_a_prompt_full_of_markup_stays_text(page, tmp_path, state):
     assert page.locator("#answers b").count() == 0 and "<b>pruned</b>" in page.inner_text("#answers")
     page.locator("#text .t").first.hover()
     assert NASTY in page.inner_text("#info")
+    page.locator("#text .t").nth(150).hover()
+    line, cells = (page.locator(f"#{name}").bounding_box() for name in ("cursor", "cells"))
+    column = cells["x"] + cells["width"] * 150.5 / 300
+    assert abs(line["x"] + 1 - column) < 3, "the map shows where the token is"
     assert page.wrong == []
 
 
