@@ -6,7 +6,7 @@ python workflow/families.py --quick         # all families, the engine's main ch
 
 One JSON line for each family, backend and check goes to data/results/support/<transformers version>.jsonl. Each family
 runs in a process of its own, so a crash is a result and a hang is cut off. Ends with 1 if anything was silently wrong
-or ended in a raw error.
+or ended in a raw error. The matrix and the list that ships hold every version whose rows are there and complete.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,16 @@ import family_models
 import family_report
 import torch
 import transformers
+from family_subject import ERROR, REFUSED, RIGHT, UNBUILT, WRONG, Subject, judged
 
 from sdtp_lib.records import project_root
 
 LIMIT_S = 120
 MOST_PARAMETERS = 20_000_000
 # What the result depends on: rows of other code are not looked at.
-CODE = ("sdtp_lib/**/*.py", "workflow/family_models.py", "workflow/family_checks.py")
+_REACHED = ("architectures/*", "pruning/*", "scorers/*", "training/*", "budget", "config", "layer_shape", "model_shape")
+_ASKED = ("checks", "labels", "models", "subject")
+CODE = (*(f"sdtp_lib/{part}.py" for part in _REACHED), *(f"workflow/family_{part}.py" for part in _ASKED))
 
 
 def code_digest() -> str:
@@ -55,32 +58,38 @@ def rows_of(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if all(row.get(name) == value for name, value in about.items())]
 
 
-def ask(family: str, backend: str, checks: Sequence[str], file: Path, about: dict[str, Any]) -> None:
-    """All checks of one family and backend, each appended to ``file`` as soon as it is known."""
+def ask(family: str, backends: Sequence[str], checks: Sequence[str], file: Path, about: dict[str, Any]) -> None:
+    """All checks of one family on each backend, appended to ``file`` as soon as they are known."""
+    for backend in backends:
+        here = {**about, "family": family, "backend": backend}
+        _ask(family, backend, checks, file, here)
+        append(file, here | {"check": "end", "outcome": "done", "detail": ""})
 
+
+def _ask(family: str, backend: str, checks: Sequence[str], file: Path, about: dict[str, Any]) -> None:
     def write(check: str, outcome: str, detail: str = "", **more: Any) -> None:
-        append(file, {**about, "family": family, "backend": backend, "check": check, "outcome": outcome}
-               | {"detail": detail[:400], **more, "seconds": round(time.perf_counter() - start, 2)})  # fmt: skip
+        row = {**about, "check": check, "outcome": outcome, "detail": detail[:400], **more}
+        append(file, row | {"seconds": round(time.perf_counter() - start, 2)})
 
     start = time.perf_counter()
     try:
         if (count := family_models.parameter_count(family, backend)) > MOST_PARAMETERS:
             raise OverflowError(f"{count:,} parameters, and nothing smaller is known")
-        subject = family_checks.Subject(family_models.tiny_model(family, backend))
+        subject = Subject(family_models.tiny_model(family, backend))
         subject.plain(subject.tokens)
     except Exception as error:
-        write("build", family_checks.UNBUILT, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        write("build", UNBUILT, f"{type(error).__name__}: {' '.join(str(error).split())}")
         with contextlib.suppress(Exception):  # what cannot run may still be refused for what it is
-            weightless = family_checks.Subject(family_models.weightless_model(family, backend))
-            result = family_checks.judged(family_checks.entry, weightless)
-            if result.outcome == family_checks.REFUSED:
+            weightless = Subject(family_models.weightless_model(family, backend))
+            result = judged(family_checks.entry, weightless)
+            if result.outcome == REFUSED:
                 write("entry", result.outcome, result.detail)
         return
     kind = {"class": type(subject.model).__name__, "model_type": subject.model.config.model_type}
-    write("build", family_checks.RIGHT, **kind)
+    write("build", RIGHT, **kind)
     for name in checks:
         start = time.perf_counter()
-        if (result := family_checks.judged(family_checks.CHECKS[name], subject)) is not None:
+        if (result := judged(family_checks.CHECKS[name], subject)) is not None:
             write(name, result.outcome, result.detail, difference=result.difference)
 
 
@@ -89,19 +98,22 @@ def append(file: Path, row: dict[str, Any]) -> None:
         rows.write(json.dumps(row) + "\n")
 
 
-def run(tasks: Sequence[tuple[str, str]], checks: Sequence[str], file: Path, about: dict[str, Any], jobs: int) -> None:
-    """Ask every family and backend of ``tasks``, ``jobs`` at a time, each in a fork that is ended after `LIMIT_S`."""
-    forks = multiprocessing.get_context("fork")  # transformers is loaded once, here
-    waiting, running = list(tasks), list[tuple[BaseProcess, tuple[str, str], float]]()
+def run(
+    tasks: Mapping[str, Sequence[str]], checks: Sequence[str], file: Path, about: dict[str, Any], jobs: int
+) -> None:
+    """Ask every family of ``tasks`` on its backends, ``jobs`` at a time, each in a fork that ends after `LIMIT_S`."""
+    forks = multiprocessing.get_context("fork")  # what takes long to import is there already
+    waiting, running = dict(tasks), list[tuple[BaseProcess, str, float]]()
+    backends = dict(tasks)
     while waiting or running:
         while waiting and len(running) < jobs:
-            task = waiting.pop(0)
-            child = forks.Process(target=ask, args=(*task, checks, file, about))
+            family = next(iter(waiting))
+            child = forks.Process(target=ask, args=(family, waiting.pop(family), checks, file, about))
             child.start()
-            running.append((child, task, time.monotonic()))
+            running.append((child, family, time.monotonic()))
         time.sleep(0.02)
         for entry in list(running):
-            child, (family, backend), begun = entry
+            child, family, begun = entry
             late = time.monotonic() - begun > LIMIT_S
             if child.is_alive() and not late:
                 continue
@@ -109,10 +121,16 @@ def run(tasks: Sequence[tuple[str, str]], checks: Sequence[str], file: Path, abo
                 child.kill()
             child.join()
             running.remove(entry)
-            fault = f"cut off after {LIMIT_S} s" if late else f"the process ended with code {child.exitcode}"
-            ended = {"outcome": family_checks.ERROR, "detail": fault} if late or child.exitcode else {"outcome": "done"}
-            append(file, {**about, "family": family, "backend": backend, "check": "end", "detail": "", **ended})
-            print(f"{family} {backend}", flush=True)
+            if late or child.exitcode:
+                fault = f"cut off after {LIMIT_S} s" if late else f"the process ended with code {child.exitcode}"
+                ended = {row["backend"] for row in rows_of(file, {**about, "family": family, "check": "end"})}
+                backend, *rest = [backend for backend in backends[family] if backend not in ended]
+                row = {**about, "family": family, "backend": backend, "check": "end", "outcome": ERROR}
+                append(file, row | {"detail": fault})
+                if rest:  # the fault may be one backend's alone
+                    waiting[family] = rest
+            if family not in waiting:
+                print(family, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     known = family_models.families()
     if unknown := set(options.families) - set(known):
         parser.error(f"unknown families {sorted(unknown)}: model types of transformers' causal-LM mapping are known")
+    if not options.quick:
+        import datasets  # noqa: F401 - labels need it, and its import takes longer than they do
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -138,15 +158,17 @@ def main(argv: list[str] | None = None) -> int:
     if not whole:
         file.unlink(missing_ok=True)
     done = {(row["family"], row["backend"]) for row in rows_of(file, about) if row["check"] == "end"}
-    tasks = [(family, backend) for family in options.families or known for backend in family_models.BACKENDS]
-    if options.quick:
-        tasks = [(family, family_models.default_backend(family)) for family in options.families or known]
-    run([task for task in tasks if task not in done], checks, file, about, options.jobs)
+    tasks = {}
+    for family in options.families or known:
+        backends = (family_models.default_backend(family),) if options.quick else family_models.BACKENDS
+        if asked := [backend for backend in backends if (family, backend) not in done]:
+            tasks[family] = asked
+    run(tasks, checks, file, about, options.jobs)
     report = family_report.Report(rows_of(file, about))
     if whole:
         report.write()
     print(report.summary())
-    return 1 if report.count[family_checks.WRONG] or report.count[family_checks.ERROR] else 0
+    return 1 if report.count[WRONG] or report.count[ERROR] else 0
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import tables
-from family_checks import ENGINE, ERROR, LABEL_NAMES, REFUSED, RIGHT, UNASKED, UNBUILT, UNPROVEN, WRONG
+from family_checks import ENGINE
+from family_labels import LABEL_NAMES
 from family_models import BACKENDS
+from family_subject import ERROR, REFUSED, RIGHT, UNASKED, UNBUILT, UNPROVEN, WRONG
 from result_tables import Table
 
 from sdtp_lib.records import project_root, write_json

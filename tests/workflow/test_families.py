@@ -9,9 +9,12 @@ import families
 import family_checks
 import family_models
 import family_report
+import family_subject
 import pytest
 import torch
-from family_checks import CHECKS, ENGINE, ERROR, LABEL_NAMES, REFUSED, RIGHT, UNASKED, UNPROVEN, WRONG, Subject, judged
+from family_checks import CHECKS, ENGINE
+from family_labels import LABEL_NAMES
+from family_subject import ERROR, REFUSED, RIGHT, UNASKED, UNPROVEN, WRONG, Subject, judged
 
 from sdtp_lib import PruningNotSupported
 
@@ -53,7 +56,7 @@ def test_scores_labels_and_counts_are_right_or_refused(subject, family, check):
 
 def _leaky(family="llama"):
     model = family_models.tiny_model(family, "sdpa")
-    for layer in family_checks.find_layers(model):
+    for layer in family_subject.find_layers(model):
         layer.register_forward_hook(lambda _l, _a, output: output + output.cumsum(1) / output.shape[1])
     return Subject(model)
 
@@ -96,9 +99,9 @@ def raising(error):
         (PruningNotSupported("no"), REFUSED),
         (TypeError("size of tensor a"), ERROR),
         (ValueError("not raised by the library"), ERROR),
-        (family_checks.Wrong("off"), WRONG),
-        (family_checks.NoReference("no mask"), UNPROVEN),
-        (family_checks.Inconsistent("the plain model"), UNASKED),
+        (family_subject.Wrong("off"), WRONG),
+        (family_subject.NoReference("no mask"), UNPROVEN),
+        (family_subject.Inconsistent("the plain model"), UNASKED),
     ],
     ids=lambda value: str(value),
 )
@@ -127,7 +130,7 @@ def test_a_family_that_hangs_is_cut_off_and_the_sweep_goes_on(tmp_path, monkeypa
     monkeypatch.setattr(families, "ask", ask)
     monkeypatch.setitem(CHECKS, "exact", lambda _s: 0.0)
     about, file = {"transformers": "0", "torch": "0", "code": "x"}, tmp_path / "rows.jsonl"
-    families.run([("gpt2", "sdpa"), ("llama", "sdpa")], ["exact"], file, about, jobs=1)
+    families.run({"gpt2": ["sdpa"], "llama": ["sdpa"]}, ["exact"], file, about, jobs=1)
     ends = {row["family"]: row["outcome"] for row in families.rows_of(file, about) if row["check"] == "end"}
     assert ends["gpt2"] == ERROR
     assert set(ends) == {"gpt2", "llama"}
