@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from family_subject import CONFIG, PROMPT, RESPONSE, Subject, attentions_of, equal
+from family_subject import CONFIG, PROMPT, RESPONSE, Subject, attentions_of, equal, line_of
 from torch import nn
 
 from sdtp_lib import compute_saliency
@@ -84,8 +84,15 @@ def _expected_label(subject: Subject, name: str, stages: list[int]) -> dict[int,
             mask = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~visible, torch.finfo(hidden.dtype).min)
         return mask + bias[index].repeat_interleave(heads // groups if groups > 1 else 1, dim=1)
 
-    with changed_masks(model, add):
-        loss = _loss(subject, name)
+    try:
+        with changed_masks(model, add):
+            loss = _loss(subject, name)
+    except NoReference:
+        raise
+    except RuntimeError as error:  # of shapes: Doge has masks of its own, made for other heads
+        raise NoReference(f"a bias for each head in its masks ends in {line_of(error)}") from error
+    if not loss.requires_grad:
+        raise NoReference("its attention asks a mask only who sees whom: a bias in it changes nothing")
     gradients = [g[0, :, 0] for g in torch.autograd.grad(loss, bias)]
     expected = {}
     for stage in stages:
