@@ -1,7 +1,8 @@
 """Which models pruning cannot serve, and why: refused on entry, by what a model and its layers are.
 
-It knows nothing of hooks, nor of the masks that transformers makes. Where it can it asks transformers: the cache that a model would make says for each
-layer whether that holds keys and values, which can be of fewer tokens, or something else, which cannot.
+It knows nothing of hooks, nor of the masks that transformers makes. Where it can it asks transformers: the cache that a
+model would make says for each layer whether that holds keys and values, which can be of fewer tokens, or something
+else, which cannot.
 """
 
 from __future__ import annotations
@@ -159,11 +160,12 @@ def refuse_own_windows(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """
     for index, layer in enumerate(layers):
         for name, table in layer.named_buffers():
-            square = table.dim() > 1 and table.shape[-1] == table.shape[-2] > 1
-            if square and table.dtype in (torch.bool, torch.uint8) and table.device.type != "meta":
-                if not bool(table[..., -1, :].all()):  # its last token does not see all tokens
-                    raise PruningNotSupported(
-                        f"{type(model).__name__}: decoder layer {index} ({type(layer).__name__}) holds a window of its "
-                        f"own ({name}), which counts kept tokens instead of positions: use a model whose windows "
-                        "transformers puts into its masks."
-                    )
+            if table.dtype not in (torch.bool, torch.uint8) or table.device.type == "meta" or table.dim() < 2:
+                continue
+            square = table.shape[-1] == table.shape[-2] > 1
+            if square and not bool(table[..., -1, :].all()):  # the last token does not see all tokens
+                raise PruningNotSupported(
+                    f"{type(model).__name__}: decoder layer {index} ({type(layer).__name__}) holds a window of its own "
+                    f"({name}), which counts kept tokens instead of positions: use a model whose windows transformers "
+                    "puts into its masks."
+                )
