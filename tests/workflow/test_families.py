@@ -174,12 +174,39 @@ def test_only_what_was_right_in_every_variant_is_trusted():
     assert report.trusted() == {"b bLM": ["eager", "sdpa"]}
 
 
-def test_the_matrix_names_each_reason_once():
+SWEPT = {"5.23": {"transformers": "5.23.0", "torch": "2.13.0", **dict.fromkeys(family_report.STATES, 1)}}
+
+
+def test_the_matrix_has_a_line_for_each_family_in_words_and_names_each_reason_once():
     rows = [built("a", "a"), *(row("a", check, RIGHT) for check in ENGINE)]
-    rows += [row(f, "entry", REFUSED, detail="multimodal | no") for f in ("b", "c")]
-    page = family_report.Report(rows).matrix()
-    assert "| a | yes |" in page and page.count("multimodal \\| no") == 1
-    assert page.count("refused (1)") == 2
+    rows += [
+        row(f, "entry", REFUSED, detail=f"{f.upper()}xForCausalLM: multimodal | no: use another") for f in ("b", "c")
+    ]
+    rows += [row(f, "flops", REFUSED, detail=f"ValueError: {f} layer 0 (Layer): no count") for f in ("a", "b")]
+    page = family_report.Report(rows).matrix(SWEPT)
+    assert "| a | **works** (sdpa) | - | - | refused (1) |" in page
+    assert "| b | refused: multimodal \\| no | - | - | refused (1) |" in page
+    assert page.count("no count") == 1 and "| 5.23.0 | 2.13.0 | 1 |" in page
+
+
+def test_readme_names_the_known_families_and_the_counts_of_each_version():
+    rows = [built("llama", "llama"), *(row("llama", check, RIGHT) for check in ENGINE), row("mamba", "entry", REFUSED)]
+    block = family_report.Report(rows).table(SWEPT)
+    assert "works: llama; refused: mamba" in block.note and block.body[0][:3] == ("5.23.0", "2.13.0", "1")
+
+
+@pytest.mark.parametrize("newest", (True, False))
+def test_a_sweep_of_an_older_version_adds_its_list_and_leaves_the_page(tmp_path, monkeypatch, newest):
+    monkeypatch.setattr(family_report, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(family_report.tables, "main", lambda _: 0)
+    shipped, other = tmp_path / family_report.SUPPORTED, "5.3" if newest else "5.100"
+    shipped.parent.mkdir(parents=True)
+    shipped.write_text(json.dumps({"works": {other: {}}, "swept": {other: SWEPT["5.23"]}}))
+    (tmp_path / "figures").mkdir()
+    family_report.Report([built("a", "a"), *(row("a", check, RIGHT) for check in ENGINE)]).write()
+    works = json.loads(shipped.read_text())["works"]
+    assert works["5.23"] == {"a aLM": ["sdpa"]} and list(works) == (["5.3", "5.23"] if newest else ["5.23", "5.100"])
+    assert (tmp_path / family_report.MATRIX).exists() == newest
 
 
 def test_tiny_models_are_the_same_each_time_and_small():
