@@ -70,9 +70,9 @@ def _expected_label(subject: Subject, name: str, stages: list[int]) -> dict[int,
             for handle in handles:
                 handle.remove()
         return {s: g[0, :, 0].abs() for s, g in zip(stages, gradients, strict=True)}
-    groups = _kv_heads(subject) if name == "removal_by_head" else 1
+    groups = [_kv_heads(subject, layer) if name == "removal_by_head" else 1 for layer in layers]
     heads = int(model.config.get_text_config().num_attention_heads)
-    bias = [torch.zeros(1, groups, 1, PROMPT, dtype=dtype, requires_grad=True) for _ in layers]
+    bias = [torch.zeros(1, count, 1, PROMPT, dtype=dtype, requires_grad=True) for count in groups]
 
     def add(index: int, mask: Any, hidden: torch.Tensor) -> torch.Tensor:
         nothing = torch.zeros(PROMPT, dtype=torch.bool)
@@ -82,7 +82,7 @@ def _expected_label(subject: Subject, name: str, stages: list[int]) -> dict[int,
         if not is_added(mask):
             visible = mask == mask[..., :1, :1]  # a token sees itself
             mask = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~visible, torch.finfo(hidden.dtype).min)
-        return mask + bias[index].repeat_interleave(heads // groups if groups > 1 else 1, dim=1)
+        return mask + bias[index].repeat_interleave(heads // groups[index] if groups[index] > 1 else 1, dim=1)
 
     try:
         with changed_masks(model, add):
@@ -130,9 +130,8 @@ def _eager_attentions(subject: Subject) -> Any:
     return attentions_of(subject, output)
 
 
-def _kv_heads(subject: Subject) -> int:
-    """Heads of the keys that attention computes with: a latent cache holds fewer."""
+def _kv_heads(subject: Subject, layer: nn.Module) -> int:
+    """Heads of the keys that a layer's attention computes with: a latent cache holds fewer, and layers may differ."""
     heads = int(subject.model.config.get_text_config().num_attention_heads)
-    layer = find_layers(subject.model)[1]
     groups = [g for module in layer.modules() if isinstance(g := getattr(module, "num_key_value_groups", None), int)]
     return heads // groups[0] if groups else heads

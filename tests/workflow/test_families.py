@@ -129,20 +129,35 @@ def test_a_family_that_hangs_is_cut_off_and_the_sweep_goes_on(tmp_path, monkeypa
 
     monkeypatch.setattr(families, "ask", ask)
     monkeypatch.setitem(CHECKS, "exact", lambda _s: 0.0)
-    about, file = {"transformers": "0", "torch": "0", "code": "x"}, tmp_path / "rows.jsonl"
-    families.run({"gpt2": ["sdpa"], "llama": ["sdpa"]}, ["exact"], file, about, jobs=1)
-    ends = {row["family"]: row["outcome"] for row in families.rows_of(file, about) if row["check"] == "end"}
+    about, file = {"engine": {"transformers": "0", "group": "engine", "code": "x"}}, tmp_path / "rows.jsonl"
+    part = [("sdpa", "engine")]
+    families.run({"gpt2": part, "llama": part}, ["exact"], file, about, jobs=1)
+    ends = {row["family"]: row["outcome"] for row in families.rows_of(file, about, "end")}
     assert ends["gpt2"] == ERROR
     assert set(ends) == {"gpt2", "llama"}
 
 
 def test_rows_of_other_code_and_half_a_line_are_left_out(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    families.append(file, {"code": "a", "check": "end"})
-    families.append(file, {"code": "b", "check": "end"})
+    file, row = tmp_path / "rows.jsonl", {"group": "engine", "code": "b", "check": "end"}
+    families.append(file, {**row, "code": "a"})
+    families.append(file, {**row, "group": "labels"})
+    families.append(file, row)
     with file.open("a") as rows:
-        rows.write('{"code": "b", "che')
-    assert families.rows_of(file, {"code": "b"}) == [{"code": "b", "check": "end"}]
+        rows.write('{"group": "engine", "code": "b", "che')
+    assert families.rows_of(file, {"engine": {"group": "engine", "code": "b"}}) == [row]
+
+
+def test_a_change_of_the_labels_asks_only_for_labels_again(tmp_path, monkeypatch):
+    before = {group: families.code_of(group) for group in families.REACHED}
+    for pattern in sorted({pattern for some in families.REACHED.values() for pattern in some}):
+        for file in families.project_root().glob(f"{pattern}.py"):
+            copy = tmp_path / file.relative_to(families.project_root())
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    monkeypatch.setattr(families, "project_root", lambda: tmp_path)
+    assert {group: families.code_of(group) for group in families.REACHED} == before
+    (tmp_path / "sdtp_lib/training/labels.py").write_text("other = True")
+    assert [group for group in before if families.code_of(group) != before[group]] == ["labels"]
 
 
 def row(family, check, outcome, backend="sdpa", **more):
