@@ -138,11 +138,12 @@ def run(tasks: Mapping[str, Sequence[Part]], checks: Sequence[str], file: Path, 
             if late or child.exitcode:
                 fault = f"cut off after {LIMIT_S} s" if late else f"the process ended with code {child.exitcode}"
                 ended = {(row["family"], row["backend"], row["group"]) for row in rows_of(file, about, "end")}
-                (backend, group), *rest = [part for part in tasks[family] if (family, *part) not in ended]
-                row = {**about[group], "family": family, "backend": backend, "check": "end", "outcome": ERROR}
-                append(file, row | {"detail": fault})
-                if rest:  # the fault may be this part's alone
-                    waiting[family] = rest
+                missing = [part for part in tasks[family] if (family, *part) not in ended]
+                for backend, group in missing[:1]:
+                    row = {**about[group], "family": family, "backend": backend, "check": "end", "outcome": ERROR}
+                    append(file, row | {"detail": fault})
+                if missing[1:]:  # the fault may be the first one's alone
+                    waiting[family] = missing[1:]
             if family not in waiting:
                 print(family, flush=True)
 
