@@ -22,7 +22,11 @@ _CHOSEN_EXPERTS = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "moe_top
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # An attention with one of these parts is not softmax(QK)V over all keys: a sparse index, differential attention.
 _OTHER_ATTENTION = ("indexer", "lambda_q1")
+# A layer with one of these parts also multiplies activations with each other outside attention (Gemma 3n's streams).
+_OTHER_LAYER = ("altup",)
 _FULL_ATTENTION = ("full_attention", "attention", "global")
+# A configuration's words for how often a forward runs its inner layers (Dory, Ouro).
+_LOOPS = ("n_recurrent_loops", "loop_num_passes", "num_loops", "total_ut_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +79,12 @@ class LayerShape:
         return 2 * self.num_heads * (self.key_size + self.value_size)
 
 
+def loops_of(config: Any) -> str:
+    """``"n_recurrent_loops=2"`` where a forward runs its layers more than once, else empty."""
+    loops = _number([config], _LOOPS) or 1
+    return next(f"{name}={loops}" for name in _LOOPS if getattr(config, name, None) == loops) if loops > 1 else ""
+
+
 def count_layer(layer: Any, config: Any, index: int) -> LayerShape:
     """The `LayerShape` of decoder layer ``index``, a torch module of a model with this (text) configuration.
 
@@ -85,9 +95,13 @@ def count_layer(layer: Any, config: Any, index: int) -> LayerShape:
         index), and for heads that do not fit the projections; the message names it.
     """
     where = f"{getattr(config, 'model_type', '')} layer {index} ({type(layer).__name__})"
+    if loops := loops_of(config):
+        raise ValueError(f"{where} runs more than once per forward ({loops}): {REMEDY}.")
     window = layer_window(config, index, where)
     path, attention = _attention_of(layer, where)
     heads, key_heads, key_size, value_size = _head_sizes(attention, config, where)
+    if other := [name for name in _OTHER_LAYER if hasattr(layer, name)]:
+        raise ValueError(f"{where} has the part {other[0]!r}, whose products are not all of weights: {REMEDY}.")
     if any(_is_table(part) for part in layer.modules()):
         raise ValueError(f"{where} looks weights up in a table: {REMEDY}.")
     parts = list(matmul_parts(layer, config, where))
@@ -194,7 +208,10 @@ def _attention_of(layer: Any, where: str) -> tuple[str, Any]:
     if len(found) != 1:
         names = ", ".join(found) or "none"
         raise ValueError(f"{where} has {len(found)} attention modules ({names}), not one: {REMEDY}.")
-    return next(iter(found.items()))
+    path, attention = next(iter(found.items()))
+    if "cross" in f"{path}{type(attention).__name__}".lower():  # Mllama's layers for images, left out of a text
+        raise ValueError(f"{where} attends to something else than its own tokens ({path}): {REMEDY}.")
+    return path, attention
 
 
 def _head_sizes(attention: Any, config: Any, where: str) -> tuple[int, int, int, int]:

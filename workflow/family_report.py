@@ -8,12 +8,15 @@ from __future__ import annotations
 import collections
 import functools
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import tables
-from family_checks import ENGINE, ERROR, LABEL_NAMES, REFUSED, RIGHT, UNASKED, UNBUILT, UNPROVEN, WRONG
+from family_checks import ENGINE
+from family_labels import LABEL_NAMES
 from family_models import BACKENDS
+from family_subject import ERROR, REFUSED, RIGHT, UNASKED, UNBUILT, UNPROVEN, WRONG
 from result_tables import Table
 
 from sdtp_lib.records import project_root, write_json
@@ -25,6 +28,12 @@ SUPPORTED = "sdtp_lib/pruning/supported.json"
 MATRIX = "docs/support.md"
 SHOWN = 160  # characters of a reason
 
+# Families that most readers look for, for README's block.
+FAMILIAR = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "gpt_oss",
+    "deepseek_v3", "olmo2", "smollm3", "gpt2", "falcon", "bloom", "mamba", "qwen3_next",
+)  # fmt: skip
+
 _HEAD = """# Which models are pruned exactly
 
 `make sweep` writes this page. Every class of transformers' causal-LM mapping that can be built from a tiny
@@ -33,9 +42,16 @@ and a padded batch must equal the same model at full length with the dropped tok
 model bit for bit. `scorers.attention` is held against `output_attentions`, labels against an explicit bias in each
 layer's mask, FLOPs against what torch counts.
 
-Cells: **yes**, **-** (the family does not have this backend, or nothing was asked), or a number that names the reason
-below the table. What is not in this list, or runs with another backend or version, is checked on the model itself at
-its first `with` (`verify="auto"`).
+**Works**: all that was right, on the backends named. What is not in this list, or runs with another backend or version,
+is checked on the model itself at its first `with` (`verify="auto"`).
+"""
+
+_LEGEND = """
+## Families
+
+A line for each, then its variants (`falcon:alibi`). Cells of the last three columns: **yes**; **-** (nothing was
+asked); else a number that names the reason below the table. Not asked: the plain model does not agree with itself, with
+padding or out of its cache, so there is nothing to hold pruning against.
 """
 
 
@@ -86,62 +102,107 @@ class Report:
         return {key: backends for key, backends in sorted(found.items()) if backends}
 
     def write(self) -> None:
-        """docs/support.md, README's block and the list that ships, for the version that was swept."""
+        """The list that ships, and of the newest version in it also docs/support.md and README's block."""
         root, versions = project_root(), self.rows[0]
-        (root / MATRIX).parent.mkdir(exist_ok=True)
-        (root / MATRIX).write_text(self.matrix(), encoding="utf-8")
+        version = ".".join(versions["transformers"].split(".")[:2])
         shipped = root / SUPPORTED
-        known = json.loads(shipped.read_text(encoding="utf-8"))["works"] if shipped.exists() else {}
-        known[".".join(versions["transformers"].split(".")[:2])] = self.trusted()
-        write_json(shipped, {"torch": versions["torch"], "works": dict(sorted(known.items()))})
+        known = json.loads(shipped.read_text(encoding="utf-8")) if shipped.exists() else {}
+        swept = {name: versions[name] for name in ("transformers", "torch")} | {s: self.count[s] for s in STATES}
+        known = {
+            "swept": _by_version({**known.get("swept", {}), version: swept}),
+            "works": _by_version({**known.get("works", {}), version: self.trusted()}),
+        }
+        write_json(shipped, known)
+        if version != list(known["works"])[-1]:
+            return
+        (root / MATRIX).parent.mkdir(exist_ok=True)
+        (root / MATRIX).write_text(self.matrix(known["swept"]), encoding="utf-8")
         store = root / tables.STORE
         kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-        kept["support"] = self.table().to_dict()
+        kept["support"] = self.table(known["swept"]).to_dict()
         write_json(store, dict(sorted(kept.items())))
         tables.main(["--render-only"])
 
-    def table(self) -> Table:
-        """README's block: counts and the families that work."""
-        names = ", ".join(sorted(family for family, state in self.state.items() if state == WORKS))
-        body = tuple((state, str(self.count[state])) for state in (WORKS, REFUSED, WRONG, ERROR, UNPROVEN, UNBUILT))
-        note = f"Works: {names}. {self._versions()} [{MATRIX}]({MATRIX}) has a line for each family, with the reasons."
-        return Table("support", "Families", ("families of transformers' causal-LM mapping", "number"), body, note)
+    def table(self, swept: dict[str, dict[str, Any]]) -> Table:
+        """README's block: the counts of every version, and what became of the families that most readers look for."""
+        named = collections.defaultdict(list)
+        for family in FAMILIAR:
+            named[self.state.get(family, UNBUILT)].append(family)
+        known = "; ".join(f"{state}: {', '.join(named[state])}" for state in STATES if named[state])
+        note = (
+            f"Among them {known}. [{MATRIX}]({MATRIX}) has a line for each family, with the reason where it is refused."
+        )
+        return Table("support", "Families", COUNTED, _counts(swept), note)
 
-    def _versions(self) -> str:
-        return f"transformers {self.rows[0]['transformers']}, torch {self.rows[0]['torch']}."
-
-    def matrix(self) -> str:
+    def matrix(self, swept: dict[str, dict[str, Any]]) -> str:
         """The page with a line for each family and variant."""
         self._notes = {}
-        lines = [_HEAD, self._versions() + f" {self.summary().splitlines()[-1]}.", ""]
-        header = ("model", *BACKENDS, "attention score", "labels", "FLOPs")
-        lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        lines = [_HEAD, *_table(COUNTED, _counts(swept)), _LEGEND]
+        body = []
         for (name,), rows in sorted(_grouped(self.rows, "family").items()):
-            by_backend = [self._engine([row for row in rows if row["backend"] == backend]) for backend in BACKENDS]
-            others = [self._cell(rows, names) for names in (("attention",), LABEL_NAMES, ("flops",))]
-            lines.append("| " + " | ".join([name, *by_backend, *others]) + " |")
+            pruning = self._pruning(rows)
+            of_kept = [self._cell(rows, names, pruning.startswith(REFUSED)) for names in (("attention",), LABEL_NAMES)]
+            body.append((name, pruning, *of_kept, self._cell(rows, ("flops",))))
+        lines += _table(("model", "pruning", "attention score", "labels", "FLOPs"), body)
         lines += ["", *(f"{number}. {reason}" for reason, number in self._notes.items())]
         return "\n".join(lines) + "\n"
 
-    def _engine(self, rows: list[dict[str, Any]]) -> str:
-        if any("does not support an attention implementation" in row["detail"] for row in rows):
-            return "-"
-        return self._cell(rows, ("entry", *ENGINE, "end"), "build")
+    def _pruning(self, rows: list[dict[str, Any]]) -> str:
+        """Where it works, and in words what else came out."""
+        works, reasons = [], dict[str, None]()
+        for backend in BACKENDS:
+            here = [row for row in rows if row["backend"] == backend]
+            if any("does not support an attention implementation" in row["detail"] for row in here):
+                continue
+            asked = [row for row in here if row["check"] in ("entry", *ENGINE, "end") and row["outcome"] != "done"]
+            worst = _worst(asked or [row for row in here if row["check"] == "build"])
+            if any(row["check"] == "decode" and row["outcome"] == RIGHT for row in asked):
+                works.append(backend)
+            if worst and worst["outcome"] != RIGHT:
+                place = f"{worst['check']} " if worst["outcome"] == UNASKED or backend in works else ""
+                reasons[f"{place}{worst['outcome']}: {_reason(worst)}"] = None
+        return "; ".join([f"**works** ({', '.join(works)})"] * bool(works) + list(reasons)) or "-"
 
-    def _cell(self, rows: list[dict[str, Any]], checks: tuple[str, ...], otherwise: str = "") -> str:
-        asked = [row for row in rows if row["check"] in checks and row["outcome"] not in (RIGHT, "done")]
-        if not asked and not any(row["outcome"] == RIGHT for row in rows if row["check"] in checks):
-            asked = [row for row in rows if row["check"] == otherwise]
-            if not asked:
-                return "-"
-        if not asked:
-            return "yes"
-        worst = min(asked, key=lambda row: [WRONG, ERROR, REFUSED, UNPROVEN, UNASKED, UNBUILT].index(row["outcome"]))
-        same = [row["check"] for row in asked if row["outcome"] == worst["outcome"]]
-        partly = "" if len(set(same)) == len({row["check"] for row in rows if row["check"] in checks}) else "partly "
-        reason = worst["detail"].replace("|", "\\|")[:SHOWN]
-        number = self._notes.setdefault(f"{worst['outcome']}: {reason}", len(self._notes) + 1)
-        return f"{partly}{worst['outcome']} ({number})"
+    def _cell(self, rows: list[dict[str, Any]], checks: tuple[str, ...], refused: bool = False) -> str:
+        rows = [row for row in rows if row["check"] in checks]
+        worst = _worst(rows)
+        if worst is None or worst["outcome"] == RIGHT:
+            return "yes" if worst else "-"
+        if refused and worst["outcome"] == REFUSED:
+            return "-"
+        bad = {(row["backend"], row["check"]) for row in rows if row["outcome"] != RIGHT}
+        number = self._notes.setdefault(f"{worst['outcome']}: {_reason(worst)}", len(self._notes) + 1)
+        return f"{'partly ' if len(bad) < len(rows) else ''}{worst['outcome']} ({number})"
+
+
+COUNTED = ("transformers", "torch", *STATES)
+
+
+def _counts(swept: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(str(counts[name]) for name in COUNTED) for counts in reversed(swept.values()))
+
+
+def _by_version(values: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted(values.items(), key=lambda item: tuple(map(int, item[0].split(".")))))
+
+
+def _table(header: tuple[str, ...], body: Iterable[tuple[str, ...]]) -> list[str]:
+    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *("| " + " | ".join(b) + " |" for b in body)]
+
+
+def _worst(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    order = [WRONG, ERROR, REFUSED, UNPROVEN, UNASKED, UNBUILT, RIGHT]
+    return min(rows, key=lambda row: order.index(row["outcome"]), default=None)
+
+
+def _reason(row: dict[str, Any]) -> str:
+    """A row's detail without the family's own names and figures, so that families share it."""
+    text = re.sub(r"^ValueError: |^said: | \(model_type=[^)]*\)| with attn_implementation='\w+'", "", row["detail"])
+    text = re.sub(r"^[\w-]+ layer (\d+) \(\w+\)", r"layer \1", text)
+    text = re.sub(r"^[A-Z]\w+(ForCausalLM|LMHeadModel|Generation|LM|Model|Layer|Block)\b:? (is )?", "", text)
+    text = re.sub(r"(?<=layer \d) \([A-Z]\w+\)| by [\d.]+e[+-]\d+$", "", text)
+    text = re.split(r": (?:use|see|its FLOPs|give) |, so its inputs|\. Try ", text)[0].replace("|", "\\|")
+    return text if len(text) <= SHOWN else f"{text[:SHOWN].rsplit(' ', 1)[0]} ..."
 
 
 def _state(rows: list[dict[str, Any]]) -> str:

@@ -58,6 +58,8 @@ class _Probe:
         leaves: dict[int, torch.Tensor] = {}
 
         def zero(index: int, key: torch.Tensor) -> torch.Tensor:
+            if index in leaves:
+                raise PruningNotSupported(f"layer {index} runs more than once per forward, each time with one bias.")
             leaves[index] = torch.zeros(key.shape[:3], dtype=key.dtype, device=key.device, requires_grad=True)
             return leaves[index]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtp_lib.architectures.unsupported import refuse_encoder, refuse_kind, refuse_object
+from sdtp_lib.architectures.unsupported import refuse_encoder, refuse_kind, refuse_object, refuse_own_windows
 from sdtp_lib.config import PruningNotSupported
 
 ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -104,6 +104,7 @@ def describe(model: nn.Module) -> Architecture:
     name, config = type(model).__name__, model.config
     stack, layers = _find_stack(model, config)
     refuse_encoder(model, layers[0])
+    refuse_own_windows(model, layers)
     architecture = Architecture(stack, layers, config)
     for index, layer in enumerate(layers):
         missing = missing_from_signature(layer)

@@ -1,18 +1,22 @@
 """Which models pruning cannot serve, and why: refused on entry, by what a model and its layers are.
 
-It knows nothing of hooks or masks. Where it can it asks transformers: the cache that a model would make says for each
-layer whether that holds keys and values, which can be of fewer tokens, or something else, which cannot.
+It knows nothing of hooks, nor of the masks that transformers makes. Where it can it asks transformers: the cache that a
+model would make says for each layer whether that holds keys and values, which can be of fewer tokens, or something
+else, which cannot.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from sdtp_lib.config import PruningNotSupported
+from sdtp_lib.layer_shape import loops_of
 
 # Early releases of transformers make no cache layer of its own for these: there only the configuration tells.
 _KINDS_WITH_STATE = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid"}
@@ -70,6 +74,11 @@ def refuse_kind(model: nn.Module) -> None:
         raise PruningNotSupported(f"{name} is an encoder-decoder: token pruning serves decoder-only language models.")
     text_config = config.get_text_config()
     kinds = _layer_kinds(text_config)
+    if loops := loops_of(text_config):
+        raise PruningNotSupported(
+            f"{name} runs its layers more than once per forward ({loops}): a token dropped before a layer would be "
+            "missing where that layer begins again. Use a model that runs each layer once."
+        )
     if "chunked_attention" in kinds:
         raise PruningNotSupported(
             f"{name} uses chunked attention, whose chunks are not known over kept tokens: {_REMEDY}."
@@ -142,3 +151,21 @@ def refuse_encoder(model: nn.Module, layer: nn.Module) -> None:
             f"{type(model).__name__} is built as an encoder (is_decoder=False), whose tokens see later ones and which "
             "keeps no cache: load a model that was trained as a decoder, with is_decoder=True in its configuration."
         )
+
+
+def refuse_own_windows(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Raise `PruningNotSupported` where a layer holds a table of who sees whom that is more than causal (GPT-Neo's).
+
+    It is read by places among the keys that the layer is given: of kept tokens a window would reach too far back.
+    """
+    for index, layer in enumerate(layers):
+        for name, table in layer.named_buffers():
+            if table.dtype not in (torch.bool, torch.uint8) or table.device.type == "meta" or table.dim() < 2:
+                continue
+            square = table.shape[-1] == table.shape[-2] > 1
+            if square and not bool(table[..., -1, :].all()):  # the last token does not see all tokens
+                raise PruningNotSupported(
+                    f"{type(model).__name__}: decoder layer {index} ({type(layer).__name__}) holds a window of its own "
+                    f"({name}), which counts kept tokens instead of positions: use a model whose windows transformers "
+                    "puts into its masks."
+                )

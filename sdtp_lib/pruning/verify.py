@@ -165,7 +165,7 @@ def _measured(model: nn.Module, prune: Prune) -> Verification:
     with _untouched(model):
         tokens = _prompt(model)
         kept, prefill, decoded = _pruned(model, prune, config, tokens)
-        expected = masked_forward(model, tokens, kept, PROMPT_TOKENS).logits.double()
+        expected = masked_forward(model, tokens, kept, PROMPT_TOKENS, **_positions(model, tokens)).logits.double()
         # What rounding at the first layer's input has become when it reaches the logits: measured, since depth, experts
         # and outliers decide it more than the dtype does.
         nudged = _nudged(model, tokens, kept).double()
@@ -207,9 +207,13 @@ def _inputs(model: nn.Module, tokens: torch.Tensor, new: int | None = None) -> d
     """What ``generate`` hands to a model for the last ``new`` of ``tokens``."""
     new = new or tokens.shape[1]
     inputs = {"input_ids": tokens[:, -new:], "attention_mask": torch.ones_like(tokens)}
-    if "position_ids" in inspect.signature(type(model).forward).parameters:
-        inputs["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None, -new:]
-    return inputs
+    return inputs | {name: positions[:, -new:] for name, positions in _positions(model, tokens).items()}
+
+
+def _positions(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return {}
+    return {"position_ids": torch.arange(tokens.shape[1], device=tokens.device)[None]}
 
 
 def _cache(model: nn.Module, output: Any) -> dict[str, Any]:
@@ -246,7 +250,7 @@ def _nudged(model: nn.Module, tokens: torch.Tensor, kept: Mapping[int, torch.Ten
 
     handle = find_layers(model)[0].register_forward_pre_hook(nudge, with_kwargs=True)
     try:
-        return masked_forward(model, tokens, kept, PROMPT_TOKENS).logits
+        return masked_forward(model, tokens, kept, PROMPT_TOKENS, **_positions(model, tokens)).logits
     finally:
         handle.remove()
 

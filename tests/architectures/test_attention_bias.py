@@ -170,6 +170,27 @@ def test_the_probe_catches_a_way_that_changes_the_logits_by_itself(model_of, mon
         bias_route(model_of("llama", "eager"))
 
 
+def test_a_layer_that_runs_twice_is_refused_since_one_bias_cannot_stand_for_both(model_of):
+    """As looped models do (Dory): labels once were those of the last run alone, silently."""
+    model = model_of("llama", "sdpa")
+    layer, inside = model.model.layers[2], []
+
+    def again(module, args, kwargs, output):
+        if inside:
+            return output
+        inside.append(True)
+        output = module(output, *args[1:], **kwargs)
+        inside.clear()
+        return output
+
+    handle = layer.register_forward_hook(again, with_kwargs=True)
+    try:
+        with pytest.raises(PruningNotSupported, match="layer 2 runs more than once per forward"):
+            bias_route(model)
+    finally:
+        handle.remove()
+
+
 def test_a_model_is_tried_once_for_each_backend(model_of, monkeypatch):
     model, tried = model_of("llama"), []
     inner = door.first_that_proves_right

@@ -57,6 +57,7 @@ INDEX = r"index.*use a model whose layers all have full or sliding attention"
         ("llama4_text", {}, "chunked attention.*full or sliding"),
         ("bert", {}, r"BertLMHeadModel is built as an encoder \(is_decoder=False\).*trained as a decoder"),
         ("rembert", {}, r"is built as an encoder \(is_decoder=False\).*trained as a decoder"),
+        ("dory", {}, r"runs its layers more than once per forward \(n_recurrent_loops=2\).*each layer once"),
         ("gemma3", {}, "multimodal.*give its language model"),
         ("xlnet", {}, "no list of 24 decoder layers.*Adding a family"),
         ("mpt", {}, "decoder layer 0 .*position_bias.*Adding a family"),
@@ -82,6 +83,22 @@ def test_a_kind_that_cannot_be_served_is_refused_by_what_its_layers_are(family, 
 )
 def test_the_same_family_without_such_layers_is_served(family, fields, layers):
     assert len(describe(on_meta(family, **fields)).layers) == layers
+
+
+@pytest.mark.parametrize("kinds", (["global", "local"], ["global", "global"]))
+def test_a_window_that_a_layer_keeps_in_a_table_of_its_own_is_refused_and_a_causal_table_is_not(tiny_model, kinds):
+    """GPT-Neo's local layers once counted their window in kept tokens: logits were off by four tenths, silently."""
+    sizes = {"hidden_size": 32, "num_layers": 6, "num_heads": 4, "window_size": 16, "max_position_embeddings": 128}
+    model = tiny_model("gpt_neo", attn_implementation="eager", attention_types=[[kinds, 3]], **sizes)
+    if "local" in kinds:
+        with pytest.raises(
+            PruningNotSupported, match=r"layer 1 \(GPTNeoBlock\) holds a window of its own.*bias"
+        ):
+            describe(model)
+    else:
+        with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency(), verify="always") as trace:
+            model(input_ids=PROMPT)
+        assert trace.prefills == 1
 
 
 def test_a_hybrid_whose_attention_comes_first_is_refused_before_any_layer_runs(tiny_model):

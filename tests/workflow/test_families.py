@@ -9,9 +9,12 @@ import families
 import family_checks
 import family_models
 import family_report
+import family_subject
 import pytest
 import torch
-from family_checks import CHECKS, ENGINE, ERROR, LABEL_NAMES, REFUSED, RIGHT, UNASKED, UNPROVEN, WRONG, Subject, judged
+from family_checks import CHECKS, ENGINE
+from family_labels import LABEL_NAMES
+from family_subject import ERROR, REFUSED, RIGHT, UNASKED, UNPROVEN, WRONG, Subject, judged
 
 from sdtp_lib import PruningNotSupported
 
@@ -53,7 +56,7 @@ def test_scores_labels_and_counts_are_right_or_refused(subject, family, check):
 
 def _leaky(family="llama"):
     model = family_models.tiny_model(family, "sdpa")
-    for layer in family_checks.find_layers(model):
+    for layer in family_subject.find_layers(model):
         layer.register_forward_hook(lambda _l, _a, output: output + output.cumsum(1) / output.shape[1])
     return Subject(model)
 
@@ -96,9 +99,9 @@ def raising(error):
         (PruningNotSupported("no"), REFUSED),
         (TypeError("size of tensor a"), ERROR),
         (ValueError("not raised by the library"), ERROR),
-        (family_checks.Wrong("off"), WRONG),
-        (family_checks.NoReference("no mask"), UNPROVEN),
-        (family_checks.Inconsistent("the plain model"), UNASKED),
+        (family_subject.Wrong("off"), WRONG),
+        (family_subject.NoReference("no mask"), UNPROVEN),
+        (family_subject.Inconsistent("the plain model"), UNASKED),
     ],
     ids=lambda value: str(value),
 )
@@ -126,20 +129,35 @@ def test_a_family_that_hangs_is_cut_off_and_the_sweep_goes_on(tmp_path, monkeypa
 
     monkeypatch.setattr(families, "ask", ask)
     monkeypatch.setitem(CHECKS, "exact", lambda _s: 0.0)
-    about, file = {"transformers": "0", "torch": "0", "code": "x"}, tmp_path / "rows.jsonl"
-    families.run([("gpt2", "sdpa"), ("llama", "sdpa")], ["exact"], file, about, jobs=1)
-    ends = {row["family"]: row["outcome"] for row in families.rows_of(file, about) if row["check"] == "end"}
+    about, file = {"engine": {"transformers": "0", "group": "engine", "code": "x"}}, tmp_path / "rows.jsonl"
+    part = [("sdpa", "engine")]
+    families.run({"gpt2": part, "llama": part}, ["exact"], file, about, jobs=1)
+    ends = {row["family"]: row["outcome"] for row in families.rows_of(file, about, "end")}
     assert ends["gpt2"] == ERROR
     assert set(ends) == {"gpt2", "llama"}
 
 
 def test_rows_of_other_code_and_half_a_line_are_left_out(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    families.append(file, {"code": "a", "check": "end"})
-    families.append(file, {"code": "b", "check": "end"})
+    file, row = tmp_path / "rows.jsonl", {"group": "engine", "code": "b", "check": "end"}
+    families.append(file, {**row, "code": "a"})
+    families.append(file, {**row, "group": "labels"})
+    families.append(file, row)
     with file.open("a") as rows:
-        rows.write('{"code": "b", "che')
-    assert families.rows_of(file, {"code": "b"}) == [{"code": "b", "check": "end"}]
+        rows.write('{"group": "engine", "code": "b", "che')
+    assert families.rows_of(file, {"engine": {"group": "engine", "code": "b"}}) == [row]
+
+
+def test_a_change_of_the_labels_asks_only_for_labels_again(tmp_path, monkeypatch):
+    before = {group: families.code_of(group) for group in families.REACHED}
+    for pattern in sorted({pattern for some in families.REACHED.values() for pattern in some}):
+        for file in families.project_root().glob(f"{pattern}.py"):
+            copy = tmp_path / file.relative_to(families.project_root())
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    monkeypatch.setattr(families, "project_root", lambda: tmp_path)
+    assert {group: families.code_of(group) for group in families.REACHED} == before
+    (tmp_path / "sdtp_lib/training/labels.py").write_text("other = True")
+    assert [group for group in before if families.code_of(group) != before[group]] == ["labels"]
 
 
 def row(family, check, outcome, backend="sdpa", **more):
@@ -171,12 +189,39 @@ def test_only_what_was_right_in_every_variant_is_trusted():
     assert report.trusted() == {"b bLM": ["eager", "sdpa"]}
 
 
-def test_the_matrix_names_each_reason_once():
+SWEPT = {"5.23": {"transformers": "5.23.0", "torch": "2.13.0", **dict.fromkeys(family_report.STATES, 1)}}
+
+
+def test_the_matrix_has_a_line_for_each_family_in_words_and_names_each_reason_once():
     rows = [built("a", "a"), *(row("a", check, RIGHT) for check in ENGINE)]
-    rows += [row(f, "entry", REFUSED, detail="multimodal | no") for f in ("b", "c")]
-    page = family_report.Report(rows).matrix()
-    assert "| a | yes |" in page and page.count("multimodal \\| no") == 1
-    assert page.count("refused (1)") == 2
+    rows += [
+        row(f, "entry", REFUSED, detail=f"{f.upper()}xForCausalLM: multimodal | no: use another") for f in ("b", "c")
+    ]
+    rows += [row(f, "flops", REFUSED, detail=f"ValueError: {f} layer 0 (Layer): no count") for f in ("a", "b")]
+    page = family_report.Report(rows).matrix(SWEPT)
+    assert "| a | **works** (sdpa) | - | - | refused (1) |" in page
+    assert "| b | refused: multimodal \\| no | - | - | refused (1) |" in page
+    assert page.count("no count") == 1 and "| 5.23.0 | 2.13.0 | 1 |" in page
+
+
+def test_readme_names_the_known_families_and_the_counts_of_each_version():
+    rows = [built("llama", "llama"), *(row("llama", check, RIGHT) for check in ENGINE), row("mamba", "entry", REFUSED)]
+    block = family_report.Report(rows).table(SWEPT)
+    assert "works: llama; refused: mamba" in block.note and block.body[0][:3] == ("5.23.0", "2.13.0", "1")
+
+
+@pytest.mark.parametrize("newest", (True, False))
+def test_a_sweep_of_an_older_version_adds_its_list_and_leaves_the_page(tmp_path, monkeypatch, newest):
+    monkeypatch.setattr(family_report, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(family_report.tables, "main", lambda _: 0)
+    shipped, other = tmp_path / family_report.SUPPORTED, "5.3" if newest else "5.100"
+    shipped.parent.mkdir(parents=True)
+    shipped.write_text(json.dumps({"works": {other: {}}, "swept": {other: SWEPT["5.23"]}}))
+    (tmp_path / "figures").mkdir()
+    family_report.Report([built("a", "a"), *(row("a", check, RIGHT) for check in ENGINE)]).write()
+    works = json.loads(shipped.read_text())["works"]
+    assert works["5.23"] == {"a aLM": ["sdpa"]} and list(works) == (["5.3", "5.23"] if newest else ["5.23", "5.100"])
+    assert (tmp_path / family_report.MATRIX).exists() == newest
 
 
 def test_tiny_models_are_the_same_each_time_and_small():
