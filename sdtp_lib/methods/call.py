@@ -7,6 +7,7 @@ It turns what a person says into a budget and a scorer, says once what it chose 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import warnings
 import weakref
@@ -76,6 +77,8 @@ def token_pruning(
     """
     num_layers = len(describe(model).layers)
     around = None
+    if inspect.isclass(budget) or inspect.isroutine(budget):
+        raise ValueError(f"budget={budget.__name__} makes budgets and is none itself: call it, {budget.__name__}(...).")
     if hasattr(budget, "budget_for"):
         method, budget = budget, budget.budget_for(model)
         scorer = method.scorer_for(model) if scorer is None else scorer
