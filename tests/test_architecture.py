@@ -35,8 +35,8 @@ FLOORS = (
 INSIDE = {
     "architectures": ({"caches", "masks", "unsupported", "attention_interface"}, {"layers"},
                       {"bias_probe", "attention_weights"}, {"attention_bias", "attention_readings"}),
-    "data": ({"texts", "lm_eval_files"}, {"samples", "ruler_texts"}, {"tasks", "longbench", "prompts", "ruler_generators"},
-             {"ruler", "test_sets", "longbench2", "copying"}),
+    "data": ({"texts", "lm_eval_files"}, {"samples", "ruler_texts", "prompts"},
+             {"tasks", "longbench", "ruler_generators"}, {"ruler", "test_sets", "longbench2", "copying"}),
     "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard", "pruned_cache", "protection",
                  "masked_reference"}, {"continuation", "verify"}, {"prefill"}, {"session"}, {"engine"}),
     "scorers": ({"blend", "pruner_files"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name", "found"}),
