@@ -21,6 +21,7 @@ SETS = re.findall(r"```yaml\n(.*?)```", README, re.S)
 
 
 @pytest.mark.embedded
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "prints"), SNIPPETS, ids=[f"snippet {n}" for n, _ in enumerate(SNIPPETS)])
 def test_a_snippet_runs_as_printed_from_another_folder(program, prints, tmp_path):
     ended = subprocess.run(

@@ -65,12 +65,12 @@ def prompts_of(given: argparse.Namespace) -> list[Prompt]:
     ValueError
         If there is none, or one is empty.
     """
-    from sdtp_lib.data.prompts import Prompt, prompts_in
+    from sdtp_lib.data.prompts import STANDARD_INPUT, Prompt, prompts_in
 
     found = [Prompt.of_text(f"--prompt {number}", text) for number, text in enumerate(given.prompt, start=1)]
     for file in given.files:
         content = sys.stdin.buffer.read() if file == "-" else _content(Path(file))
-        found += prompts_in(content, "standard input" if file == "-" else Path(file).name)
+        found += prompts_in(content, STANDARD_INPUT if file == "-" else Path(file).name)
     if not found:
         raise ValueError("there is no prompt: name a file, give --prompt TEXT, or - for standard input.")
     return found

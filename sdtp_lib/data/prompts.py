@@ -15,6 +15,7 @@ from typing import Any
 
 from sdtp_lib.data.texts import json_lines
 
+STANDARD_INPUT = "standard input"
 _ASKED = ("prompt", "instruction", "question", "query", "text", "input")
 _CONTEXT = ("context", "document", "passage", "input")
 
@@ -59,14 +60,17 @@ class Prompt:
 
 
 def prompts_in(content: bytes, name: str) -> list[Prompt]:
-    """The prompts of a file: JSON lines where its name ends so, or its first line is an object; else one text.
+    """The prompts of a file: JSON lines where its name ends so; else one text.
+
+    What has no name (standard input) is JSON lines where it begins with an object.
 
     Raises
     ------
     ValueError
         Naming the line that holds no prompt, or saying that the file is empty or no text.
     """
-    if name.endswith((".jsonl", ".ndjson")) or content.lstrip().startswith(b'{"'):
+    nameless = name == STANDARD_INPUT and content.lstrip().startswith(b'{"')
+    if nameless or name.endswith((".jsonl", ".ndjson")):
         found = [
             _prompt(f"{name}:{number}", record) for number, record in enumerate(json_lines(content, name), start=1)
         ]
