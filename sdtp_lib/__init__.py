@@ -12,6 +12,7 @@ Importing this package loads neither torch nor transformers: each public name is
     latency/        what it saves                                  files       files written whole, locks
     plots/ views/   pictures, HTML                                 provenance  where a number comes from
     explorer/       the sliders                                    processes   one run shared among processes
+    commands/       the command line, python -m sdtp_lib
     paper           what the paper prints, ours beside it          harness     SDTPLM: lm-eval with pruned prompts
 """
 

@@ -4,6 +4,8 @@ A log-likelihood is read from the pruned cache of its context; requests that sha
 ``generate_until`` decodes through the engine. Rolling log-likelihood has no prompt, so it runs unpruned and says so.
 
     python -m sdtp_lib.harness run --model sdtp --model_args pretrained=embedded,preset=keep09,pruners=DIR --tasks piqa
+
+``--help`` tells what ``--model_args`` may hold.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,15 +25,21 @@ from tqdm import tqdm
 from sdtp_lib import scorers
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.extras import extra
+from sdtp_lib.extras import MissingExtra, extra
 from sdtp_lib.models import load_model
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.scorers.token_pruners import TokenPruners
 
-with extra("eval"):
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
+try:
+    with extra("eval"):
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+except MissingExtra as missing:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {missing}", file=sys.stderr)
+    sys.exit(2)
 
 _LOGGER = logging.getLogger(__name__)
 _SIMPLE = {
@@ -206,10 +215,33 @@ def _read(scores: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
     return total, bool((scores.argmax(-1) == tokens).all())
 
 
-def main() -> None:
-    """lm-eval's own command line, which now knows ``--model sdtp``."""
+_HELP = """\
+usage: python -m sdtp_lib.harness run --model sdtp --model_args NAME=VALUE,... --tasks TASK ...
+
+Any task of lm-evaluation-harness on a model whose prompts are pruned. Of --model_args:
+
+  pretrained=MODEL           embedded, a folder, or a Hub id (default: embedded)
+  preset=PRESET              keep09, keep08, keep07 or paper-low; without it nothing is pruned
+  pruners=DIR                trained pruners: a folder, a Hub id, or a set that ships; or instead
+  scorer=NAME                {scorers}
+  {loader}
+                             as load_model takes them; all else (max_length, add_bos_token, ...) is HFLM's
+
+Without --model sdtp it is lm-eval itself, whose own arguments (--tasks, --limit, --batch_size, --output_path, ...) are
+told by `python -m sdtp_lib.harness run --help`; its other commands are `ls` and `validate`.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """lm-eval's own command line, which now knows ``--model sdtp``; ``--help`` is ours."""
     from lm_eval.__main__ import cli_evaluate
 
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_HELP.format(scorers=", ".join(_SIMPLE), loader=", ".join(_LOADER_OPTIONS)))
+        return
+    if arguments is not None:
+        sys.argv[1:] = given
     cli_evaluate()
 
 

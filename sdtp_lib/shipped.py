@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 SHIPPED_FOLDER = Path(__file__).resolve().parent / "shipped_pruners"
 # Name for `load_model` -> pruners that were trained for it.
@@ -48,3 +50,12 @@ def pruner_folders() -> list[Path]:
     """Every folder of pruners at hand, the user's own before those that ship."""
     own = sorted(config.parent for config in user_folder().glob("*/config.json"))
     return [*own, *shipped_pruners().values()]
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What the pruners of a folder say of themselves; {} where that cannot be read (half-written, or not pruners)."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

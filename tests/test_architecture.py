@@ -28,13 +28,15 @@ FLOORS = (
     {"evaluation"},
     {"latency"},
     {"paper"},
+    {"commands"},
+    {"__main__"},
 )
 # The same within a folder, module by module. Its `__init__` stands on top and imports nothing from outside but extras.
 INSIDE = {
     "architectures": ({"caches", "masks", "unsupported", "attention_interface"}, {"layers"},
                       {"bias_probe", "attention_weights"}, {"attention_bias", "attention_readings"}),
-    "data": ({"texts", "lm_eval_files"}, {"samples", "ruler_texts"}, {"tasks", "longbench", "ruler_generators"},
-             {"ruler", "test_sets", "longbench2", "copying"}),
+    "data": ({"texts", "lm_eval_files"}, {"samples", "ruler_texts", "prompts"},
+             {"tasks", "longbench", "ruler_generators"}, {"ruler", "test_sets", "longbench2", "copying"}),
     "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard", "pruned_cache", "protection",
                  "masked_reference"}, {"continuation", "verify"}, {"prefill"}, {"session"}, {"engine"}),
     "scorers": ({"blend", "pruner_files"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name", "found"}),
@@ -47,7 +49,8 @@ INSIDE = {
     "evaluation": ({"statistics", "divergence", "methods", "items", "fewshot"},
                    {"answers", "answer_tables", "compare", "tables"}, {"answer_run"}),
     "latency": ({"memory", "report", "cost_model"}, {"measure"}, {"generation", "hardware", "training_cost"},
-                {"methods"}, {"run"}),
+                {"methods"}, {"run", "side_by_side"}),
+    "commands": ({"arguments"}, {"generate", "compare", "bench", "pruners"}),
 }  # fmt: skip
 # Modules that stay in the dark on purpose: what they must never import, at any depth of function.
 NO_TORCH = {"extras", "shipped", "provenance", "load_failures", "files", "records", "config", "budget", "layer_shape",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from sdtp_lib import scorers
+from sdtp_lib import harness, scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.divergence import continuation_logits
 from sdtp_lib.harness import SDTPLM
@@ -136,3 +138,15 @@ def test_the_command_line_knows_the_model():
     from lm_eval.api.registry import get_model
 
     assert get_model("sdtp") is SDTPLM
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []], ids=str)
+def test_help_is_ours_and_tells_what_model_args_may_hold(arguments, capsys):
+    harness.main(arguments)
+    text = capsys.readouterr().out
+    assert text.startswith("usage: python -m sdtp_lib.harness run --model sdtp")
+    parameters = set(inspect.signature(SDTPLM).parameters) - {"tokenizer", "pruning", "kwargs"}
+    told = set(re.findall(r"^  (\w+)=", text, re.M))
+    assert told == parameters
+    assert all(name in text for name in (*harness._LOADER_OPTIONS, *harness._SIMPLE))
+    assert "run --help" in text

@@ -151,3 +151,19 @@ def test_what_an_extra_brings_is_asked_for_by_its_name_in_one_sentence(program):
     for use, extra in extra_of.items():
         assert sentences[use].endswith(f" is not installed: pip install 'sdtp-lib[{extra}]'"), sentences[use]
         assert "\n" not in sentences[use]
+
+
+@pytest.mark.slow
+def test_the_command_is_installed_and_answers_with_the_core_alone(program):
+    helped, refused = program("""
+        import json, pathlib, subprocess, sys
+
+        def sdtp(*arguments):
+            command = [pathlib.Path(sys.executable).parent / "sdtp", *arguments]
+            ended = subprocess.run(command, capture_output=True, text=True)
+            return ended.returncode, ended.stdout, ended.stderr
+
+        print(json.dumps([sdtp("--help"), sdtp("compare", "no/such/model", "--prompt", "the rain")]))
+    """)
+    assert helped[0] == 0 and helped[1].startswith("usage: sdtp COMMAND")
+    assert refused[0] == 2 and "error: pandas is not installed: pip install 'sdtp-lib[train]'" in refused[2]

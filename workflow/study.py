@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import sweep
-import yaml
 from notebook_parameters import ParameterError
 
 from sdtp_lib.records import project_root
@@ -43,7 +42,10 @@ def profile_folder(profile: str) -> Path:
 
 def on_slurm(profile: str) -> bool:
     """Whether a profile sends jobs to SLURM."""
-    settings = yaml.safe_load((profile_folder(profile) / "config.yaml").read_text(encoding="utf-8"))
+    path = profile_folder(profile) / "config.yaml"
+    settings = sweep.read_yaml(path)
+    if not isinstance(settings, dict):
+        raise ParameterError(f"{path.name} of the profile {path.parent.name} holds no settings, such as `cores: 2`.")
     return settings.get("executor") == "slurm"
 
 
@@ -88,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"REFUSED  there is no parameter set {options.params}: there are {sets}.", file=sys.stderr)
         return 2
     try:
+        sends_jobs = on_slurm(options.profile)
         settings = sweep.read_settings(params, options.run)
         jobs = sweep.plan(settings, root)
     except ParameterError as error:
@@ -102,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         except OSError:
             print("REFUSED  a study is running in this checkout already: wait for it or stop it.", file=sys.stderr)
             return 2
-        if on_slurm(options.profile):
+        if sends_jobs:
             wait_for_leftovers()
         for job in jobs:
             if not Path(job.done).exists():

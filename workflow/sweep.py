@@ -1,8 +1,9 @@
 """A sweep as a list of jobs: which notebook runs with which parameters, in which folder, after which others.
 
 A parameter set (workflow/params/*.yaml) names a run, values for all notebooks (`common`), values for one (`notebooks`)
-and axes (`sweep`). An axis counts for a notebook that has such a parameter, and for every notebook that builds on one:
-so a sweep over keep ratios trains once. ``"{02_training}/pruners"`` is a path in the folder of the job built on.
+and axes (`sweep`). An axis counts for a notebook that has such a parameter and whose own values do not fix it, and for
+every notebook that builds on one: ``02_training: {preset: keep09}`` trains once under a sweep over presets.
+``"{02_training}/pruners"`` is a path in the folder of the job built on.
 
 Every job has a fingerprint of what its results follow from: the notebook's code, its parameters, the parts of the
 library that it reaches, the files that it reads, the fingerprints that it builds on. A part is a folder of the library,
@@ -85,21 +86,35 @@ class Job:
         return self.executed.removesuffix(".ipynb") + ".log"
 
 
-def read_settings(path: Path, run: str | None = None) -> dict[str, Any]:
-    """A parameter set; an unknown section is refused by name."""
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, {} where it is empty; one that is none is refused in one sentence."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path.name} is not YAML: {' '.join(str(error).split())}.") from None
+
+
+def read_settings(path: Path, run: str | None = None) -> dict[str, Any]:
+    """A parameter set; an unknown section is refused by name."""
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ParameterError(f"{path.name} holds no sections: known are {sorted(SECTIONS)}.")
-    unknown = sorted(set(settings) - SECTIONS)
+    unknown = sorted(set(map(str, settings)) - SECTIONS)
     if unknown:
         raise ParameterError(f"{path.name}: unknown section(s) {unknown}; known are {sorted(SECTIONS)}.")
-    settings["run"] = run or settings.get("run") or path.stem
+    for section in sorted(SECTIONS - {"run"}):
+        _refuse_other_than_names(settings.get(section), f"{path.name}: {section}")
+    for notebook, values in (settings.get("notebooks") or {}).items():
+        _refuse_other_than_names(values, f"{path.name}: {notebook}")
+    settings["run"] = str(run or settings.get("run") or path.stem)
     if not re.fullmatch(r"[\w.=-]+", settings["run"]):
         raise ParameterError(f"run={settings['run']!r} is not a folder name: letters, digits, - _ . = only.")
     return settings
+
+
+def _refuse_other_than_names(values: Any, what: str) -> None:
+    if values is not None and not (isinstance(values, dict) and all(isinstance(name, str) for name in values)):
+        raise ParameterError(f"{what} holds {values!r}: give names with values, one `name: value` per line.")
 
 
 def plan(settings: Mapping[str, Any], root: Path) -> list[Job]:
@@ -124,7 +139,8 @@ def plan(settings: Mapping[str, Any], root: Path) -> list[Job]:
         raise ParameterError(f"there is no notebook {', '.join(missing)}: there are {', '.join(paths)}.")
     known = {name: set(parameters_of(paths[name])) for name in given}
     axes = _axes(settings.get("sweep") or {})
-    _refuse_unused(settings, axes, known)
+    open_to_axes = {name: known[name] - set(given[name]) for name in given}
+    _refuse_unused(settings, axes, known, open_to_axes)
 
     jobs: dict[tuple[str, str], Job] = {}
     reach: dict[str, list[str]] = {}  # the axes that a notebook's jobs differ in
@@ -132,13 +148,13 @@ def plan(settings: Mapping[str, Any], root: Path) -> list[Job]:
         own = {key: value for key, value in (settings.get("common") or {}).items() if key in known[name]} | given[name]
         sources = sorted({*BUILDS_ON.get(name, ()), *LINK.findall(json.dumps(own))} & set(given))
         reach[name] = [
-            axis for axis in axes if _counts(axes[axis], known[name]) or any(axis in reach[s] for s in sources)
+            axis for axis in axes if _counts(axes[axis], open_to_axes[name]) or any(axis in reach[s] for s in sources)
         ]
         for choice in itertools.product(*(axes[axis] for axis in reach[name])):
             chosen = dict(zip(reach[name], choice, strict=True))
             values = dict(own)
             for axis, option in chosen.items():
-                values |= {key: value for key, value in axes[axis][option].items() if key in known[name]}
+                values |= {key: value for key, value in axes[axis][option].items() if key in open_to_axes[name]}
             upstream = {source: jobs[source, _cell(chosen, reach[source], axes)] for source in sources}
             job = _job(name, _cell(chosen, reach[name], axes), values, upstream, settings["run"], root)
             jobs[name, job.cell] = job
@@ -171,7 +187,12 @@ def _cell(chosen: Mapping[str, str], reach: list[str], axes: Mapping[str, Any]) 
     return "__".join(f"{axis}-{chosen[axis]}" for axis in reach if len(axes[axis]) > 1)
 
 
-def _refuse_unused(settings: Mapping[str, Any], axes: Mapping[str, Any], known: Mapping[str, set[str]]) -> None:
+def _refuse_unused(
+    settings: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    known: Mapping[str, set[str]],
+    open_to_axes: Mapping[str, set[str]],
+) -> None:
     anywhere = set().union(*known.values())
     swept = {name for options in axes.values() for values in options.values() for name in values}
     for section, names in (("common", set(settings.get("common") or {})), ("sweep", swept)):
@@ -179,6 +200,10 @@ def _refuse_unused(settings: Mapping[str, Any], axes: Mapping[str, Any], known: 
             raise ParameterError(
                 f"{section}: {', '.join(sorted(names - anywhere))} is no parameter of any notebook that runs."
             )
+    if fixed := swept - set().union(*open_to_axes.values()):
+        raise ParameterError(
+            f"sweep: {', '.join(sorted(fixed))} is fixed by each notebook that has it: leave it out there or here."
+        )
 
 
 def _job(name: str, cell: str, values: dict[str, Any], upstream: dict[str, Job], run: str, root: Path) -> Job:

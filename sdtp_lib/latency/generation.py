@@ -1,18 +1,18 @@
 """Greedy generation with its clock inside: the time to the first token apart from decode.
 
 Knows a causal LM's forward and nothing else: a prefill and a decode step are callables, so that any way to fill a
-cache is timed by the same loop. No value is read from the device before the end.
+cache is timed by the same loop. No value is read from the device before the end, unless it ends at an end token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sdtp_lib.architectures.caches import cache_argument, cache_in
+from sdtp_lib.architectures.caches import cache_argument, cache_in, cache_lengths, kv_bytes
 from sdtp_lib.latency.measure import Stopwatch
 
 
@@ -48,12 +48,25 @@ class Generation:
             "decode_tokens_per_s": 1e3 * self.token_ids.shape[0] * steps / decode_ms if steps else None,
         }
 
+    def prompt_kv_bytes(self) -> int:
+        """Bytes of keys and values that the prefill left: decode adds the same number of keys to every layer."""
+        added = self.token_ids.shape[1] - 1
+        held = zip(kv_bytes(self.cache), cache_lengths(self.cache), strict=True)
+        return sum(size * (length - added) // max(1, length) for size, length in held)
+
+
+def end_tokens(model: Any) -> tuple[int, ...]:
+    """The ids at which ``model.generate`` stops."""
+    ends = model.generation_config.eos_token_id
+    return (ends,) if isinstance(ends, int) else tuple(ends or ())
+
 
 def timed_generation(
     prefill: Callable[[Stopwatch], tuple[torch.Tensor, Any]],
     step: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]],
     new_tokens: int,
     watch: Stopwatch,
+    ends: Collection[int] = (),
 ) -> Generation:
     """Prefill once, then ``new_tokens - 1`` greedy steps.
 
@@ -66,6 +79,8 @@ def timed_generation(
         ``step(token_ids (B, 1), cache) -> (logits, cache)``.
     watch
         Started by the caller, so that whatever it sets up counts too.
+    ends
+        Token ids after which it stops early (batch 1): the device is waited for at each step then.
     """
     if new_tokens < 1:
         raise ValueError(f"new_tokens={new_tokens}: the prefill itself gives the first token, so ask for 1 or more.")
@@ -75,6 +90,8 @@ def timed_generation(
         watch.mark("prefill")
         tokens = [token]
         for _ in range(new_tokens - 1):
+            if ends and token.item() in ends:
+                break
             logits, cache = step(token, cache)
             token = logits[:, -1].argmax(dim=-1, keepdim=True)
             tokens.append(token)
@@ -96,7 +113,12 @@ def plain_step(model: Any, token_ids: torch.Tensor, cache: Any, **arguments: Any
 
 
 def prefill_and_decode(
-    model: Any, input_ids: torch.Tensor, new_tokens: int, watch: Stopwatch | None = None
+    model: Any,
+    input_ids: torch.Tensor,
+    new_tokens: int,
+    watch: Stopwatch | None = None,
+    *,
+    ends: Collection[int] = (),
 ) -> Generation:
     """Greedy generation of ``new_tokens`` by the model as it is (or as a surrounding ``with`` has made it)."""
     watch = watch or Stopwatch(input_ids.device)
@@ -105,4 +127,5 @@ def prefill_and_decode(
         lambda token, cache: plain_step(model, token, cache),
         new_tokens,
         watch,
+        ends,
     )

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from sdtp_lib import budget, scorers
-from sdtp_lib.architectures.caches import cache_argument, cache_in, cache_lengths, kv_bytes
+from sdtp_lib.architectures.caches import cache_argument, cache_in, cache_lengths
 from sdtp_lib.architectures.layers import describe, num_layers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.latency.generation import Generation, plain_prefill, plain_step, timed_generation
@@ -93,10 +93,7 @@ class Method:
             **{f"part_{name.replace(' ', '_')}_ms": value for name, value in generation.parts_ms.items()},
             # What the prefill left; decode adds the same number of keys to every layer of every method.
             "kv_tokens_per_layer": [length - added for length in lengths],
-            "kv_bytes": sum(
-                size * (length - added) // length
-                for size, length in zip(kv_bytes(generation.cache), lengths, strict=True)
-            ),
+            "kv_bytes": generation.prompt_kv_bytes(),
         }
 
     def tflops(self, shape: budget.ModelShape, prompt_tokens: int) -> float:

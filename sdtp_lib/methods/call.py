@@ -7,6 +7,7 @@ It turns what a person says into a budget and a scorer, says once what it chose 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import warnings
 import weakref
@@ -24,7 +25,7 @@ from sdtp_lib.pruning import engine
 from sdtp_lib.pruning.prefill import Budget
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.trace import PruningTrace
-from sdtp_lib.scorers.found import TRAINING_FREE, pruners_for, scorer_called, training_free_layers
+from sdtp_lib.scorers.found import default_scorer, scorer_called, training_free_layers
 
 _told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
@@ -76,6 +77,8 @@ def token_pruning(
     """
     num_layers = len(describe(model).layers)
     around = None
+    if inspect.isclass(budget) or inspect.isroutine(budget):
+        raise ValueError(f"budget={budget.__name__} makes budgets and is none itself: call it, {budget.__name__}(...).")
     if hasattr(budget, "budget_for"):
         method, budget = budget, budget.budget_for(model)
         scorer = method.scorer_for(model) if scorer is None else scorer
@@ -92,13 +95,12 @@ def token_pruning(
 
 def _resolved(model: nn.Module, num_layers: int, budget: Any, scorer: Scorer | None) -> tuple[Budget, Scorer]:
     """The budget and the scorer; where the schedule is free, the scorer's own."""
-    speedup = _speedup(budget)
-    config = None if speedup is not None else _config(budget, num_layers)
+    speedup = speedup_in(budget)
+    config = None if speedup is not None else config_of(budget, num_layers)
     layers = None if config is None else getattr(config, "config", config).layers
     if scorer is None:
-        scorer, missing = pruners_for(model, layers)
-        if scorer is None:
-            scorer = scorer_called(TRAINING_FREE, model)
+        scorer, missing = default_scorer(model, layers)
+        if missing:
             _say_once(model, missing)
     if config is not None:
         return config, scorer
@@ -106,7 +108,7 @@ def _resolved(model: nn.Module, num_layers: int, budget: Any, scorer: Scorer | N
     return SpeedupBudget(PruningConfig(tuple(layers)), speedup, ModelShape.from_model(model)), scorer
 
 
-def _config(budget: Any, num_layers: int) -> Budget:
+def config_of(budget: Any, num_layers: int) -> Budget:
     """A preset's or a ratio's configuration; what is a budget already stays as it is."""
     if isinstance(budget, str):
         if budget not in PRESETS:
@@ -122,7 +124,7 @@ def _config(budget: Any, num_layers: int) -> Budget:
     return budget
 
 
-def _speedup(budget: Any) -> float | None:
+def speedup_in(budget: Any) -> float | None:
     """2.0 for ``"2x"``; None for what is no speed-up."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)x", budget.strip()) if isinstance(budget, str) else None
     if found is None:

@@ -22,7 +22,7 @@ from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.generate_guard import guarded_generate
 from sdtp_lib.pruning.prefill import Budget
 from sdtp_lib.pruning.session import Session
-from sdtp_lib.pruning.stage import Scorer, name_of
+from sdtp_lib.pruning.stage import Scorer, name_of, refuse_uncalled
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.pruning.verify import check_on_entry
 
@@ -97,6 +97,7 @@ def _checked_config(architecture: Architecture, budget: Any, scorer: Any, model:
     config.validate_for(len(architecture.layers))
     if not callable(scorer):
         raise ValueError(f"scorer={scorer!r} cannot be called: give TokenPruners or one of sdtp_lib.scorers.")
+    refuse_uncalled(scorer)
     layers = getattr(scorer, "layers", None)
     if layers is not None and not set(config.layers) <= set(layers):
         raise ValueError(

@@ -6,6 +6,7 @@ Axes: B batch, N living tokens, D hidden size, H heads, w queries.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -41,6 +42,22 @@ class Scorer(Protocol):
     def __call__(self, stage: Stage) -> torch.Tensor:
         """Scores (B, N), higher is more important; what stands at padding is ignored."""
         ...
+
+
+def refuse_uncalled(scorer: Any) -> None:
+    """Refuse what makes scorers and is none: ``scorers.attention`` instead of ``scorers.attention(8)``, or a class.
+
+    Raises
+    ------
+    ValueError
+        For a class, or a function that says that it returns a `Scorer`.
+    """
+    name = getattr(scorer, "__name__", "")
+    if inspect.isclass(scorer):
+        raise ValueError(f"scorer={name} is a class, not a scorer: give an object of it.")
+    returns = getattr(scorer, "__annotations__", {}).get("return") if inspect.isroutine(scorer) else None
+    if returns is Scorer or str(returns).rpartition(".")[2] == "Scorer":
+        raise ValueError(f"scorer={name} makes a scorer and is none itself: call it, {name}(...).")
 
 
 def name_of(scorer: Any) -> str:

@@ -6,7 +6,6 @@ scorers and folders, not budgets.
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.scorers import simple
 from sdtp_lib.scorers.token_pruners import TokenPruners, weights_fingerprint
-from sdtp_lib.shipped import pruner_folders, pruners_folder
+from sdtp_lib.shipped import about, pruner_folders, pruners_folder
 
 # Scores that need no training, as a person names them.
 NAMED = {
@@ -58,6 +57,12 @@ def scorer_called(name: str, model: Any) -> Scorer:
     return TokenPruners.from_pretrained(name).to(model.device).eval()
 
 
+def default_scorer(model: Any, layers: Sequence[int] | None = None) -> tuple[Scorer, str]:
+    """What scores where nobody names a scorer, and why no pruners do; the sentence is empty where pruners do."""
+    pruners, missing = pruners_for(model, layers)
+    return (pruners, "") if pruners is not None else (scorer_called(TRAINING_FREE, model), missing)
+
+
 def pruners_for(model: Any, layers: Sequence[int] | None = None) -> tuple[TokenPruners | None, str]:
     """Pruners made for ``model``'s very weights and for ``layers`` (None: any), and why there are none.
 
@@ -66,28 +71,35 @@ def pruners_for(model: Any, layers: Sequence[int] | None = None) -> tuple[TokenP
     (TokenPruners or None, str)
         On the model's device; the sentence is empty where some were found.
     """
-    text = model.config.get_text_config()
-    own, elsewhere = None, []
-    for folder in pruner_folders():
-        about = _read_config(folder)
-        if (about.get("model_type"), about.get("hidden_size")) != (text.model_type, text.hidden_size):
-            continue
-        own = own or weights_fingerprint(model)
-        if own is None or about.get("weights_fingerprint") != own:
-            continue
-        if layers is None or set(layers) <= set(about.get("layers", ())):
-            return _load(model, folder), ""
-        elsewhere.append(f"{folder.name} scores before layers {about.get('layers')}")
+    fitting, elsewhere = _folders_for(model, layers)
+    if fitting:
+        return _load(model, fitting[0]), ""
     if elsewhere:
         return None, f"pruners of this model were made for other layers ({'; '.join(elsewhere)})"
     return None, "no pruners were made for this model's weights"
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # half-written or not pruners: not these
+def every_pruners_for(model: Any, layers: Sequence[int] | None = None) -> list[tuple[str, TokenPruners]]:
+    """Name and pruners of every set that was made for ``model``'s very weights and for ``layers`` (None: any)."""
+    return [(folder.name, _load(model, folder)) for folder in _folders_for(model, layers)[0]]
+
+
+def _folders_for(model: Any, layers: Sequence[int] | None) -> tuple[list[Path], list[str]]:
+    """The folders of fitting pruners, best first, and a remark on each that fits the weights but not the layers."""
+    text = model.config.get_text_config()
+    own, fitting, elsewhere = None, [], []
+    for folder in pruner_folders():
+        known = about(folder)
+        if (known.get("model_type"), known.get("hidden_size")) != (text.model_type, text.hidden_size):
+            continue
+        own = own or weights_fingerprint(model)
+        if own is None or known.get("weights_fingerprint") != own:
+            continue
+        if layers is None or set(layers) <= set(known.get("layers", ())):
+            fitting.append(folder)
+        else:
+            elsewhere.append(f"{folder.name} scores before layers {known.get('layers')}")
+    return fitting, elsewhere
 
 
 def _load(model: Any, folder: Path) -> TokenPruners:

@@ -17,7 +17,7 @@ from sdtp_lib import load_failures
 from sdtp_lib.shipped import pruners_folder
 
 Loaded = TypeVar("Loaded")
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 def loaded_whole(load: Callable[..., Loaded], where: str | os.PathLike[str], options: Mapping[str, Any]) -> Loaded:
@@ -38,7 +38,7 @@ def loaded_whole(load: Callable[..., Loaded], where: str | os.PathLike[str], opt
         raise OSError(f"Cannot load pruners from {name!r}: {what}; give one of save_pretrained's, or a Hub id.")
     try:
         if not local:  # the mixin goes on without a config that it cannot fetch
-            hf_hub_download(name, "config.json", **{key: options[key] for key in _HUB_OPTIONS if key in options})
+            hf_hub_download(name, "config.json", **{key: options[key] for key in HUB_OPTIONS if key in options})
         # Not strict, it would leave the random numbers of a new network where the weights lack a stage.
         return load(name, strict=True, **options)
     except RuntimeError as error:
@@ -52,3 +52,9 @@ def loaded_whole(load: Callable[..., Loaded], where: str | os.PathLike[str], opt
             raise  # a field of the config that the constructor refuses
         remedy = "write it again with save_pretrained" if local else "give a folder that save_pretrained wrote"
         raise OSError(f"Cannot load pruners from {name!r} {load_failures.sentence(error, remedy)}") from error
+
+
+def weights_file(name: str, options: Mapping[str, Any]) -> str:
+    """The safetensors file of a folder, or of a Hub id under the Hub's ``options``."""
+    local = Path(name) / "model.safetensors"
+    return str(local) if local.parent.is_dir() else hf_hub_download(name, local.name, **options)

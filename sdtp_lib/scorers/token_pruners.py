@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sdtp_lib.provenance import content_id, fingerprint
 from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.scorers.blend import Blend, standardised
-from sdtp_lib.scorers.pruner_files import loaded_whole
+from sdtp_lib.scorers.pruner_files import HUB_OPTIONS, loaded_whole, weights_file
 from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StagePruner
 
 FEATURES = ("hidden", "distance", "query", "attention", "memory")
@@ -156,6 +156,12 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             names, or the Hub cannot give it.
         """
         return loaded_whole(super().from_pretrained, pretrained_model_name_or_path, options)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = False, **options: Any):
+        """In the place of the mixin's, which prints what it does and reads a pickle where a repository has one."""
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        return cls._load_as_safetensor(cls(**options), weights_file(model_id, hub), map_location, strict)
 
     @property
     def name(self) -> str:

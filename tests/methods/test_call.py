@@ -12,6 +12,7 @@ import torch
 from sdtp_lib import PruningConfig, TokenPruners, budget, scorers, token_pruning
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.protection import protected_tokens_of
+from sdtp_lib.pruning.stage import refuse_uncalled
 from sdtp_lib.scorers.found import training_free_layers
 
 PROMPT = torch.randint(3, 128, (1, 200), generator=torch.Generator().manual_seed(1))
@@ -67,6 +68,29 @@ def test_a_wanted_speedup_is_reached_by_flops(tiny_model):
 def test_a_budget_that_is_none_is_refused_by_its_value(tiny_model, said, match):
     with pytest.raises(ValueError, match=match):
         _trace(tiny_model(), said, scorers.recency())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("2x", scorers.attention), "scorer=attention makes a scorer and is none itself: call it"),
+        (("2x", scorers.recency), "scorer=recency makes a scorer"),
+        (("2x", scorers.weighted), "scorer=weighted makes a scorer"),
+        (("2x", TokenPruners), "scorer=TokenPruners is a class"),
+        ((PruningConfig,), "budget=PruningConfig makes budgets and is none itself: call it"),
+        ((PruningConfig.preset,), "budget=preset makes budgets"),
+    ],
+)
+def test_what_makes_a_scorer_or_a_budget_and_was_not_called_is_refused_by_name(tiny_model, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        _trace(tiny_model(), *arguments)
+
+
+@pytest.mark.parametrize("name", scorers.__all__)
+def test_every_factory_of_scorers_is_known_as_one(name):
+    if name != "name_of":
+        with pytest.raises(ValueError, match=f"scorer={name} makes a scorer"):
+            refuse_uncalled(getattr(scorers, name))
 
 
 def test_a_scorer_may_be_named_and_an_unknown_name_lists_the_known_ones(tiny_model):

@@ -351,3 +351,10 @@ def test_pruners_are_told_apart_by_weights_and_settings_and_keep_their_identity_
     with torch.no_grad():
         first.stages["1"].out.bias.add_(1.0)
     assert TokenPruners.from_pretrained(saved).identity != first.identity
+
+
+def test_loading_prints_nothing(tiny_model, tmp_path, capfd):
+    TokenPruners.for_model(tiny_model(), (2,)).save_pretrained(tmp_path)
+    capfd.readouterr()
+    TokenPruners.from_pretrained(tmp_path)
+    assert capfd.readouterr() == ("", "")

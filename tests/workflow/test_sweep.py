@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import notebook_parameters
 import papermill
 import pytest
 import run_notebook
+import study as front_door
 import sweep
 import yaml
 from notebook_parameters import ParameterError, check, matches, parameters_of
@@ -184,12 +186,31 @@ def test_a_sweep_writes_small_numbers_as_everybody_does(stand_in_project):
     assert job.parameters["rate"] == 0.001
 
 
-@pytest.mark.parametrize(("content", "sentence"), [("run: [", "is not YAML"), ("- a\n", "holds no sections")])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("run: [", "is not YAML"),
+        ("- a\n", "holds no sections"),
+        ("3: a\n", "unknown section.*'3'"),
+        ("common: 3\n", "common holds 3: give names with values"),
+        ("sweep: [seed]\n", r"sweep holds \['seed'\]: give names"),
+        ("notebooks: [04_latency]\n", "notebooks holds .*: give names"),
+        ("notebooks: {04_latency: 5}\n", "04_latency holds 5: give names"),
+    ],
+)
 def test_a_parameter_set_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, content, sentence):
     (tmp_path / "set.yaml").write_text(content)
-    with pytest.raises(ParameterError, match=f"set.yaml {sentence}") as caught:
+    with pytest.raises(ParameterError, match=f"set.yaml:? {sentence}") as caught:
         sweep.read_settings(tmp_path / "set.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "sentence"), [("cores: [", "config.yaml is not YAML"), ("- a", "mine holds no")])
+def test_a_profile_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, content, sentence):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text(content)
+    with pytest.raises(ParameterError, match=sentence):
+        front_door.on_slurm(str(tmp_path / "mine"))
 
 
 def test_every_fault_is_named_at_once(stand_in_project):
@@ -236,6 +257,30 @@ def test_an_axis_counts_only_where_it_matters(stand_in_project):
     ]
     assert len({job.folder for job in jobs}) == 2 + 6
     assert all(job.parameters["run_dir"] == job.folder for job in jobs)
+
+
+def test_what_a_notebooks_own_values_fix_no_axis_changes(stand_in_project):
+    project = stand_in_project(
+        "01_saliency", "02_training", "05_longbench", training=LONGBENCH.splitlines()[0] + "\n", longbench=LONGBENCH
+    )
+    jobs = plan(
+        project,
+        notebooks={"02_training": {"keep_ratio": 0.9}, "05_longbench": {"pruners": "{02_training}/pruners"}},
+        sweep={"seed": [0, 1], "keep_ratio": [0.9, 0.8, 0.7]},
+    )
+    assert [job.parameters["keep_ratio"] for job in jobs if job.notebook == "02_training"] == [0.9, 0.9]
+    assert sorted(job.parameters["keep_ratio"] for job in jobs if job.notebook == "05_longbench") == [
+        0.7, 0.7, 0.8, 0.8, 0.9, 0.9,
+    ]  # fmt: skip
+    with pytest.raises(ParameterError, match="sweep: keep_ratio is fixed by each notebook that has it"):
+        plan(project, notebooks={"02_training": {"keep_ratio": 0.9}}, sweep={"keep_ratio": [0.9, 0.8]})
+
+
+def test_the_sweep_of_readme_trains_twice_and_measures_six_times(tmp_path):
+    (text,) = re.findall(r"```yaml\n(run: my-sweep\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "mine.yaml").write_text(text)
+    jobs = sweep.plan(sweep.read_settings(tmp_path / "mine.yaml"), ROOT)
+    assert [sum(job.notebook == name for job in jobs) for name in ("02_training", "05_longbench")] == [2, 6]
 
 
 def test_a_link_leads_into_the_folder_of_the_job_with_the_same_seed(stand_in_project):

@@ -1,0 +1,138 @@
+"""Arguments that commands share: the model, prompts, the budget. Knows no torch until something is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdtp_lib.data.prompts import Prompt
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, but not that a default is None or nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser that tells defaults."""
+    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=_Help)
+
+
+MODEL_HELP = "a folder, a Hub id, or 'embedded' (SmolLM2-135M-Instruct)"
+
+
+def add_model(parser: argparse.ArgumentParser, *, optional: str = "") -> None:
+    """The model and how it is loaded; ``optional`` says what a model is good for where one may be left out."""
+    what = f"{optional}: {MODEL_HELP}" if optional else MODEL_HELP
+    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=what)
+    parser.add_argument("--dtype", default="default", help="default (float32 on a CPU, 16 bits on a GPU), auto, "
+                        "float32, bfloat16, float16")  # fmt: skip
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    parser.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, ...; default: transformers' choice")
+
+
+def load(given: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from sdtp_lib.models import load_model
+
+    return load_model(
+        given.model, dtype=given.dtype, device=given.device, attn_implementation=given.attn_implementation
+    )
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Where prompts come from."""
+    parser.add_argument("files", nargs="*", metavar="FILE", help="a text file is one prompt; of a .jsonl file "
+                        "each line is one (prompt, or instruction and context, or messages); - is standard "
+                        "input")  # fmt: skip
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    parser.add_argument("--no-chat", action="store_true", help="feed the bare text; default: the model's chat format "
+                        "where it has one")  # fmt: skip
+
+
+def prompts_of(given: argparse.Namespace) -> list[Prompt]:
+    """The prompts, before any model is loaded.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or one is empty.
+    """
+    from sdtp_lib.data.prompts import STANDARD_INPUT, Prompt, prompts_in
+
+    found = [Prompt.of_text(f"--prompt {number}", text) for number, text in enumerate(given.prompt, start=1)]
+    for file in given.files:
+        content = sys.stdin.buffer.read() if file == "-" else _content(Path(file))
+        found += prompts_in(content, STANDARD_INPUT if file == "-" else Path(file).name)
+    if not found:
+        raise ValueError("there is no prompt: name a file, give --prompt TEXT, or - for standard input.")
+    return found
+
+
+def prompt_ids(
+    prompts: Sequence[Prompt], model: Any, tokenizer: Any, given: argparse.Namespace
+) -> dict[str, list[int]]:
+    """Name -> token ids of each prompt, as it is fed to the model.
+
+    Raises
+    ------
+    ValueError
+        For a prompt that the model has too few positions for.
+    """
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    found = {}
+    for prompt in prompts:
+        ids = prompt.token_ids(tokenizer, chat=not given.no_chat)
+        if room is not None and len(ids) + given.new_tokens > room:
+            raise ValueError(
+                f"{prompt.name}: {len(ids):,} prompt and {given.new_tokens} new tokens are more than the model's "
+                f"{room:,} positions: shorten the prompt."
+            )
+        name = prompt.name
+        while name in found:
+            name += "'"
+        found[name] = ids
+    return found
+
+
+def add_budget(parser: argparse.ArgumentParser, default: str = "2x") -> None:
+    """How much is pruned."""
+    parser.add_argument("--budget", type=budget_of, default=default, metavar="B", help="a prefill of so many times "
+                        "fewer FLOPs (2x), a preset (keep09, keep08, keep07, paper-low), or the share that every stage "
+                        "keeps (0.8)")  # fmt: skip
+
+
+def budget_of(text: str) -> str | float:
+    """What `token_pruning` takes for what was typed."""
+    return float(text) if re.fullmatch(r"\d*\.?\d+", text) else text
+
+
+def check_budget(budget: str | float) -> None:
+    """Refuse a budget that no model can have, before one is loaded."""
+    from sdtp_lib.methods.call import config_of, speedup_in
+
+    if speedup_in(budget) is None:
+        config_of(budget, 28)
+
+
+def count(text: str) -> int:
+    """For ``type=``: a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _content(path: Path) -> bytes:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a text or .jsonl file with prompts.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): name a text or .jsonl file.") from error

@@ -1,0 +1,253 @@
+"""The command line on a tiny model: what a person types, what is printed, and every error as one sentence."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdtp_lib import PruningConfig, TokenPruners
+from sdtp_lib.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "the rain in the plain stays on the mainland, it is said, and so on. " * 4
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tiny_tokenizer, tmp_path_factory):
+    """A model of one's own in a folder."""
+    folder = tmp_path_factory.mktemp("models") / "mine"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Commands write here, and find no pruners that somebody trained on this machine."""
+    monkeypatch.setenv("SDTP_PRUNERS", str(tmp_path / "pruners"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "pruners"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A text, and a file with a prompt in each of the usual forms."""
+    (tmp_path / "report.txt").write_text(TEXT)
+    records = [
+        {"instruction": "what stays?", "context": TEXT, "response": "the rain"},
+        {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "no"}]},
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return [str(tmp_path / "report.txt"), str(tmp_path / "mine.jsonl")]
+
+
+def said(capsys, *arguments) -> str:
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command(capsys):
+    text = said(capsys, "--help")
+    assert text == said(capsys), "no command at all asks for help"
+    assert all(re.search(rf"^  {name} +\w", text, re.M) for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS if name != "train"), ["pruners"]], ids=str
+)
+def test_help_loads_no_torch(arguments):
+    program = (
+        "import sys\nfrom sdtp_lib.__main__ import main\n"
+        f"try: main({arguments})\nexcept SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("usage: ") or arguments == ["pruners"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_defaults(name, capsys):
+    pytest.importorskip(COMMANDS[name][0])
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and f"sdtp_lib {name} [-h]" in text and "(default: default)" in text
+    assert "None)" not in text and "[])" not in text
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_both_answers_with_times_tokens_and_bytes(folder, prompts, capsys):
+    text = said(capsys, "generate", folder, "--budget", "1.5x", "--new-tokens", 4, "--scorer", "recency", *prompts)
+    assert [re.findall(r"^== (\S+): (\d+) tokens$", text, re.M)[n][0] for n in range(3)] == [
+        "report.txt", "mine.jsonl:1", "mine.jsonl:2",
+    ]  # fmt: skip
+    cost = r"prefill [\d,]+ ms(, \d more tokens at [\d.,]+ ms)?, KV cache of the prompt ([\d.]+) MB$"
+    full, pruned = (re.findall(rf"^-- {name}: {cost}", text, re.M) for name in ("unpruned", "pruned"))
+    assert len(full) == len(pruned) == 3
+    assert all(float(b[1]) < float(a[1]) for a, b in zip(full, pruned, strict=True))
+    assert len(re.findall(r"^-- prompt: .*fewer.*scorer: recency$", text, re.M)) == 3
+
+
+def test_generate_answers_as_the_model_itself_does(folder, tiny_tokenizer, capsys, monkeypatch):
+    from sdtp_lib import load_model
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    text = said(capsys, "generate", folder, "-", "--budget", "1.0", "--scorer", "recency", "--new-tokens", 6)
+    model, tokenizer = load_model(str(folder))
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": TEXT.strip()}], tokenize=False,
+                                         add_generation_prompt=True)  # fmt: skip
+    inputs = tokenizer(chat, add_special_tokens=False, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert f"== standard input: {inputs.input_ids.shape[1]} tokens" in text
+    assert text.count(f" MB\n{answer}\n-- ") == 2, "unpruned, and at ratio one"
+
+
+def test_without_chat_the_bare_text_is_fed(folder, tiny_tokenizer, capsys):
+    text = said(capsys, "generate", folder, "--prompt", TEXT, "--no-chat", "--budget", "keep08", "--new-tokens", 1)
+    assert f"== --prompt 1: {len(tiny_tokenizer(TEXT.strip()).input_ids)} tokens" in text
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+
+def test_compare_makes_one_table_and_one_picture_of_everything_at_hand(folder, own_folder, prompts, capsys, tmp_path):
+    from sdtp_lib import load_model
+
+    torch.manual_seed(0)
+    TokenPruners.for_model(load_model(str(folder))[0], (1, 3)).save_pretrained(own_folder / "trained-here")
+    text = said(capsys, "compare", folder, *prompts, "--budget", "1.3x", "--new-tokens", 4, "--repeats", 1,
+                "--answers", "--out", "found")  # fmt: skip
+    lines = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    table = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+    assert {"unpruned", "trained-here", "attention_pooled", "recency", "random"} <= set(table)
+    assert table["unpruned"] == {
+        "choice": "unpruned", "KL [nats per token]": "0.0000", "same answer": "3 of 3", "speed-up": "1.00x",
+        "KV cache": "100%", "prefill [ms]": table["unpruned"]["prefill [ms]"],
+    }  # fmt: skip
+    assert all(int(line["KV cache"].rstrip("%")) < 100 for name, line in table.items() if name in ("recency", "random"))
+    assert "-- report.txt, unpruned:" in text
+    assert sorted(path.name for path in (tmp_path / "found").iterdir()) == [
+        "compare.json", "compare.md", "compare.png", "rows.json",
+    ]  # fmt: skip
+    assert (tmp_path / "found" / "compare.md").read_text() in text
+    rows = json.loads((tmp_path / "found" / "rows.json").read_text())
+    assert rows["provenance"]["model"] == str(folder) and len(rows["rows"]) == 3 * len(table)
+    assert all((row["kl_nats"] > 0) == (row["choice"] != "unpruned") for row in rows["rows"])
+
+
+def test_all_choices_cost_the_same_flops(folder):
+    from sdtp_lib import budget, load_model, token_pruning
+    from sdtp_lib.latency.side_by_side import choices
+    from sdtp_lib.model_shape import ModelShape
+
+    model, _ = load_model(str(folder))
+    shape = ModelShape.from_model(model)
+    full = budget.prefill_flops(shape, [400] * 6)
+    ids = torch.randint(6, 120, (1, 400), generator=torch.Generator().manual_seed(0))
+    for said_budget, wanted in (("1.4x", 1.4), ("keep08", None)):
+        reached = {}
+        for choice in choices(model, said_budget):
+            if choice.kind != "method":
+                with torch.no_grad(), token_pruning(model, choice.budget_for(400), choice.scorer) as trace:
+                    model(input_ids=ids)
+                reached[choice.name] = full / budget.prefill_flops(shape, trace.tokens_per_layer)
+        assert max(reached.values()) - min(reached.values()) < 0.02
+        config = PruningConfig.preset("keep08", 6)
+        wanted = wanted or budget.speedup_limit(shape, config, 400, pruner_width=0)
+        assert reached["recency"] == pytest.approx(wanted, abs=0.02)
+
+
+def test_what_refuses_a_prompt_is_left_out_with_its_reason(folder, capsys):
+    text = said(capsys, "compare", folder, "--prompt", "so it is said in the rain of it", "--budget", "3x",
+                "--only", "recency", "--new-tokens", 2, "--repeats", 1)  # fmt: skip
+    assert re.search(r"^Left out: recency: budget='3x': a prompt of \d+ tokens can be prefilled at most", text, re.M)
+
+
+# --- bench, pruners --------------------------------------------------------------------------------------------------
+
+
+def test_bench_times_presets_and_lengths_and_goes_on_where_it_stopped(folder, capsys, tmp_path):
+    arguments = ("bench", folder, "--presets", "keep08", "--lengths", 128, 256, "--new-tokens", 3, "--repeats", 1)
+    text = said(capsys, *arguments)
+    assert "scorer: attention, pooled (no pruners were made for this model's weights)" in text
+    lines = re.findall(r"^\| (\d+) \| (\w+) \| ([\d.,]+) ", text, re.M)
+    assert [line[:2] for line in lines] == [
+        ("128", "unpruned"), ("128", "keep08"), ("256", "unpruned"), ("256", "keep08"),
+    ]  # fmt: skip
+    rows = (tmp_path / "sdtp-bench" / "bench.jsonl").read_bytes()
+    assert said(capsys, *arguments) == text and (tmp_path / "sdtp-bench" / "bench.jsonl").read_bytes() == rows
+
+
+def test_pruners_says_what_is_at_hand_and_for_which_weights(folder, own_folder, capsys):
+    from sdtp_lib import load_model
+
+    text = said(capsys, "pruners")
+    assert text.startswith("smollm2-135m-instruct  (ships: ") and "score before layers 4, 7, 10" in text
+    assert "which does not exist yet" in text and "made for" not in text
+    TokenPruners.for_model(load_model(str(folder))[0], (1, 3)).save_pretrained(own_folder / "trained-here")
+    (own_folder / "broken").mkdir()
+    (own_folder / "broken" / "config.json").write_text('{"model_type"')
+    text = said(capsys, "pruners", folder)
+    blocks = dict(re.findall(r"^(\S+)  \((?:ships|yours): .*\)\n((?:  .*\n)+)", text, re.M))
+    assert f"  made for {folder} (weights " in blocks["trained-here"]
+    assert f"  not made for {folder}" in blocks["smollm2-135m-instruct"]
+    assert "cannot be read" in blocks["broken"]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], "'trian' is no command: choose among"),
+        (["generate", "MODEL"], "there is no prompt: name a file"),
+        (["generate", "MODEL", "nowhere.txt"], r"nowhere.txt cannot be read \(No such file"),
+        (["generate", "MODEL", "."], "is a folder: name a text"),
+        (["generate", "MODEL", "--prompt", " "], "--prompt 1 is empty"),
+        (["generate", "no/such/folder", "--prompt", "x"], "Cannot load 'no/such/folder': no config.json there"),
+        (["generate", "MODEL", "--prompt", TEXT, "--budget", "keep8"], "budget='keep8' is unknown: give keep09"),
+        (["generate", "MODEL", "--prompt", TEXT, "--budget", "1.5"], r"keep_ratio=1.5 is outside"),
+        (["generate", "MODEL", "--prompt", TEXT, "--scorer", "recent"], "scorer='recent' is unknown: give one of"),
+        (["generate", "MODEL", "--prompt", TEXT, "--scorer", "./none"], "scorer='./none' is unknown|no such folder"),
+        (["generate", "MODEL", "--prompt", TEXT, "--dtype", "int3"], "dtype='int3' is unknown"),
+        (["generate", "MODEL", "--prompt", TEXT * 3], r"--prompt 1: \d+ prompt and 128 new tokens are more than"),
+        (["generate", "MODEL", "bad.jsonl"], "bad.jsonl, line 2"),
+        (["generate", "MODEL", "empty.jsonl"], "empty.jsonl is empty"),
+        (["generate", "MODEL", "lacks.jsonl"], r"lacks.jsonl:1 has no prompt \(fields: answer\)"),
+        (["compare", "MODEL", "--prompt", TEXT, "--only", "recent"], "--only recent: there are random, recency"),
+        (["bench", "MODEL", "--presets", "keep8"], "--presets keep8: choose among keep09"),
+        (["pruners", "no/such/folder"], "Cannot load 'no/such/folder'"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_sentence_and_exit_code_two(folder, arguments, sentence, capsys, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "lacks.jsonl").write_text('{"answer": "a"}\n')
+    assert main([str(folder) if argument == "MODEL" else argument for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"error: .*(?:{sentence})", error), error
+    assert error.count("error: ") == 1 and "Traceback" not in error
+    assert error.rpartition("error: ")[2].count("\n") == 1
+
+
+def test_a_fault_of_ours_is_not_hidden(folder, monkeypatch):
+    from sdtp_lib.commands import generate
+
+    monkeypatch.setattr(generate, "main", lambda *_: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["generate", str(folder)])
