@@ -4,7 +4,7 @@
     python benchmarks/ablations.py --dolly PATH --fewshot FOLDER --limit 100  # and 5-shot accuracy (Table 4)
     python benchmarks/ablations.py --dolly PATH --longbench FOLDER            # and LongBench (Table 5)
 
-Recipes are those of `train_embedded.py`; all of ours share one label pass, the paper's has its own. What is trained
+Recipes are those of `sdtp_lib.training.recipes`; all of ours share one label pass, the paper's has its own. What is
 already, as asked for, is not trained again; rows resume. On 2 cores: 20 minutes of labels each, 3 minutes per recipe,
 then comparing.
 """
@@ -14,20 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 from sdtp_lib.records import project_root
+from sdtp_lib.training.recipes import RECIPES
 
 HERE = Path(__file__).resolve().parent
 PAPER_TABLE4 = "without rank: -0.55, without rank and MSE: -0.89 points (Llama-2-7B, mean of 4 tasks; not this model)"
 
 
 def recipes() -> list[str]:
-    """The names of train_embedded's recipes."""
-    return list(runpy.run_path(str(HERE / "train_embedded.py"))["RECIPES"])
+    """The names of the library's recipes."""
+    return list(RECIPES)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not is_trained(folder, recipe, options):
             print(f"\n=== training: {recipe}", flush=True)
             call("train_embedded.py", "--dolly", options.dolly, "--recipe", recipe, "--prompts", options.prompts,
-                 "--epochs", options.epochs, "--out", folder, "--work", folder.with_name(f"{slug}.work"))  # fmt: skip
+                 "--epochs", options.epochs, "--out", folder)  # fmt: skip
         named.append(f"SDTP {recipe}={folder}")
     print("\n=== KL to the unpruned model", flush=True)
     pruners = [part for name in named for part in ("--pruners", name)]

@@ -24,6 +24,7 @@ from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.records import RowWriter, content_id, passport, project_root, read_frame
 from sdtp_lib.training.labels import LABELS, block_effects, saliency_of
+from sdtp_lib.training.oracles import oracle_methods
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -79,7 +80,7 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     with RowWriter(path, stamp) as writer, torch.inference_mode(False):
         for cell, sample in tqdm(plan, unit="sample"):
             agreement(model, sample, options, writer, cell)
-            oracles = evaluation.oracle_methods(options.labels)
+            oracles = oracle_methods(options.labels)
             evaluation.compare_scorers(model, [sample], configs, oracles, writer, cell=cell)
 
 

@@ -30,6 +30,7 @@ from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root, read_frame
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.shipped import shipped_for
+from sdtp_lib.training.oracles import oracle_methods
 
 PRESETS = {"r=0.9": "keep09", "r=0.8": "keep08", "r=0.7": "keep07"}
 QUICK = {"prompts": 3, "lengths": [512], "oracle_prompts": 1, "settings": ["r=0.9", "r=0.7"]}
@@ -109,7 +110,7 @@ def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
         *learned_methods(options, model),
     ]
     deployable = wanted(deployable, options.scores)
-    oracles = evaluation.oracle_methods(options.oracles)
+    oracles = oracle_methods(options.oracles)
     # Sample by sample over all cells: a run that is stopped has some of everything.
     plan = []
     for length in options.lengths:

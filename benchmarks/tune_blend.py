@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, TokenPruners, evaluation, load_model
+from sdtp_lib import PruningConfig, evaluation, load_model
 from sdtp_lib.data.tasks import TASKS
 from sdtp_lib.data.test_sets import cell_samples
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
 from sdtp_lib.shipped import pruners_folder, shipped_pruners
+from sdtp_lib.training.recipes import with_blend
 
 GROUPS = {"text": ("text",), "tasks": tuple(TASKS), "instructions": ("instructions",)}
 
@@ -51,11 +52,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{folder.name} ships with the library: give --dry-run, --replace-shipped, or a copy's folder.")
     options.pruners = folder
     return options
-
-
-def with_blend(folder: Path, blend: dict) -> TokenPruners:
-    """The pruners of ``folder`` under another blend."""
-    return TokenPruners.from_pretrained(str(folder), blend=blend).eval()
 
 
 def write_blend(folder: Path, blend: dict) -> None:

@@ -32,7 +32,7 @@ _HOME_OF = {
     "compute_saliency": "training.saliency",
     "load_model": "models",
     "token_pruning": "methods.call",
-    "train_pruners": "training.trainer",
+    "train_pruners": "training.run",
 }
 _SUBMODULES = ("budget", "methods", "records", "scorers")
 
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from sdtp_lib.pruning.trace import PruningTrace
     from sdtp_lib.scorers.token_pruners import TokenPruners
     from sdtp_lib.training.config import TrainingConfig
+    from sdtp_lib.training.run import train_pruners
     from sdtp_lib.training.saliency import compute_saliency
-    from sdtp_lib.training.trainer import train_pruners
 
 
 def __getattr__(name: str) -> Any:

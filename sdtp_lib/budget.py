@@ -40,9 +40,13 @@ def keep_count(tokens: int, layer_index: int, config: PruningConfig, protected: 
     if config.keep_mass is not None:
         wanted = 0
     elif wanted is None:
-        # 1e-9: 0.7 * 10 is 6.999.. in binary, and 7 tokens are meant.
-        wanted = math.floor(config.ratio_at(layer_index) * tokens + 1e-9)
+        wanted = share_of(tokens, config.ratio_at(layer_index))
     return min(tokens, max(wanted, protected_count(tokens, config) if protected is None else protected))
+
+
+def share_of(tokens: int, ratio: float) -> int:
+    """``floor(r n)`` as it is meant: 0.7 * 10 is 6.999.. in binary, and 7 tokens are wanted."""
+    return math.floor(ratio * tokens + 1e-9)
 
 
 def tokens_per_layer(config: PruningConfig | None, num_layers: int, prompt_tokens: int) -> list[int]:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,41 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``path``, which becomes ``path`` if the body succeeds; what was there stays until then.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something already and ``force`` does not say that it may go; before the body runs.
+    """
+    path = Path(path)
+    refuse_existing(path, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o777 & ~umask)
+    try:
+        yield temporary
+        refuse_existing(path, force)
+        old = temporary.with_name(temporary.name + ".old")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(path: str | os.PathLike[str], force: bool) -> None:
+    """Raise `FileExistsError` if ``path`` holds something and ``force`` does not say that it may be replaced."""
+    path = Path(path)
+    if not force and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already, and nothing is overwritten: give another folder, or force.")
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

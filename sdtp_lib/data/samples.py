@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,8 @@ def pack_contexts(
     if not 0 < low <= high:
         raise ValueError(f"tokens={tokens} is not a range of prompt lengths, such as (512, 1024).")
     pool = [record for record in records if record["context"]]
+    contexts = [record["context"] for record in pool]
     lengths: dict[str, int] = {}
-
-    def length_of(text: str) -> int:
-        if text not in lengths:
-            lengths[text] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return lengths[text]
-
     samples = []
     for record in _shuffled(pool, seed):
         if limit is not None and len(samples) >= limit:
@@ -122,35 +117,74 @@ def pack_contexts(
         draw = random.Random(stable_number("pack", seed, record["id"]))
         target = draw.randint(low, high)
         bare = _packed_prompt(tokenizer, [record["context"]], record["instruction"])
-        room = target - len(_prompt_ids(tokenizer, bare))
-        if room < 0:
+        if len(_prompt_ids(tokenizer, bare)) > target:
             continue
-        before, after = [], []
-        while room > 8 and len(pool) > 1:
-            other = draw.choice(pool)
-            if other["id"] == record["id"]:
-                continue
-            filler = other["context"]
-            if length_of(filler) + 3 > room:
-                filler = _first_tokens(tokenizer, filler, room - 3)
-            (before if draw.random() < 0.5 else after).append(filler)
-            room -= length_of(filler) + 3
-        sides = [*before, record["context"], *after]
-        prompt = _packed_prompt(tokenizer, sides, record["instruction"])
-        prompt_ids = _prompt_ids(tokenizer, prompt)
-        while len(prompt_ids) > target and (before or after):  # joins can add a token or two
-            side = before or after
-            side[0] = _first_tokens(tokenizer, side[0], length_of(side[0]) - (len(prompt_ids) - target) - 1)
-            side[:] = [text for text in side if text]
-            prompt = _packed_prompt(tokenizer, [*before, record["context"], *after], record["instruction"])
-            prompt_ids = _prompt_ids(tokenizer, prompt)
-        response_ids = _response_ids(tokenizer, record["response"], response_tokens)
+        own, asked = record["context"], record["instruction"]
+
+        def build(before: Sequence[str], after: Sequence[str], own: str = own, asked: str = asked) -> str:
+            return _packed_prompt(tokenizer, [*before, own, *after], asked)
+
+        prompt, prompt_ids = fill_up(build, contexts, tokenizer, target, draw, never=own, lengths=lengths)
+        ids_of_response = response_ids(tokenizer, record["response"], response_tokens)
         samples.append(
             _sample(
-                record["id"], prompt, record["response"], "dolly-packed", record["category"], prompt_ids, response_ids
+                record["id"], prompt, record["response"], "dolly-packed", record["category"], prompt_ids,
+                ids_of_response,
             )
         )
     return samples
+
+
+def fill_up(
+    build: Callable[[Sequence[str], Sequence[str]], str],
+    fillers: Sequence[str],
+    tokenizer: Any,
+    target: int,
+    draw: random.Random,
+    *,
+    never: str = "",
+    lengths: dict[str, int] | None = None,
+) -> tuple[str, list[int]]:
+    """A prompt and its token ids, made longer by ``fillers`` before and after what it asks about, ``target`` at most.
+
+    Parameters
+    ----------
+    build
+        Makes the prompt of the texts before and the texts after.
+    never
+        A text that is not drawn: what the prompt asks about.
+    lengths
+        Text -> tokens, filled here, for callers with many prompts.
+    """
+    lengths = {} if lengths is None else lengths
+
+    def length_of(text: str) -> int:
+        if text not in lengths:
+            lengths[text] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return lengths[text]
+
+    before: list[str] = []
+    after: list[str] = []
+    prompt = build(before, after)
+    prompt_ids = _prompt_ids(tokenizer, prompt)
+    room = target - len(prompt_ids)
+    while room > 8 and any(text != never for text in fillers):
+        filler = draw.choice(fillers)
+        if filler == never:
+            continue
+        if length_of(filler) + 3 > room:
+            filler = _first_tokens(tokenizer, filler, room - 3)
+        (before if draw.random() < 0.5 else after).append(filler)
+        room -= length_of(filler) + 3
+    prompt = build(before, after)
+    prompt_ids = _prompt_ids(tokenizer, prompt)
+    while len(prompt_ids) > target and (before or after):  # joins can add a token or two
+        side = before or after
+        side[0] = _first_tokens(tokenizer, side[0], length_of(side[0]) - (len(prompt_ids) - target) - 1)
+        side[:] = [text for text in side if text]
+        prompt = build(before, after)
+        prompt_ids = _prompt_ids(tokenizer, prompt)
+    return prompt, prompt_ids
 
 
 def text_windows(
@@ -197,12 +231,15 @@ def text_windows(
     return samples
 
 
-def chat_prompt(tokenizer: Any, text: str) -> str:
-    """``text`` as one user turn in the tokenizer's chat format, ready for the answer; unchanged if it has no format."""
+def chat_prompt(tokenizer: Any, text: str | Sequence[dict[str, str]]) -> str:
+    """A user's turn, or all turns so far, in the tokenizer's chat format, ready for the answer.
+
+    Where it has no format: the turns' texts, with an empty line between them.
+    """
+    turns = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
     if not getattr(tokenizer, "chat_template", None):
-        return text
-    turn = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return "\n\n".join(turn["content"] for turn in turns)
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def tokenise_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
@@ -214,7 +251,8 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return tokenise_prompt(tokenizer, prompt, chat=True)
 
 
-def _response_ids(tokenizer: Any, response: str, most: int) -> list[int]:
+def response_ids(tokenizer: Any, response: str, most: int) -> list[int]:
+    """At most ``most`` tokens of a response, the end-of-turn token counted where it is not cut."""
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     return (ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id])[:most]
 

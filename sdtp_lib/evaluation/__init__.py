@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sdtp_lib.evaluation.compare import LOSSLESS_PERPLEXITY_PERCENT, compare_scorers
 from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence, mean_loss
-from sdtp_lib.evaluation.methods import Method, baseline_methods, one_layer_config, oracle_methods
+from sdtp_lib.evaluation.methods import Method, baseline_methods, one_layer_config
 from sdtp_lib.evaluation.statistics import paired_bootstrap, perplexity
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "kl_divergence",
     "mean_loss",
     "one_layer_config",
-    "oracle_methods",
     "paired_bootstrap",
     "perplexity",
 ]

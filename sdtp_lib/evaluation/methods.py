@@ -1,20 +1,15 @@
-"""`Method`: one line of a comparison; the scores that need no training, and labels as oracles."""
+"""`Method`: one line of a comparison; and the scores that need no training."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from sdtp_lib import budget, scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.model_shape import ModelShape
-from sdtp_lib.pruning.stage import Scorer
-from sdtp_lib.training.labels import saliency_of
 
 
 @dataclass(frozen=True)
@@ -70,22 +65,3 @@ def one_layer_config(shape: ModelShape, layer: int | None = None) -> Callable[[P
         return single.replace(keep_ratio=budget.find_keep_ratio(shape, single, prompt_tokens, speedup=wanted))
 
     return config_for
-
-
-def oracle_methods(labels: Sequence[str] = ("gradient_x_hidden", "removal")) -> list[Method]:
-    """Each label of `saliency` as a given score: what it would be worth if a pruner predicted it perfectly."""
-
-    def known(label: str) -> Callable[..., Scorer]:
-        def from_sample(model: Any, sample: Mapping[str, Any], layers: Sequence[int]) -> Scorer:
-            return scorers.given(_labels(model, sample, layers, label))
-
-        return from_sample
-
-    return [Method(f"oracle: {label}", known(label), block="oracle", from_sample=True) for label in labels]
-
-
-def _labels(model: Any, sample: Mapping[str, Any], layers: Sequence[int], label: str) -> dict[int, Tensor]:
-    ids = torch.tensor([[*sample["prompt_ids"], *sample["response_ids"]]], device=model.device)
-    response = torch.zeros_like(ids)
-    response[:, len(sample["prompt_ids"]) :] = 1
-    return saliency_of(model, ids, torch.ones_like(ids), response, layers, label)

@@ -52,7 +52,8 @@ def compute_saliency(
     ----------
     samples
         Dicts with ``id`` and either ``prompt_ids`` and ``response_ids`` or ``prompt`` and ``response`` (texts, which
-        need ``tokenizer``); see `sdtp_lib.data`.
+        need ``tokenizer``); see `sdtp_lib.data`. A sample with ``prompt_ids`` and ``own_tokens`` has no response: the
+        model answers greedily with at most so many tokens, up to where it begins to repeat itself.
     label
         One of `LABELS`, or several, computed together.
     loss_on
@@ -157,7 +158,13 @@ def _label_batch(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
     device = model.get_input_embeddings().weight.device
     if loss_on == "continuation":
-        batch = [{**sample, "response_ids": _greedy(model, sample["prompt_ids"], device)} for sample in batch]
+        batch = [{**sample, "own_tokens": CONTINUATION_TOKENS} for sample in batch]
+    batch = [
+        {**sample, "response_ids": own_response(model, sample["prompt_ids"], sample["own_tokens"])}
+        if "own_tokens" in sample
+        else sample
+        for sample in batch
+    ]
     rows = [sample["prompt_ids"] + sample["response_ids"] for sample in batch]
     ids, mask = (tensor.to(device) for tensor in pad_left(rows))
     response = torch.zeros_like(mask)
@@ -190,16 +197,29 @@ def _label_batch(
 
 
 @torch.no_grad()
-def _greedy(model: nn.Module, prompt_ids: list[int], device: torch.device) -> list[int]:
-    prompt = torch.tensor([prompt_ids], device=device)
-    output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=CONTINUATION_TOKENS, do_sample=False
-    )
-    return output[0, len(prompt_ids) :].tolist()
+def own_response(model: nn.Module, prompt_ids: Sequence[int], tokens: int) -> list[int]:
+    """The model's own greedy answer, at most ``tokens``; it ends where it begins to repeat itself."""
+    device = model.get_input_embeddings().weight.device
+    prompt = torch.tensor([list(prompt_ids)], device=device)
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False)
+    answer = output[0, len(prompt_ids) :].tolist()
+    return answer[: _unrepeated(answer)]
+
+
+def _unrepeated(ids: Sequence[int], width: int = 12, least: int = 16) -> int:
+    """How many tokens come before the second time that ``width`` in a row do: a loop copies itself, not the prompt."""
+    seen = set()
+    for start in range(len(ids) - width + 1):
+        run = tuple(ids[start : start + width])
+        if run in seen:
+            return max(start, min(least, len(ids)))
+        seen.add(run)
+    return len(ids)
 
 
 def _tokenised(sample: dict[str, Any], tokenizer: Any | None) -> dict[str, Any]:
-    if "prompt_ids" not in sample or "response_ids" not in sample:
+    answered = "response_ids" in sample or "own_tokens" in sample
+    if "prompt_ids" not in sample or not answered:
         if tokenizer is None or "prompt" not in sample or "response" not in sample:
             raise ValueError(
                 f"sample {sample.get('id')!r} needs prompt_ids and response_ids, or prompt, response and a tokenizer."
@@ -210,9 +230,9 @@ def _tokenised(sample: dict[str, Any], tokenizer: Any | None) -> dict[str, Any]:
             "prompt_ids": tokenizer(sample["prompt"], add_special_tokens=special)["input_ids"],
             "response_ids": tokenizer(sample["response"], add_special_tokens=False)["input_ids"],
         }
-    if not sample["prompt_ids"] or not sample["response_ids"]:
+    if not sample["prompt_ids"] or not (sample.get("response_ids") or sample.get("own_tokens")):
         raise ValueError(f"sample {sample.get('id')!r} has an empty prompt or response.")
-    keep = ("id", "category", "prompt_ids", "response_ids")
+    keep = ("id", "category", "prompt_ids", "response_ids", "own_tokens")
     return {name: sample[name] for name in keep if name in sample}
 
 

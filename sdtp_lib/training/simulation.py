@@ -98,7 +98,7 @@ class LivingTokens:
         """(B,) how many unprotected tokens a cut leaves: the ratio is that of all tokens, counted as in a prefill."""
         counts = self.alive.sum(-1).tolist()
         # T = 1,024 at 0.7: 716 stay, 107 of them protected, so 609 of the 917 others (not 0.7 of those).
-        free = [budget.keep_count(n, keep_ratio, config) - budget.protected_count(n, config) for n in counts]
+        free = [max(0, budget.share_of(n, keep_ratio) - budget.protected_count(n, config)) for n in counts]
         return torch.tensor(free, device=self.alive.device)
 
     def put_back(self, values: Tensor) -> Tensor:

@@ -8,11 +8,9 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 
-from sdtp_lib import data
 from sdtp_lib.records import OtherProvenance, RowWriter, project_root, read_rows
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.shipped import shipped_pruners
@@ -213,12 +211,12 @@ def test_ablations_train_what_is_missing_and_compare_all_of_them(tmp_path, monke
     (tmp_path / "paper").mkdir()
     asked = {"recipe": "paper", "dolly": "d.jsonl", "prompts": 180, "epochs": 10.0}
     (tmp_path / "paper" / "training.json").write_text(json.dumps({"asked": asked}))
-    recipes = ["--recipes", "paper", "ours, without rank"]
+    recipes = ["--recipes", "paper", "sdtp, without rank"]
     module.main(["--dolly", "d.jsonl", *recipes, "--run-dir", str(tmp_path), "--fewshot", "folder"])
     assert [call[0] for call in calls] == ["train_embedded.py", "scorers.py", "fewshot.py"]
-    assert calls[0][calls[0].index("--recipe") + 1] == "ours, without rank", "the paper's is trained already"
-    names = [f"SDTP paper={tmp_path / 'paper'}", f"SDTP ours, without rank={tmp_path / 'ours-without-rank'}"]
-    alone = ["SDTP paper", "SDTP ours, without rank"]
+    assert calls[0][calls[0].index("--recipe") + 1] == "sdtp, without rank", "the paper's is trained already"
+    names = [f"SDTP paper={tmp_path / 'paper'}", f"SDTP sdtp, without rank={tmp_path / 'sdtp-without-rank'}"]
+    alone = ["SDTP paper", "SDTP sdtp, without rank"]
     assert [part for part in calls[1] if part.startswith("SDTP")] == names + alone, "no baseline is measured with them"
     assert [part for part in calls[2] if part.startswith("SDTP")] == names
     with pytest.raises(SystemExit):
@@ -253,35 +251,6 @@ def test_unknown_names_end_a_command_before_it_loads_a_model(tmp_path):
         command("longbench")(["--datasets", "qaspar", "--run-dir", str(tmp_path)])
     with pytest.raises(SystemExit):
         command("scorers")(["--cells", "nonsense"])
-
-
-def test_the_shipped_sets_prompts_are_half_packed_records_of_the_training_side_and_the_same_each_time(
-    tiny_tokenizer, tmp_path
-):
-    records = [
-        {"instruction": f"Which colour has house {i}?", "context": f"House {i} in the street is number {i} and green.",
-         "response": "green", "category": "closed_qa"}
-        for i in range(60)
-    ]  # fmt: skip
-    dolly = tmp_path / "dolly.jsonl"
-    dolly.write_text("".join(json.dumps(record) + "\n" for record in records))
-    embedded = script("train_embedded")
-    embedded.LENGTHS = ((900, 1100), (1100, 1200))  # the tiny tokenizer cuts words small
-    mixed = embedded.mixed_prompts
-    prompts = mixed(tiny_tokenizer, str(dolly), 10)
-    kinds = [sample["source"] if sample["category"] in ("text", "closed_qa") else "task" for sample in prompts]
-    assert Counter(kinds[:16]) == {"text": 4, "dolly-packed": 8, "task": 4}, "any beginning of the list has the mix"
-    packed = [sample["id"] for sample in prompts if sample["category"] == "closed_qa"]
-    assert len(packed) == len(set(packed)) and {data.dolly_split(name) for name in packed} == {"train"}
-    assert [sample["id"] for sample in mixed(tiny_tokenizer, str(dolly), 10)] == [sample["id"] for sample in prompts]
-
-
-def test_labels_are_summed_each_over_its_mean_and_averaged_over_neighbours():
-    row = {"layer_4": [1.0, 3.0, 2.0, 2.0], "layer_4_removal_odds": [0.0, 0.0, 40.0, 0.0]}
-    joined = script("train_embedded").joined_label(row, (4,), ("removal", "removal_odds"), 3)
-    plain = [0.5, 1.5, 1.0 + 4.0, 1.0]
-    wanted = [sum(plain[:2]) / 2, sum(plain[:3]) / 3, sum(plain[1:]) / 3, sum(plain[2:]) / 2]
-    assert joined["layer_4"] == pytest.approx(wanted)
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from sdtp_lib import scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.compare import compare_scorers
 from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence, mean_loss
-from sdtp_lib.evaluation.methods import Method, baseline_methods, one_layer_config, oracle_methods
+from sdtp_lib.evaluation.methods import Method, baseline_methods, one_layer_config
 from sdtp_lib.evaluation.statistics import agreement, paired_bootstrap, perplexity
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.records import OtherProvenance, RowWriter, read_rows
+from sdtp_lib.training.oracles import oracle_methods
 
 CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.5, min_local_tokens=4)
 

@@ -120,7 +120,7 @@ def test_a_stage_learns_only_about_tokens_that_the_one_before_leaves(tiny_model,
     ).detach()
     counted = losses.scorable(prompt, 2, config.local_ratio, 4)
     tokens = int(prompt.sum())
-    kept = budget.keep_count(tokens, 0.5, config) - budget.protected_count(tokens, config)
+    kept = max(0, budget.share_of(tokens, 0.5) - budget.protected_count(tokens, config))
     dropped = counted & ~losses.highest(scores, counted, torch.tensor([kept]))
     other = {**batch, "labels": batch["labels"].clone()}
     other["labels"][:, 1][dropped] *= 50

@@ -1,0 +1,78 @@
+"""The command behind ``python -m sdtp_lib train MODEL``: arguments, and errors as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdtp_lib.config import PruningNotSupported
+from sdtp_lib.data.samples import DOLLY
+from sdtp_lib.data.training_mix import LENGTHS
+from sdtp_lib.extras import MissingExtra
+from sdtp_lib.models import load_model
+from sdtp_lib.processes import Share
+from sdtp_lib.training.recipes import DEFAULT, RECIPES
+from sdtp_lib.training.run import train_by_recipe
+
+
+class _SetDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, but not that a default is None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def parser(prog: str = "python -m sdtp_lib train") -> argparse.ArgumentParser:
+    """The arguments of the command."""
+    made = argparse.ArgumentParser(
+        prog=prog,
+        description="Train token pruners for a model, measure them on held-out prompts and save them where "
+        "token_pruning finds them. A killed run goes on where it stopped when the same command is given again. "
+        "Several processes or GPUs: accelerate launch -m sdtp_lib train MODEL ...",
+        formatter_class=_SetDefaults,
+    )
+    made.add_argument("model", help="a folder, a .gguf file, a Hub id, or 'embedded'")
+    made.add_argument("--data", type=Path, metavar="FILE.jsonl", help="your own records, one per line: prompt and "
+                      "response, instruction (with or without context) and response, or messages")  # fmt: skip
+    made.add_argument("--out", type=Path, metavar="DIR", help="folder of the pruners; default: your folder of pruners "
+                      "(SDTP_PRUNERS), named after the model and its weights")  # fmt: skip
+    made.add_argument("--force", action="store_true", help="replace what is in that folder")
+    made.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        default=DEFAULT,
+        metavar="NAME",
+        help="labels, inputs and losses: sdtp, paper, or one of the ablations of benchmarks/ablations.py",
+    )
+    made.add_argument("--instructions", default=DOLLY, metavar="SOURCE", help="instruction records with contexts: a "
+                      "Hub data set or a JSON-lines file in Dolly's fields, or 'embedded'")  # fmt: skip
+    made.add_argument("--prompts", type=int, default=480, help="how many to train on, yours included")
+    made.add_argument("--prompt-tokens", type=int, nargs=2, default=LENGTHS, metavar=("FROM", "TO"),
+                      help="lengths of prompts")  # fmt: skip
+    made.add_argument("--most-tokens", type=int, default=4096, help="of your longer prompts the middle is left out")
+    made.add_argument("--epochs", type=float, help="passes over the prompts; default: the recipe's")
+    made.add_argument("--heldout", type=int, default=24, help="held-out prompts per kind to measure on; 0: do not")
+    made.add_argument("--layers", type=int, nargs="+", help="before which to prune; default: every third from layer 4")
+    made.add_argument("--dtype", default="default", help="of the model: default, auto, float32, bfloat16, ...")
+    made.add_argument("--seed", type=int, default=0, help="of prompts, order and weights")
+    made.add_argument("--labels-only", action="store_true", help="stop when all prompts are labelled")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib train") -> int:
+    """Run the command; 0 if pruners were saved (or labels made), 2 with one sentence on standard error if not."""
+    given = parser(prog).parse_args(arguments)
+    try:
+        model, tokenizer = load_model(given.model, dtype=given.dtype, device=Share().device)
+        train_by_recipe(
+            model, tokenizer, given.data, recipe=given.recipe, instructions=given.instructions, prompts=given.prompts,
+            prompt_tokens=tuple(given.prompt_tokens), most_tokens=given.most_tokens, epochs=given.epochs,
+            heldout=given.heldout, layers=given.layers, out=given.out, force=given.force,
+            labels_only=given.labels_only, seed=given.seed,
+        )  # fmt: skip
+    except (ValueError, OSError, PruningNotSupported, MissingExtra) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

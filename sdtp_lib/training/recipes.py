@@ -1,0 +1,181 @@
+"""Recipes: all that decides how pruners come out, by name. ``"sdtp"`` is this project's, ``"paper"`` the paper's.
+
+A recipe is which labels are summed, what a pruner sees, which losses teach it, and which blends of its score with
+attention and recency are tried at the end. The prompts are `data.training_mix`'s and the user's; how a run goes, `run`
+knows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.evaluation.compare import compare_scorers
+from sdtp_lib.evaluation.methods import Method
+from sdtp_lib.processes import Share
+from sdtp_lib.records import read_rows
+from sdtp_lib.scorers.blend import Blend, average_of_neighbours
+from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.training.config import TrainingConfig
+
+DEFAULT = "sdtp"
+# Below this many nats per token a difference matters to nobody: needles must not decide the blend by 0.0001 or 0.0002.
+NEGLIGIBLE_NATS = 0.003
+KIND_OF = {"digest": "summaries", "summary": "summaries", "text": "text", "own": "own", "closed_qa": "instructions",
+           "information_extraction": "instructions", "summarization": "instructions"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How pruners are made.
+
+    Attributes
+    ----------
+    labels, smoothing
+        Labels of `saliency` that are summed, each over its mean; neighbours (odd) that the sum is averaged over.
+    pruner
+        Fields of `TokenPruners`: inputs and sizes. ``width`` grows with the model: see `pruner_options`.
+    training
+        Losses and schedule.
+    blends
+        Fields of `Blend` to choose from on training-side prompts; none: the learned score alone.
+    """
+
+    labels: tuple[str, ...]
+    smoothing: int
+    pruner: Mapping[str, Any]
+    training: TrainingConfig
+    blends: tuple[Mapping[str, Any], ...] = ()
+
+    def pruner_options(self, hidden_size: int) -> dict[str, Any]:
+        """`pruner` for a model of this size: a set ``width`` is the least, a sixteenth of the hidden size the rule."""
+        width = self.pruner.get("width")
+        return {**self.pruner, **({"width": max(width, hidden_size // 16)} if width else {})}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**dataclasses.asdict(self), "training": self.training.to_dict()}
+
+    def changed(self, part: str, **changes: Any) -> Recipe:
+        """The same with fields of ``pruner`` or ``training`` changed."""
+        old = getattr(self, part)
+        new = old.replace(**changes) if isinstance(old, TrainingConfig) else {**old, **changes}
+        return dataclasses.replace(self, **{part: new})
+
+
+_SCHEDULE = {"epochs": 10.0, "batch_size": 4, "learning_rate": 2e-3, "weight_decay": 0.05, "eval_share": 0.08,
+             "patience": 0, "logging_steps": 20}  # fmt: skip
+_OURS = Recipe(
+    labels=("removal", "removal_odds"),
+    smoothing=3,
+    pruner={
+        "features": ("hidden", "distance", "query", "attention", "memory"),
+        "width": 64, "query_rank": 64, "query_window": 32, "passage_tokens": 65,
+    },
+    training=TrainingConfig(mse_weight=0.5, rank_weight=1.0, drop_weight=1.0, **_SCHEDULE),
+    # The first is what ships for SmolLM2. A model whose attention tells more than its label, or less, gets another one.
+    blends=tuple(
+        {"learned": learned, "attention": attention, "recency": recency, "smoothing": 3}
+        for learned, attention, recency in (
+            (3.0, 1.0, 0.5), (1.0, 1.0, 0.5), (1.0, 2.0, 0.5), (0.3, 1.0, 0.0), (3.0, 0.0, 0.5), (1.0, 0.0, 0.0),
+        )
+    ),
+)  # fmt: skip
+RECIPES = {
+    DEFAULT: _OURS,
+    # Gradient x hidden, the hidden state alone, D / 4, regression and ranking over all pairs. The paper's
+    # language-model loss is left out: it costs four forwards per prompt and step.
+    "paper": Recipe(
+        labels=("gradient_x_hidden",), smoothing=1, pruner={"features": ("hidden",)},
+        training=TrainingConfig(rank_at_cut=False, staged=False, **_SCHEDULE),
+    ),
+    "sdtp, hidden alone": _OURS.changed("pruner", features=("hidden",), passage_tokens=0),
+    "sdtp, without attention": _OURS.changed("pruner", features=("hidden", "distance", "query", "memory")),
+    "sdtp, without passages": _OURS.changed("pruner", passage_tokens=0),
+    "sdtp, without memory": _OURS.changed("pruner", features=("hidden", "distance", "query", "attention")),
+    "sdtp, whole prompts": _OURS.changed("training", staged=False),
+    "sdtp, without rank": _OURS.changed("training", rank_weight=0),
+    "sdtp, without rank and mse": _OURS.changed("training", rank_weight=0, mse_weight=0),
+}  # fmt: skip
+
+
+def recipe_named(name: str | Recipe) -> Recipe:
+    """The recipe of this name; a `Recipe` as it is.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+    if isinstance(name, Recipe):
+        return name
+    if name not in RECIPES:
+        raise ValueError(f"recipe={name!r} is unknown: choose among {', '.join(map(repr, RECIPES))}.")
+    return RECIPES[name]
+
+
+def joined_label(row: dict, layers: Sequence[int], labels: Sequence[str], smoothing: int) -> dict[str, list[float]]:
+    """``layer_<l>``: the sum of ``labels``, each over its mean, averaged over ``smoothing`` neighbours."""
+    joined = {}
+    for layer in layers:
+        columns = [f"layer_{layer}" if name == labels[0] else f"layer_{layer}_{name}" for name in labels]
+        parts = [torch.tensor(row[column], dtype=torch.float64) for column in columns]
+        total = sum(part / part.mean().clamp(min=1e-30) for part in parts)[None]
+        joined[f"layer_{layer}"] = average_of_neighbours(total, torch.ones_like(total).bool(), smoothing)[0].tolist()
+    return joined
+
+
+def kind_of(category: str) -> str:
+    """The kind of prompt that a sample's category belongs to; what is no kind's is a task."""
+    return KIND_OF.get(category, "tasks")
+
+
+def choose_blend(
+    model: Any,
+    folder: Path,
+    blends: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
+    config: PruningConfig,
+    rows: Path,
+    provenance: Mapping[str, Any],
+    share: Share,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The blend of the pruners in ``folder`` with the lowest KL on ``samples``, and each blend's figure.
+
+    The figure is a geometric mean of KL: over the samples of a kind first, then over kinds, so that none outweighs
+    another. Rows are resumable, and shared among the processes of a launch.
+    """
+    pruners = TokenPruners.from_pretrained(str(folder)).to(model.device).eval()
+    methods = []
+    for blend in blends:
+        tried = copy.deepcopy(pruners)
+        tried.blend = Blend(**blend)
+        methods.append(Method(json.dumps(dict(blend)), tried))
+    with share.rows(rows, provenance) as writer:
+        compare_scorers(model, share.of(samples), {"blend": config}, methods, writer, cell="blend")
+    logs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read_rows(rows):
+        if row["kind"] == "scorer":
+            logs[row["scorer"]][kind_of(row["category"])].append(math.log(row["kl_nats"] + NEGLIGIBLE_NATS))
+    figures = {
+        name: math.exp(sum(sum(values) / len(values) for values in kinds.values()) / len(kinds))
+        for name, kinds in logs.items()
+    }
+    figures = {method.name: figures[method.name] for method in methods if method.name in figures}
+    if not figures:
+        return dict(blends[0]), {}
+    return json.loads(min(figures, key=figures.__getitem__)), figures
+
+
+def with_blend(folder: Path, blend: Mapping[str, Any]) -> TokenPruners:
+    """The pruners of ``folder`` under another blend."""
+    return TokenPruners.from_pretrained(str(folder), blend=dict(blend)).eval()
