@@ -12,6 +12,8 @@ scorer sees hidden states (1, 10, D), and the columns ``[0, 1, 4, 7, 8, 9]`` are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,12 +25,13 @@ from sdtp_lib.architectures.layers import Architecture
 from sdtp_lib.architectures.masks import last_rows
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.continuation import ForwardPass
+from sdtp_lib.pruning.kv_budget import KVBudget, cut_cache
 from sdtp_lib.pruning.pruned_cache import CacheRecord, remember
 from sdtp_lib.pruning.selection import count_for_mass, gather_tokens, protected_tokens, select_positions
-from sdtp_lib.pruning.stage import LAYERS_BACK, LayerBefore, Scorer, Stage
+from sdtp_lib.pruning.stage import LAYERS_AT_HAND, LayerBefore, Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
 
-LAST_TOKENS = 64  # inputs of each layer that stay at hand for a scorer that asks what was attended to
+LAST_TOKENS = 128  # inputs of each layer that stay at hand for a scorer that asks what was attended to
 
 
 class Budget(Protocol):
@@ -37,6 +40,25 @@ class Budget(Protocol):
     def for_prompt(self, tokens: int) -> PruningConfig:
         """The configuration for a prompt of ``tokens``."""
         ...
+
+
+@dataclass(frozen=True)
+class TwoPasses:
+    """A prefill in two passes: the first finds which tokens stay, the second runs all layers on those alone.
+
+    Attributes
+    ----------
+    renumber
+        Whether the second pass counts the kept tokens 0..K-1 (one row at a time), or leaves each its position.
+    stop
+        Whether the first pass ends where its last stage has chosen; else it runs all layers.
+    scores
+        Instead of a first pass of this model: maps the arguments of the forward to scores (B, T) of its columns.
+    """
+
+    renumber: bool = True
+    stop: bool = True
+    scores: Callable[[dict[str, Any]], torch.Tensor] | None = None
 
 
 def tokens_plan(wanted: Budget, num_layers: int, lengths: list[int]) -> list[list[int]]:
@@ -49,7 +71,19 @@ def tokens_plan(wanted: Budget, num_layers: int, lengths: list[int]) -> list[lis
 
 
 class Prefill(ForwardPass):
-    """A forward that cuts: which of the new tokens are kept, and the record that the cache takes along."""
+    """A forward that cuts: which of the new tokens are kept, and the record that the cache takes along.
+
+    Parameters
+    ----------
+    protected : Tensor (B, T) of bool, optional
+        Tokens that no stage drops.
+    kv
+        What each layer's cache is cut to after the prefill.
+    first : Prefill, optional
+        A first pass over the same prompt: this one runs all layers on the tokens that it left, and drops no more.
+    renumber
+        Whether these are renumbered 0..K-1.
+    """
 
     def __init__(
         self,
@@ -62,13 +96,20 @@ class Prefill(ForwardPass):
         device: torch.device,
         cache: Any = None,
         protected: torch.Tensor | None = None,
+        *,
+        kv: KVBudget | None = None,
+        first: Prefill | None = None,
+        renumber: bool = False,
     ) -> None:
         # Rows may differ in their keep ratio (a wanted speed-up), never in layers or protected ends.
         config = wanted.for_prompt(max(lengths))
-        super().__init__(architecture, config.positions == "compact", len(lengths), columns, cache)
+        compact = renumber if first is not None else config.positions == "compact"
+        super().__init__(architecture, compact, len(lengths), columns, cache)
         plan = tokens_plan(wanted, len(architecture.layers), lengths)
         self.config, self.scorer, self.trace, self.lengths, self.plan = config, scorer, trace, lengths, plan
         self.wanted, self.protected = wanted, None if protected is None else protected.to(device)
+        self.kv, self.ran, self.keys_kept = kv, None, {}
+        self.stages = config.layers if first is None else ()
         if config.keep_mass is not None and len(lengths) > 1:
             raise PruningNotSupported(
                 f"keep_mass={config.keep_mass} with a batch of {len(lengths)}: rows would keep numbers that only the "
@@ -79,7 +120,7 @@ class Prefill(ForwardPass):
                 f"positions='compact' with a batch of {len(lengths)}: rows would need tables of their own: "
                 "use batch 1 or positions='original'."
             )
-        if plan[-1] != plan[0]:
+        if plan[-1] != plan[0] and first is None:
             for index in range(config.layers[0], len(architecture.layers)):
                 self._refuse_windows_over_kept_tokens(index)
         self.alive = list(lengths)
@@ -93,17 +134,37 @@ class Prefill(ForwardPass):
         self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the kept tokens
         self.segments: list[tuple[int, torch.Tensor, bool]] = []  # first layer, its columns, whether any is padding
         self._not_finite: list[tuple[int, torch.Tensor]] = []
-        trace.begin(lengths, torch.tensor(plan))
+        self.before: torch.Tensor | None = None  # tokens of each row in each layer of a first pass
+        if first is None:
+            trace.begin(lengths, torch.tensor(plan))
+        else:
+            self._start_from(first)
+
+    def _start_from(self, first: Prefill) -> None:
+        """All layers run on what ``first`` kept; the trace counts both passes."""
+        self.alive, self.padded, self.positions = list(first.alive), first.padded, first.positions
+        self.plan = [list(first.alive)] * len(self.plan)
+        self.before = torch.tensor(first.plan)
+        if first.kept is not None:
+            self.kept, self.kept_padded = first.kept, first.kept_padded
+            self.segments.append((0, self.kept, self.padded))
+            for index in range(len(self.plan)):
+                self._refuse_windows_over_kept_tokens(index)
 
     def layer_arguments(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """As in `ForwardPass`, after a cut where ``index`` is a configured layer."""
         self.cache = cache_of(arguments)
+        self._score_keys()
+        if index == 0 and self.kept is not None:
+            arguments = {**arguments, "hidden_states": gather_tokens(arguments["hidden_states"], self.kept)}
         given = self._shortened(index, arguments)
-        if index in self.config.layers:
+        if index in self.stages:
             hidden = self._cut_tokens(index, layer, given)
             if hidden is not None:
                 given = self._shortened(index, {**arguments, "hidden_states": hidden})
-        if any(index < stage <= index + LAYERS_BACK for stage in self.config.layers):
+        if self.kv is not None and self.cache is not None:
+            self.ran = (index, layer, dict(given))
+        if any(index < stage <= index + LAYERS_AT_HAND for stage in self.stages):
             # A copy of the few: a view would keep the whole tensor alive.
             last = given["hidden_states"][:, -LAST_TOKENS:].clone()
             self.last_inputs[index] = (last, last_rows(given.get("attention_mask"), LAST_TOKENS))
@@ -114,17 +175,18 @@ class Prefill(ForwardPass):
         hidden, config, trace = given["hidden_states"], self.config, self.trace
         self.positions = self.positions.to(hidden.device)
         positions, valid = self.positions, self.positions >= 0
-        stage = Stage(
-            layer_index=index, layer=layer, hidden_states=hidden, positions=positions, valid=valid,
-            layer_arguments=without_cache(given), prompt_lengths=self.prompt_lengths.to(hidden.device),
-            before=self._layers_before(index, hidden), padded=self.padded,
+        stage = self._stage(
+            index, layer, given, before=self._layers_before(index, hidden),
             carried={name: values.to(hidden.device) for name, values in self.carried.items()},
             past=self._past(index),
         )  # fmt: skip
         scores = self._checked_scores(index, self.scorer(stage), valid)
         self.carried = stage.carried
         trace.scored_positions[index], trace.scores[index] = positions, scores
-        local = [budget.protected_count(count, config) - config.sink_tokens for count in self.alive]
+        each = [self.wanted.for_prompt(length) for length in self.lengths]
+        local = [
+            budget.protected_count(count, own) - own.sink_tokens for count, own in zip(self.alive, each, strict=True)
+        ]
         counts = self._counts(index, scores, local)
         if counts == self.alive:
             trace.kept_positions[index] = positions
@@ -141,6 +203,30 @@ class Prefill(ForwardPass):
         self.segments.append((index, self.kept, self.padded))
         trace.kept_positions[index] = self.positions
         return gather_tokens(hidden, chosen)
+
+    def _stage(self, index: int, layer: nn.Module, given: dict[str, Any], **known: Any) -> Stage:
+        hidden = given["hidden_states"]
+        positions = self.positions.to(hidden.device)
+        return Stage(
+            layer_index=index, layer=layer, hidden_states=hidden, positions=positions, valid=positions >= 0,
+            layer_arguments=without_cache(given), prompt_lengths=self.prompt_lengths.to(hidden.device),
+            padded=self.padded, **known,
+        )  # fmt: skip
+
+    def _score_keys(self) -> None:
+        """Choose what the layer that ran last keeps in the cache. It is cut when all have run: scorers read it."""
+        ran, self.ran = self.ran, None
+        if ran is None or self.architecture.sliding_window(ran[0]) is not None:
+            return  # a layer with a window holds no more than that anyway
+        index, layer, given = ran
+        counts = [self.kv.count(alive, index, length) for alive, length in zip(self.alive, self.lengths, strict=True)]
+        if counts != self.alive:
+            keys = cached_keys(self.cache, index, given["hidden_states"].shape[1])
+            scores = self.kv.scorer(self._stage(index, layer, given, keys=keys))
+            windows = any(self.architecture.sliding_window(each) is not None for each in range(len(self.plan)))
+            # Heads that hold tokens of their own share no mask, and no bias by position either.
+            by_head = given.get("alibi") is None and not (self.padded or windows or min(self.lengths) < self.columns or len(set(counts)) > 1)
+            self.keys_kept[index] = self.kv.choose(scores, self.alive, counts, by_head)
 
     def _counts(self, index: int, scores: torch.Tensor, local: list[int]) -> list[int]:
         """How many tokens of each row stay: the plan's, unless protected tokens or the scores' mass have a say."""
@@ -163,7 +249,7 @@ class Prefill(ForwardPass):
 
     def _layers_before(self, index: int, hidden: torch.Tensor) -> dict[int, LayerBefore]:
         found = {}
-        for earlier in range(max(0, index - LAYERS_BACK), index):
+        for earlier in range(max(0, index - LAYERS_AT_HAND), index):
             keys = cached_keys(self.cache, earlier, self._held_before(earlier) + hidden.shape[1])
             # On another device a device_map splits the model between the two.
             if keys is not None and earlier in self.last_inputs and keys.device == hidden.device:
@@ -201,13 +287,22 @@ class Prefill(ForwardPass):
         self._not_finite.append((index, (~torch.isfinite(scores) & valid).any()))
         return scores.masked_fill(~valid, -torch.inf) if self.padded else scores
 
+    def choose_by(self, scores: torch.Tensor) -> None:
+        """Cut as at the first stage by known ``scores`` (B, T); no layer has run, and none needs to."""
+        self.scorer = lambda _stage: scores
+        stands_for_hidden = torch.empty(*scores.shape, 0, device=self.positions.device)
+        self._cut_tokens(self.config.layers[0], None, {"hidden_states": stands_for_hidden})
+        self.plan = [[0] * len(self.lengths)] * len(self.plan)
+
     def finish(self) -> None:
         """After the last layer: remember the cuts with the cache, complete the trace."""
-        self.trace.tokens_per_row = torch.tensor(self.plan)
+        self._score_keys()
+        computed = torch.tensor(self.plan)
+        self.trace.tokens_per_row = computed if self.before is None else computed + self.before
         if self.cache is None:
             return
         self.trace.kv_bytes_per_layer = kv_bytes(self.cache)
-        if not self.segments:
+        if not self.segments and not self.keys_kept:
             return
         layers = range(len(self.plan))
         nothing = (0, None, False)
@@ -215,21 +310,23 @@ class Prefill(ForwardPass):
         held = [cached_tokens(self.cache, layer) for layer in layers]
         before, joined = self.record, {}
         kept = [self._all_kept(layer, ends[layer][1], joined) for layer in layers]
-        remember(
-            self.cache,
-            CacheRecord(
-                columns=held[0],
-                rows=len(self.lengths),
-                kept=kept,
-                padded=[ends[layer][2] or (before is not None and before.padded[layer]) for layer in layers],
-                any_padding=min(self.lengths) < self.columns or (before is not None and before.any_padding),
-                held=held,
-                compressed=held != [held[0] if columns is None else columns.shape[1] for columns in kept]
-                or (not self.seen and held[0] != self.columns),
-                compact=self.compact,
-                backend=self.architecture.backend,
-            ),
+        if kept[0] is not None:  # a second pass cut layer 0, which answers with all that was seen from now on
+            held[0] = self.seen + self.columns
+        expected = [held[0] if columns is None or not layer else columns.shape[1] for layer, columns in enumerate(kept)]
+        record = CacheRecord(
+            columns=held[0],
+            rows=len(self.lengths),
+            kept=kept,
+            padded=[ends[layer][2] or (before is not None and before.padded[layer]) for layer in layers],
+            any_padding=min(self.lengths) < self.columns or (before is not None and before.any_padding),
+            held=held,
+            compressed=held != expected or (not self.seen and held[0] != self.columns),
+            compact=self.compact,
+            backend=self.architecture.backend,
         )
+        cut_cache(self.cache, record, self.keys_kept)
+        remember(self.cache, record)
+        self.trace.kv_bytes_per_layer = kv_bytes(self.cache)
 
     def _all_kept(self, layer: int, new: torch.Tensor | None, joined: dict[Any, torch.Tensor]) -> torch.Tensor | None:
         """Columns (B, n) that ``layer`` holds now: what it held before this prefill, and what it kept of it.
