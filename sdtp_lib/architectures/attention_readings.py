@@ -121,11 +121,11 @@ def attention_received(
     hidden: torch.Tensor,
     arguments: Mapping[str, Any],
     valid: torch.Tensor,
-    window: int,
+    windows: Sequence[int],
     rise: float = 1.0,
     chunk: int = 256,
 ) -> torch.Tensor:
-    """(B, H, N) attention that the last ``window`` ``valid`` tokens of each row pay at ``layer``, summed by chunks.
+    """(B, H, N) attention that the last ``windows[row]`` ``valid`` tokens of a row pay at ``layer``, summed by chunks.
 
     Queries in the middle are had by asking for the last ones of a shorter prompt: attention is causal. ``rise``
     weighs the queries linearly from 1 for the first to ``rise`` for the last.
@@ -135,7 +135,7 @@ def attention_received(
     for row in range(rows):
         columns = valid[row].nonzero()[:, 0]
         count = len(columns)
-        queries = min(window, count)
+        queries = min(windows[row], count)
         weights = torch.linspace(1.0, rise, queries, device=hidden.device)
         total = None
         for end in range(count, count - queries, -chunk):

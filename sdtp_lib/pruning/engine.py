@@ -96,9 +96,7 @@ def kv_budget(model: nn.Module, kv: KVBudget) -> Iterator[None]:
     """Inside a ``with token_pruning(model, ...)``: cut each layer's cache to ``kv`` when a prefill is done."""
     session = _session_of(model, "kv_budget")
     if session.config.positions == "compact" or (session.two_passes and session.two_passes.renumber):
-        raise PruningNotSupported(
-            "a KV budget and renumbered positions cannot be combined: use positions='original'."
-        )
+        raise PruningNotSupported("a KV budget and renumbered positions cannot be combined: use positions='original'.")
     session.kv = kv
     try:
         yield
@@ -125,7 +123,9 @@ def two_passes(model: nn.Module, how: TwoPasses) -> Iterator[None]:
 def _session_of(model: nn.Module, caller: str) -> Session:
     session = _ACTIVE.get(describe(model).stack)
     if session is None:
-        raise ValueError(f"{caller}(model, ...) works inside a `with token_pruning(model, ...)` only: enter that first.")
+        raise ValueError(
+            f"{caller}(model, ...) works inside a `with token_pruning(model, ...)` only: enter that first."
+        )
     return session
 
 

@@ -225,7 +225,9 @@ class Prefill(ForwardPass):
             scores = self.kv.scorer(self._stage(index, layer, given, keys=keys))
             windows = any(self.architecture.sliding_window(each) is not None for each in range(len(self.plan)))
             # Heads that hold tokens of their own share no mask, and no bias by position either.
-            by_head = given.get("alibi") is None and not (self.padded or windows or min(self.lengths) < self.columns or len(set(counts)) > 1)
+            by_head = given.get("alibi") is None and not (
+                self.padded or windows or min(self.lengths) < self.columns or len(set(counts)) > 1
+            )
             self.keys_kept[index] = self.kv.choose(scores, self.alive, counts, by_head)
 
     def _counts(self, index: int, scores: torch.Tensor, local: list[int]) -> list[int]:

@@ -167,15 +167,15 @@ class Stage:
             return [self.attention_from_last(window)] * len(layers)
         return paid
 
-    def attention_received(self, window: int | None = None, rise: float = 1.0) -> torch.Tensor:
-        """Attention (B, H, N) that the last ``window`` tokens (None: all) would pay at this layer, summed.
+    def attention_received(self, window: int | Sequence[int] | None = None, rise: float = 1.0) -> torch.Tensor:
+        """Attention (B, H, N) that the last ``window`` tokens (one number, one per row, all) would pay here, summed.
 
         Read by chunks of queries: long windows need no T x T tensor. ``rise`` weighs the queries from 1 for the first
         to ``rise`` for the last.
         """
-        return attention_received(
-            self.layer, self.hidden_states, self.layer_arguments, self.valid, window or self.positions.shape[1], rise
-        )
+        rows, tokens = self.positions.shape
+        windows = [window or tokens] * rows if window is None or isinstance(window, int) else window
+        return attention_received(self.layer, self.hidden_states, self.layer_arguments, self.valid, windows, rise)
 
     def attention_mass(self, layers: Sequence[int], window: int) -> torch.Tensor:
         """(B, N, H x layers): what each head of earlier ``layers`` paid to a token, summed over the ``window`` askers.

@@ -1,0 +1,141 @@
+"""`Method`: one published way to shorten a prefill (or its cache) - a budget, a scorer, and what else it does.
+
+A method is a small frozen dataclass whose fields are its paper's settings; depths are shares of L, so that they carry
+over to other models. ``with token_pruning(model, method)`` asks `Method.budget_for`, `Method.scorer_for` and
+`Method.around`, and nothing else. It knows counting and scorers, no clock, no file and no table.
+
+Axes: T prompt tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sdtp_lib import budget
+from sdtp_lib.architectures.layers import num_layers
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.pruning.trace import PruningTrace
+
+
+def depth(share: float, layers: int) -> int:
+    """The layer at a share of the depth: ``depth(16 / 32, 28)`` is 14. Never the first, never beyond the last."""
+    return min(layers - 1, max(1, round(share * layers)))
+
+
+def depths(shares: tuple[float, ...], layers: int) -> tuple[int, ...]:
+    """The same for several stages; in a shallow model two of them may fall together."""
+    return tuple(sorted({depth(share, layers) for share in shares}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to shorten a prefill, under its paper's name.
+
+    Attributes
+    ----------
+    name, paper
+        As tables and legends show it; arXiv number.
+    speedup
+        The prefill speed-up by FLOPs that its budget is scaled to (`at_speedup`); None: the paper's own budget.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    speedup: float | None = None
+
+    def config(self, layers: int) -> PruningConfig:
+        """The paper's budget for a model of ``layers`` layers."""
+        raise NotImplementedError
+
+    def config_for(self, layers: int, _prompt_tokens: int) -> PruningConfig:
+        """The same for one prompt length, where it matters."""
+        return self.config(layers)
+
+    def scorer(self, _layers: int) -> Scorer | None:
+        """What scores the tokens; None: the best pruners known for the model."""
+        return None
+
+    def passes(self, config: PruningConfig, layers: int, prompt_tokens: int) -> list[list[int]]:
+        """Tokens that each layer computes, one list per pass over the layers."""
+        return [budget.tokens_per_layer(config, layers, prompt_tokens)]
+
+    def scaled(self, config: PruningConfig, prompt_tokens: int, power: float) -> PruningConfig:
+        """The budget turned by one dial, its shape kept: what is left after each stage is raised to ``power``.
+
+        Ratios 0.8, 0.5 at power 2 are 0.64, 0.25. Budgets in tokens count as shares of a prompt twice as long as what
+        their first stage keeps.
+        """
+        if config.keep_tokens is None:
+            ratio = config.keep_ratio
+            ratio = tuple(r**power for r in ratio) if isinstance(ratio, tuple) else ratio**power
+            return config.replace(keep_ratio=ratio)
+        tokens = config.keep_tokens if isinstance(config.keep_tokens, tuple) else (config.keep_tokens,)
+        kept = tuple(max(1, int(prompt_tokens * (each / (2 * tokens[0])) ** power + 1e-9)) for each in tokens)
+        return config.replace(keep_tokens=kept if isinstance(config.keep_tokens, tuple) else kept[0])
+
+    def prefill_flops(self, shape: ModelShape, config: PruningConfig, prompt_tokens: int) -> float:
+        """Causal FLOPs of all passes, scores not counted; a pass that stops on the way computes no logits."""
+        total = 0.0
+        for counts in self.passes(config, shape.num_layers, prompt_tokens):
+            total += budget.prefill_flops(shape, counts) if any(counts) else 0.0
+            total -= 0 if counts[-1] else 2 * shape.head_weights * any(counts)
+        return total
+
+    def at_speedup(self, speedup: float) -> Method:
+        """The method with its budget scaled to a prefill speed-up by FLOPs, solved for each prompt's length."""
+        if not speedup >= 1:
+            raise ValueError(f"speedup={speedup} is not a speed-up: give 1 or more, such as 2.0.")
+        return dataclasses.replace(self, speedup=float(speedup))
+
+    def budget_for(self, model: Any) -> PruningConfig | budget.SpeedupBudget:
+        """What `token_pruning` keeps on ``model``."""
+        config = self.config(num_layers(model))
+        return (
+            config
+            if self.speedup is None
+            else MethodBudget(config, self.speedup, ModelShape.from_model(model), method=self)
+        )
+
+    def scorer_for(self, model: Any) -> Scorer | None:
+        """What scores the tokens of ``model``; None: the best pruners known for it."""
+        return self.scorer(num_layers(model))
+
+    def around(self, _model: Any, _trace: PruningTrace) -> contextlib.AbstractContextManager:
+        """What else the method does, entered after ``token_pruning(model, budget, scorer)``."""
+        return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class MethodBudget(budget.SpeedupBudget):
+    """A method's budget that depends on the prompt's length: scaled to ``speedup``, or its own where that is None."""
+
+    method: Any = None
+
+    def _solve(self, tokens: int) -> PruningConfig:
+        layers = self.shape.num_layers
+        own = self.method.config_for(layers, tokens)
+        if self.speedup is None:
+            return own
+        full = budget.prefill_flops(self.shape, [tokens] * layers)
+
+        def reached(power: float) -> float:
+            config = self.method.scaled(own, tokens, power)
+            return full / self.method.prefill_flops(self.shape, config, tokens)
+
+        low, high = 0.0, 64.0
+        if self.method.passes(self.method.scaled(own, tokens, high), layers, tokens)[-1][-1] == tokens:
+            return self.method.scaled(own, tokens, low)  # all of so short a prompt is protected
+        if reached(high) < self.speedup:
+            raise ValueError(
+                f"speedup={self.speedup:g}: {self.method.name} prefills {tokens} tokens at most {reached(high):.2f}x "
+                f"as fast with layers={list(own.layers)}: ask for less."
+            )
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if reached(middle) >= self.speedup else (middle, high)
+        return self.method.scaled(own, tokens, high)
