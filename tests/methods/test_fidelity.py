@@ -11,9 +11,10 @@ import sys
 
 import pytest
 import torch
-from tests.reference import louder
 
 from sdtp_lib import methods, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_in
+from tests.reference import louder
 
 TOKENS = 300
 
@@ -213,10 +214,8 @@ TABLE = [
 
 
 def run(model, method, ids, scorer=None, **arguments):
-    with torch.no_grad(), token_pruning(model, method.budget_for(model), method.scorer_for(model) or scorer) as trace:
-        with method.around(model, trace):
-            output = model(input_ids=ids, use_cache=True, **arguments)
-    return trace, output
+    with torch.no_grad(), token_pruning(model, method, method.scorer_for(model) or scorer) as trace:
+        return trace, model(input_ids=ids, use_cache=True, **arguments)
 
 
 @pytest.mark.parametrize(("name", "settings", "rule", "stages"), TABLE, ids=[line[0] for line in TABLE])
@@ -273,7 +272,7 @@ def test_each_head_of_each_layer_keeps_the_keys_of_the_literal_rule(
     trace, output = run(model, methods.get(name, **settings), ids)
     with torch.no_grad():
         _, layers = literal(model, ids, rule)
-    for index, held in enumerate(output.past_key_values.layers):
+    for index, held in enumerate(cache_in(output).layers):
         weights, keys = layers[index]
         wanted = head_choice(weights, keys, scores_of, counts[index], set(always(keys.shape[1])))
         assert held.keys.shape[2] == counts[index]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.reference import louder
 
 from sdtp_lib import PruningConfig, PruningNotSupported, budget, methods, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.methods.method import Method, depth, depths
 from sdtp_lib.methods.votes import best_blocks, block_means, votes
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.engine import kv_budget, two_passes
 from sdtp_lib.pruning.kv_budget import KVBudget
 from sdtp_lib.pruning.prefill import TwoPasses
+from tests.reference import louder
 
 SMALL = {
     "gemfilter": {"tokens": 60}, "sliminfer": {"tokens": (160, 96, 64), "block": 16, "window": 16},
@@ -29,9 +30,8 @@ def model(tiny_model):
 
 
 def inside(model, method, call, scorer=None):
-    with torch.no_grad(), token_pruning(model, method.budget_for(model), method.scorer_for(model) or scorer) as trace:
-        with method.around(model, trace):
-            return call(), trace
+    with torch.no_grad(), token_pruning(model, method, method.scorer_for(model) or scorer) as trace:
+        return call(), trace
 
 
 def test_a_method_is_had_by_its_papers_name_with_its_papers_settings_and_single_changes():
@@ -66,10 +66,10 @@ def test_generate_goes_on_from_what_a_method_left_as_forwards_by_hand_do(name, m
 
     def by_hand():
         output = model(input_ids=IDS, use_cache=True)
-        cache, tokens = output.past_key_values, [output.logits[:, -1:].argmax(-1)]
+        cache, tokens = cache_in(output), [output.logits[:, -1:].argmax(-1)]
         lengths = [layer.keys.shape[2] for layer in cache.layers]
         for _ in range(4):
-            logits = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=tokens[-1], **cache_argument(model, cache), use_cache=True).logits
             tokens.append(logits[:, -1:].argmax(-1))
         return torch.cat(tokens, dim=1), lengths
 
@@ -92,11 +92,11 @@ def test_a_second_turn_at_once_equals_one_token_at_a_time(name, model):
     more = IDS[:, 40:45]
 
     def turns():
-        cache = model(input_ids=IDS, use_cache=True).past_key_values
-        at_once = model(input_ids=more, past_key_values=cache, use_cache=True).logits
-        cache, singles = model(input_ids=IDS, use_cache=True).past_key_values, []
+        cache = cache_in(model(input_ids=IDS, use_cache=True))
+        at_once = model(input_ids=more, **cache_argument(model, cache)).logits
+        cache, singles = cache_in(model(input_ids=IDS, use_cache=True)), []
         for column in range(5):
-            singles.append(model(input_ids=more[:, column : column + 1], past_key_values=cache).logits)
+            singles.append(model(input_ids=more[:, column : column + 1], **cache_argument(model, cache)).logits)
         return at_once, torch.cat(singles, dim=1)
 
     (at_once, singles), _ = inside(model, method, turns, scorers.recency())
@@ -155,9 +155,9 @@ def test_leaving_the_with_leaves_the_model_and_the_session_as_they_were(model):
         inside(model, method, lambda: (_ for _ in ()).throw(RuntimeError("on the way")))
     for modules in (model.modules(), model.model.modules()):
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
-    with pytest.raises(ValueError, match="kv_budget.* works inside a `with token_pruning"):
-        with kv_budget(model, KVBudget(lambda *_: 5, scorers.recency())):
-            pass
+    kv = KVBudget(lambda *_: 5, scorers.recency())
+    with pytest.raises(ValueError, match="kv_budget.* works inside a `with token_pruning"), kv_budget(model, kv):
+        pass
 
 
 def test_the_filter_pass_stops_before_its_layer(model):
@@ -181,13 +181,20 @@ def test_a_prompt_that_a_filter_leaves_whole_is_the_plain_models(model):
 def test_renumbering_and_a_kv_budget_are_refused_where_they_cannot_be_right(tiny_model, model):
     config = PruningConfig((2,), 0.5)
     bloom = tiny_model("bloom")
-    with token_pruning(bloom, config, scorers.recency()), pytest.raises(PruningNotSupported, match="one rotary table"):
-        with two_passes(bloom, TwoPasses()):
-            pass
+    with (
+        token_pruning(bloom, config, scorers.recency()),
+        pytest.raises(PruningNotSupported, match="one rotary table"),
+        two_passes(bloom, TwoPasses()),
+    ):
+        pass
     compact = config.replace(positions="compact")
-    with token_pruning(model, compact, scorers.recency()), pytest.raises(PruningNotSupported, match="renumbered"):
-        with kv_budget(model, KVBudget(lambda *_: 5, scorers.recency())):
-            pass
+    kv = KVBudget(lambda *_: 5, scorers.recency())
+    with (
+        token_pruning(model, compact, scorers.recency()),
+        pytest.raises(PruningNotSupported, match="renumbered"),
+        kv_budget(model, kv),
+    ):
+        pass
     with pytest.raises(PruningNotSupported, match="batch of 2"):
         inside(model, methods.get("gemfilter", tokens=60), lambda: model(input_ids=IDS.expand(2, -1)))
 
@@ -196,12 +203,12 @@ def test_a_kv_budget_by_token_is_the_unpruned_model_with_the_other_keys_masked(m
     scorer, more = scorers.attention(8), IDS[:, 40:43]
     kv = KVBudget(lambda held, layer, prompt: held // (2 + layer % 2), scorer, sink_tokens=4, last_tokens=8)
     with torch.no_grad(), token_pruning(model, PruningConfig((1,), 1.0), scorer), kv_budget(model, kv):
-        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        cache = cache_in(model(input_ids=IDS, use_cache=True))
         kept = [columns[0].tolist() for columns in cache.record.kept]
-        found = model(input_ids=more, past_key_values=cache).logits
+        found = model(input_ids=more, **cache_argument(model, cache)).logits
     assert [len(columns) for columns in kept] == [150, 100] * 4 and cache.get_seq_length() == 303
     with torch.no_grad():
-        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        cache = cache_in(model(input_ids=IDS, use_cache=True))
         for layer, columns in zip(cache.layers, kept, strict=True):
             layer.keys, layer.values = layer.keys[:, :, columns], layer.values[:, :, columns]
         # by hand: each layer's own keys, all visible, and the new tokens causal among themselves
@@ -213,7 +220,7 @@ def test_a_kv_budget_by_token_is_the_unpruned_model_with_the_other_keys_masked(m
             later = torch.ones(1, 1, 3, 3, dtype=torch.bool).triu(1)
             hidden = layer(
                 hidden, attention_mask=~torch.cat([seen, later], -1), position_embeddings=tables,
-                position_ids=positions, past_key_values=cache, use_cache=True,
+                position_ids=positions, **cache_argument(layer, cache), use_cache=True,
             )  # fmt: skip
         expected = model.lm_head(model.model.norm(hidden))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
