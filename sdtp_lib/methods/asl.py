@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import torch
 
 from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.methods.method import Method, depth
+from sdtp_lib.methods.method import Method, MethodScorer, depth
 from sdtp_lib.methods.votes import decided, votes
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.stage import Scorer, Stage
@@ -53,9 +54,9 @@ class ASL(Method):
         return self.config(ModelShape.from_model(model).num_layers)
 
     def scorer_for(self, model: Any) -> Scorer:
-        return self._scorer(ModelShape.from_model(model))
+        return MethodScorer(self, self._score_of(ModelShape.from_model(model)))
 
-    def _scorer(self, shape: ModelShape) -> Scorer:
+    def _score_of(self, shape: ModelShape) -> Callable[[Stage], torch.Tensor]:
         stages = self.config(shape.num_layers).layers
 
         def kept_at(layer: int, tokens: int) -> int | None:
@@ -71,11 +72,8 @@ class ASL(Method):
         def score(stage: Stage) -> torch.Tensor:
             index, tokens = stage.layer_index, stage.positions.shape[1]
             everything = torch.ones_like(stage.positions, dtype=torch.bool)
-            if "asl cut" in stage.carried:
-                # Whether the cut is done the device knows: a token that has gone leaves the others this mark.
-                done = stage.carried["asl cut"]
-            else:
-                done = torch.zeros_like(everything)
+            # Whether the cut is done only the device knows: a mark that the tokens carry on.
+            done = stage.carried.get("asl cut", ~everything)
             scores = votes(stage.attention_just_paid(self.window), self.kernel).sum(dim=1)
             scores[:, -self.window :] = torch.inf
             order = tokens - 1 - scores.flip(1).argsort(dim=1, descending=True, stable=True)

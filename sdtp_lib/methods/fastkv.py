@@ -46,7 +46,10 @@ class FastKV(Method):
         )
 
     def scorer(self, _layers: int) -> Scorer:
-        return lambda stage: votes(stage.attention_just_paid(self.window), self.kernel).sum(dim=1)
+        return self._score
+
+    def _score(self, stage: Stage) -> torch.Tensor:
+        return votes(stage.attention_just_paid(self.window), self.kernel).sum(dim=1)
 
     def around(self, model: Any, _trace: Any) -> contextlib.AbstractContextManager:
         if self.kv is None:

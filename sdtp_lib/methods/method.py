@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any, ClassVar
 
+import torch
+
 from sdtp_lib import budget
+from sdtp_lib.architectures.attention_readings import refuse_unreadable
 from sdtp_lib.architectures.layers import num_layers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.model_shape import ModelShape
-from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.provenance import content_id
+from sdtp_lib.pruning.stage import Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
 
 
@@ -103,11 +109,36 @@ class Method:
 
     def scorer_for(self, model: Any) -> Scorer | None:
         """What scores the tokens of ``model``; None: the best pruners known for it."""
-        return self.scorer(num_layers(model))
+        found = self.scorer(num_layers(model))
+        return MethodScorer(self, found) if isinstance(found, (FunctionType, MethodType)) else found
 
     def around(self, _model: Any, _trace: PruningTrace) -> contextlib.AbstractContextManager:
         """What else the method does, entered after ``token_pruning(model, budget, scorer)``."""
         return contextlib.nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class MethodScorer:
+    """A method's score under the method's name; rows tell it by the method's settings."""
+
+    method: Method
+    score: Callable[[Stage], torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    @property
+    def identity(self) -> str:
+        """The same at every speed-up: how much goes is the budget's."""
+        return f"{self.name} {content_id(dataclasses.replace(self.method, speedup=None))}"
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        return self.score(stage)
+
+    def check(self, model: Any, config: PruningConfig) -> None:
+        """Refuse a model whose attention cannot be read, before any compute."""
+        refuse_unreadable(model, config.layers)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""SDTP (arXiv 2504.04514): learned scores by stages, the first 4 tokens and the last tenth always; this project's method."""
+"""SDTP (arXiv 2504.04514): learned scores by stages; the first 4 tokens and the last tenth always stay."""
 
 from __future__ import annotations
 

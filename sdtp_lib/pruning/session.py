@@ -127,7 +127,7 @@ class Session:
             cache.inside = True
 
     def _run_first_pass(self, stack: nn.Module, first: Prefill, arguments: dict[str, Any]) -> None:
-        """Run ``first`` over the prompt: by the hooks on the layers alone, into a cache of its own, as far as needed."""
+        """Run ``first`` over the prompt: hooks on the layers alone, a cache of its own, as far as is needed."""
         how, last = self.two_passes, self.config.layers[-1]
         if how.scores is not None:
             first.choose_by(how.scores(without_cache(arguments)))
