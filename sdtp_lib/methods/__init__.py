@@ -6,7 +6,7 @@ arithmetic that they share. `call` is what users import: ``from sdtp_lib import 
 
 from __future__ import annotations
 
-from sdtp_lib.methods.method import Method
+from sdtp_lib.methods.method import Method, SpeedupOutOfReach
 from sdtp_lib.methods.registry import get, names
 
-__all__ = ["Method", "get", "names"]
+__all__ = ["Method", "SpeedupOutOfReach", "get", "names"]

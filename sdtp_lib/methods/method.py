@@ -38,6 +38,16 @@ def depths(shares: tuple[float, ...], layers: int) -> tuple[int, ...]:
     return tuple(sorted({depth(share, layers) for share in shares}))
 
 
+def pass_flops(shape: ModelShape, tokens_per_layer: list[int]) -> float:
+    """Causal FLOPs of one pass over the layers; one that stops on the way (0 in the last) computes no logits."""
+    whole = budget.prefill_flops(shape, tokens_per_layer)
+    return whole if tokens_per_layer[-1] else whole - 2 * shape.head_weights
+
+
+class SpeedupOutOfReach(ValueError):
+    """A method cannot prefill so fast, whatever its budget; the message has the most that it can."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A way to shorten a prefill, under its paper's name.
@@ -85,12 +95,17 @@ class Method:
         return config.replace(keep_tokens=kept if isinstance(config.keep_tokens, tuple) else kept[0])
 
     def prefill_flops(self, shape: ModelShape, config: PruningConfig, prompt_tokens: int) -> float:
-        """Causal FLOPs of all passes, scores not counted; a pass that stops on the way computes no logits."""
-        total = 0.0
-        for counts in self.passes(config, shape.num_layers, prompt_tokens):
-            total += budget.prefill_flops(shape, counts) if any(counts) else 0.0
-            total -= 0 if counts[-1] else 2 * shape.head_weights * any(counts)
-        return total
+        """Causal FLOPs of all passes, scores not counted."""
+        return sum(pass_flops(shape, counts) for counts in self.passes(config, shape.num_layers, prompt_tokens))
+
+    def flops_of(self, model: Any, prompt_tokens: int, tokens_computed: list[int]) -> float:
+        """Causal FLOPs of a prefill that has run; ``tokens_computed`` per layer, of all passes, as its trace says."""
+        shape = ModelShape.from_model(model)
+        config = self.budget_for(model).for_prompt(prompt_tokens)
+        planned = self.passes(config, shape.num_layers, prompt_tokens)
+        if [sum(counts) for counts in zip(*planned, strict=True)] == list(tokens_computed):
+            return self.prefill_flops(shape, config, prompt_tokens)
+        return budget.prefill_flops(shape, tokens_computed)  # an adaptive budget, of one pass
 
     def at_speedup(self, speedup: float) -> Method:
         """The method with its budget scaled to a prefill speed-up by FLOPs, solved for each prompt's length."""
@@ -162,7 +177,7 @@ class MethodBudget(budget.SpeedupBudget):
         if self.method.passes(self.method.scaled(own, tokens, high), layers, tokens)[-1][-1] == tokens:
             return self.method.scaled(own, tokens, low)  # all of so short a prompt is protected
         if reached(high) < self.speedup:
-            raise ValueError(
+            raise SpeedupOutOfReach(
                 f"speedup={self.speedup:g}: {self.method.name} prefills {tokens} tokens at most {reached(high):.2f}x "
                 f"as fast with layers={list(own.layers)}: ask for less."
             )

@@ -11,7 +11,7 @@ import torch
 from sdtp_lib import scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.methods.fastkv import head_votes
-from sdtp_lib.methods.method import Method
+from sdtp_lib.methods.method import Method, SpeedupOutOfReach
 from sdtp_lib.pruning.engine import kv_budget
 from sdtp_lib.pruning.kv_budget import KVBudget
 from sdtp_lib.pruning.stage import Scorer, Stage
@@ -28,7 +28,9 @@ class CacheOnly(Method):
         return scorers.recency()
 
     def at_speedup(self, speedup: float) -> Method:
-        raise ValueError(f"speedup={speedup}: {self.name} shortens the cache only, its prefill is the whole one.")
+        raise SpeedupOutOfReach(
+            f"speedup={speedup}: {self.name} shortens the cache only, its prefill is the whole one."
+        )
 
     def kv_budget(self) -> KVBudget:
         """What each layer keeps."""
