@@ -75,11 +75,12 @@ def test_the_counted_flops_are_the_executed_ones(name, model, ids):
 
 def test_the_cache_methods_leave_the_prefill_whole_and_shorten_what_decode_reads(model, ids):
     method = all_methods(model)["kv"]
+    with torch.no_grad():
+        plain = model(ids, logits_to_keep=1, use_cache=True)
+    token = plain.logits[:, -1].argmax(-1, keepdim=True)
     with torch.no_grad(), method.open(model) as session:
         logits, cache = session.prefill(ids)
-        plain = model(ids, logits_to_keep=1, use_cache=True)
         assert torch.equal(logits, plain.logits)
-        token = logits[:, -1].argmax(-1, keepdim=True)
         one = session.step(token, cache)[0]
     full = model(token, **cache_argument(model, cache_in(plain))).logits
     assert 1e-6 < (one - full).abs().max() < 1.0

@@ -166,8 +166,11 @@ def test_quality_rows_say_zero_for_the_plain_model_and_more_for_a_pruned_one(mod
     assert points["keep07"]["kl_nats"] > 1e-9 and points["keep07"]["samples"] == 2
 
 
-@pytest.mark.parametrize(("preset", "tokens"), [("keep09", 1000), ("keep07", 400)])
-def test_every_alternative_computes_the_flops_of_its_preset(preset, tokens, tiny_model):
+@pytest.mark.parametrize(
+    ("preset", "tokens", "too_slow"),
+    [("keep09", 1000, set()), ("keep07", 400, {"lazyllm", "gemfilter", "fastkv", "claa", "sliminfer", "pyramidinfer"})],
+)
+def test_every_alternative_computes_the_flops_of_its_preset_or_is_left_out(preset, tokens, too_slow, tiny_model):
     model = tiny_model(
         num_hidden_layers=30, hidden_size=16, head_dim=4, intermediate_size=16, max_position_embeddings=2048
     )
@@ -175,8 +178,7 @@ def test_every_alternative_computes_the_flops_of_its_preset(preset, tokens, tiny
     counts = budget.tokens_per_layer(PruningConfig.preset(preset, 30), 30, tokens)
     wanted = budget.prefill_flops(shape, counts) / 1e12
     found = latency_run.alternatives(model, scorers.recency(), tokens, [preset])
-    assert {method.family for method in found} <= {*latency_run.SCALED, "snapkv", "earlier-scheme"}
-    assert {"lazyllm", "pyramidinfer", "snapkv", "earlier-scheme"} <= {method.family for method in found}
+    assert {method.family for method in found} == {*latency_run.SCALED, "snapkv", "earlier-scheme"} - too_slow
     for method in found:
         assert method.name == f"{method.family} {preset}"
         if method.family in latency_run.SCALED:
@@ -268,7 +270,7 @@ def test_the_benchmark_runs_on_the_embedded_model(tmp_path):
     arguments = ["run", "--lengths", "512", "--new-tokens", "4", "--repeats", "1", "--out", str(tmp_path)]
     assert command.main([*arguments, "--identity", "--alternatives", "keep09"]) == 0
     rows = read_rows(tmp_path / "latency.jsonl")
-    assert len(rows) == 1 + 1 + 3 + 5
+    assert len(rows) == 1 + 1 + 3 + 9
     assert {r["status"] for r in rows} == {"ok"} and {r["weights"] for r in rows} == {"Q4_1, dequantised"}
 
 
