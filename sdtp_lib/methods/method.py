@@ -40,8 +40,7 @@ def depths(shares: tuple[float, ...], layers: int) -> tuple[int, ...]:
 
 def pass_flops(shape: ModelShape, tokens_per_layer: list[int]) -> float:
     """Causal FLOPs of one pass over the layers; one that stops on the way (0 in the last) computes no logits."""
-    whole = budget.prefill_flops(shape, tokens_per_layer)
-    return whole if tokens_per_layer[-1] else whole - 2 * shape.head_weights
+    return budget.prefill_flops(shape, tokens_per_layer, logits_positions=int(tokens_per_layer[-1] > 0))
 
 
 class SpeedupOutOfReach(ValueError):

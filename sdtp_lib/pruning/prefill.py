@@ -300,7 +300,8 @@ class Prefill(ForwardPass):
         """After the last layer: remember the cuts with the cache, complete the trace."""
         self._score_keys()
         computed = torch.tensor(self.plan)
-        self.trace.tokens_per_row = computed if self.before is None else computed + self.before
+        self.trace.passes = [computed] if self.before is None else [self.before, computed]
+        self.trace.tokens_per_row = sum(self.trace.passes)
         if self.cache is None:
             return
         self.trace.kv_bytes_per_layer = kv_bytes(self.cache)
@@ -327,6 +328,9 @@ class Prefill(ForwardPass):
             backend=self.architecture.backend,
         )
         cut_cache(self.cache, record, self.keys_kept)
+        if self.keys_kept:
+            kept_keys = {layer: columns.shape[-1] for layer, columns in self.keys_kept.items()}
+            self.trace.keys_per_layer = [kept_keys.get(layer, max(self.plan[layer])) for layer in layers]
         remember(self.cache, record)
         self.trace.kv_bytes_per_layer = kv_bytes(self.cache)
 

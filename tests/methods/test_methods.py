@@ -236,3 +236,16 @@ def test_votes_and_blocks_are_what_is_worked_by_hand():
     means = torch.tensor([[2.0, 2.0, 6.0, 6.0, 8.0]])
     assert best_blocks(means, 2, count=1)[0].tolist() == [False] * 4 + [True]
     assert best_blocks(means, 2, mass=0.8)[0].tolist() == [False, False, True, True, True]
+
+
+def test_a_trace_counts_both_passes_and_the_keys_that_a_budget_left(model):
+    shape = ModelShape.from_model(model)
+    full = budget.prefill_flops(shape, [300] * 8)
+    _, trace = inside(model, methods.get("gemfilter", tokens=60), lambda: model(input_ids=IDS, use_cache=True))
+    flops = budget.prefill_flops(shape, [60] * 8)
+    flops += budget.prefill_flops(shape, [300] * 3 + [0] * 5, logits_positions=0)
+    assert "prompt: 300 tokens, last layer: 60 tokens (20%)" in str(trace)
+    assert f"{full / flops:.2f}x fewer" in str(trace) and "KV cache: -80%" in str(trace)
+    _, trace = inside(model, methods.get("fastkv"), lambda: model(input_ids=IDS, use_cache=True))
+    assert "last layer: 60 tokens" in str(trace) and "KV cache: -90%, scorer: fastkv" in str(trace)
+    assert trace.keys_per_layer == [30] * 8
