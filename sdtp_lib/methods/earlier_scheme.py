@@ -10,7 +10,7 @@ from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.methods.sdtp import SDTP
 from sdtp_lib.pruning.engine import two_passes
-from sdtp_lib.pruning.prefill import TwoPasses
+from sdtp_lib.pruning.second_pass import TwoPasses
 from sdtp_lib.pruning.trace import PruningTrace
 
 

@@ -12,7 +12,7 @@ from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.methods.method import Method, depth
 from sdtp_lib.pruning.engine import two_passes
-from sdtp_lib.pruning.prefill import TwoPasses
+from sdtp_lib.pruning.second_pass import TwoPasses
 from sdtp_lib.pruning.stage import Scorer, Stage
 from sdtp_lib.scorers.blend import average_of_neighbours
 

@@ -18,7 +18,7 @@ from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.methods.method import Method, depth
 from sdtp_lib.methods.votes import best_blocks, block_means, decided
 from sdtp_lib.pruning.engine import two_passes
-from sdtp_lib.pruning.prefill import TwoPasses
+from sdtp_lib.pruning.second_pass import TwoPasses
 from sdtp_lib.pruning.stage import LAYERS_AT_HAND, Scorer, Stage
 
 

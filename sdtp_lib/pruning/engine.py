@@ -21,7 +21,8 @@ from sdtp_lib.architectures.layers import ATTENTION_BACKENDS, Architecture, desc
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.generate_guard import guarded_generate
 from sdtp_lib.pruning.kv_budget import KVBudget
-from sdtp_lib.pruning.prefill import Budget, TwoPasses
+from sdtp_lib.pruning.prefill import Budget
+from sdtp_lib.pruning.second_pass import TwoPasses
 from sdtp_lib.pruning.session import Session
 from sdtp_lib.pruning.stage import Scorer, name_of
 from sdtp_lib.pruning.trace import PruningTrace

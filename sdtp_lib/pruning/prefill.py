@@ -12,8 +12,6 @@ scorer sees hidden states (1, 10, D), and the columns ``[0, 1, 4, 7, 8, 9]`` are
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -42,25 +40,6 @@ class Budget(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class TwoPasses:
-    """A prefill in two passes: the first finds which tokens stay, the second runs all layers on those alone.
-
-    Attributes
-    ----------
-    renumber
-        Whether the second pass counts the kept tokens 0..K-1 (one row at a time), or leaves each its position.
-    stop
-        Whether the first pass ends where its last stage has chosen; else it runs all layers.
-    scores
-        Instead of a first pass of this model: maps the arguments of the forward to scores (B, T) of its columns.
-    """
-
-    renumber: bool = True
-    stop: bool = True
-    scores: Callable[[dict[str, Any]], torch.Tensor] | None = None
-
-
 def tokens_plan(wanted: Budget, num_layers: int, lengths: list[int]) -> list[list[int]]:
     """Tokens of each row in each layer (L lists of B), known before the prefill from the lengths alone.
 
@@ -79,10 +58,6 @@ class Prefill(ForwardPass):
         Tokens that no stage drops.
     kv
         What each layer's cache is cut to after the prefill.
-    first : Prefill, optional
-        A first pass over the same prompt: this one runs all layers on the tokens that it left, and drops no more.
-    renumber
-        Whether these are renumbered 0..K-1.
     """
 
     def __init__(
@@ -96,20 +71,16 @@ class Prefill(ForwardPass):
         device: torch.device,
         cache: Any = None,
         protected: torch.Tensor | None = None,
-        *,
         kv: KVBudget | None = None,
-        first: Prefill | None = None,
-        renumber: bool = False,
     ) -> None:
         # Rows may differ in their keep ratio (a wanted speed-up), never in layers or protected ends.
         config = wanted.for_prompt(max(lengths))
-        compact = renumber if first is not None else config.positions == "compact"
-        super().__init__(architecture, compact, len(lengths), columns, cache)
+        super().__init__(architecture, config.positions == "compact", len(lengths), columns, cache)
         plan = tokens_plan(wanted, len(architecture.layers), lengths)
         self.config, self.scorer, self.trace, self.lengths, self.plan = config, scorer, trace, lengths, plan
         self.wanted, self.protected = wanted, None if protected is None else protected.to(device)
         self.kv, self.ran, self.keys_kept = kv, None, {}
-        self.stages = config.layers if first is None else ()
+        self.stages = config.layers
         if config.keep_mass is not None and len(lengths) > 1:
             raise PruningNotSupported(
                 f"keep_mass={config.keep_mass} with a batch of {len(lengths)}: rows would keep numbers that only the "
@@ -120,7 +91,7 @@ class Prefill(ForwardPass):
                 f"positions='compact' with a batch of {len(lengths)}: rows would need tables of their own: "
                 "use batch 1 or positions='original'."
             )
-        if plan[-1] != plan[0] and first is None:
+        if plan[-1] != plan[0]:
             for index in range(config.layers[0], len(architecture.layers)):
                 self._refuse_windows_over_kept_tokens(index)
         self.alive = list(lengths)
@@ -135,31 +106,18 @@ class Prefill(ForwardPass):
         self.segments: list[tuple[int, torch.Tensor, bool]] = []  # first layer, its columns, whether any is padding
         self._not_finite: list[tuple[int, torch.Tensor]] = []
         self.before: torch.Tensor | None = None  # tokens of each row in each layer of a first pass
-        if first is None:
-            trace.begin(lengths, torch.tensor(plan))
-        else:
-            self._start_from(first)
+        self._begin_trace()
 
-    def _start_from(self, first: Prefill) -> None:
-        """All layers run on what ``first`` kept; the trace counts both passes."""
-        self.alive, self.padded, self.positions = list(first.alive), first.padded, first.positions
-        self.plan = [list(first.alive)] * len(self.plan)
-        self.before = torch.tensor(first.plan)
-        if first.kept is not None:
-            self.kept, self.kept_padded = first.kept, first.kept_padded
-            self.segments.append((0, self.kept, self.padded))
-            for index in range(len(self.plan)):
-                self._refuse_windows_over_kept_tokens(index)
+    def _begin_trace(self) -> None:
+        self.trace.begin(self.lengths, torch.tensor(self.plan))
 
     def layer_arguments(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """As in `ForwardPass`, after a cut where ``index`` is a configured layer."""
         self.cache = cache_of(arguments)
         self._score_keys()
-        if index == 0 and self.kept is not None:
-            arguments = {**arguments, "hidden_states": gather_tokens(arguments["hidden_states"], self.kept)}
         given = self._shortened(index, arguments)
         if index in self.stages:
-            hidden = self._cut_tokens(index, layer, given)
+            hidden = self.cut_tokens(index, layer, given)
             if hidden is not None:
                 given = self._shortened(index, {**arguments, "hidden_states": hidden})
         if self.kv is not None and self.cache is not None:
@@ -170,7 +128,7 @@ class Prefill(ForwardPass):
             self.last_inputs[index] = (last, last_rows(given.get("attention_mask"), LAST_TOKENS))
         return given
 
-    def _cut_tokens(self, index: int, layer: nn.Module, given: dict[str, Any]) -> torch.Tensor | None:
+    def cut_tokens(self, index: int, layer: nn.Module, given: dict[str, Any]) -> torch.Tensor | None:
         """Score the kept tokens before layer ``index``, drop the worst: hidden states (B, K, D), None if all stay."""
         hidden, config, trace = given["hidden_states"], self.config, self.trace
         self.positions = self.positions.to(hidden.device)
@@ -288,13 +246,6 @@ class Prefill(ForwardPass):
         # Read on the host when nothing is under way, so that no device waits here.
         self._not_finite.append((index, (~torch.isfinite(scores) & valid).any()))
         return scores.masked_fill(~valid, -torch.inf) if self.padded else scores
-
-    def choose_by(self, scores: torch.Tensor) -> None:
-        """Cut as at the first stage by known ``scores`` (B, T); no layer has run, and none needs to."""
-        self.scorer = lambda _stage: scores
-        stands_for_hidden = torch.empty(*scores.shape, 0, device=self.positions.device)
-        self._cut_tokens(self.config.layers[0], None, {"hidden_states": stands_for_hidden})
-        self.plan = [[0] * len(self.lengths)] * len(self.plan)
 
     def finish(self) -> None:
         """After the last layer: remember the cuts with the cache, complete the trace."""

@@ -19,8 +19,9 @@ from sdtp_lib.architectures.layers import Architecture, named_arguments
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.kv_budget import KVBudget
-from sdtp_lib.pruning.prefill import Budget, Prefill, TwoPasses, tokens_plan
+from sdtp_lib.pruning.prefill import Budget, Prefill, tokens_plan
 from sdtp_lib.pruning.pruned_cache import PrunedCache, remembered
+from sdtp_lib.pruning.second_pass import SecondPass, TwoPasses, choose_by
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.trace import PruningTrace
 
@@ -113,7 +114,7 @@ class Session:
                 first = Prefill(*given, None, protected)
                 self._warn_if_nothing_goes(first.plan)
                 self._run_first_pass(module, first, arguments)
-                self._pass = Prefill(*given, cache, kv=self.kv, first=first, renumber=self.two_passes.renumber)
+                self._pass = SecondPass(first, cache, self.two_passes, self.kv)
         elif remembered(cache) is not None:
             self._pass = ForwardPass(self.architecture, self.config.positions == "compact", rows, columns, cache)
         elif not getattr(cache, "prefilled_inside", False) and self.config.prune == "first":
@@ -130,7 +131,7 @@ class Session:
         """Run ``first`` over the prompt: hooks on the layers alone, a cache of its own, as far as is needed."""
         how, last = self.two_passes, self.config.layers[-1]
         if how.scores is not None:
-            first.choose_by(how.scores(without_cache(arguments)))
+            choose_by(first, how.scores(without_cache(arguments)))
             return
         self._pass, self._stop_after = first, last if how.stop else None
         try:

@@ -12,7 +12,7 @@ from sdtp_lib.methods.votes import best_blocks, block_means, votes
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.engine import kv_budget, two_passes
 from sdtp_lib.pruning.kv_budget import KVBudget
-from sdtp_lib.pruning.prefill import TwoPasses
+from sdtp_lib.pruning.second_pass import TwoPasses
 from tests.reference import louder
 
 SMALL = {
