@@ -44,7 +44,7 @@ def test_the_measure_writes_rows_a_table_and_a_picture_and_a_second_run_adds_not
     arguments += ["--lengths", "128", "--cells", "text", "--settings", "r=0.9", "r=0.7", "--recency-weight", "1"]
     command("scorers")(arguments)
     rows = read_rows(tmp_path / "scorers.jsonl")
-    assert len(rows) == 2 * (2 * 7 + 2) and {row["kind"] for row in rows} == {"scorer"}
+    assert len(rows) == 2 * (2 * 9 + 2) and {row["kind"] for row in rows} == {"scorer"}
     printed = capsys.readouterr().out
     assert "text@128 (n=2)" in printed and "oracle (n=1)" in printed
     assert (tmp_path / "quality_over_flops.png").stat().st_size > 10_000
