@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--new-tokens", type=int, default=128, help="generated, the prefill's included")
     run.add_argument("--presets", nargs="*", default=["keep09", "keep08", "keep07"], help="of SDTP")
     run.add_argument("--alternatives", nargs="*", default=[], metavar="PRESET",
-                     help="also time everything else at the final tokens of these presets")  # fmt: skip
+                     help="also time everything else at the prefill FLOPs of these presets")  # fmt: skip
     run.add_argument("--identity", action="store_true", help="also time SDTP at keep ratio 1.0")
     quality = command("quality", run_quality, "KL and prefill time of every method on held-out texts")
     quality.add_argument("--prompt-tokens", type=int, default=1024)
@@ -94,7 +94,7 @@ def run_latency(options: argparse.Namespace) -> int:
 
     model, _, scorer, writer = _prepared(options)
 
-    def methods_at(tokens: int) -> list[latency_methods.Method]:
+    def methods_at(tokens: int) -> list[latency_methods.Timed]:
         found = latency_run.presets(model, scorer, options.presets)
         if options.identity:
             whole = PruningConfig.preset("keep09", model.config.num_hidden_layers, keep_ratio=1.0)

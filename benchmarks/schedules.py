@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     layers = options.scorer.layers(scorer, shape.num_layers)
     tokens, path = options.prompt_tokens, options.run_dir / "schedules.jsonl"
     name = options.scorer.name
-    method = evaluation.Method(name, scorer)
+    method = evaluation.Compared(name, scorer)
     stamp = passport(model, model_name=options.model, seed=options.seed)
 
     def measure(configs: dict[str, PruningConfig], split: str) -> None:

@@ -66,11 +66,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Method]:
+def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Compared]:
     """The pruners named on the command line, or those that ship with the project."""
     shipped = [scorer_named(evaluation_tables.LEARNED_PREFIX)] if shipped_for(options.model) else []
     named = options.pruners or shipped
-    return [evaluation.Method(each.name, each.load(model)) for each in named]
+    return [evaluation.Compared(each.name, each.load(model)) for each in named]
 
 
 def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share, path: Path, stamp: dict) -> float:
@@ -80,7 +80,7 @@ def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share
         cell, tokenizer, prompt_tokens=length, count=2, seed=seed, split="train")]  # fmt: skip
     shape = ModelShape.from_model(model)
     mixed = {weight: evaluation.baseline_methods(shape, recency_weight=weight)[-1] for weight in WEIGHTS}
-    methods = [evaluation.Method(f"weight {weight}", method.scorer) for weight, method in mixed.items()]
+    methods = [evaluation.Compared(f"weight {weight}", method.scorer) for weight, method in mixed.items()]
     with share.rows(path, stamp) as writer:
         evaluation.compare_scorers(model, share.of(samples), config, methods, writer, cell="tuning")
     rows = read_frame(path)
@@ -88,7 +88,7 @@ def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share
     return float(rows.groupby("scorer").kl_nats.mean().idxmin().removeprefix("weight "))
 
 
-def wanted(methods: list[evaluation.Method], names: list[str] | None) -> list[evaluation.Method]:
+def wanted(methods: list[evaluation.Compared], names: list[str] | None) -> list[evaluation.Compared]:
     """The methods of these names, all without any."""
     known = [method.name for method in methods]
     unknown = [name for name in names or [] if name not in known]

@@ -116,6 +116,43 @@ def _mass_in_prompts(layer: nn.Module, arguments: Mapping[str, Any], window: int
     return torch.stack(mass)
 
 
+def attention_received(
+    layer: nn.Module,
+    hidden: torch.Tensor,
+    arguments: Mapping[str, Any],
+    valid: torch.Tensor,
+    windows: Sequence[int],
+    rise: float = 1.0,
+    chunk: int = 256,
+) -> torch.Tensor:
+    """(B, H, N) attention that the last ``windows[row]`` ``valid`` tokens of a row pay at ``layer``, summed by chunks.
+
+    Queries in the middle are had by asking for the last ones of a shorter prompt: attention is causal. ``rise``
+    weighs the queries linearly from 1 for the first to ``rise`` for the last.
+    """
+    rows, tokens = hidden.shape[:2]
+    found: list[torch.Tensor] = []
+    for row in range(rows):
+        columns = valid[row].nonzero()[:, 0]
+        count = len(columns)
+        queries = min(windows[row], count)
+        weights = torch.linspace(1.0, rise, queries, device=hidden.device)
+        total = None
+        for end in range(count, count - queries, -chunk):
+            size = min(chunk, end - (count - queries))
+            alive = torch.zeros(tokens, dtype=torch.bool, device=hidden.device)
+            alive[columns[:end]] = True
+            own = {name: _cut(name, value, (rows, tokens), row, alive) for name, value in arguments.items()}
+            paid = attention_from_last(layer, hidden[row : row + 1, alive], own, size)[0]
+            first = end - size - (count - queries)
+            summed = (paid * weights[first : first + size, None].to(paid.dtype)).sum(dim=1)
+            if total is None:
+                total = summed.new_zeros(len(summed), tokens)
+            total[:, columns[:end]] += summed
+        found.append(total)
+    return torch.stack(found)
+
+
 def _cut(name: str, value: Any, shape: tuple[int, int], row: int, alive: torch.Tensor) -> Any:
     """One argument of a layer for the ``alive`` tokens of one row only."""
     rows, tokens = shape

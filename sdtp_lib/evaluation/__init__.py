@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from sdtp_lib.evaluation.compare import LOSSLESS_PERPLEXITY_PERCENT, compare_scorers
 from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence, mean_loss
-from sdtp_lib.evaluation.methods import Method, baseline_methods, one_layer_config
+from sdtp_lib.evaluation.methods import Compared, baseline_methods, published_methods
 from sdtp_lib.evaluation.statistics import paired_bootstrap, perplexity
 
 __all__ = [
     "LOSSLESS_PERPLEXITY_PERCENT",
-    "Method",
+    "Compared",
     "baseline_methods",
     "compare_scorers",
     "continuation_logits",
     "kl_divergence",
     "mean_loss",
-    "one_layer_config",
     "paired_bootstrap",
     "perplexity",
+    "published_methods",
 ]

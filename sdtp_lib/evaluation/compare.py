@@ -15,7 +15,8 @@ from torch import Tensor
 from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence, mean_loss
-from sdtp_lib.evaluation.methods import Method
+from sdtp_lib.evaluation.methods import Compared
+from sdtp_lib.methods import Method, SpeedupOutOfReach
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.records import RowWriter, content_id
@@ -27,7 +28,7 @@ def compare_scorers(
     model: Any,
     samples: Sequence[Mapping[str, Any]],
     configs: Mapping[str, PruningConfig],
-    methods: Sequence[Method],
+    methods: Sequence[Compared],
     writer: RowWriter,
     *,
     cell: str,
@@ -39,7 +40,7 @@ def compare_scorers(
     ``top1_agreement``, ``answer_full`` and ``answer`` (whether greedy decoding gives the answer's tokens; samples with
     an ``answer_mask`` only), ``compression_ratio``, ``prefill_flops_share`` (of unpruned, the pruners' own not
     counted), ``kv_bytes`` of the prompt's cache and ``seconds``. The unpruned logits are computed once a sample. What
-    fails is a row of kind ``failure``.
+    fails is a row of kind ``failure``; a published method that cannot be so fast has one of kind ``out of reach``.
 
     Raises
     ------
@@ -77,18 +78,30 @@ def compare_scorers(
                         method.scorer(model, sample, every_layer) if method.from_sample else method.scorer
                     )
                 used = method.config_for(config, len(prompt)) if method.config_for else config
+                published = used if isinstance(used, Method) else None
+                if published is not None:
+                    used = published.budget_for(model).for_prompt(len(prompt))
                 with method.around():
-                    logits, trace = continuation_logits(model, prompt, response, used, made[method.name])
+                    logits, trace = continuation_logits(
+                        model, prompt, response, published or used, None if published else made[method.name]
+                    )
+                computed = trace.tokens_per_layer
+                flops = (
+                    published.flops_of(model, len(prompt), computed)
+                    if published
+                    else budget.prefill_flops(shape, computed)
+                )
                 measured = _compared(full, logits, sample) | {
                     "compression_ratio": trace.compression_ratio,
-                    "prefill_flops_share": budget.prefill_flops(shape, trace.tokens_per_layer)
-                    / budget.prefill_flops(shape, [len(prompt)] * shape.num_layers),
+                    "prefill_flops_share": flops / budget.prefill_flops(shape, [len(prompt)] * shape.num_layers),
                     "kv_bytes": sum(trace.kv_bytes_per_layer),
                     "keep_ratio": used.keep_ratio,
                     "stages": len(used.layers),
                     "seconds": time.perf_counter() - started,
                 }
                 writer.add(key, kind="scorer", **labels, **measured)
+            except SpeedupOutOfReach as error:
+                writer.add(key, kind="out of reach", **labels, error=str(error)[:300])
             except (RuntimeError, ValueError, MemoryError) as error:
                 writer.add(key, kind="failure", **labels, error=f"{type(error).__name__}: {str(error)[:300]}")
         if progress is not None:

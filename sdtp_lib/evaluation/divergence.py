@@ -17,7 +17,8 @@ from torch import Tensor
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.architectures.layers import position_argument
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.pruning.engine import token_pruning
+from sdtp_lib.methods import Method
+from sdtp_lib.methods.call import token_pruning
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.trace import PruningTrace
 
@@ -27,7 +28,7 @@ def continuation_logits(
     model: Any,
     prompt_ids: Sequence[int],
     continuation_ids: Sequence[int],
-    config: PruningConfig | None = None,
+    config: PruningConfig | Method | None = None,
     scorer: Scorer | None = None,
 ) -> tuple[Tensor, PruningTrace | None]:
     """Logits that predict each continuation token, read from the (pruned) cache of one prefill of the prompt.
@@ -37,7 +38,7 @@ def continuation_logits(
     prompt_ids, continuation_ids
         Token ids of one prompt (at least two) and of what follows it (at least one).
     config, scorer
-        How to prune the prompt; both None for the unpruned model.
+        How to prune the prompt; both None for the unpruned model. An entry of `sdtp_lib.methods` brings its scorer.
 
     Returns
     -------
@@ -46,7 +47,7 @@ def continuation_logits(
     trace : PruningTrace or None
         What the prefill kept.
     """
-    if (config is None) != (scorer is None):
+    if (config is None) != (scorer is None) and not isinstance(config, Method):
         raise ValueError("give both config and scorer to prune, or neither for the unpruned model.")
     if len(prompt_ids) < 2 or len(continuation_ids) < 1:
         raise ValueError(f"{len(prompt_ids)} prompt and {len(continuation_ids)} continuation tokens: need 2 and 1.")

@@ -1,19 +1,19 @@
-"""`Method`: one line of a comparison; and the scores that need no training."""
+"""`Compared`: one line of a comparison; scores that need no training, and published methods."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdtp_lib import budget, scorers
+from sdtp_lib import budget, methods, scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Method:
+class Compared:
     """One line of a comparison.
 
     Attributes
@@ -21,9 +21,11 @@ class Method:
     name
         As rows and legends show it.
     scorer
-        A scorer; or, with ``from_sample``, a function of (model, sample, layers) that returns one.
+        A scorer; or, with ``from_sample``, a function of (model, sample, layers) that returns one; or an entry of
+        `sdtp_lib.methods`.
     config_for
-        Turns the common config and the prompt's tokens into this method's own at equal cost; None: the common one.
+        Turns the common config and the prompt's tokens into this line's own at equal cost, a config or an entry of
+        `sdtp_lib.methods`; None: the common one.
     block
         ``"deployable"``, or ``"oracle"`` for scores that have seen the response.
     around
@@ -32,36 +34,41 @@ class Method:
 
     name: str
     scorer: Any
-    config_for: Callable[[PruningConfig, int], PruningConfig] | None = None
+    config_for: Callable[[PruningConfig, int], PruningConfig | methods.Method] | None = None
     block: str = "deployable"
     from_sample: bool = False
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
-def baseline_methods(shape: ModelShape, *, recency_weight: float = 0.5) -> list[Method]:
-    """The scores that need no training, at the same budget.
+def baseline_methods(shape: ModelShape, *, recency_weight: float = 0.5) -> list[Compared]:
+    """The scores that need no training, at the same budget, and published methods at the same prefill FLOPs.
 
-    The one-layer filter (GemFilter, FastKV) drops once, before a quarter of the layers, down to as many tokens as give
-    the same causal prefill FLOPs; all others prune at the common stages, thus compute equal tokens in each layer.
+    Scores prune at the common stages, thus compute equal tokens in each layer.
     """
     mixed = scorers.weighted([(scorers.attention(8), 1.0), (scorers.recency(), recency_weight)])
     return [
-        Method("random", scorers.random(0)),
-        Method("recency", scorers.recency()),
-        Method("hidden norm", scorers.hidden_norm()),
-        Method("attention", scorers.attention(8)),
-        Method("attention, pooled", scorers.attention(8, kernel=7)),
-        Method("one-layer filter", scorers.attention(8, kernel=7), config_for=one_layer_config(shape)),
-        Method("attention + recency", mixed),
+        Compared("random", scorers.random(0)),
+        Compared("recency", scorers.recency()),
+        Compared("hidden norm", scorers.hidden_norm()),
+        Compared("attention", scorers.attention(8)),
+        Compared("attention, pooled", scorers.attention(8, kernel=7)),
+        *published_methods(shape, ("lazyllm", "gemfilter", "fastkv")),
+        Compared("attention + recency", mixed),
     ]
 
 
-def one_layer_config(shape: ModelShape, layer: int | None = None) -> Callable[[PruningConfig, int], PruningConfig]:
-    """Configs with one stage, by default before a quarter of the layers, at the causal prefill FLOPs of another."""
+def published_methods(shape: ModelShape, names: Sequence[str]) -> list[Compared]:
+    """Entries of `sdtp_lib.methods`, each scaled to the causal prefill FLOPs of the common config.
 
-    def config_for(config: PruningConfig, prompt_tokens: int) -> PruningConfig:
-        single = config.replace(layers=(layer or max(1, shape.num_layers // 4),), keep_ratio=1.0)
-        wanted = budget.speedup_limit(shape, config, prompt_tokens)
-        return single.replace(keep_ratio=budget.find_keep_ratio(shape, single, prompt_tokens, speedup=wanted))
+    Where a method cannot be so fast, its row says so (kind ``out of reach``).
+    """
 
-    return config_for
+    def compared(name: str) -> Compared:
+        method = methods.get(name)
+
+        def config_for(config: PruningConfig, prompt_tokens: int) -> methods.Method:
+            return method.at_speedup(budget.speedup_limit(shape, config, prompt_tokens))
+
+        return Compared(name, method, config_for=config_for)
+
+    return [compared(name) for name in names]

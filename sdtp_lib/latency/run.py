@@ -7,67 +7,64 @@ rows (`report`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sdtp_lib import budget, data
+from sdtp_lib import methods as catalogue
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import tasks
 from sdtp_lib.evaluation.divergence import kl_divergence
 from sdtp_lib.latency import measure, methods
 from sdtp_lib.latency.generation import plain_prefill
 from sdtp_lib.latency.memory import peak_allocated_bytes
-from sdtp_lib.latency.methods import Method
+from sdtp_lib.latency.methods import Timed
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.records import RowWriter, content_id
-from sdtp_lib.scorers.simple import attention
 
 Progress = Callable[[str], None]
 
 
 PRESETS = ("keep09", "keep08", "keep07")
+# Not asl, whose layer depends on the prompt, and not uniprefill's own budget: a row says beforehand what it computes.
+SCALED = ("lazyllm", "gemfilter", "fastkv", "claa", "sliminfer", "pyramidinfer", "streamingllm")
 
 
 def presets(
     model: Any, scorer: Scorer, names: Sequence[str] = PRESETS, prompt_tokens: int | None = None
-) -> list[Method]:
+) -> list[Timed]:
     """The unpruned model and SDTP with each preset, scored by ``scorer``; the same at every prompt length."""
     layers = budget.ModelShape.from_model(model).num_layers
     configs = {name: PruningConfig.preset(name, layers) for name in names}
     return [methods.unpruned(model), *(methods.sdtp(model, config, scorer, name) for name, config in configs.items())]
 
 
-def alternatives(model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence[str] = ("keep09",)) -> list[Method]:
-    """What else one could do, each at the same number of final tokens as SDTP with the preset it stands beside.
+def alternatives(model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence[str] = ("keep09",)) -> list[Timed]:
+    """What else one could do, each at the causal prefill FLOPs of SDTP with the preset it stands beside.
 
-    Attention by stages (LazyLLM), one-layer propagation half way (FastKV), the one-layer filter at two fifths of the
-    depth (GemFilter's place), a shortened cache only (SnapKV), and the earlier reproduction's scheme. The one-layer
-    methods get the keep ratio that leaves as many tokens; the presets' name is part of theirs.
+    The published methods (`sdtp_lib.methods`) whose cost is known beforehand, less those that cannot be so fast; SnapKV
+    with as many keys as SDTP leaves on average; and the earlier reproduction's scheme with the same stages. The
+    preset's name is part of theirs.
     """
     shape = budget.ModelShape.from_model(model)
     found = []
     for name in names:
         config = PruningConfig.preset(name, shape.num_layers)
-        final = budget.tokens_per_layer(config, shape.num_layers, prompt_tokens)[-1]
-
-        def one_layer(at: int, config: PruningConfig = config, final: int = final) -> PruningConfig:
-            # A tenth of the whole prompt, protected at one cut, can be more than ten stages leave.
-            once = config.replace(layers=(at,), keep_ratio=0.5, local_ratio=0.0)
-            return once.replace(keep_ratio=budget.find_keep_ratio(shape, once, prompt_tokens, final_tokens=final))
-
-        found += [
-            methods.sdtp(model, config, attention(window=8), f"attention {name}", "attention by stages"),
-            methods.one_layer_propagation(model, one_layer(shape.num_layers // 2), f"one-layer propagation {name}"),
-            methods.one_layer_filter(model, one_layer(round(0.4 * shape.num_layers)), f"one-layer filter {name}"),
-            methods.kv_only(model, config, f"KV only {name}"),
-            methods.earlier_scheme(model, config, scorer, f"earlier scheme {name}"),
-        ]
+        counts = budget.tokens_per_layer(config, shape.num_layers, prompt_tokens)
+        limit = budget.speedup_limit(shape, config, prompt_tokens)
+        entries = [catalogue.get(each).at_speedup(limit) for each in SCALED]
+        entries.append(catalogue.get("snapkv", tokens=round(sum(counts) / len(counts))))
+        entries.append(catalogue.get("earlier-scheme", preset=name, pruners=scorer))
+        for entry in entries:
+            with contextlib.suppress(catalogue.SpeedupOutOfReach):
+                found.append(methods.published(model, entry, prompt_tokens, f"{entry.name} {name}"))
     return found
 
 
-def every_method(model: Any, scorer: Scorer, names: Sequence[str], prompt_tokens: int) -> list[Method]:
+def every_method(model: Any, scorer: Scorer, names: Sequence[str], prompt_tokens: int) -> list[Timed]:
     """`presets` and `alternatives` together."""
     return presets(model, scorer, names) + alternatives(model, scorer, prompt_tokens, names)
 
@@ -99,7 +96,7 @@ def quality_samples(
 def run(
     model: Any,
     writer: RowWriter,
-    methods_at: Callable[[int], list[Method]],
+    methods_at: Callable[[int], list[Timed]],
     prompt_lengths: Iterable[int],
     *,
     new_tokens: int = 128,
@@ -137,7 +134,7 @@ def run(
 def _run_length(
     model: Any,
     writer: RowWriter,
-    found: list[Method],
+    found: list[Timed],
     tokens: int,
     new_tokens: int,
     repeats: int,
@@ -183,12 +180,12 @@ def _run_length(
     return written
 
 
-def config_hash(method: Method) -> str:
+def config_hash(method: Timed) -> str:
     """What the field of this name says in a method's rows."""
     return content_id(method.config and method.config.to_dict())
 
 
-def describe(method: Method, shape: budget.ModelShape, prompt_tokens: int) -> dict[str, Any]:
+def describe(method: Timed, shape: budget.ModelShape, prompt_tokens: int) -> dict[str, Any]:
     """What a method computes at a length, counted: the fields of its rows that no clock is needed for."""
     passes = method.computed(prompt_tokens)
     config = method.config
@@ -208,7 +205,7 @@ def describe(method: Method, shape: budget.ModelShape, prompt_tokens: int) -> di
 def run_quality(
     model: Any,
     writer: RowWriter,
-    methods_at: Callable[[int], list[Method]],
+    methods_at: Callable[[int], list[Timed]],
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
     progress: Progress | None = None,
@@ -256,7 +253,7 @@ def run_quality(
 
 
 def _scored(
-    method: Method, model: Any, ids: torch.Tensor, response: torch.Tensor
+    method: Timed, model: Any, ids: torch.Tensor, response: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Logits (R, V) of each response token, and the milliseconds of the prefill's parts."""
     watch = measure.Stopwatch(ids.device)
@@ -270,7 +267,7 @@ def _scored(
     return torch.cat(rows), parts
 
 
-def peak_allocated(model: Any, method: Method, prompt_tokens: int, seed: int = 0) -> int:
+def peak_allocated(model: Any, method: Timed, prompt_tokens: int, seed: int = 0) -> int:
     """Most bytes of tensors alive at once during one prefill, the weights not counted (a separate, untimed pass)."""
     ids = prompt_ids(budget.ModelShape.from_model(model).vocab_size, prompt_tokens, seed).to(model.device)
 

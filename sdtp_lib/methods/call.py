@@ -20,6 +20,7 @@ from torch import nn
 from sdtp_lib.architectures.layers import describe
 from sdtp_lib.budget import SpeedupBudget
 from sdtp_lib.config import PRESETS, PruningConfig
+from sdtp_lib.methods import registry
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning import engine
 from sdtp_lib.pruning.prefill import Budget
@@ -52,7 +53,8 @@ def token_pruning(
     budget
         ``"keep09"``, ``"keep08"``, ``"keep07"``, ``"paper-low"``: a preset of `PruningConfig`. A number in (0, 1]: the
         share of the current tokens kept at each of keep09's stages. ``"2x"``: a prefill of half the FLOPs, solved for
-        each prompt's length. A `PruningConfig`. Or an entry of `sdtp_lib.methods`, which brings its own scorer.
+        each prompt's length. A `PruningConfig`. Or an entry of `sdtp_lib.methods` (or its name), which brings its own
+        scorer.
     scorer
         What says which tokens matter: `TokenPruners`, one of `sdtp_lib.scorers`, any callable from a `Stage` to scores
         (B, N); or a name: a training-free score's, a method's, a folder or Hub id of pruners. None: pruners made for
@@ -79,12 +81,15 @@ def token_pruning(
     around = None
     if inspect.isclass(budget) or inspect.isroutine(budget):
         raise ValueError(f"budget={budget.__name__} makes budgets and is none itself: call it, {budget.__name__}(...).")
+    if isinstance(budget, str) and budget in registry.names():
+        budget = registry.get(budget)
     if hasattr(budget, "budget_for"):
         method, budget = budget, budget.budget_for(model)
         scorer = method.scorer_for(model) if scorer is None else scorer
         around = getattr(method, "around", None)
     if isinstance(scorer, str):
-        scorer = scorer_called(scorer, model)
+        named = scorer in registry.names()
+        scorer = registry.get(scorer).scorer_for(model) if named else scorer_called(scorer, model)
     wanted, scorer = _resolved(model, num_layers, budget, scorer)
     with contextlib.ExitStack() as stack:
         trace = stack.enter_context(engine.token_pruning(model, wanted, scorer, protect=protect, verify=verify))

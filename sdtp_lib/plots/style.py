@@ -55,11 +55,22 @@ _FIXED = {
     "keep07": ("vermillion", "v"),
     "paper-low": ("green", "^"),
     "keep1.0": ("sky", "D"),
-    "one-layer propagation": ("purple", "P"),
-    "one-layer filter": ("purple", "X"),
-    "attention keep09": ("sky", "s"),
-    "KV only": ("green", "D"),
-    "earlier scheme": ("yellow", "h"),
+    "sdtp": ("blue", "o"),
+    "sdtp-low": ("blue", "d", "--"),
+    "lazyllm": ("orange", "s"),
+    "gemfilter": ("purple", "X"),
+    "fastkv": ("purple", "P", "--"),
+    "claa": ("sky", "P"),
+    "sliminfer": ("vermillion", "v"),
+    "uniprefill": ("sky", "D", "--"),
+    "asl": ("black", "p", "--"),
+    "pyramidinfer": ("orange", "^", "--"),
+    "streamingllm": ("green", "^"),
+    "snapkv": ("green", "D", "--"),
+    "h2o": ("yellow", "D"),
+    "specprefill": ("vermillion", "*", "--"),
+    "earlier-scheme": ("yellow", "h", "--"),
+    "one-layer filter": ("purple", "X", ":"),  # rows from before methods went by their papers' names
 }
 _ORDER = ("blue", "orange", "green", "vermillion", "purple", "sky", "black", "yellow")
 _MARKERS = ("o", "s", "^", "v", "P", "D", "X", "h")

@@ -180,6 +180,8 @@ class ForwardPass:
     def _renumber(self, index: int, arguments: dict[str, Any], hidden: torch.Tensor) -> None:
         """``positions="compact"``: new tokens count on from the keys that this layer holds."""
         held = cached_tokens(self.cache, index) if self.seen else 0
+        if index == 0 and self.record is not None and self.record.kept[0] is not None:
+            held -= self.record.columns - self.record.kept[0].shape[1]  # layer 0 answers with all that was seen
         known = (held, hidden.shape[1], "compact")
         if known not in self._cut:
             ids = torch.arange(held, held + hidden.shape[1], device=hidden.device)[None]

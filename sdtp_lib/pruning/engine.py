@@ -20,13 +20,15 @@ from torch import nn
 from sdtp_lib.architectures.layers import ATTENTION_BACKENDS, Architecture, describe, layer_signature
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.generate_guard import guarded_generate
+from sdtp_lib.pruning.kv_budget import KVBudget
 from sdtp_lib.pruning.prefill import Budget
+from sdtp_lib.pruning.second_pass import TwoPasses
 from sdtp_lib.pruning.session import Session
 from sdtp_lib.pruning.stage import Scorer, name_of, refuse_uncalled
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.pruning.verify import check_on_entry
 
-_ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 _ACTIVE_LOCK = threading.Lock()
 
 
@@ -73,7 +75,7 @@ def token_pruning(
     session = Session(architecture, config, budget, scorer, _checked_protection(protect))
     session.trace.scorer, session.trace.model = name_of(scorer), weakref.ref(model)
     stack = architecture.stack
-    with _only_session(stack), contextlib.ExitStack() as cleanup:
+    with _only_session(stack, session), contextlib.ExitStack() as cleanup:
         if stack is not model:
             names = tuple(inspect.signature(type(model).forward).parameters)[1:]
             cleanup.callback(model.register_forward_pre_hook(session.before_model(names), with_kwargs=True).remove)
@@ -88,6 +90,44 @@ def token_pruning(
         yield session.trace
         session.check_pending()
         session.say_if_nothing_was_pruned()
+
+
+@contextlib.contextmanager
+def kv_budget(model: nn.Module, kv: KVBudget) -> Iterator[None]:
+    """Inside a ``with token_pruning(model, ...)``: cut each layer's cache to ``kv`` when a prefill is done."""
+    session = _session_of(model, "kv_budget")
+    if session.config.positions == "compact" or (session.two_passes and session.two_passes.renumber):
+        raise PruningNotSupported("a KV budget and renumbered positions cannot be combined: use positions='original'.")
+    session.kv = kv
+    try:
+        yield
+    finally:
+        session.kv = None
+
+
+@contextlib.contextmanager
+def two_passes(model: nn.Module, how: TwoPasses) -> Iterator[None]:
+    """Inside a ``with token_pruning(model, ...)``: its stages choose in a first pass, then all layers run on those."""
+    session = _session_of(model, "two_passes")
+    if how.renumber and session.architecture.rotary() is None:
+        raise PruningNotSupported(
+            f"renumbered positions need one rotary table for all layers, which {session.architecture.model_type} has "
+            "not: use positions='original'."
+        )
+    session.two_passes = how
+    try:
+        yield
+    finally:
+        session.two_passes = None
+
+
+def _session_of(model: nn.Module, caller: str) -> Session:
+    session = _ACTIVE.get(describe(model).stack)
+    if session is None:
+        raise ValueError(
+            f"{caller}(model, ...) works inside a `with token_pruning(model, ...)` only: enter that first."
+        )
+    return session
 
 
 def _checked_config(architecture: Architecture, budget: Any, scorer: Any, model: nn.Module) -> PruningConfig:
@@ -129,16 +169,16 @@ def _checked_protection(protect: Any) -> torch.Tensor | None:
 
 
 @contextlib.contextmanager
-def _only_session(stack: nn.Module) -> Iterator[None]:
+def _only_session(stack: nn.Module, session: Session) -> Iterator[None]:
     with _ACTIVE_LOCK:
         if stack in _ACTIVE:
             raise PruningNotSupported(
                 "this model is already inside a `with token_pruning(...)`, here or in another thread: leave that one "
                 "first, or load a second copy of the model."
             )
-        _ACTIVE.add(stack)
+        _ACTIVE[stack] = session
     try:
         yield
     finally:
         with _ACTIVE_LOCK:
-            _ACTIVE.discard(stack)
+            _ACTIVE.pop(stack, None)

@@ -23,12 +23,13 @@ from sdtp_lib.architectures.layers import Architecture
 from sdtp_lib.architectures.masks import last_rows
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.continuation import ForwardPass
+from sdtp_lib.pruning.kv_budget import KVBudget, cut_cache
 from sdtp_lib.pruning.pruned_cache import CacheRecord, remember
 from sdtp_lib.pruning.selection import count_for_mass, gather_tokens, protected_tokens, select_positions
-from sdtp_lib.pruning.stage import LAYERS_BACK, LayerBefore, Scorer, Stage
+from sdtp_lib.pruning.stage import LAYERS_AT_HAND, LayerBefore, Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
 
-LAST_TOKENS = 64  # inputs of each layer that stay at hand for a scorer that asks what was attended to
+LAST_TOKENS = 128  # inputs of each layer that stay at hand for a scorer that asks what was attended to
 
 
 class Budget(Protocol):
@@ -49,7 +50,15 @@ def tokens_plan(wanted: Budget, num_layers: int, lengths: list[int]) -> list[lis
 
 
 class Prefill(ForwardPass):
-    """A forward that cuts: which of the new tokens are kept, and the record that the cache takes along."""
+    """A forward that cuts: which of the new tokens are kept, and the record that the cache takes along.
+
+    Parameters
+    ----------
+    protected : Tensor (B, T) of bool, optional
+        Tokens that no stage drops.
+    kv
+        What each layer's cache is cut to after the prefill.
+    """
 
     def __init__(
         self,
@@ -62,6 +71,7 @@ class Prefill(ForwardPass):
         device: torch.device,
         cache: Any = None,
         protected: torch.Tensor | None = None,
+        kv: KVBudget | None = None,
     ) -> None:
         # Rows may differ in their keep ratio (a wanted speed-up), never in layers or protected ends.
         config = wanted.for_prompt(max(lengths))
@@ -69,6 +79,8 @@ class Prefill(ForwardPass):
         plan = tokens_plan(wanted, len(architecture.layers), lengths)
         self.config, self.scorer, self.trace, self.lengths, self.plan = config, scorer, trace, lengths, plan
         self.wanted, self.protected = wanted, None if protected is None else protected.to(device)
+        self.kv, self.ran, self.keys_kept = kv, None, {}
+        self.stages = config.layers
         if config.keep_mass is not None and len(lengths) > 1:
             raise PruningNotSupported(
                 f"keep_mass={config.keep_mass} with a batch of {len(lengths)}: rows would keep numbers that only the "
@@ -93,38 +105,46 @@ class Prefill(ForwardPass):
         self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the kept tokens
         self.segments: list[tuple[int, torch.Tensor, bool]] = []  # first layer, its columns, whether any is padding
         self._not_finite: list[tuple[int, torch.Tensor]] = []
-        trace.begin(lengths, torch.tensor(plan))
+        self.before: torch.Tensor | None = None  # tokens of each row in each layer of a first pass
+        self._begin_trace()
+
+    def _begin_trace(self) -> None:
+        self.trace.begin(self.lengths, torch.tensor(self.plan))
 
     def layer_arguments(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """As in `ForwardPass`, after a cut where ``index`` is a configured layer."""
         self.cache = cache_of(arguments)
+        self._score_keys()
         given = self._shortened(index, arguments)
-        if index in self.config.layers:
-            hidden = self._cut_tokens(index, layer, given)
+        if index in self.stages:
+            hidden = self.cut_tokens(index, layer, given)
             if hidden is not None:
                 given = self._shortened(index, {**arguments, "hidden_states": hidden})
-        if any(index < stage <= index + LAYERS_BACK for stage in self.config.layers):
+        if self.kv is not None and self.cache is not None:
+            self.ran = (index, layer, dict(given))
+        if any(index < stage <= index + LAYERS_AT_HAND for stage in self.stages):
             # A copy of the few: a view would keep the whole tensor alive.
             last = given["hidden_states"][:, -LAST_TOKENS:].clone()
             self.last_inputs[index] = (last, last_rows(given.get("attention_mask"), LAST_TOKENS))
         return given
 
-    def _cut_tokens(self, index: int, layer: nn.Module, given: dict[str, Any]) -> torch.Tensor | None:
+    def cut_tokens(self, index: int, layer: nn.Module, given: dict[str, Any]) -> torch.Tensor | None:
         """Score the kept tokens before layer ``index``, drop the worst: hidden states (B, K, D), None if all stay."""
         hidden, config, trace = given["hidden_states"], self.config, self.trace
         self.positions = self.positions.to(hidden.device)
         positions, valid = self.positions, self.positions >= 0
-        stage = Stage(
-            layer_index=index, layer=layer, hidden_states=hidden, positions=positions, valid=valid,
-            layer_arguments=without_cache(given), prompt_lengths=self.prompt_lengths.to(hidden.device),
-            before=self._layers_before(index, hidden), padded=self.padded,
+        stage = self._stage(
+            index, layer, given, before=self._layers_before(index, hidden),
             carried={name: values.to(hidden.device) for name, values in self.carried.items()},
             past=self._past(index),
         )  # fmt: skip
         scores = self._checked_scores(index, self.scorer(stage), valid)
         self.carried = stage.carried
         trace.scored_positions[index], trace.scores[index] = positions, scores
-        local = [budget.protected_count(count, config) - config.sink_tokens for count in self.alive]
+        each = [self.wanted.for_prompt(length) for length in self.lengths]
+        local = [
+            budget.protected_count(count, own) - own.sink_tokens for count, own in zip(self.alive, each, strict=True)
+        ]
         counts = self._counts(index, scores, local)
         if counts == self.alive:
             trace.kept_positions[index] = positions
@@ -141,6 +161,32 @@ class Prefill(ForwardPass):
         self.segments.append((index, self.kept, self.padded))
         trace.kept_positions[index] = self.positions
         return gather_tokens(hidden, chosen)
+
+    def _stage(self, index: int, layer: nn.Module, given: dict[str, Any], **known: Any) -> Stage:
+        hidden = given["hidden_states"]
+        positions = self.positions.to(hidden.device)
+        return Stage(
+            layer_index=index, layer=layer, hidden_states=hidden, positions=positions, valid=positions >= 0,
+            layer_arguments=without_cache(given), prompt_lengths=self.prompt_lengths.to(hidden.device),
+            padded=self.padded, **known,
+        )  # fmt: skip
+
+    def _score_keys(self) -> None:
+        """Choose what the layer that ran last keeps in the cache. It is cut when all have run: scorers read it."""
+        ran, self.ran = self.ran, None
+        if ran is None or self.architecture.sliding_window(ran[0]) is not None:
+            return  # a layer with a window holds no more than that anyway
+        index, layer, given = ran
+        counts = [self.kv.count(alive, index, length) for alive, length in zip(self.alive, self.lengths, strict=True)]
+        if counts != self.alive:
+            keys = cached_keys(self.cache, index, given["hidden_states"].shape[1])
+            scores = self.kv.scorer(self._stage(index, layer, given, keys=keys))
+            windows = any(self.architecture.sliding_window(each) is not None for each in range(len(self.plan)))
+            # Heads that hold tokens of their own share no mask, and no bias by position either.
+            by_head = given.get("alibi") is None and not (
+                self.padded or windows or min(self.lengths) < self.columns or len(set(counts)) > 1
+            )
+            self.keys_kept[index] = self.kv.choose(scores, self.alive, counts, by_head)
 
     def _counts(self, index: int, scores: torch.Tensor, local: list[int]) -> list[int]:
         """How many tokens of each row stay: the plan's, unless protected tokens or the scores' mass have a say."""
@@ -163,7 +209,7 @@ class Prefill(ForwardPass):
 
     def _layers_before(self, index: int, hidden: torch.Tensor) -> dict[int, LayerBefore]:
         found = {}
-        for earlier in range(max(0, index - LAYERS_BACK), index):
+        for earlier in range(max(0, index - LAYERS_AT_HAND), index):
             keys = cached_keys(self.cache, earlier, self._held_before(earlier) + hidden.shape[1])
             # On another device a device_map splits the model between the two.
             if keys is not None and earlier in self.last_inputs and keys.device == hidden.device:
@@ -203,11 +249,14 @@ class Prefill(ForwardPass):
 
     def finish(self) -> None:
         """After the last layer: remember the cuts with the cache, complete the trace."""
-        self.trace.tokens_per_row = torch.tensor(self.plan)
+        self._score_keys()
+        computed = torch.tensor(self.plan)
+        self.trace.passes = [computed] if self.before is None else [self.before, computed]
+        self.trace.tokens_per_row = sum(self.trace.passes)
         if self.cache is None:
             return
         self.trace.kv_bytes_per_layer = kv_bytes(self.cache)
-        if not self.segments:
+        if not self.segments and not self.keys_kept:
             return
         layers = range(len(self.plan))
         nothing = (0, None, False)
@@ -215,21 +264,26 @@ class Prefill(ForwardPass):
         held = [cached_tokens(self.cache, layer) for layer in layers]
         before, joined = self.record, {}
         kept = [self._all_kept(layer, ends[layer][1], joined) for layer in layers]
-        remember(
-            self.cache,
-            CacheRecord(
-                columns=held[0],
-                rows=len(self.lengths),
-                kept=kept,
-                padded=[ends[layer][2] or (before is not None and before.padded[layer]) for layer in layers],
-                any_padding=min(self.lengths) < self.columns or (before is not None and before.any_padding),
-                held=held,
-                compressed=held != [held[0] if columns is None else columns.shape[1] for columns in kept]
-                or (not self.seen and held[0] != self.columns),
-                compact=self.compact,
-                backend=self.architecture.backend,
-            ),
+        if kept[0] is not None:  # a second pass cut layer 0, which answers with all that was seen from now on
+            held[0] = self.seen + self.columns
+        expected = [held[0] if columns is None or not layer else columns.shape[1] for layer, columns in enumerate(kept)]
+        record = CacheRecord(
+            columns=held[0],
+            rows=len(self.lengths),
+            kept=kept,
+            padded=[ends[layer][2] or (before is not None and before.padded[layer]) for layer in layers],
+            any_padding=min(self.lengths) < self.columns or (before is not None and before.any_padding),
+            held=held,
+            compressed=held != expected or (not self.seen and held[0] != self.columns),
+            compact=self.compact,
+            backend=self.architecture.backend,
         )
+        cut_cache(self.cache, record, self.keys_kept)
+        if self.keys_kept:
+            kept_keys = {layer: columns.shape[-1] for layer, columns in self.keys_kept.items()}
+            self.trace.keys_per_layer = [kept_keys.get(layer, max(self.plan[layer])) for layer in layers]
+        remember(self.cache, record)
+        self.trace.kv_bytes_per_layer = kv_bytes(self.cache)
 
     def _all_kept(self, layer: int, new: torch.Tensor | None, joined: dict[Any, torch.Tensor]) -> torch.Tensor | None:
         """Columns (B, n) that ``layer`` holds now: what it held before this prefill, and what it kept of it.

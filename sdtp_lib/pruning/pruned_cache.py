@@ -32,7 +32,7 @@ class CacheRecord:
     Attributes
     ----------
     columns
-        C at the time of the record: what layer 0, which is never cut, held after the pruned prefill, padding included.
+        C at the time of the record, padding included.
     rows
         B.
     kept
@@ -42,7 +42,7 @@ class CacheRecord:
     any_padding
         Whether any row had padding at all.
     held
-        Keys that each layer held right after the prefill.
+        Keys that each layer held right after the prefill; for layer 0 C, as it answers itself.
     compressed
         Whether a KV-cache compression (kvpress, say) ran inside the attention layers, so that layers hold fewer keys
         than the engine handed them, and which is not known.
@@ -103,6 +103,12 @@ class PrunedCache:
 
     record: CacheRecord
     inside: bool  # whether a `with token_pruning` is running a forward on it
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """As the cache's own; layer 0, which transformers asks how much was seen, counts what it gave up, too."""
+        length = super().get_seq_length(layer_idx)
+        first = self.record.kept[0]
+        return length if layer_idx or first is None else length + self.record.columns - first.shape[1]
 
     def __reduce__(self) -> tuple:
         # The class is made at run time, so pickle is told what to make it from.

@@ -14,14 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtp_lib.architectures.caches import cache_of, refuse_cache, tokens_seen
+from sdtp_lib.architectures.caches import cache_of, refuse_cache, tokens_seen, without_cache
 from sdtp_lib.architectures.layers import Architecture, named_arguments
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.continuation import ForwardPass
+from sdtp_lib.pruning.kv_budget import KVBudget
 from sdtp_lib.pruning.prefill import Budget, Prefill, tokens_plan
 from sdtp_lib.pruning.pruned_cache import PrunedCache, remembered
+from sdtp_lib.pruning.second_pass import SecondPass, TwoPasses, choose_by
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.trace import PruningTrace
+
+
+class _FirstPassDone(Exception):  # a way out of the first pass, not an error
+    """The last stage of a first pass has chosen; later layers need not run."""
 
 
 class Session:
@@ -38,7 +44,10 @@ class Session:
         self.architecture, self.config, self.budget, self.scorer = architecture, config, budget, scorer
         self.protect = protect
         self.trace = PruningTrace()
+        self.kv: KVBudget | None = None
+        self.two_passes: TwoPasses | None = None
         self._pass: ForwardPass | None = None
+        self._stop_after: int | None = None  # the layer before which a first pass has found what it is for
         self._unchecked: Prefill | None = None
         # The thread whose forward is under way. Looked at and set under the lock, so that two cannot both find it free.
         self._thread: int | None = None
@@ -96,11 +105,16 @@ class Session:
         if seen == 0 or every:
             lengths = _prompt_lengths(arguments.get("attention_mask"), rows, columns)
             device = _tokens_of(arguments).device
-            self._pass = Prefill(
-                self.architecture, self.budget, self.scorer, self.trace, lengths, columns, device, cache,
-                self._protection(rows, seen, columns),
-            )  # fmt: skip
-            self._warn_if_nothing_goes(self._pass.plan)
+            given = (self.architecture, self.budget, self.scorer, self.trace, lengths, columns, device)
+            protected = self._protection(rows, seen, columns)
+            if self.two_passes is None or columns < 2 or seen:
+                self._pass = Prefill(*given, cache, protected, kv=None if seen else self.kv)
+                self._warn_if_nothing_goes(self._pass.plan)
+            else:
+                first = Prefill(*given, None, protected)
+                self._warn_if_nothing_goes(first.plan)
+                self._run_first_pass(module, first, arguments)
+                self._pass = SecondPass(first, cache, self.two_passes, self.kv)
         elif remembered(cache) is not None:
             self._pass = ForwardPass(self.architecture, self.config.positions == "compact", rows, columns, cache)
         elif not getattr(cache, "prefilled_inside", False) and self.config.prune == "first":
@@ -112,6 +126,21 @@ class Session:
             self._say_once("prefix", f"nothing is pruned: {self._not_pruned}.")
         if isinstance(cache, PrunedCache):
             cache.inside = True
+
+    def _run_first_pass(self, stack: nn.Module, first: Prefill, arguments: dict[str, Any]) -> None:
+        """Run ``first`` over the prompt: hooks on the layers alone, a cache of its own, as far as is needed."""
+        how, last = self.two_passes, self.config.layers[-1]
+        if how.scores is not None:
+            choose_by(first, how.scores(without_cache(arguments)))
+            return
+        self._pass, self._stop_after = first, last if how.stop else None
+        try:
+            stack.forward(**{**without_cache(arguments), "use_cache": True})
+        except _FirstPassDone:
+            first.plan[last:] = [[0] * len(first.lengths)] * (len(first.plan) - last)
+        finally:
+            self._pass, self._stop_after = None, None
+        first.check_scores()
 
     def _protection(self, rows: int, seen: int, columns: int) -> torch.Tensor | None:
         """What ``protect`` says of the new tokens; it may cover those in the cache as well. Later turns: nothing."""
@@ -181,6 +210,8 @@ class Session:
                 return None
             arguments = named_arguments(names, args, kwargs)
             given = self._pass.layer_arguments(index, module, arguments)
+            if index == self._stop_after:
+                raise _FirstPassDone
             if given is arguments:
                 return None
             return (given.pop("hidden_states"),), given
@@ -194,6 +225,9 @@ class Session:
             self.trace.not_pruned = (
                 f"the prompt of {max(plan[0])} tokens is shorter than min_prompt_tokens={self.config.min_prompt_tokens}"
             )
+        elif self.config.keep_tokens is not None:
+            kept = f"keep_tokens={self.config.keep_tokens}"
+            self._say_once("short", f"the prompt of {max(plan[0])} tokens is no longer than what is kept ({kept}).")
         else:
             self._say_once(
                 "short",

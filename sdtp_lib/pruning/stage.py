@@ -14,8 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from sdtp_lib.architectures.attention_weights import attention_from_cached_keys, attention_from_last
+from sdtp_lib.architectures.attention_readings import attention_received
+from sdtp_lib.architectures.attention_weights import attention_from_cached_keys, attention_from_last, mask_rows
 
+LAYERS_AT_HAND = 4  # layers since the last cut whose attention a scorer may ask for
 ASKING_TOKENS = 16  # the prompt's last tokens, whose attention says what is asked for
 LAYERS_BACK = 3  # the presets prune every third layer, so that every layer from the first stage on is looked at
 
@@ -120,6 +122,8 @@ class Stage:
     past : (Tensor, Tensor) or None
         Keys and values (B, G, S, d) of this layer that the cache held before this prefill: a prefix, earlier turns.
         Attention is shared out over them too; positions, lengths and scores are of the new tokens only.
+    keys : Tensor (B, G, N, d), optional
+        This layer's own cached keys, where it has run already (for a KV budget).
     """
 
     layer_index: int
@@ -134,6 +138,7 @@ class Stage:
     carried: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     padded: bool = True
     past: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+    keys: torch.Tensor | None = None
 
     @property
     def position_embeddings(self) -> Any:
@@ -147,6 +152,14 @@ class Stage:
 
     def attention_from_last(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
+        if self.keys is not None:
+            mask = mask_rows(self.layer_arguments.get("attention_mask"), window, self.positions.shape[1])
+            paid = attention_from_cached_keys(
+                self.layer, self.hidden_states[:, -window:], self.keys, self.position_embeddings, mask,
+                self._hidden_padding,
+            )  # fmt: skip
+            if paid is not None:
+                return paid
         return attention_from_last(
             self.layer, self.hidden_states, self.layer_arguments, window, self._hidden_padding, self.past
         )
@@ -160,14 +173,33 @@ class Stage:
         paid = self._paid_at(self.layer_index - 1, window)
         return self.attention_from_last(window) if paid is None else paid
 
+    def attention_paid(self, layers: Sequence[int], window: int) -> list[torch.Tensor]:
+        """For each of earlier ``layers`` the attention (B, H, w, N) that the last ``window`` tokens paid there.
+
+        Where a layer's keys are not at hand (more than `LAYERS_AT_HAND` back, before a cut, fused projections), this
+        stage's own layer stands for all of them.
+        """
+        paid = [self._paid_at(layer, window) for layer in layers]
+        if any(each is None for each in paid):
+            return [self.attention_from_last(window)] * len(layers)
+        return paid
+
+    def attention_received(self, window: int | Sequence[int] | None = None, rise: float = 1.0) -> torch.Tensor:
+        """Attention (B, H, N) that the last ``window`` tokens (one number, one per row, all) would pay here, summed.
+
+        Read by chunks of queries: long windows need no T x T tensor. ``rise`` weighs the queries from 1 for the first
+        to ``rise`` for the last.
+        """
+        rows, tokens = self.positions.shape
+        windows = [window or tokens] * rows if window is None or isinstance(window, int) else window
+        return attention_received(self.layer, self.hidden_states, self.layer_arguments, self.valid, windows, rise)
+
     def attention_mass(self, layers: Sequence[int], window: int) -> torch.Tensor:
         """(B, N, H x layers): what each head of earlier ``layers`` paid to a token, summed over the ``window`` askers.
 
         Where a layer's keys are not at hand, this stage's own layer stands for all of them.
         """
-        paid = [self._paid_at(layer, window) for layer in layers]
-        if any(each is None for each in paid):
-            paid = [self.attention_from_last(window)] * len(layers)
+        paid = self.attention_paid(layers, window)
         return torch.cat([each.sum(dim=2) for each in paid], dim=1).transpose(1, 2)
 
     @property

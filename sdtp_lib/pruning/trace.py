@@ -42,9 +42,13 @@ class PruningTrace:
     prompt_lengths : list[int]
         Prompt tokens of each row.
     tokens_per_row : Tensor (L, B)
-        Tokens computed in each layer.
+        Tokens computed in each layer, by all passes.
     kv_bytes_per_layer : list[int]
         Bytes of keys and values in the cache right after the prefill; empty without a cache.
+    passes : list[Tensor (L, B)]
+        The same for each pass over the layers: one, or two where a method makes a second.
+    keys_per_layer : list[int]
+        Keys of the longest row that a KV budget left in each layer; empty without one.
     prefills : int
         Prefills seen so far.
     scorer : str
@@ -61,6 +65,8 @@ class PruningTrace:
     prompt_lengths: list[int] = field(default_factory=list)
     tokens_per_row: torch.Tensor | None = None
     kv_bytes_per_layer: list[int] = field(default_factory=list)
+    passes: list[torch.Tensor] = field(default_factory=list)
+    keys_per_layer: list[int] = field(default_factory=list)
     prefills: int = 0
     scorer: str = ""
     model: Callable[[], Any] = field(default=_no_model, compare=False)
@@ -69,7 +75,7 @@ class PruningTrace:
     def begin(self, prompt_lengths: list[int], tokens_per_row: torch.Tensor) -> None:
         """Forget the previous prefill (called by the engine)."""
         self.kept_positions, self.scored_positions, self.scores = {}, {}, {}
-        self.kv_bytes_per_layer = []
+        self.kv_bytes_per_layer, self.keys_per_layer, self.passes = [], [], [tokens_per_row]
         self.prompt_lengths, self.tokens_per_row = list(prompt_lengths), tokens_per_row
         self.not_pruned = ""
         self.prefills += 1
@@ -88,17 +94,17 @@ class PruningTrace:
         """What the last prefill cost and saved, in words: the parts of ``print(trace)``."""
         if self.tokens_per_row is None:
             return {"not pruned": self.not_pruned or "no prefill ran inside the `with`"}
-        counts, rows = self.tokens_per_layer, len(self.prompt_lengths)
+        longest, rows, last = max(self.prompt_lengths), len(self.prompt_lengths), int(self.passes[-1][-1].max())
         found = {
-            "prompt": f"{counts[0]:,} tokens" + (f" (longest of {rows})" if rows > 1 else ""),
-            "last layer": f"{counts[-1]:,} tokens ({counts[-1] / counts[0]:.0%})",
+            "prompt": f"{longest:,} tokens" + (f" (longest of {rows})" if rows > 1 else ""),
+            "last layer": f"{last:,} tokens ({last / longest:.0%})",
             "1/tau": f"{self.compression_ratio:.2f}",
-            **self._savings(counts),
+            **self._savings(longest),
             "scorer": self.scorer,
         }
         return found | ({"not pruned": self.not_pruned} if self.not_pruned else {})
 
-    def _savings(self, counts: list[int]) -> dict[str, str]:
+    def _savings(self, longest: int) -> dict[str, str]:
         """FLOPs and KV bytes less than the unpruned model's, where the model's FLOPs can be counted."""
         model = self.model()
         try:
@@ -107,9 +113,12 @@ class PruningTrace:
             shape = None
         if shape is None:
             return {}
-        full = [counts[0]] * len(counts)
-        flops = budget.prefill_flops(shape, counts) / budget.prefill_flops(shape, full)
-        kept = budget.kv_bytes(shape, counts, 1) / budget.kv_bytes(shape, full, 1)
+        passes = [counts.max(dim=1).values.tolist() for counts in self.passes]
+        full = [longest] * len(passes[-1])
+        # A pass that stops on the way computes no logits.
+        flops = sum(budget.prefill_flops(shape, each, logits_positions=int(each[-1] > 0)) for each in passes)
+        flops /= budget.prefill_flops(shape, full)
+        kept = budget.kv_bytes(shape, self.keys_per_layer or passes[-1], 1) / budget.kv_bytes(shape, full, 1)
         return {"prefill FLOPs": f"-{1 - flops:.0%} ({1 / flops:.2f}x fewer)", "KV cache": f"-{1 - kept:.0%}"}
 
     def __str__(self) -> str:

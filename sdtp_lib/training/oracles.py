@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sdtp_lib import scorers
-from sdtp_lib.evaluation.methods import Method
+from sdtp_lib.evaluation.methods import Compared
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.training.labels import saliency_of
 
 
-def oracle_methods(labels: Sequence[str] = ("gradient_x_hidden", "removal")) -> list[Method]:
+def oracle_methods(labels: Sequence[str] = ("gradient_x_hidden", "removal")) -> list[Compared]:
     """Each label of `saliency` as a given score: what it would be worth if a pruner predicted it perfectly."""
 
     def known(label: str) -> Callable[..., Scorer]:
@@ -26,7 +26,7 @@ def oracle_methods(labels: Sequence[str] = ("gradient_x_hidden", "removal")) -> 
 
         return from_sample
 
-    return [Method(f"oracle: {label}", known(label), block="oracle", from_sample=True) for label in labels]
+    return [Compared(f"oracle: {label}", known(label), block="oracle", from_sample=True) for label in labels]
 
 
 def _labels(model: Any, sample: Mapping[str, Any], layers: Sequence[int], label: str) -> dict[int, Tensor]:

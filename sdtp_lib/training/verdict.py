@@ -15,7 +15,7 @@ from typing import Any
 
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.compare import compare_scorers
-from sdtp_lib.evaluation.methods import Method, baseline_methods
+from sdtp_lib.evaluation.methods import Compared, baseline_methods
 from sdtp_lib.evaluation.statistics import paired_bootstrap
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.processes import Share
@@ -77,7 +77,7 @@ def measure(
     """
     configs = {f"r={ratio}": PruningConfig(layers=tuple(layers), keep_ratio=ratio) for ratio in RATIOS}
     free = [method for method in baseline_methods(ModelShape.from_model(model)) if method.name in TRAINING_FREE]
-    methods = [Method(LEARNED, pruners), *free]
+    methods = [Compared(LEARNED, pruners), *free]
     with share.rows(rows, provenance) as writer:
         for kind, some in samples.items():
             for sample in share.of(some):

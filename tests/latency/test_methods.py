@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtp_lib import budget, scorers
+from sdtp_lib import methods as catalogue
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.latency import methods
 
 STAGES = PruningConfig((2, 4), 0.7)
-ONE = PruningConfig((3,), 0.5)
 TOKENS = 300
 
 
@@ -28,13 +28,16 @@ def ids():
 
 def all_methods(model):
     recency = scorers.recency()
+    entries = {
+        "propagation": catalogue.get("fastkv", keep=0.5, kv=None),
+        "filter": catalogue.get("gemfilter", tokens=150, filter_depth=0.5),
+        "kv": catalogue.get("snapkv", tokens=120),
+        "earlier": catalogue.get("earlier-scheme", preset="keep07"),
+    }
     return {
         "unpruned": methods.unpruned(model),
         "sdtp": methods.sdtp(model, STAGES, recency, "sdtp"),
-        "propagation": methods.one_layer_propagation(model, ONE),
-        "filter": methods.one_layer_filter(model, ONE),
-        "kv": methods.kv_only(model, STAGES),
-        "earlier": methods.earlier_scheme(model, STAGES, recency),
+        **{name: methods.published(model, entry, TOKENS, name, recency) for name, entry in entries.items()},
     }
 
 
@@ -43,8 +46,8 @@ LENGTHS = {
     "sdtp": [300, 300, 210, 210, 147, 147],
     "propagation": [300, 300, 300, 150, 150, 150],
     "filter": [150] * 6,
-    "kv": [300, 300, 210, 210, 147, 147],
-    "earlier": [147] * 6,
+    "kv": [120] * 6,
+    "earlier": [210] * 6,
 }
 
 
@@ -70,33 +73,14 @@ def test_the_counted_flops_are_the_executed_ones(name, model, ids):
     assert method.tflops(shape, TOKENS) * 1e12 < expected
 
 
-def test_the_filter_pass_stops_before_its_layer(model, ids):
-    ran = []
-    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(model.model.layers)]
-    method = methods.one_layer_filter(model, ONE)
-    with torch.no_grad(), method.open(model) as session:
-        session.prefill(ids)
-    for hook in hooks:
-        hook.remove()
-    assert ran == [0, 1, 2, 0, 1, 2, 3, 4, 5]
-
-
-def test_the_filter_and_the_earlier_scheme_are_plain_prefills_of_the_chosen_ids(model, ids):
-    earlier = methods.earlier_scheme(model, STAGES, scorers.recency())
-    with torch.no_grad(), earlier.open(model) as session:
-        logits, _ = session.prefill(ids)
-        # Recency keeps the four sinks and the most recent tokens.
-        chosen = torch.cat([ids[:, :4], ids[:, -143:]], dim=1)
-        assert torch.equal(logits, model(chosen, logits_to_keep=1).logits)
-
-
-def test_kv_only_leaves_the_prefill_whole_and_shortens_what_decode_reads(model, ids):
-    method = methods.kv_only(model, STAGES)
+def test_the_cache_methods_leave_the_prefill_whole_and_shorten_what_decode_reads(model, ids):
+    method = all_methods(model)["kv"]
+    with torch.no_grad():
+        plain = model(ids, logits_to_keep=1, use_cache=True)
+    token = plain.logits[:, -1].argmax(-1, keepdim=True)
     with torch.no_grad(), method.open(model) as session:
         logits, cache = session.prefill(ids)
-        plain = model(ids, logits_to_keep=1, use_cache=True)
         assert torch.equal(logits, plain.logits)
-        token = logits[:, -1].argmax(-1, keepdim=True)
         one = session.step(token, cache)[0]
     full = model(token, **cache_argument(model, cache_in(plain))).logits
     assert 1e-6 < (one - full).abs().max() < 1.0

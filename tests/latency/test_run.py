@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtp_lib import scorers
+from sdtp_lib import budget, scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.latency import methods
 from sdtp_lib.latency import report as latency_report
@@ -144,7 +144,7 @@ def test_out_of_memory_at_one_length_leaves_the_rest_of_the_run(model, tmp_path)
         def fail(self, *_):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    greedy = methods.Method("greedy", "greedy", lambda model: TooLong(), None, lambda tokens: [[tokens] * 6])
+    greedy = methods.Timed("greedy", "greedy", lambda model: TooLong(), None, lambda tokens: [[tokens] * 6])
     with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
         for _ in range(2):
             latency_run.run(model, writer, lambda tokens: [*stages(model), greedy], [64], new_tokens=2, repeats=2)
@@ -166,20 +166,24 @@ def test_quality_rows_say_zero_for_the_plain_model_and_more_for_a_pruned_one(mod
     assert points["keep07"]["kl_nats"] > 1e-9 and points["keep07"]["samples"] == 2
 
 
-@pytest.mark.parametrize(("preset", "tokens"), [("keep08", 1000), ("keep07", 400)])
-def test_every_alternative_ends_with_the_presets_final_tokens(preset, tokens, tiny_model):
+@pytest.mark.parametrize(
+    ("preset", "tokens", "too_slow"),
+    [("keep09", 1000, set()), ("keep07", 400, {"lazyllm", "gemfilter", "fastkv", "claa", "sliminfer", "pyramidinfer"})],
+)
+def test_every_alternative_computes_the_flops_of_its_preset_or_is_left_out(preset, tokens, too_slow, tiny_model):
     model = tiny_model(
         num_hidden_layers=30, hidden_size=16, head_dim=4, intermediate_size=16, max_position_embeddings=2048
     )
-    final = PruningConfig.preset(preset, 30)
-    from sdtp_lib import budget
-
-    wanted = budget.tokens_per_layer(final, 30, tokens)[-1]
+    shape = budget.ModelShape.from_model(model)
+    counts = budget.tokens_per_layer(PruningConfig.preset(preset, 30), 30, tokens)
+    wanted = budget.prefill_flops(shape, counts) / 1e12
     found = latency_run.alternatives(model, scorers.recency(), tokens, [preset])
-    assert {m.family for m in found} == set(methods.FAMILIES) - {"SDTP"}
+    assert {method.family for method in found} == {*latency_run.SCALED, "snapkv", "earlier-scheme"} - too_slow
     for method in found:
-        fields = method.row_fields(model, latency_run.prompt_ids(128, tokens), 1)
-        assert fields["kv_tokens_per_layer"][-1] == wanted, method.name
+        assert method.name == f"{method.family} {preset}"
+        if method.family in latency_run.SCALED:
+            assert method.tflops(shape, tokens) == pytest.approx(wanted, rel=0.05), method.name
+            assert method.tflops(shape, tokens) <= wanted * 1.0001
 
 
 def test_types_are_compared_in_turn_and_the_models_own_comes_back(tiny_model):
@@ -266,7 +270,7 @@ def test_the_benchmark_runs_on_the_embedded_model(tmp_path):
     arguments = ["run", "--lengths", "512", "--new-tokens", "4", "--repeats", "1", "--out", str(tmp_path)]
     assert command.main([*arguments, "--identity", "--alternatives", "keep09"]) == 0
     rows = read_rows(tmp_path / "latency.jsonl")
-    assert len(rows) == 1 + 1 + 3 + 5
+    assert len(rows) == 1 + 1 + 3 + 9
     assert {r["status"] for r in rows} == {"ok"} and {r["weights"] for r in rows} == {"Q4_1, dequantised"}
 
 
@@ -284,7 +288,7 @@ def test_times_of_another_scorer_are_refused_and_memory_that_ran_out_is_tried_by
         def __exit__(self, *exception):
             return False
 
-    greedy = methods.Method("greedy", "greedy", lambda model: Session(), None, lambda tokens: [[tokens] * 6])
+    greedy = methods.Timed("greedy", "greedy", lambda model: Session(), None, lambda tokens: [[tokens] * 6])
 
     def run(*found):
         with RowWriter(path, {}) as writer:

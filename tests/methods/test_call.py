@@ -189,3 +189,12 @@ def test_a_folder_of_pruners_may_be_named_by_its_path(tiny_model, tmp_path):
     TokenPruners.for_model(model, (1, 3)).save_pretrained(tmp_path / "here")
     assert json.loads((tmp_path / "here" / "config.json").read_text())["layers"] == [1, 3]
     assert _trace(model, CONFIG, str(tmp_path / "here")).scorer == "learned"
+
+
+def test_a_method_may_be_named_as_budget_or_as_scorer(tiny_model):
+    from sdtp_lib import methods
+
+    model = tiny_model()
+    by_name, by_entry = _trace(model, "lazyllm"), _trace(model, methods.get("lazyllm"))
+    assert by_name.tokens_per_layer == by_entry.tokens_per_layer
+    assert _trace(model, CONFIG, "fastkv").scorer == methods.get("fastkv").scorer_for(model).name

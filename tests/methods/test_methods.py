@@ -1,0 +1,251 @@
+"""The registry, equal FLOPs, generation under every method, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sdtp_lib import PruningConfig, PruningNotSupported, budget, methods, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_argument, cache_in
+from sdtp_lib.methods.method import Method, depth, depths
+from sdtp_lib.methods.votes import best_blocks, block_means, votes
+from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.pruning.engine import kv_budget, two_passes
+from sdtp_lib.pruning.kv_budget import KVBudget
+from sdtp_lib.pruning.second_pass import TwoPasses
+from tests.reference import louder
+
+SMALL = {
+    "gemfilter": {"tokens": 60}, "sliminfer": {"tokens": (160, 96, 64), "block": 16, "window": 16},
+    "uniprefill": {"mass": 0.8, "block": 16, "window": 20, "ends": 20}, "streamingllm": {"tokens": 80},
+    "snapkv": {"tokens": 90}, "specprefill": {"keep": 0.3, "chunk": 16}, "sdtp-low": {"preset": "keep08"},
+}  # fmt: skip
+CACHE_ONLY = ("snapkv", "h2o")
+IDS = torch.randint(3, 128, (1, 300), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return louder(tiny_model(dtype=torch.float64, num_hidden_layers=8))
+
+
+def inside(model, method, call, scorer=None):
+    with torch.no_grad(), token_pruning(model, method, method.scorer_for(model) or scorer) as trace:
+        return call(), trace
+
+
+def test_a_method_is_had_by_its_papers_name_with_its_papers_settings_and_single_changes():
+    assert methods.names() == [
+        "sdtp", "sdtp-low", "lazyllm", "gemfilter", "fastkv", "claa", "sliminfer", "uniprefill", "asl", "pyramidinfer",
+        "streamingllm", "snapkv", "h2o", "specprefill", "earlier-scheme",
+    ]  # fmt: skip
+    for name in methods.names():
+        method = methods.get(name)
+        assert isinstance(method, Method) and method.name == name and len(method.paper) == 10
+    assert methods.get("fastkv").keep == 0.2 and methods.get("fastkv", keep=0.3).keep == 0.3
+
+
+def test_an_unknown_name_or_setting_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match=r"method='FastKv' is unknown: .*sdtp, .*did you mean 'fastkv'\?"):
+        methods.get("FastKv")
+    with pytest.raises(ValueError, match=r"method='zebra' is unknown: .*claa.*scheme\.$"):
+        methods.get("zebra")
+    with pytest.raises(ValueError, match=r"fastkv has no setting 'ratio': it has speedup, cut_depth, keep"):
+        methods.get("fastkv", ratio=0.5)
+
+
+def test_depths_are_shares_of_the_layers():
+    assert [depth(16 / 32, layers) for layers in (32, 28, 8)] == [16, 14, 4]
+    assert depths((10 / 32, 20 / 32, 30 / 32), 28) == (9, 18, 26) and depths((0.3, 0.6, 0.9), 2) == (1,)
+    assert methods.get("gemfilter").config(32).layers == (13,) and methods.get("fastkv").config(32).layers == (16,)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_generate_goes_on_from_what_a_method_left_as_forwards_by_hand_do(name, model):
+    method = methods.get(name, **SMALL.get(name, {}))
+
+    def by_hand():
+        output = model(input_ids=IDS, use_cache=True)
+        cache, tokens = cache_in(output), [output.logits[:, -1:].argmax(-1)]
+        lengths = [layer.keys.shape[2] for layer in cache.layers]
+        for _ in range(4):
+            logits = model(input_ids=tokens[-1], **cache_argument(model, cache), use_cache=True).logits
+            tokens.append(logits[:, -1:].argmax(-1))
+        return torch.cat(tokens, dim=1), lengths
+
+    (expected, lengths), trace = inside(model, method, by_hand, scorers.recency())
+    generated, _ = inside(
+        model, method, lambda: model.generate(IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False),
+        scorers.recency(),
+    )  # fmt: skip
+    plain = model.generate(IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert torch.equal(generated[:, IDS.shape[1] :], expected)
+    assert sum(lengths) < 8 * 300, "something is shorter"
+    if name not in CACHE_ONLY:
+        assert trace.compression_ratio > 1 or name == "earlier-scheme"
+    assert torch.equal(plain, model.generate(IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False))
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_second_turn_at_once_equals_one_token_at_a_time(name, model):
+    method = methods.get(name, **SMALL.get(name, {}))
+    more = IDS[:, 40:45]
+
+    def turns():
+        cache = cache_in(model(input_ids=IDS, use_cache=True))
+        at_once = model(input_ids=more, **cache_argument(model, cache)).logits
+        cache, singles = cache_in(model(input_ids=IDS, use_cache=True)), []
+        for column in range(5):
+            singles.append(model(input_ids=more[:, column : column + 1], **cache_argument(model, cache)).logits)
+        return at_once, torch.cat(singles, dim=1)
+
+    (at_once, singles), _ = inside(model, method, turns, scorers.recency())
+    torch.testing.assert_close(at_once, singles, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("speedup", [1.3, 1.6])
+@pytest.mark.parametrize("name", [name for name in methods.names() if name not in (*CACHE_ONLY, "sdtp-low")])
+def test_every_method_computes_the_flops_that_a_common_speedup_allows(name, speedup, model):
+    small = {**SMALL.get(name, {}), **({"preset": "keep09"} if name in ("sdtp", "earlier-scheme") else {})}
+    method = methods.get(name, **small).at_speedup(speedup)
+    shape = ModelShape.from_model(model)
+    _, trace = inside(model, method, lambda: model(input_ids=IDS, use_cache=True), scorers.recency())
+    full = budget.prefill_flops(shape, [300] * 8)
+    if name == "asl":
+        computed = budget.prefill_flops(shape, trace.tokens_per_layer)
+    else:
+        passes = method.passes(method.budget_for(model).for_prompt(300), 8, 300)
+        assert trace.tokens_per_layer == [sum(counts) for counts in zip(*passes, strict=True)]
+        computed = method.prefill_flops(shape, method.budget_for(model).for_prompt(300), 300)
+    assert speedup <= full / computed * 1.0000001 and full / computed < speedup * 1.06
+
+
+def test_a_speedup_that_cannot_be_had_is_refused_with_the_highest():
+    for name in CACHE_ONLY:
+        with pytest.raises(ValueError, match=f"{name} shortens the cache only"):
+            methods.get(name).at_speedup(2.0)
+    with pytest.raises(ValueError, match="speedup=0.5 is not a speed-up"):
+        methods.get("fastkv").at_speedup(0.5)
+
+
+def test_fastkv_says_how_far_it_can_go(model):
+    with pytest.raises(ValueError, match=r"speedup=4: fastkv prefills 300 tokens at most 1\.\d\dx .*layers=\[4\]"):
+        methods.get("fastkv").at_speedup(4.0).budget_for(model).for_prompt(300)
+
+
+@pytest.mark.parametrize("name", ["lazyllm", "fastkv", "claa", "sliminfer", "pyramidinfer", "snapkv", "h2o"])
+def test_rows_of_a_padded_batch_keep_what_each_keeps_alone(name, model):
+    method = methods.get(name, **SMALL.get(name, {}))
+    lengths, ids = (220, 300), IDS.expand(2, -1).clone()
+    mask = torch.ones_like(ids)
+    mask[0, :80] = 0
+    both, together = inside(
+        model, method, lambda: model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    )
+    for row, length in enumerate(lengths):
+        _, alone = inside(model, method, lambda length=length: model(input_ids=IDS[:, -length:], use_cache=True))
+        for layer, kept in together.kept_positions.items():
+            assert kept[row][kept[row] >= 0].tolist() == alone.kept_positions[layer][0].tolist()
+    assert both.shape == (2, 303)
+
+
+def test_leaving_the_with_leaves_the_model_and_the_session_as_they_were(model):
+    method = methods.get("gemfilter", tokens=60)
+    with pytest.raises(RuntimeError, match="on the way"):
+        inside(model, method, lambda: (_ for _ in ()).throw(RuntimeError("on the way")))
+    for modules in (model.modules(), model.model.modules()):
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+    kv = KVBudget(lambda *_: 5, scorers.recency())
+    with pytest.raises(ValueError, match="kv_budget.* works inside a `with token_pruning"), kv_budget(model, kv):
+        pass
+
+
+def test_the_filter_pass_stops_before_its_layer(model):
+    ran = []
+    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(model.model.layers)]
+    inside(model, methods.get("gemfilter", tokens=60), lambda: model(input_ids=IDS))
+    for hook in hooks:
+        hook.remove()
+    assert ran == [0, 1, 2, *range(8)]
+
+
+def test_a_prompt_that_a_filter_leaves_whole_is_the_plain_models(model):
+    with pytest.warns(
+        UserWarning, match=r"the prompt of 300 tokens is no longer than what is kept \(keep_tokens=1024\)"
+    ):
+        output, trace = inside(model, methods.get("gemfilter"), lambda: model(input_ids=IDS).logits)
+    assert torch.equal(output, model(input_ids=IDS).logits)
+    assert trace.kept_positions[3].shape == (1, 300)
+
+
+def test_renumbering_and_a_kv_budget_are_refused_where_they_cannot_be_right(tiny_model, model):
+    config = PruningConfig((2,), 0.5)
+    bloom = tiny_model("bloom")
+    with (
+        token_pruning(bloom, config, scorers.recency()),
+        pytest.raises(PruningNotSupported, match="one rotary table"),
+        two_passes(bloom, TwoPasses()),
+    ):
+        pass
+    compact = config.replace(positions="compact")
+    kv = KVBudget(lambda *_: 5, scorers.recency())
+    with (
+        token_pruning(model, compact, scorers.recency()),
+        pytest.raises(PruningNotSupported, match="renumbered"),
+        kv_budget(model, kv),
+    ):
+        pass
+    with pytest.raises(PruningNotSupported, match="batch of 2"):
+        inside(model, methods.get("gemfilter", tokens=60), lambda: model(input_ids=IDS.expand(2, -1)))
+
+
+def test_a_kv_budget_by_token_is_the_unpruned_model_with_the_other_keys_masked(model):
+    scorer, more = scorers.attention(8), IDS[:, 40:43]
+    kv = KVBudget(lambda held, layer, prompt: held // (2 + layer % 2), scorer, sink_tokens=4, last_tokens=8)
+    with torch.no_grad(), token_pruning(model, PruningConfig((1,), 1.0), scorer), kv_budget(model, kv):
+        cache = cache_in(model(input_ids=IDS, use_cache=True))
+        kept = [columns[0].tolist() for columns in cache.record.kept]
+        found = model(input_ids=more, **cache_argument(model, cache)).logits
+    assert [len(columns) for columns in kept] == [150, 100] * 4 and cache.get_seq_length() == 303
+    with torch.no_grad():
+        cache = cache_in(model(input_ids=IDS, use_cache=True))
+        for layer, columns in zip(cache.layers, kept, strict=True):
+            layer.keys, layer.values = layer.keys[:, :, columns], layer.values[:, :, columns]
+        # by hand: each layer's own keys, all visible, and the new tokens causal among themselves
+        hidden, tables = model.model.embed_tokens(more), None
+        positions = torch.arange(300, 303)[None]
+        tables = model.model.rotary_emb(hidden, position_ids=positions)
+        for index, layer in enumerate(model.model.layers):
+            seen = torch.zeros(1, 1, 3, len(kept[index]), dtype=torch.bool)
+            later = torch.ones(1, 1, 3, 3, dtype=torch.bool).triu(1)
+            hidden = layer(
+                hidden, attention_mask=~torch.cat([seen, later], -1), position_embeddings=tables,
+                position_ids=positions, **cache_argument(layer, cache), use_cache=True,
+            )  # fmt: skip
+        expected = model.lm_head(model.model.norm(hidden))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_votes_and_blocks_are_what_is_worked_by_hand():
+    paid = torch.tensor([[[[0.1, 0.2, 0.3, 0.4, 0.0], [0.3, 0.0, 0.3, 0.2, 0.2]]]])
+    assert votes(paid).tolist() == [[pytest.approx([0.4, 0.2, 0.6, 0.0, 0.0])]]
+    assert votes(paid, 3).tolist() == [[pytest.approx([0.2, 0.4, 0.8 / 3, 0.0, 0.0])]]
+    values, valid = torch.tensor([[9.0, 1.0, 3.0, 5.0, 7.0, 8.0]]), torch.ones(1, 6, dtype=torch.bool)
+    valid[0, 0] = False
+    assert block_means(values, valid, 2)[0, 1:].tolist() == [2.0, 2.0, 6.0, 6.0, 8.0]
+    means = torch.tensor([[2.0, 2.0, 6.0, 6.0, 8.0]])
+    assert best_blocks(means, 2, count=1)[0].tolist() == [False] * 4 + [True]
+    assert best_blocks(means, 2, mass=0.8)[0].tolist() == [False, False, True, True, True]
+
+
+def test_a_trace_counts_both_passes_and_the_keys_that_a_budget_left(model):
+    shape = ModelShape.from_model(model)
+    full = budget.prefill_flops(shape, [300] * 8)
+    _, trace = inside(model, methods.get("gemfilter", tokens=60), lambda: model(input_ids=IDS, use_cache=True))
+    flops = budget.prefill_flops(shape, [60] * 8)
+    flops += budget.prefill_flops(shape, [300] * 3 + [0] * 5, logits_positions=0)
+    assert "prompt: 300 tokens, last layer: 60 tokens (20%)" in str(trace)
+    assert f"{full / flops:.2f}x fewer" in str(trace) and "KV cache: -80%" in str(trace)
+    _, trace = inside(model, methods.get("fastkv"), lambda: model(input_ids=IDS, use_cache=True))
+    assert "last layer: 60 tokens" in str(trace) and "KV cache: -90%, scorer: fastkv" in str(trace)
+    assert trace.keys_per_layer == [30] * 8
