@@ -145,8 +145,10 @@ def test_compare_makes_one_table_and_one_picture_of_everything_at_hand(folder, o
     ]  # fmt: skip
     assert (tmp_path / "found" / "compare.md").read_text() in text
     rows = json.loads((tmp_path / "found" / "rows.json").read_text())
-    assert rows["provenance"]["model"] == str(folder) and len(rows["rows"]) == 3 * len(table)
-    assert all((row["kl_nats"] > 0) == (row["choice"] != "unpruned") for row in rows["rows"])
+    refused = {row["choice"] for row in rows["rows"] if "refused" in row}
+    assert rows["provenance"]["model"] == str(folder) and len(rows["rows"]) == 3 * len({*table, *refused})
+    assert all(f"{name}:" in text for name in refused), "what a method cannot do is said"
+    assert all(row["kl_nats"] > 0 for row in rows["rows"] if row["kind"] == "training-free")
 
 
 def test_all_choices_cost_the_same_flops(folder):
