@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import warnings
@@ -157,6 +158,7 @@ def test_protected_tokens_are_named_by_characters_or_roles(tiny_tokenizer):
     encoded = tiny_tokenizer(text, return_offsets_mapping=True)
     inside = [first < 17 and last > 12 for first, last in encoded["offset_mapping"]]
     assert protect.tolist() == [inside] and any(inside)
+    tiny_tokenizer = copy.deepcopy(tiny_tokenizer)  # others share it
     tiny_tokenizer.chat_template = CHAT
     messages = [
         {"role": "system", "content": "stay plain"},
