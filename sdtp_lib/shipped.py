@@ -23,6 +23,15 @@ def shipped_for(model: str) -> str | None:
     return _MADE_FOR.get(model)
 
 
+def about(folder: Path) -> dict[str, Any]:
+    """What the pruners of a folder say of themselves; {} where that cannot be read (half-written, or not pruners)."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def pruners_folder(name: str | os.PathLike[str] | None, base: str | os.PathLike[str] = "") -> Path | None:
     """The local folder of pruners that ``name`` means; None where there is none, as for a Hub id.
 
@@ -59,12 +68,3 @@ def pruner_folders() -> list[Path]:
     own = [config for config in user_folder().glob("*/config.json") if not config.parent.name.startswith(".")]
     own.sort(key=lambda config: config.stat().st_mtime, reverse=True)
     return [*(config.parent for config in own), *shipped_pruners().values()]
-
-
-def about(folder: Path) -> dict[str, Any]:
-    """What the pruners of a folder say of themselves; {} where that cannot be read (half-written, or not pruners)."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
