@@ -25,7 +25,7 @@ def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=prog, description=description, formatter_class=_Help)
 
 
-MODEL_HELP = "a folder, a Hub id, or 'embedded' (SmolLM2-135M-Instruct)"
+MODEL_HELP = "a folder, a .gguf file, a Hub id, or 'embedded' (SmolLM2-135M-Instruct)"
 
 
 def add_model(parser: argparse.ArgumentParser, *, optional: str = "") -> None:
