@@ -67,13 +67,11 @@ def choices(model: Any, budget: str | float) -> list[Choice]:
     found += [Choice(name, "training-free", lambda _tokens: budget, make()) for name, make in NAMED.items()]
 
     def speedup_at(tokens: int) -> float:
-        return speedup or round(
-            counting.speedup_limit(ModelShape.from_model(model), config, tokens, pruner_width=0), 3
-        )
+        return speedup or round(counting.speedup_limit(ModelShape.from_model(model), config, tokens, pruner_width=0), 3)
 
     return found + [
         Choice(name, "method", lambda tokens, name=name: methods.get(name).at_speedup(speedup_at(tokens)))
-        for name in getattr(methods, "names", tuple)()
+        for name in methods.names()
         if name not in _OURS
     ]
 

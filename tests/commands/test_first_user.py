@@ -9,8 +9,6 @@ import pytest
 
 from sdtp_lib.__main__ import main
 
-pytest.importorskip("sdtp_lib.training.command")
-
 
 @pytest.mark.slow
 def test_train_compare_and_generate_with_a_model_and_a_file_of_ones_own(
