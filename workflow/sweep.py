@@ -2,7 +2,7 @@
 
 A parameter set (workflow/params/*.yaml) names a run, values for all notebooks (`common`), values for one (`notebooks`)
 and axes (`sweep`). An axis counts for a notebook that has such a parameter and whose own values do not fix it, and for
-every notebook that builds on one: ``02_training: {preset: keep09}`` trains once under a sweep over presets.
+every notebook that builds on one: ``02_training: {layers: [4, 10]}`` trains once under a sweep over layers.
 ``"{02_training}/pruners"`` is a path in the folder of the job built on.
 
 Every job has a fingerprint of what its results follow from: the notebook's code, its parameters, the parts of the
