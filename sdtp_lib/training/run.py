@@ -239,8 +239,8 @@ def _labelled(
     left = seconds * tokens / sum(len(sample["prompt_ids"]) for sample in first)
     # A label is a forward and two backwards, a pruned prefill of the measure less than a forward.
     measuring = MEASURED_RUNS * measured / share.count * seconds / len(first) * 0.15
-    say(f"first {len(first)} labels: {seconds:.0f} s; about {left / 60:.0f} minutes for the others, and very roughly "
-        f"{measuring / 60:.0f} for measuring on {measured} held-out prompts", flush=True)  # fmt: skip
+    then = f", and very roughly {measuring / 60:.0f} for measuring on {measured} held-out prompts" if measured else ""
+    say(f"first {len(first)} labels: {seconds:.0f} s; about {left / 60:.0f} minutes for the others{then}", flush=True)
     compute_saliency(model, train, layers, progress=progress and share.is_first,
                      share=(share.index, share.count), **about)  # fmt: skip
     share.wait()
