@@ -192,8 +192,7 @@ _KILLED_RUN = """
     torch.set_num_threads(1)
     from transformers import LlamaConfig, LlamaForCausalLM
     from sdtp_lib import scorers
-    from sdtp_lib.architectures.caches import cache_argument, cache_in
-from sdtp_lib.config import PruningConfig
+    from sdtp_lib.config import PruningConfig
     from sdtp_lib.evaluation.answers import FULL, Variant, run_items
     from sdtp_lib.evaluation.items import Item
     from sdtp_lib.records import RowWriter, read_rows

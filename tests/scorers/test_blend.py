@@ -99,7 +99,8 @@ def test_what_training_reads_in_one_forward_is_what_a_prefill_shows(tiny_model, 
 def test_reading_it_projects_no_key_twice(tiny_model):
     model, calls = tiny_model(), []
     handles = [layer.self_attn.k_proj.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers]
-    with torch.no_grad(), token_pruning(model, CONFIG, _Reads(4)):
+    # Without `verify`, which runs the layers itself where this release has not swept this transformers.
+    with torch.no_grad(), token_pruning(model, CONFIG, _Reads(4), verify="never"):
         model(input_ids=torch.arange(3, 63)[None])
     for handle in handles:
         handle.remove()
