@@ -174,7 +174,7 @@ def find_keep_ratio(
     speedup: float | None = None,
     final_tokens: int | None = None,
     mean_tokens: float | None = None,
-    pruner_width: int | None = None,
+    pruner_width: int | None = 0,
 ) -> float:
     """The largest keep ratio, one for all stages, that reaches one target.
 
