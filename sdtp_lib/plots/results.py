@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sdtp_lib.plots.style import PALETTE, axes_or_new, lines_by, need_columns, series_look
+from sdtp_lib.plots.style import PALETTE, axes_or_new, legend_beside, lines_by, need_columns, series_look, short
 
 
 def quality_over_flops(
@@ -49,8 +49,7 @@ def quality_over_flops(
     ax.set_ylabel(
         y_label or ("KL to the unpruned model [nats/token]\n(lower is better)" if kl else y.replace("_", " "))
     )
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend()
+    legend_beside(ax)
     return ax
 
 
@@ -105,7 +104,7 @@ def pareto(
     ax.set_xlabel(_axis_name(x, x_is_cost))
     ax.set_ylabel(_axis_name(y, y_is_cost))
     if legend:
-        ax.legend()
+        legend_beside(ax)
     return ax
 
 
@@ -144,10 +143,12 @@ def score_by_group(
     score: str = "score",
     hue: str = "scorer",
     y_label: str = "score (higher is better)",
+    log: bool = False,
 ) -> Axes:
-    """Bars of ``score`` for each ``group`` (a task, a category), one colour a ``hue``, values written on top.
+    """Bars of ``score`` for each ``group`` (a task, a category), one colour per ``hue``, values written on top.
 
-    Rows of one bar are averaged; ``<score>_low`` and ``<score>_high`` give error bars.
+    Rows of one bar are averaged; ``<score>_low`` and ``<score>_high`` give error bars. On a ``log`` axis, which has no
+    zero for a bar to stand on, points are drawn instead.
     """
     ax = axes_or_new(ax)
     need_columns(frame, group, score, what="score_by_group")
@@ -160,18 +161,30 @@ def score_by_group(
         means = part.groupby(group).mean(numeric_only=True).reindex(groups)
         at = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         label = None if name is None else str(name)
-        hatch = "//" if "linestyle" in look[name] else None  # dashed where lines are drawn
-        bars = ax.bar(at, means[score], width * 0.92, label=label, color=look[name]["color"], hatch=hatch, zorder=2)
+        bars = None
+        if log:
+            # Open where lines would be dashed: a second series of the same colour.
+            open_face = {"markerfacecolor": "white"} if "linestyle" in look[name] else {}
+            points = {"color": look[name]["color"], "marker": look[name]["marker"], "linestyle": "none", "zorder": 4}
+            ax.plot(at, means[score], label=label, **points, **open_face)
+        else:
+            hatch = "//" if "linestyle" in look[name] else None
+            bars = ax.bar(at, means[score], width * 0.92, label=label, color=look[name]["color"], hatch=hatch, zorder=2)
         if {f"{score}_low", f"{score}_high"} <= set(means.columns):
             reach = np.clip([means[score] - means[f"{score}_low"], means[f"{score}_high"] - means[score]], 0, None)
-            ax.errorbar(at, means[score], yerr=reach, fmt="none", color="#222222", capsize=2, linewidth=1, zorder=3)
-        elif len(groups) * len(series) <= 24:
-            ax.bar_label(bars, fmt="%.3g", fontsize=8, padding=2, rotation=90 if len(series) > 2 else 0)
+            ax.errorbar(at, means[score], yerr=reach, fmt="none", color="#666666", capsize=2, linewidth=1, zorder=3)
+        elif bars is not None and len(groups) * len(series) <= 24:
+            ax.bar_label(bars, fmt=short, fontsize=8, padding=2, rotation=90 if len(series) > 2 else 0)
+    if log:
+        ax.set_yscale("log")
+        for edge in np.arange(len(groups) - 1) + 0.5:
+            ax.axvline(edge, color="#DDDDDD", linewidth=1, zorder=1)
+    ax.set_xlim(-0.5, len(groups) - 0.5)
     ax.set_xticks(range(len(groups)), [str(name).replace("_", "\n") for name in groups])
     ax.set_ylabel(y_label)
     ax.grid(False, axis="x")
     if series != [None]:
-        ax.legend(ncols=min(len(series), 4), loc="lower left", bbox_to_anchor=(0, 1.0))
+        legend_beside(ax)
     return ax
 
 
@@ -256,7 +269,7 @@ def loss_curves(
     ax.set_xlabel("training step")
     ax.set_ylabel("loss")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend()
+    legend_beside(ax)
     return ax
 
 
@@ -293,6 +306,5 @@ def recall_by_layer(
     ax.set_xlabel("pruned layer")
     ax.set_ylabel(label or ("rank correlation with the label" if correlation else "recall of the label's top tokens"))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend()
+    legend_beside(ax)
     return ax
