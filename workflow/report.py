@@ -121,7 +121,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", default="embedded", help="a folder of data/results")
     options = parser.parse_args(arguments)
-    run = project_root() / "data" / "results" / options.run
+    results = project_root() / "data" / "results"
+    run = results / options.run
+    there = sorted({path.relative_to(results).parts[0] for path in results.glob("*/**/*.jsonl")})
+    if options.run not in there:
+        known = f"there are {', '.join(there)} (make report RUN=...)" if there else "run `make study` first"
+        print(f"REFUSED  there are no rows under data/results/{options.run}: {known}.", file=sys.stderr)
+        return 2
     try:
         text = page(run)
     except FileNotFoundError as error:
