@@ -91,7 +91,7 @@ sweep: $(READY) ## every causal LM of transformers against the truth; writes doc
 
 .PHONY: docs
 docs: $(READY) ## render the executed study into docs/: pages that open from a file (RUN=folder)
-	$(BIN)/python workflow/docs.py $(if $(RUN),"$(RUN)")
+	$(BIN)/python workflow/render_docs.py $(if $(RUN),"$(RUN)")
 
 .PHONY: figures
 figures: $(READY) ## refresh the pictures that README shows, from result rows

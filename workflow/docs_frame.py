@@ -1,5 +1,5 @@
-"""The frame of docs/'s pages: navigation, one style sheet for light and dark, footer; Markdown and executed notebooks as
-HTML through nbconvert. Knows neither rows nor models; what it writes loads nothing from another host.
+"""The frame of docs/'s pages: navigation, one style sheet for light and dark, footer; Markdown and executed notebooks
+as HTML through nbconvert. Knows neither rows nor models; what it writes loads nothing from another host.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _without_widgets(output: nbformat.NotebookNode) -> nbformat.NotebookNode | N
 
 
 def link_pages(body: str) -> str:
-    """Links to notebooks and documents lead to their pages; links to other files of the repository become their names."""
+    """Links to notebooks and documents lead to their pages; links to other files of the repository become names."""
 
     def page(match: re.Match[str]) -> str:
         target, text = match["target"], match["text"]

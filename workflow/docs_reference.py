@@ -19,8 +19,8 @@ def markdown() -> str:
     """One heading per public name, its signature, its docstring; modules last."""
     names = [name for name in sdtp_lib.__all__ if not name.startswith("__")]
     modules = [name for name in names if inspect.ismodule(getattr(sdtp_lib, name))]
-    parts = ["# Reference", "", "What `from sdtp_lib import ...` offers. Shapes are in the letters B (batch), T (prompt "
-             "tokens), K (kept tokens), D (hidden size), L (layers), S (stages).", ""]  # fmt: skip
+    letters = "B (batch), T (prompt tokens), K (kept tokens), D (hidden size), L (layers), S (stages)"
+    parts = ["# Reference", "", f"What `from sdtp_lib import ...` offers. Shapes are in the letters {letters}.", ""]
     for name in names:
         if name not in modules:
             parts += entry(name, getattr(sdtp_lib, name), "##")
@@ -44,15 +44,16 @@ def public(module: ModuleType) -> list[tuple[str, Any]]:
 def entry(name: str, value: Any, level: str) -> list[str]:
     """Heading, signature and docstring of one name; of a class also its public methods."""
     own = value.__name__ if hasattr(value, "__name__") else name
-    parts = [f"{level} {name}", "", "```python", f"{own}{signature(value)}", "```", "", body(inspect.getdoc(value) or ""), ""]
+    call = ["```python", f"{own}{signature(value)}", "```"]
+    parts = [f"{level} {name}", "", *call, "", body(inspect.getdoc(value) or ""), ""]
     if inspect.isclass(value):
         for inner, method in vars(value).items():
             method = getattr(method, "__func__", method)
             if inspect.isfunction(method) and not inner.startswith("_"):
                 first = (inspect.getdoc(method) or "").partition("\n\n")[0].replace("\n", " ")
-                parts += [f"- `{inner}{signature(method)}`: {first}"]
+                parts += [f"- `{inner}{signature(method)}`: {body(first)}"]
             elif isinstance(method, property) and not inner.startswith("_"):
-                parts += [f"- `{inner}`: {(inspect.getdoc(method) or '').partition(chr(10) * 2)[0]}"]
+                parts += [f"- `{inner}`: {body((inspect.getdoc(method) or '').partition(chr(10) * 2)[0])}"]
         parts += [""]
     return parts
 
@@ -68,7 +69,8 @@ def signature(value: Any) -> str:
         for name, parameter in found.parameters.items()
         if name != "self"
     ]
-    return str(found.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+    text = str(found.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+    return re.sub(r"<(?:function|class)? ?'?([\w.]+)'?(?: at 0x[0-9a-f]+)?>", r"\1", text)  # no address in a page
 
 
 def body(text: str) -> str:

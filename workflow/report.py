@@ -82,7 +82,8 @@ def notebook_pages(run: Path, stamps: Sequence[Mapping[str, Any]]) -> None:
         executed = project_root() / stamp["executed"]
         target = executed.with_suffix(".html")
         if executed.is_file() and not (target.is_file() and target.stat().st_mtime > executed.stat().st_mtime):
-            frame = Frame([("../report.html", "Report")] if target.parent.parent == run else [], f"commit {stamp['commit']}")
+            back = [("../report.html", "Report")] if target.parent.parent == run else []
+            frame = Frame(back, f"commit {stamp['commit']}")
             with atomic_write(target) as temporary:
                 page = frame.page(target.name, stamp["notebook"], notebook_html(executed))
                 Path(temporary).write_text(page, encoding="utf-8")

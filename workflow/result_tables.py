@@ -54,7 +54,7 @@ class Table:
         return f"<h3>{title}</h3>{''.join(map(self._table, self._parts()))}<p class=note>{note}</p>"
 
     def _parts(self) -> list[list[int]]:
-        """The columns of each table that is shown: a wide one is cut, and its first columns, which name the rows, repeated."""
+        """The columns of each table that is shown: a wide one is cut, the columns that name its rows repeated."""
         columns = list(range(len(self.header)))
         if len(columns) <= WIDEST:
             return [columns]
@@ -226,7 +226,8 @@ def answers_tables(results: Path) -> list[Table]:
         found = answers_table(pandas.DataFrame(rows), against="full")
         body = tuple(tuple(number(v) if isinstance(v, float) else str(v) for v in line) for line in
                      found.itertuples(index=False))  # fmt: skip
-        note = "Scores x 100; differences to the unpruned model paired by item, 95 % bootstrap interval. " + origin(rows)
+        note = "Scores x 100; differences to the unpruned model paired by item, 95 % bootstrap interval. "
+        note += origin(rows)
         tables.append(Table(path.stem, f"{path.stem}: answers", tuple(found.columns), body, note))
     return tables
 

@@ -112,7 +112,7 @@ def run(
         started = time.monotonic()
         with log.open("w", encoding="utf-8") as file:
             out, err = (Tee(stream, file) if shown else Tee(file) for stream in (sys.stdout, sys.stderr))
-            _execute(notebook, parameters, executed, out, err)
+            _execute(notebook, parameters, executed, out, err, shown)
         if done is not None and not done.exists():
             raise FileNotFoundError(f"{notebook.stem} ended without writing {done.name}, its summary.")
         if stamp is not None:
@@ -129,7 +129,9 @@ def run(
             )
 
 
-def _execute(notebook: Path, parameters: dict[str, Any], executed: Path, out: Tee, err: Tee) -> None:
+def _execute(
+    notebook: Path, parameters: dict[str, Any], executed: Path, out: Tee, err: Tee, shown: bool
+) -> None:
     # Figures belong into the executed copy: a non-interactive backend forced from outside would leave them out.
     os.environ.pop("MPLBACKEND", None)
     # The kernel of this environment, whatever else a user's Jupyter knows under the same name.
@@ -146,7 +148,7 @@ def _execute(notebook: Path, parameters: dict[str, Any], executed: Path, out: Te
         # A notebook names the kernel that it was last saved with, on whatever machine; this one has its own.
         kernel_name="python3",
         language="python",
-        progress_bar={"desc": notebook.stem, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} [{elapsed}]\n"},
+        progress_bar=shown and {"desc": notebook.stem, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} [{elapsed}]\n"},
         # What a kernel says about itself (its transport, its shutdown) is not what the notebook says.
         extra_arguments=["--IPKernelApp.log_level=50"],
         stdout_file=out,

@@ -1,6 +1,6 @@
-"""`make docs`: the executed study as pages that open from a file, in docs/ (committed; GitHub Pages serves it as it is).
+"""`make docs`: the executed study as pages that open from a file, in docs/ (committed; GitHub Pages serves it).
 
-    python workflow/docs.py embedded              # from data/results/embedded
+    python workflow/render_docs.py embedded              # from data/results/embedded
 
 Five notebooks with their outputs, an index that tells the story in one screen, the guides of docs/*.md, a leaderboard
 from result rows, and the reference of the public face from docstrings. Nothing is computed again, no page asks another
@@ -83,7 +83,7 @@ def build(run: Path, docs: Path) -> list[Path]:
 def _executed(run: Path, name: str) -> Path:
     found = sorted(run.glob(f"executed/{name}*.ipynb"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(f"data/results/{run.name} has no executed {name}: run `make study RUN={run.name}` first.")
+        raise FileNotFoundError(f"data/results/{run.name} has no executed {name}: run `make study` first.")
     return found[-1]
 
 
@@ -98,17 +98,18 @@ def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[
     lines = [
         "# A language model need not read all of its prompt in every layer",
         "",
-        "While a causal language model reads its prompt (*prefill*), later layers need fewer and fewer of the tokens. SDTP "
-        "([Tao et al.](https://arxiv.org/abs/2504.04514)) scores the tokens before some layers and drops the least "
-        "important ones: what follows computes on a shorter sequence and keeps a shorter KV cache. This library does it for "
-        "causal models of `transformers` in one `with`; the five notebooks measure what that saves and costs.",
+        "While a causal language model reads its prompt (*prefill*), later layers need fewer and fewer of the tokens. "
+        "SDTP ([Tao et al.](https://arxiv.org/abs/2504.04514)) scores the tokens before some layers and drops the "
+        "least important ones: what follows computes on a shorter sequence and keeps a shorter KV cache. This library "
+        "does it for causal models of `transformers` in one `with`; five notebooks measure what that saves and costs.",
         "",
         f"- **How much faster:** {faster(rows)}",
         f"- **What it costs:** {cost(rows)}",
-        f"- **On which model:** {origin_line(rows[0]) if rows else 'not measured yet'}. Larger models: `make study PARAMS=gpu-qwen2-7b`.",
-        "- **Try it:** `make study` runs everything on a small real model, `make app` opens the explorer" + explorer + ".",
+        f"- **On which model:** {origin_line(rows[0]) if rows else 'not measured yet'}. "
+        "Larger ones: `make study PARAMS=gpu-qwen2-7b`.",
+        f"- **Try it:** `make study` runs everything on a small real model, `make app` opens the explorer{explorer}.",
         "",
-        "![A prompt whose tokens are coloured by the layer before which they were dropped](pictures/dropped-tokens.png)",
+        "![A prompt, each token on the colour of the layer before which it was dropped](pictures/dropped-tokens.png)",
         "",
         "## Use it",
         "",
@@ -127,7 +128,8 @@ def faster(rows: list[dict[str, Any]]) -> str:
     """Each preset's prefill speed-up at the longest prompt that was timed, beside its limit."""
     from sdtp_lib.latency.report import summary
 
-    lines = [line for line in summary(row for row in rows if row.get("kind") == "latency") if line.get("prefill_speedup")]
+    lines = summary(row for row in rows if row.get("kind") == "latency")
+    lines = [line for line in lines if line.get("prefill_speedup")]
     if not lines:
         return "not measured yet."
     longest = max(line["prompt_tokens"] for line in lines)
@@ -156,8 +158,8 @@ def cost(rows: list[dict[str, Any]]) -> str:
         said.append(f"{str(cell).replace('_', ' ')} {own.kl_nats:.3f} ({other.scorer} {other.kl_nats:.3f})")
     first = lines.iloc[0]
     return (
-        f"KL to the unpruned model's next-token distributions in nats per token, {first.scorer} at {first.setting} (and the "
-        f"best simple score): {'; '.join(said)}."
+        f"KL to the unpruned model's next-token distributions in nats per token, {first.scorer} at {first.setting} "
+        f"(and the best simple score): {'; '.join(said)}."
     )
 
 
@@ -170,8 +172,8 @@ def leaderboard(rows: list[dict[str, Any]], results: Path) -> str:
     shown = {table.name for table in tables} | {"support"}
     tables += [Table.from_dict(values) for name, values in kept.items() if name not in shown]
     intro = (
-        "<h1>Leaderboard</h1><p>Every table is a view of result rows; where they come from stands under it. Baselines are "
-        "shown also where they are better. Read the item counts.</p>"
+        "<h1>Leaderboard</h1><p>Every table is a view of result rows; where they come from stands under it. Baselines "
+        "are shown also where they are better. Read the item counts.</p>"
     )
     return intro + "".join(table.html() for table in tables)
 
