@@ -17,19 +17,20 @@ STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent);
   --soft: color-mix(in srgb, currentColor 6%, transparent); --link: light-dark(#0b5cad, #7db8f0); }
 * { box-sizing: border-box; }
-body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 0 1rem 3rem; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem .9rem; padding: .8rem 0; border-bottom: 1px solid var(--line); }
 nav a { text-decoration: none; } nav a[aria-current] { font-weight: 700; color: inherit; }
-a { color: var(--link); } h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top: 2rem; }
+p, li { max-width: 60rem; } a { color: var(--link); } h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top: 2rem; }
 img, svg { max-width: 100%; height: auto; } img { background: white; border-radius: 6px; padding: 4px; }
 .wide, .jp-RenderedHTML, .jp-OutputArea-output { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; border: 0; margin: .6rem 0; }
 th, td { padding: .25rem .6rem; border: 0; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; } .note, footer { opacity: .75; font-size: .9em; }
-pre { overflow-x: auto; background: var(--soft); padding: .6rem .8rem; border-radius: 6px; font-size: .85em; }
+pre { overflow-x: auto; background: var(--soft); padding: .6rem .8rem; border-radius: 6px; font-size: .85em;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-size: .92em; } p code, li code { background: var(--soft); padding: 0 .25em; border-radius: 3px; }
 pre code { font-size: 1em; background: none; padding: 0; }
-.highlight pre { margin: .4rem 0; } .jp-InputPrompt, .jp-OutputPrompt, .jp-Collapser, .anchor-link { display: none; }
+.highlight pre { margin: .4rem 0; } .prompt, .jp-InputPrompt, .jp-OutputPrompt, .jp-Collapser, .anchor-link { display: none; }
 footer { border-top: 1px solid var(--line); margin-top: 3rem; padding-top: .6rem; }
 """
 

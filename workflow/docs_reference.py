@@ -47,6 +47,7 @@ def entry(name: str, value: Any, level: str) -> list[str]:
     call = ["```python", f"{own}{signature(value)}", "```"]
     parts = [f"{level} {name}", "", *call, "", body(inspect.getdoc(value) or ""), ""]
     if inspect.isclass(value):
+        offered = len(parts)
         for inner, method in vars(value).items():
             method = getattr(method, "__func__", method)
             if inspect.isfunction(method) and not inner.startswith("_"):
@@ -54,6 +55,8 @@ def entry(name: str, value: Any, level: str) -> list[str]:
                 parts += [f"- `{inner}{signature(method)}`: {body(first)}"]
             elif isinstance(method, property) and not inner.startswith("_"):
                 parts += [f"- `{inner}`: {body((inspect.getdoc(method) or '').partition(chr(10) * 2)[0])}"]
+        if parts[offered:]:
+            parts.insert(offered, "\n**Methods and properties**\n")
         parts += [""]
     return parts
 

@@ -96,7 +96,7 @@ def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[
     """The story in one screen: what, how much faster, what it costs, on which model, how to use it."""
     explorer = " · [move the sliders](explorer.html)" if "explorer.html" in pages else ""
     lines = [
-        "# A language model need not read all of its prompt in every layer",
+        "# Reading a prompt with fewer and fewer tokens",
         "",
         "While a causal language model reads its prompt (*prefill*), later layers need fewer and fewer of the tokens. "
         "SDTP ([Tao et al.](https://arxiv.org/abs/2504.04514)) scores the tokens before some layers and drops the "
@@ -109,15 +109,11 @@ def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[
         "Larger ones: `make study PARAMS=gpu-qwen2-7b`.",
         f"- **Try it:** `make study` runs everything on a small real model, `make app` opens the explorer{explorer}.",
         "",
-        "![A prompt, each token on the colour of the layer before which it was dropped](pictures/dropped-tokens.png)",
-        "",
-        "## Use it",
-        "",
         USE,
         "",
-        "## The notebooks",
-        "",
         *(f"- [{title}]({name}.html)" for name, title in titles.items()),
+        "",
+        "![A prompt, each token on the colour of the layer before which it was dropped](pictures/dropped-tokens.png)",
         "",
         "![Prefill speed-up over prompt length, measured and the limit](pictures/speedup.png)",
     ]
