@@ -20,7 +20,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem .9rem; padding: .8rem 0; border-bottom: 1px solid var(--line); }
 nav a { text-decoration: none; } nav a[aria-current] { font-weight: 700; color: inherit; }
-p, li { max-width: 60rem; } a { color: var(--link); } h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top: 2rem; }
+p, li { max-width: 60rem; } a { color: var(--link); }
+h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top: 2rem; }
 img, svg { max-width: 100%; height: auto; } img { background: white; border-radius: 6px; padding: 4px; }
 .wide, .jp-RenderedHTML, .jp-OutputArea-output { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; border: 0; margin: .6rem 0; }
@@ -30,7 +31,7 @@ pre { overflow-x: auto; background: var(--soft); padding: .6rem .8rem; border-ra
   white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-size: .92em; } p code, li code { background: var(--soft); padding: 0 .25em; border-radius: 3px; }
 pre code { font-size: 1em; background: none; padding: 0; }
-.highlight pre { margin: .4rem 0; } .prompt, .jp-InputPrompt, .jp-OutputPrompt, .jp-Collapser, .anchor-link { display: none; }
+.highlight pre { margin: .4rem 0; } .prompt, .jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none; }
 footer { border-top: 1px solid var(--line); margin-top: 3rem; padding-top: .6rem; }
 """
 

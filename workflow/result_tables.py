@@ -216,7 +216,7 @@ def answers_tables(results: Path) -> list[Table]:
     """Tables of what the benchmarks left: every file of answers under ``results``, scores and paired differences."""
     import pandas
 
-    from sdtp_lib.evaluation.tables import answers_table
+    from sdtp_lib.evaluation.answer_tables import answers_table
 
     tables = []
     for path in sorted(results.glob("*/*.jsonl")):
