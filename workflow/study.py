@@ -22,6 +22,7 @@ from run_notebook import failure_path
 from sdtp_lib.records import project_root
 
 HERE = Path(__file__).resolve().parent
+BANNER = ("Using workflow specific profile", "Assuming unrestricted shared filesystem")
 
 
 def command(params: Path, run: str | None, profile: str, extra: list[str]) -> list[str]:
@@ -130,13 +131,22 @@ def main(arguments: list[str] | None = None) -> int:
         for left in [*state.glob("locks/*"), *state.glob("incomplete/*")]:
             left.unlink()
         # The lock goes on to snakemake: it is held as long as either of the two lives.
-        code = subprocess.run(run, check=False, pass_fds=(lock.fileno(),)).returncode
+        code = run_quietly(run, lock.fileno())
         if code == 0:
             print(f"done; results in {results}, executed notebooks in its folder(s) executed/")
         elif not any(failure_path(Path(job.log)).exists() for job in todo):
             logs = sorted(state.glob("log/*.log"), key=lambda path: path.stat().st_mtime)
             print(f"snakemake itself stopped; its words: {logs[-1] if logs else 'none'}", file=sys.stderr)
         return code
+
+
+def run_quietly(run: list[str], lock: int) -> int:
+    """Run snakemake without the lines that it prints before it reads how quiet it is to be."""
+    with subprocess.Popen(run, pass_fds=(lock,), stderr=subprocess.PIPE, text=True) as running:
+        for line in running.stderr:
+            if not line.startswith(BANNER):
+                print(line, end="", file=sys.stderr, flush=True)
+    return running.returncode
 
 
 def dry_run(jobs: list[sweep.Job], todo: list[sweep.Job], run: list[str]) -> int:

@@ -257,7 +257,9 @@ def save(fig: Figure, path: str | Path, passport: Mapping[str, Any] | None = Non
 
 
 def _name_origin(fig: Figure, passport: Mapping[str, Any]) -> None:
-    """Write `provenance.origin_line` under the figure, once; below its lower edge, where no layout puts anything."""
+    """Write `provenance.origin_line` under the figure, once; below all that is drawn, legends outside of it too."""
     if passport.get("model") and not [text for text in fig.texts if text.get_gid() == "origin"]:
+        fig.draw_without_rendering()
+        below = min(0.0, fig.get_tightbbox().y0) - 0.08  # inches
         words = provenance.origin_line(passport)
-        fig.text(0.01, -0.06 / fig.get_figheight(), words, va="top", fontsize=8.5, color="#555555", gid="origin")
+        fig.text(0.01, below / fig.get_figheight(), words, va="top", fontsize=8.5, color="#555555", gid="origin")

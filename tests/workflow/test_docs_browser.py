@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from notebook_parameters import load_notebook, source_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make test-ui")
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(280)]
@@ -13,6 +15,12 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(280)]
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.html"))
 SHOTS = ROOT / "data" / "results" / "browser" / "docs"
+
+
+def named_pictures(notebook: Path) -> list[str]:
+    """The pictures that a notebook saves in every run."""
+    text = "\n".join(source_of(cell) for cell in load_notebook(notebook)["cells"])
+    return [name for name in re.findall(r"\d\d_\w+(?=\.png)", text) if name != "05_real_longbench"]
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +52,16 @@ def test_every_page_opens_from_a_file_and_asks_nobody_else(chromium, scheme, wid
             wrong.append(f"{path.name} has a picture that is not there")
     context.close()
     assert wrong == []
+
+
+@pytest.mark.skipif(not PAGES, reason="docs/ is not rendered yet: make docs")
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("0*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebooks_page_shows_every_picture_that_it_names(chromium, notebook):
+    """Notebook 03's main picture was a line of text, <Figure size ...>, and nothing failed."""
+    page = chromium.new_page()
+    page.goto((ROOT / "docs" / f"{notebook.stem}.html").as_uri())
+    shown = page.evaluate("[...document.images].filter(image => image.naturalWidth > 300).length")
+    text = page.inner_text("main")
+    page.close()
+    assert shown >= len(named_pictures(notebook)) > 0
+    assert "<Figure size" not in text and "{'loss'" not in text and "NaN" not in text and "e+0" not in text

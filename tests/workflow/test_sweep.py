@@ -555,6 +555,7 @@ def test_a_study_runs_once_and_then_only_what_is_stale(stand_in_project):
     lines = [line for line in first.stdout.splitlines() if " ... " in line]
     assert [line.rpartition(" ... ")[0] for line in lines] == ["01_saliency  defaults", "04_latency  repeats=2"]
     said = first.stdout + first.stderr
+    assert not first.stderr, "no banner"
     assert "SNAKEMAKE" not in said and "Building DAG" not in said and "04_latency row 2" not in said
     (log,) = (project / "data/results/r/executed").glob("04_latency-*.log")
     assert "04_latency row 2" in log.read_text()
