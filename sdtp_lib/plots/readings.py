@@ -76,14 +76,14 @@ def loss_fell(history: pd.DataFrame) -> str:
 
 
 def kept_overlap(fates: Mapping[str, TokenFates]) -> str:
-    """Of the tokens that the first scorer keeps to the end, how many each other keeps, beside chance."""
+    """Of the tokens that the first scorer keeps to the end, how many each other keeps; ``random`` is chance."""
     (first, reference), *others = fates.items()
     kept = reference.dropped_at == reference.num_layers
     shares = {name: (kept & (one.dropped_at == one.num_layers)).sum() / kept.sum() for name, one in others}
     said = _list([f"{name} {_percent(share)}" for name, share in shares.items()])
     return (
-        f"{kept.sum():,} of {len(kept):,} tokens reach the last layer with {first}; of these {said} are kept too. "
-        f"A set of that size drawn by chance would share {_percent(kept.mean())}."
+        f"{kept.sum():,} of {len(kept):,} tokens reach the last layer with {first}; of these {said} are kept too, the "
+        "protected first and last tokens, which every scorer keeps, among them."
     )
 
 
