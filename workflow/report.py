@@ -121,23 +121,37 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]]) -> str | None:
     from sdtp_lib.evaluation.tables import scorer_summary
 
     lines = scorer_summary(pandas.DataFrame(rows))
-    cells = list(dict.fromkeys(lines.cell))
     with plots.use_style():
-        columns = min(2, len(cells))
-        lines_of_axes = -(-len(cells) // columns)
-        figure, axes = plt.subplots(
-            lines_of_axes, columns, figsize=(6.5 * columns, 4.5 * lines_of_axes), squeeze=False, layout="constrained"
-        )
-        for ax in axes.flat[len(cells) :]:
-            ax.remove()
-        for ax, cell in zip(axes.flat, cells, strict=False):
-            part = lines[(lines.cell == cell) & (lines.kl_nats > 0)]
-            plots.pareto(part, ax, x="prefill_flops_share", y="kl_nats", hue="scorer", text="setting")
-            ax.set_title(str(cell))
+        if lines.setting.nunique() == 1:  # one budget: nothing varies along the axis of costs
+            figure, ax = plt.subplots(figsize=(13, 5), layout="constrained")
+            plots.score_by_group(lines, ax, group="cell", score="kl_nats", y_label="KL [nats/token]", log=True)
+            ax.set_title(f"{lines.setting.iloc[0]}: KL to the unpruned model (lower is better)")
+        else:
+            figure = _pareto_by_cell(lines)
         written = io.StringIO()
         figure.savefig(written, format="svg", bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
     return written.getvalue()[written.getvalue().index("<svg") :]
+
+
+def _pareto_by_cell(lines: Any) -> Any:
+    """KL against FLOPs, one axes per test set, with one legend for all."""
+    import matplotlib.pyplot as plt
+
+    from sdtp_lib import plots
+
+    cells = list(dict.fromkeys(lines.cell))
+    columns = min(2, len(cells))
+    rows = -(-len(cells) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6.5 * columns, 4.5 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(cells) :]:
+        ax.remove()
+    for ax, cell in zip(axes.flat, cells, strict=False):
+        part = lines[(lines.cell == cell) & (lines.kl_nats > 0)]
+        plots.pareto(part, ax, x="prefill_flops_share", y="kl_nats", hue="scorer", text="setting", legend=False)
+        ax.set_title(str(cell).replace("_", " "))
+    plots.one_legend(axes.flat[: len(cells)])
+    return figure
 
 
 def provenance(rows: Sequence[Mapping[str, Any]]) -> str:
