@@ -67,17 +67,19 @@ def code_colours() -> str:
     return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n{plain}"
 
 
-def markdown_html(text: str) -> str:
+def markdown_html(text: str, *, explorer: bool = False) -> str:
     """GitHub's Markdown as HTML; links between documents lead to their pages."""
     from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
-    return link_pages(markdown2html_mistune(text)).replace("<table>", "<div class=wide><table>").replace(
-        "</table>", "</table></div>"
-    )
+    body = link_pages(markdown2html_mistune(text), explorer=explorer)
+    return body.replace("<table>", "<div class=wide><table>").replace("</table>", "</table></div>")
 
 
-def notebook_html(path: Path) -> str:
-    """An executed notebook with its outputs, without progress bars and the widgets, which need a kernel."""
+def notebook_html(path: Path, *, explorer: bool = False) -> str:
+    """An executed notebook with its outputs, without progress bars and the widgets, which need a kernel.
+
+    ``explorer``: whether there is an explorer.html beside the page, to which its links may lead.
+    """
     from nbconvert import HTMLExporter
 
     notebook = copy.deepcopy(nbformat.read(path, as_version=4))
@@ -91,7 +93,7 @@ def notebook_html(path: Path) -> str:
         kept.append(cell)
     notebook.cells = kept
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
-    return link_pages(body)
+    return link_pages(body, explorer=explorer)
 
 
 def _without_widgets(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
@@ -102,7 +104,7 @@ def _without_widgets(output: nbformat.NotebookNode) -> nbformat.NotebookNode | N
     return output
 
 
-def link_pages(body: str) -> str:
+def link_pages(body: str, *, explorer: bool = False) -> str:
     """Links to notebooks and documents lead to their pages; links to other files of the repository become names."""
 
     def page(match: re.Match[str]) -> str:
@@ -111,7 +113,7 @@ def link_pages(body: str) -> str:
         if re.match(r"[a-z]+:", target) or not file:
             return match[0]
         if file.endswith("explore.ipynb"):
-            return f'<a href="explorer.html">{text}</a>' if (DOCS / "explorer.html").is_file() else text
+            return f'<a href="explorer.html">{text}</a>' if explorer else text
         name = re.sub(r"\.(ipynb|md)$", ".html", file.rpartition("/")[2])
         outside = file.startswith("../") and not file.startswith("../notebooks/")
         if outside or not name.endswith((".html", ".png")):
@@ -119,6 +121,3 @@ def link_pages(body: str) -> str:
         return f'<a href="{name}{hash_sign}{anchor}">{text}</a>'
 
     return re.sub(r'<a href="(?P<target>[^"]+)"[^>]*>(?P<text>.*?)</a>', page, body, flags=re.S)
-
-
-DOCS = Path(__file__).resolve().parent.parent / "docs"

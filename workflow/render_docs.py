@@ -60,12 +60,12 @@ def build(run: Path, docs: Path) -> list[Path]:
     navigation += [("leaderboard.html", "Leaderboard"), *((f"{name}.html", title) for name, title in guides.items())]
     navigation += [("reference.html", "Reference")]
     made = f"commit {commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
-    frame = Frame(navigation, made)
+    frame, explorer = Frame(navigation, made), (docs / "explorer.html").is_file()
 
     (docs / "pictures").mkdir(parents=True, exist_ok=True)
     for name, source in PICTURES.items():
         shutil.copyfile(run / f"{source}.png", docs / "pictures" / f"{name}.png")
-    pages = {f"{name}.html": (titles[name], notebook_html(path)) for name, path in executed.items()}
+    pages = {f"{name}.html": (titles[name], notebook_html(path, explorer=explorer)) for name, path in executed.items()}
     for name, title in guides.items():
         pages[f"{name}.html"] = title, markdown_html((docs / f"{name}.md").read_text(encoding="utf-8"))
     pages["leaderboard.html"] = "Leaderboard", leaderboard(rows, run.parent)
