@@ -198,9 +198,13 @@ def slope_chart(
     labels: tuple[str, str] = ("unpruned", "pruned"),
     y_label: str = "score",
 ) -> Axes:
-    """One line an ``item`` from its value ``before`` to its value ``after``; falling lines are vermillion."""
+    """One line per ``item`` from its value ``before`` to its value ``after``; falling lines are vermillion.
+
+    Items of the same values are one line with all their names.
+    """
     ax = axes_or_new(ax)
     need_columns(frame, item, before, after, what="slope_chart")
+    frame = frame.dropna(subset=[before, after]).groupby([before, after])[item].agg(", ".join).reset_index()
     frame = frame.sort_values(after)
     span = float(np.ptp(frame[[before, after]].to_numpy(float))) or 1.0
     placed = {0: -np.inf, 1: -np.inf}
@@ -210,12 +214,14 @@ def slope_chart(
         ax.plot([0, 1], [row[before], row[after]], color=color, marker="v" if falls else "o")
         # labels of close values are pushed apart upwards; the line itself stays true
         placed[1] = max(row[after], placed[1] + 0.06 * span)
-        ax.annotate(f"{row[item]}  {row[after]:.3g}", (1.04, placed[1]), va="center", fontsize=9.5, color=color)
+        name = str(row[item]).replace("_", " ")
+        ax.annotate(f"{row[after]:.3g}  {name}", (1.04, placed[1]), va="center", fontsize=9.5, color=color)
     for row in frame.sort_values(before).to_dict("records"):
         placed[0] = max(row[before], placed[0] + 0.06 * span)
         ax.annotate(f"{row[before]:.3g}", (-0.04, placed[0]), va="center", ha="right", fontsize=9.5)
     ax.set_xticks([0, 1], labels)
-    ax.set_xlim(-0.25, 1.7)
+    ax.set_xlim(-0.25, 2.2)
+    ax.set_ylim(top=max(ax.get_ylim()[1], *(height + 0.04 * span for height in placed.values())))
     ax.set_ylabel(y_label)
     ax.grid(False, axis="x")
     return ax

@@ -398,3 +398,11 @@ def test_a_saved_picture_names_model_and_device_once(tmp_path):
 def test_on_a_log_axis_scores_are_points_and_not_bars(ax):
     plots.score_by_group(pd.DataFrame({"group": ["qa", "code"], "score": [0.1, 2.0], "scorer": "SDTP"}), ax, log=True)
     assert not ax.patches and list(ax.lines[0].get_ydata()) == [0.1, 2.0]
+
+
+def test_items_that_fall_together_are_one_line_with_all_their_names(ax):
+    """Names at equal values were pushed above the axes, where nothing is drawn: three of five tasks were missing."""
+    frame = pd.DataFrame({"item": ["a", "b", "c"], "before": [100.0, 100.0, 50.0], "after": [100.0, 100.0, 100.0]})
+    plots.slope_chart(frame, ax)
+    assert [text.get_text() for text in ax.texts[:2]] == ["100  c", "100  a, b"]
+    assert all(text.get_position()[1] < ax.get_ylim()[1] for text in ax.texts)
