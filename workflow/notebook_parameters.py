@@ -274,7 +274,7 @@ def _constant(module: str, name: str) -> tuple[str, ...]:
 def _missing_files(values: Mapping[str, Any], root: Path) -> list[str]:
     """Folders and files that are not there. What another notebook will have written by then is not asked for."""
     faults = []
-    for name in ("model_name", "pruners", "instructions"):
+    for name in ("model_name", "pruners", "instructions", "own_data"):
         given = values.get(name)
         if not isinstance(given, str) or not given or given.startswith(("data/results", "{")):
             continue
