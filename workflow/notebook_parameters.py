@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import io
 import json
 import math
@@ -18,7 +19,10 @@ from typing import Any
 
 import yaml
 
+import sdtp_lib
 from sdtp_lib.config import PRESETS, PruningConfig
+from sdtp_lib.data.tasks import TASKS
+from sdtp_lib.shipped import shipped_pruners
 from sdtp_lib.training.config import TrainingConfig
 
 # Layers of models that can be named without reading a file or asking a hub.
@@ -199,9 +203,7 @@ def check(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = parameters_of(path)
     given = {name: as_written(v, known[name].annotation) if name in known else v for name, v in given.items()}
-    faults = [
-        f"{name} is no parameter of {path.stem}: it has {', '.join(known)}." for name in given if name not in known
-    ]
+    faults = [f"{name} is no parameter of {path.stem}: {_meant(name, known)}" for name in given if name not in known]
     for name, value in given.items():
         if name in known and not matches(value, known[name].annotation):
             faults.append(
@@ -209,10 +211,16 @@ def check(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
             )
     values = {name: given.get(name, parameter.default) for name, parameter in known.items()}
     if not faults:
-        faults = [f"{fault} ({path.stem})" for fault in impossible(values)]
+        wrong = [*impossible(values), *_missing_files(values, path.resolve().parents[1])]
+        faults = [f"{fault} ({path.stem})" for fault in wrong]
     if faults:
         raise ParameterError("\n".join(faults))
     return values
+
+
+def _meant(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}? It has {', '.join(known)}." if near else f"it has {', '.join(known)}."
 
 
 def impossible(values: Mapping[str, Any]) -> list[str]:
@@ -229,9 +237,53 @@ def impossible(values: Mapping[str, Any]) -> list[str]:
     for preset in [presets] if isinstance(presets, str) else presets or []:
         if preset and preset not in PRESETS:
             faults.append(f"preset={preset!r} is unknown: choose one of {', '.join(PRESETS)}.")
+    faults.extend(_unknown_names(values))
     faults.extend(_refused_by_config(values))
     if set(values) >= TRAINING:
         faults.extend(_refused_by_training(values))
+    return faults
+
+
+def _unknown_names(values: Mapping[str, Any]) -> list[str]:
+    """Names out of the library's lists: tasks, labels, inputs of the pruners."""
+    known = {
+        ("task", "tasks"): TASKS,
+        ("label", "labels"): _constant("training/labels.py", "LABELS"),
+        ("loss_on",): _constant("training/labels.py", "LOSS_ON"),
+        ("features",): _constant("scorers/token_pruners.py", "FEATURES"),
+    }
+    faults = []
+    for parameters, names in known.items():
+        for parameter in parameters:
+            given = values.get(parameter) or []
+            for name in [given] if isinstance(given, str) else given:
+                if name not in names:
+                    near = difflib.get_close_matches(str(name), names, n=1)
+                    meant = f"did you mean {near[0]}? " if near else ""
+                    faults.append(f"{parameter}={name!r} is unknown: {meant}Choose among {', '.join(names)}.")
+    return faults
+
+
+def _constant(module: str, name: str) -> tuple[str, ...]:
+    """A literal of a module of the library that would load torch, read from its text."""
+    tree = ast.parse((Path(sdtp_lib.__file__).parent / module).read_text(encoding="utf-8"))
+    wanted = (node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name)
+    return ast.literal_eval(next(wanted).value)
+
+
+def _missing_files(values: Mapping[str, Any], root: Path) -> list[str]:
+    """Folders and files that are not there. What another notebook will have written by then is not asked for."""
+    faults = []
+    for name in ("model_name", "pruners", "instructions", "own_data"):
+        given = values.get(name)
+        if not isinstance(given, str) or not given or given.startswith(("data/results", "{")):
+            continue
+        there = (root / given).exists()
+        # "owner/name" may be on the Hub; pruners come with the package or in a folder, nothing else.
+        a_path = given.startswith((".", "/", "~")) or given.count("/") > 1 or given.endswith((".jsonl", ".gguf"))
+        if not there and (given not in shipped_pruners() if name == "pruners" else a_path):
+            ships = f", and the pruners that ship are {', '.join(shipped_pruners())}" if name == "pruners" else ""
+            faults.append(f"{name}={given!r}: there is no such file or folder under the project's root{ships}.")
     return faults
 
 
@@ -267,6 +319,12 @@ def layers_of(model_name: str) -> int | None:
         fields = json.loads(config.read_text())
         return fields.get("num_hidden_layers", fields.get("n_layer"))
     return KNOWN_LAYERS.get(model_name)
+
+
+def words(parameters: Mapping[str, Any]) -> str:
+    """Parameters as ``name=value`` in one line; what a notebook has by itself is ``defaults``."""
+    said = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in parameters.items()]
+    return " ".join(said) or "defaults"
 
 
 def describe(paths: list[Path]) -> str:

@@ -8,6 +8,7 @@ Opens from a file; loads nothing from anywhere. All of it are views of the run's
 from __future__ import annotations
 
 import argparse
+import base64
 import html
 import io
 import json
@@ -16,16 +17,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from docs_frame import Frame, notebook_html
+from notebook_parameters import words
 from result_tables import latency_table, origin, other_tables, rows_of, scorer_table, stamps_of
 
 from sdtp_lib.records import atomic_write, passport, project_root
 
 STYLE = """
+h1 { line-height: 1.2; } figure { display: inline-block; max-width: 100%; border-radius: 8px; padding: 6px; }
+figure img { max-width: 100%; height: auto; display: block; } a { color: light-dark(#0b5cad, #7db8f0); }
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-td:last-child.values { text-align: left; white-space: normal; min-width: 20rem; }
+table { font-size: .9em; } th, td { padding: .25rem .55rem; border-bottom: 1px solid var(--line); text-align: right; }
+td { white-space: nowrap; } td.values { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 .wide { overflow-x: auto; } .note { opacity: .75; font-size: .9em; } svg { max-width: 100%; height: auto; }
 figure { margin: 1rem 0; background: white; } pre { overflow-x: auto; font-size: .85em; }
@@ -55,21 +60,46 @@ def page(run: Path) -> str:
     ]
     if picture:
         parts += ["<h2>Quality against cost</h2>", f"<figure>{picture}</figure>"]
+    parts += pictures(run)
     parts += ["<h2>Results</h2>", *(table.html() for table in tables), "<h2>Provenance</h2>", provenance(rows)]
     return "\n".join(parts) + "\n"
+
+
+def pictures(run: Path) -> list[str]:
+    """Every picture that the notebooks saved, in their order, inside the page."""
+    parts = []
+    for path in sorted(run.rglob("[0-9][0-9]_*.png")):
+        name = path.relative_to(run).with_suffix("").as_posix()
+        data = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f"<figure><img alt='{html.escape(name, quote=True)}' src='data:image/png;base64,{data}'></figure>")
+        parts.append(f"<p class=note>{html.escape(name)}</p>")
+    return ["<h2>Pictures</h2>", *parts] if parts else []
+
+
+def notebook_pages(run: Path, stamps: Sequence[Mapping[str, Any]]) -> None:
+    """An HTML page beside each executed notebook, so that a link from the report opens in a browser."""
+    for stamp in stamps:
+        executed = project_root() / stamp["executed"]
+        target = executed.with_suffix(".html")
+        if executed.is_file() and not (target.is_file() and target.stat().st_mtime > executed.stat().st_mtime):
+            back = [("../report.html", "Report")] if target.parent.parent == run else []
+            frame = Frame(back, f"commit {stamp['commit']}")
+            with atomic_write(target) as temporary:
+                page = frame.page(target.name, stamp["notebook"], notebook_html(executed))
+                Path(temporary).write_text(page, encoding="utf-8")
 
 
 def runs_table(run: Path, stamps: Sequence[Mapping[str, Any]]) -> str:
     """One line an executed notebook, with a link to its copy, relative to the page."""
     lines = []
     for stamp in stamps:
-        link = (project_root() / stamp["executed"]).relative_to(run).as_posix()
+        link = (project_root() / stamp["executed"]).with_suffix(".html").relative_to(run).as_posix()
         values = {name: value for name, value in stamp["parameters"].items() if name != "run_dir"}
         lines.append(
             f"<tr><td><a href='{html.escape(link, quote=True)}'>{html.escape(stamp['notebook'])}</a></td>"
             f"<td>{html.escape(stamp['folder'].strip('.'))}</td><td>{stamp['seconds']:,.0f}</td>"
             f"<td>{html.escape(stamp['ended_utc'])}</td><td>{html.escape(stamp['commit'])}</td>"
-            f"<td class=values>{html.escape(json.dumps(values, default=str))}</td></tr>"
+            f"<td class=values>{html.escape(words(values))}</td></tr>"
         )
     head = "".join(f"<th>{name}</th>" for name in ("notebook", "cell", "seconds", "ended", "commit", "parameters"))
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
@@ -91,23 +121,37 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]]) -> str | None:
     from sdtp_lib.evaluation.tables import scorer_summary
 
     lines = scorer_summary(pandas.DataFrame(rows))
-    cells = list(dict.fromkeys(lines.cell))
     with plots.use_style():
-        columns = min(2, len(cells))
-        lines_of_axes = -(-len(cells) // columns)
-        figure, axes = plt.subplots(
-            lines_of_axes, columns, figsize=(6.5 * columns, 4.5 * lines_of_axes), squeeze=False, layout="constrained"
-        )
-        for ax in axes.flat[len(cells) :]:
-            ax.remove()
-        for ax, cell in zip(axes.flat, cells, strict=False):
-            part = lines[(lines.cell == cell) & (lines.kl_nats > 0)]
-            plots.pareto(part, ax, x="prefill_flops_share", y="kl_nats", hue="scorer", text="setting")
-            ax.set_title(str(cell))
+        if lines.setting.nunique() == 1:  # one budget: nothing varies along the axis of costs
+            figure, ax = plt.subplots(figsize=(13, 5), layout="constrained")
+            plots.score_by_group(lines, ax, group="cell", score="kl_nats", y_label="KL [nats/token]", log=True)
+            ax.set_title(f"{lines.setting.iloc[0]}: KL to the unpruned model (lower is better)")
+        else:
+            figure = _pareto_by_cell(lines)
         written = io.StringIO()
         figure.savefig(written, format="svg", bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
     return written.getvalue()[written.getvalue().index("<svg") :]
+
+
+def _pareto_by_cell(lines: Any) -> Any:
+    """KL against FLOPs, one axes per test set, with one legend for all."""
+    import matplotlib.pyplot as plt
+
+    from sdtp_lib import plots
+
+    cells = list(dict.fromkeys(lines.cell))
+    columns = min(2, len(cells))
+    rows = -(-len(cells) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6.5 * columns, 4.5 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(cells) :]:
+        ax.remove()
+    for ax, cell in zip(axes.flat, cells, strict=False):
+        part = lines[(lines.cell == cell) & (lines.kl_nats > 0)]
+        plots.pareto(part, ax, x="prefill_flops_share", y="kl_nats", hue="scorer", text="setting", legend=False)
+        ax.set_title(str(cell).replace("_", " "))
+    plots.one_legend(axes.flat[: len(cells)])
+    return figure
 
 
 def provenance(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -121,12 +165,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", default="embedded", help="a folder of data/results")
     options = parser.parse_args(arguments)
-    run = project_root() / "data" / "results" / options.run
+    results = project_root() / "data" / "results"
+    run = results / options.run
+    there = sorted({path.relative_to(results).parts[0] for path in results.glob("*/**/*.jsonl")})
+    if options.run not in there:
+        known = f"there are {', '.join(there)} (make report RUN=...)" if there else "run `make study` first"
+        print(f"REFUSED  there are no rows under data/results/{options.run}: {known}.", file=sys.stderr)
+        return 2
     try:
         text = page(run)
     except FileNotFoundError as error:
         print(f"REFUSED  {error}", file=sys.stderr)
         return 2
+    notebook_pages(run, stamps_of(run))
     with atomic_write(run / "report.html") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print((run / "report.html").relative_to(project_root()))

@@ -21,12 +21,14 @@ from sdtp_lib.records import passport, read_rows
 ORIGIN = {
     "schema_version", "key", "kind", "notebook", "folder", "scorer_id", "sample_hash", "config_hash", *passport()
 }  # fmt: skip
+BENCHMARKS = ("ruler", "longbench")
 AT_MOST_GROUPS = 12
 # Numbers that a run is given, not measures.
 SETTINGS = {"prompt_tokens", "keep_ratio", "new_tokens", "threads", "salient_above", "top_share"}
 
 
 BOLD = re.compile(r"^\*\*(.*)\*\*$")
+WIDEST = 11  # columns that fit a page of 1280 pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +50,24 @@ class Table:
 
     def html(self) -> str:
         """A heading, a table and its note, escaped."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
-        cells = [[BOLD.sub(r"<b>\1</b>", html.escape(cell)) for cell in row] for row in self.body]
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
         title, note = html.escape(self.title), html.escape(self.note)
-        return (
-            f"<h3>{title}</h3><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-            f"<p class=note>{note}</p>"
-        )
+        return f"<h3>{title}</h3>{''.join(map(self._table, self._parts()))}<p class=note>{note}</p>"
+
+    def _parts(self) -> list[list[int]]:
+        """The columns of each table that is shown: a wide one is cut, the columns that name its rows repeated."""
+        columns = list(range(len(self.header)))
+        if len(columns) <= WIDEST:
+            return [columns]
+        named = next((i for i in columns if i and all(_is_number(row[i]) for row in self.body)), 1)
+        named = min(named, WIDEST // 2)
+        rest, step = columns[named:], WIDEST - named
+        return [columns[:named] + rest[i : i + step] for i in range(0, len(rest), step)]
+
+    def _table(self, columns: Sequence[int]) -> str:
+        head = "".join(f"<th>{html.escape(self.header[i])}</th>" for i in columns)
+        cells = [[BOLD.sub(r"<b>\1</b>", html.escape(row[i])) for i in columns] for row in self.body]
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
+        return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -173,19 +185,50 @@ def other_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
         if not measured:
             continue
         groups = (["folder"] if frame.folder.nunique() > 1 else []) + groups[:4]
-        means = (
-            frame.groupby(groups, sort=False)[measured].mean().reset_index()
-            if groups
-            else frame[measured].mean().to_frame().T
-        )
         body = tuple(
-            tuple(number(value, 4) if isinstance(value, float) else str(value) for value in line)
-            for line in means.itertuples(index=False)
+            (*map(str, named), *(mean(part[name]) for name in measured)) for named, part in _grouped(frame, groups)
         )
-        header = tuple(name.replace("_", " ") for name in means)
+        header = tuple(name.replace("_", " ") for name in [*groups, *measured])
         tables.append(
             Table(f"{notebook}-{kind}", f"{notebook}: {kind}", header, body, f"Means of {len(own)} rows. {origin(own)}")
         )
+    return tables
+
+
+def _grouped(frame: Any, groups: Sequence[str]) -> list[tuple[tuple, Any]]:
+    return list(frame.groupby(list(groups), sort=False)) if groups else [((), frame)]
+
+
+def mean(values: Any) -> str:
+    """The mean of a column as a cell; a flag reads ``yes``, ``no`` or how many of how many."""
+    values = values.dropna()
+    if len(values) and values.map(lambda value: isinstance(value, bool)).all():
+        true = int(values.sum())
+        return {0: "no", len(values): "yes"}.get(true, f"{true} of {len(values)}")
+    return number(float(values.mean()) if len(values) else None, 4)
+
+
+def _is_number(cell: str) -> bool:
+    return bool(re.fullmatch(r"[*]{0,2}[-+]?[\d.,]+(?:x| %)?[*]{0,2}|yes|no|\d+ of \d+|", cell))
+
+
+def answers_tables(results: Path) -> list[Table]:
+    """Tables of what the benchmarks left: every file of answers under ``results``, scores and paired differences."""
+    import pandas
+
+    from sdtp_lib.evaluation.answer_tables import answers_table
+
+    tables = []
+    for path in sorted(results.glob("*/*.jsonl")):
+        rows = [row for row in read_rows(path) if row.get("kind") == "item"] if path.stem in BENCHMARKS else []
+        if not rows:
+            continue
+        found = answers_table(pandas.DataFrame(rows), against="full")
+        body = tuple(tuple(number(v) if isinstance(v, float) else str(v) for v in line) for line in
+                     found.itertuples(index=False))  # fmt: skip
+        note = "Scores x 100; differences to the unpruned model paired by item, 95 % bootstrap interval. "
+        note += origin(rows)
+        tables.append(Table(path.stem, f"{path.stem}: answers", tuple(found.columns), body, note))
     return tables
 
 

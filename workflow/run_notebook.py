@@ -24,7 +24,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from notebook_parameters import ParameterError, check, describe, language_of, load_notebook, read_value, source_of
+from notebook_parameters import (
+    ParameterError,
+    check,
+    describe,
+    language_of,
+    load_notebook,
+    read_value,
+    source_of,
+    words,
+)
 
 from sdtp_lib.records import commit, project_root, write_json
 
@@ -59,6 +68,7 @@ def run(
     log: Path | None = None,
     done: Path | None = None,
     stamp: Path | None = None,
+    shown: bool = True,
 ) -> None:
     """Execute a notebook from the project's root.
 
@@ -72,6 +82,8 @@ def run(
         The summary that the notebook must have written at its end.
     stamp
         Written after success. Its name says which code and parameters the results belong to.
+    shown
+        Whether the terminal sees what the notebook prints, or the log alone.
 
     Raises
     ------
@@ -99,7 +111,8 @@ def run(
             done.unlink(missing_ok=True)
         started = time.monotonic()
         with log.open("w", encoding="utf-8") as file:
-            _execute(notebook, parameters, executed, Tee(sys.stdout, file), Tee(sys.stderr, file))
+            out, err = (Tee(stream, file) if shown else Tee(file) for stream in (sys.stdout, sys.stderr))
+            _execute(notebook, parameters, executed, out, err, shown)
         if done is not None and not done.exists():
             raise FileNotFoundError(f"{notebook.stem} ended without writing {done.name}, its summary.")
         if stamp is not None:
@@ -116,7 +129,9 @@ def run(
             )
 
 
-def _execute(notebook: Path, parameters: dict[str, Any], executed: Path, out: Tee, err: Tee) -> None:
+def _execute(
+    notebook: Path, parameters: dict[str, Any], executed: Path, out: Tee, err: Tee, shown: bool
+) -> None:
     # Figures belong into the executed copy: a non-interactive backend forced from outside would leave them out.
     os.environ.pop("MPLBACKEND", None)
     # The kernel of this environment, whatever else a user's Jupyter knows under the same name.
@@ -133,7 +148,7 @@ def _execute(notebook: Path, parameters: dict[str, Any], executed: Path, out: Te
         # A notebook names the kernel that it was last saved with, on whatever machine; this one has its own.
         kernel_name="python3",
         language="python",
-        progress_bar={"desc": notebook.stem, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} [{elapsed}]\n"},
+        progress_bar=shown and {"desc": notebook.stem, "bar_format": "{desc}: cell {n_fmt}/{total_fmt} [{elapsed}]\n"},
         # What a kernel says about itself (its transport, its shutdown) is not what the notebook says.
         extra_arguments=["--IPKernelApp.log_level=50"],
         stdout_file=out,
@@ -249,6 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--log", type=Path, help="what the notebook prints (default: beside the executed copy)")
     parser.add_argument("--done", type=Path, help="a file that the notebook must write")
     parser.add_argument("--stamp", type=Path, help="written after success")
+    parser.add_argument("--brief", metavar="NAME", help="print one line: NAME, the parameters and the time it took")
     parser.add_argument("--list", action="store_true", help="print every notebook's parameters and end")
     options = parser.parse_args(arguments)
     try:
@@ -267,14 +283,22 @@ def main(arguments: list[str] | None = None) -> int:
     executed = options.executed or folder / "executed" / f"{options.notebook.stem}.ipynb"
     log = options.log or executed.with_suffix(".log")
     end_with_parent()
+    started, shown = time.monotonic(), options.brief is None
+    if options.brief:
+        given = {name: value for name, value in parameters.items() if name != "run_dir"}
+        print(f"{options.brief}  {words(given)}", end=" ... ", flush=True)
     try:
-        run(options.notebook, parameters, executed=executed, log=log, done=options.done, stamp=options.stamp)
+        kept = {"executed": executed, "log": log, "done": options.done, "stamp": options.stamp}
+        run(options.notebook, parameters, **kept, shown=shown)
     except ParameterError as error:
         print(f"REFUSED  {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        print(report_failure(options.notebook, parameters, executed, log, error), file=sys.stderr)
+        failure = report_failure(options.notebook, parameters, executed, log, error)
+        print(f"failed after {time.monotonic() - started:.0f} s" if options.brief else failure, file=sys.stderr)
         return 1
+    if options.brief:
+        print(f"{time.monotonic() - started:.0f} s", flush=True)
     return 0
 
 

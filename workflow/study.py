@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -16,15 +17,19 @@ from pathlib import Path
 
 import sweep
 from notebook_parameters import ParameterError
+from run_notebook import failure_path
 
 from sdtp_lib.records import project_root
 
 HERE = Path(__file__).resolve().parent
+BANNER = ("Using workflow specific profile", "Assuming unrestricted shared filesystem")
 
 
 def command(params: Path, run: str | None, profile: str, extra: list[str]) -> list[str]:
     """The snakemake command line of a run."""
-    values = [f"params={params}", *([f"run={run}"] if run else [])]
+    # Quoted as YAML: a path may hold blanks.
+    values = [f"params={json.dumps(str(params))}", *([f"run={json.dumps(run)}"] if run else [])]
+    values += [] if on_slurm(profile) else ["in_order=true"]
     return [
         sys.executable, "-m", "snakemake",
         "--snakefile", str(HERE / "Snakefile"), "--directory", ".",
@@ -112,20 +117,47 @@ def main(arguments: list[str] | None = None) -> int:
                 Path(job.stamp).unlink(missing_ok=True)  # results were removed by hand
         todo = [job for job in jobs if not Path(job.stamp).exists()]
         results = f"data/results/{settings['run']}"
+        dry = bool({"-n", "--dry-run", "--dryrun"} & set(extra))
+        if dry:
+            return dry_run(jobs, todo, command(params, options.run, options.profile, extra))
         if not todo and not extra:
             print(f"nothing to do: all {len(jobs)} notebook runs of {params.stem} are done; results in {results}")
             return 0
-        print(f"{len(todo)} of {len(jobs)} notebook runs to do: {', '.join(job.name for job in todo)}", flush=True)
+        print(f"{len(todo)} of {len(jobs)} notebook runs to do: {', '.join(job.name for job in todo)}")
+        print(f"what they print is kept in {results}/**/executed/*.log", flush=True)
         run = command(params, options.run, options.profile, extra)
         # We hold the study's lock, so whoever left these is gone. A stamp is written whole or not at all: none is ever
         # incomplete, and what a job of a killed study finished meanwhile counts.
         for left in [*state.glob("locks/*"), *state.glob("incomplete/*")]:
             left.unlink()
         # The lock goes on to snakemake: it is held as long as either of the two lives.
-        code = subprocess.run(run, check=False, pass_fds=(lock.fileno(),)).returncode
+        code = run_quietly(run, lock.fileno())
         if code == 0:
             print(f"done; results in {results}, executed notebooks in its folder(s) executed/")
+        elif not any(failure_path(Path(job.log)).exists() for job in todo):
+            logs = sorted(state.glob("log/*.log"), key=lambda path: path.stat().st_mtime)
+            print(f"snakemake itself stopped; its words: {logs[-1] if logs else 'none'}", file=sys.stderr)
         return code
+
+
+def run_quietly(run: list[str], lock: int) -> int:
+    """Run snakemake without the lines that it prints before it reads how quiet it is to be."""
+    with subprocess.Popen(run, pass_fds=(lock,), stderr=subprocess.PIPE, text=True) as running:
+        for line in running.stderr:
+            if not line.startswith(BANNER):
+                print(line, end="", file=sys.stderr, flush=True)
+    return running.returncode
+
+
+def dry_run(jobs: list[sweep.Job], todo: list[sweep.Job], run: list[str]) -> int:
+    """One line per job, what snakemake refuses, and nothing done."""
+    for job in jobs:
+        print(f"{'to do' if job in todo else 'there':6}{job.line}")
+    asked = subprocess.run(run, check=False, capture_output=True, text=True)
+    if asked.returncode:
+        print(asked.stderr, file=sys.stderr)
+    print(f"{len(todo)} of {len(jobs)} notebook runs to do; nothing was run")
+    return asked.returncode
 
 
 if __name__ == "__main__":

@@ -26,7 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from notebook_parameters import ParameterError, check, code_lines, load_notebook, parameters_of, source_of, tags_of
+from notebook_parameters import (
+    ParameterError,
+    check,
+    code_lines,
+    load_notebook,
+    parameters_of,
+    source_of,
+    tags_of,
+    words,
+)
 
 from sdtp_lib.shipped import shipped_pruners
 
@@ -54,6 +63,12 @@ class Job:
     @property
     def name(self) -> str:
         return f"{self.notebook} [{self.cell}]" if self.cell else self.notebook
+
+    @property
+    def line(self) -> str:
+        """Name and parameters, as a person reads them."""
+        given = {name: value for name, value in self.parameters.items() if name != "run_dir"}
+        return f"{self.name}  {words(given)}"
 
     @property
     def rule(self) -> str:

@@ -5,24 +5,21 @@ what made them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdtp_lib import plots, records
+from sdtp_lib import records
 from sdtp_lib.explorer.page import RATIOS, live_page, payload, prompt_entry
 from sdtp_lib.explorer.state import ExplorerState
 from sdtp_lib.extras import extra
 from sdtp_lib.plots.style import save
-from sdtp_lib.plots.tokens import layout
-from sdtp_lib.pruning.token_fates import TokenFates
+from sdtp_lib.plots.text import text_and_map
 
 with extra("study"):
     from matplotlib.figure import Figure
-
-_COLUMNS, _LINES = 110, 40
 
 
 def export_state(
@@ -39,6 +36,7 @@ def export_state(
         A second scorer to compare with in the page.
     """
     tokens, fates = state.scored.tokens, state.fates
+    places = state.source.prompt(state.prompt).places
     ratio = state.config.keep_ratio
     kind = "approximate" if fates.approximate else "engine"
     name = name or re.sub(r"[^\w.-]+", "-", f"{state.prompt}_{state.scorer}_{ratio}_{kind}")[:120]
@@ -47,7 +45,7 @@ def export_state(
         Path(folder) / name,
         title=title,
         page=live_page(view_payload(state, title, against)),
-        figure=text_and_map(tokens, fates, title),
+        figure=text_and_map(tokens, fates, title, places=places),
         passport=state.passport(),
     )
 
@@ -66,23 +64,6 @@ def view_payload(state: ExplorerState, title: str, against: str | None = None) -
     )
     start = {"scorer": state.scorer, "ratio": ratios.index(own), "against": against or ""}
     return payload(title, [entry], config, model=source.name, start=start, made=state.passport(), **sizes)
-
-
-def text_and_map(tokens: Sequence[str], fates: TokenFates, title: str = "", *, max_lines: int = _LINES) -> Figure:
-    """One figure: the coloured text above the layer x token map. Not registered with pyplot, so nothing shows it."""
-    lines = min(max_lines + 1, 1 + layout(tokens, _COLUMNS)[-1][1])
-    text_in, map_in = 0.165 * lines, 2.9
-    height = text_in + map_in + 0.4
-    with plots.use_style():
-        # placed by hand: the text must be as wide as the figure, whatever room the map's labels take
-        figure = Figure(figsize=(9, height), layout="none")
-        above = figure.add_axes((0.01, (map_in + 0.1) / height, 0.98, text_in / height))
-        below = figure.add_axes((0.065, 0.5 / height, 0.765, (map_in - 0.6) / height))
-        plots.dropped_text(tokens, fates, ax=above, columns=_COLUMNS, max_lines=max_lines)
-        plots.token_layer_map(fates, ax=below)
-        if title:
-            figure.text(0.01, 1 - 0.2 / height, title, fontsize=10, weight="bold")
-    return figure
 
 
 def export(

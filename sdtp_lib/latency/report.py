@@ -105,20 +105,25 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "Medians of repetitions taken in turn; speed-ups are medians of paired ratios; "
         "in brackets the share of the FLOPs limit.",
         "",
-        "| prompt | method | prefill ms | speed-up | decode ms | speed-up | end to end ms | speed-up | TFLOPs | 1/tau "
-        "| KV MB | peak MB |",
-        "|" + "---|" * 12,
+        "| prompt | method | prefill ms | speed-up | decode ms | speed-up | end to end ms | speed-up |",
+        "|" + "---|" * 8,
     ]
     for row in table:
         if row["status"] != "ok":
-            lines.append(f"| {row['prompt_tokens']} | {row['method']} | out of memory |" + " |" * 9)
+            lines.append(f"| {row['prompt_tokens']} | {row['method']} | out of memory |" + " |" * 5)
             continue
         lines.append(
             f"| {row['prompt_tokens']} | {row['method']} | {_number(row['prefill_ms'])} | {_gain(row, 'prefill')} "
             f"| {_number(row.get('decode_ms'))} | {_gain(row, 'decode')} | {_number(row['end_to_end_ms'])} "
-            f"| {_gain(row, 'end_to_end')} | {row['tflops']:.3f} | {row['compression_ratio']:.2f} "
-            f"| {row['kv_bytes'] / 1e6:.1f} | {_number(row.get('peak_memory_mb'))} |"
+            f"| {_gain(row, 'end_to_end')} |"
         )
+    lines += ["", "| prompt | method | TFLOPs | 1/tau | KV MB | peak MB |", "|" + "---|" * 6]
+    lines += [
+        f"| {row['prompt_tokens']} | {row['method']} | {row['tflops']:.3f} | {row['compression_ratio']:.2f} "
+        f"| {row['kv_bytes'] / 1e6:.1f} | {_number(row.get('peak_memory_mb'))} |"
+        for row in table
+        if row["status"] == "ok"
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -173,6 +178,26 @@ def at_equal_quality(rows: Iterable[Mapping[str, Any]], reference: str = "keep09
                  "flops_bound": reached["tflops"] / goal["tflops"] if reached else None}
             )  # fmt: skip
     return found
+
+
+def equal_quality_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """`at_equal_quality` as Markdown: one line per family, one column per text, in words."""
+
+    def words(entry: Mapping[str, Any] | None) -> str:
+        if entry is None or entry["prefill_ms"] is None:
+            return "-" if entry is None else entry["verdict"]
+        sign = "at most " if entry["verdict"] == "better throughout" else ""
+        times, bound = entry["sdtp_is_faster_by"], entry["flops_bound"]
+        return f"{sign}{_number(entry['prefill_ms'])} ms, {times:.2f} times as long (by FLOPs {bound:.2f})"
+
+    by = {(entry["family"], entry["text"]): entry for entry in found}
+    texts = {entry["text"]: entry for entry in found}
+    names = [f"{text}: {_number(entry['reference_ms'])} ms, KL {entry['kl_nats']:.3f}" for text, entry in texts.items()]
+    families = dict.fromkeys(entry["family"] for entry in found)
+    lines = [(f"as good as {found[0]['reference'] if found else '-'}", *names)]
+    lines += [(family, *(words(by.get((family, text))) for text in texts)) for family in families]
+    table = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([table[0], "|" + "---|" * (1 + len(texts)), *table[1:]])
 
 
 def quality_points(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

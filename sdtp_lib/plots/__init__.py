@@ -12,6 +12,7 @@ with extra("study"):
     import matplotlib  # noqa: F401
     import seaborn  # noqa: F401
 
+from sdtp_lib.plots import readings
 from sdtp_lib.plots.cost import memory_over_length, speedup_over_length, stacked_time
 from sdtp_lib.plots.needles import needle_map
 from sdtp_lib.plots.results import (
@@ -23,9 +24,9 @@ from sdtp_lib.plots.results import (
     score_by_group,
     slope_chart,
 )
-from sdtp_lib.plots.style import PALETTE, SEQUENTIAL, save, series_look, use_style
+from sdtp_lib.plots.style import PALETTE, SEQUENTIAL, one_legend, save, series_look, short, use_style
+from sdtp_lib.plots.text import dropped_text, text_and_map
 from sdtp_lib.plots.tokens import (
-    dropped_text,
     kept_overlap,
     kept_share_by_position,
     saliency_heatmap,
@@ -42,18 +43,22 @@ __all__ = [
     "loss_curves",
     "memory_over_length",
     "needle_map",
+    "one_legend",
     "pareto",
     "pareto_front",
     "quality_over_flops",
+    "readings",
     "recall_by_layer",
     "saliency_heatmap",
     "salient_share_by_layer",
     "save",
     "score_by_group",
     "series_look",
+    "short",
     "slope_chart",
     "speedup_over_length",
     "stacked_time",
+    "text_and_map",
     "token_layer_map",
     "use_style",
 ]

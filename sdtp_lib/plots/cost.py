@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from sdtp_lib.plots.style import PALETTE, axes_or_new, lines_by, need_columns
+from sdtp_lib.plots.style import PALETTE, axes_or_new, legend_beside, lines_by, need_columns, short
 
 _PART_COLOURS = (PALETTE["blue"], PALETTE["orange"], PALETTE["vermillion"], PALETTE["green"], PALETTE["purple"])
 _HATCHES = ("", "///", "...", "xx", "--")
@@ -62,8 +62,10 @@ def speedup_over_length(
     ax.axhline(1, color=PALETTE["black"], linewidth=1, linestyle=":")
     length_axis(ax, frame[x])
     ax.set_ylabel(y_label or f"{y.removesuffix('_speedup').replace('_', ' ')} speed-up [times]")
-    ax.set_ylim(bottom=min(0.9, 0.95 * float(frame[y].min())))
-    ax.legend()
+    # A ratio's axis starts at 1; lower only where something is slower than unpruned.
+    lowest = float(frame[y].min())
+    ax.set_ylim(bottom=1 if lowest >= 1 else 0.95 * lowest)
+    legend_beside(ax)
     return ax
 
 
@@ -93,7 +95,7 @@ def stacked_time(
         ax.barh(at, width, 0.62, left=left, label=str(name), zorder=2, **look)
         left += width
     for position, total in zip(at, left, strict=True):
-        ax.annotate(f" {total:,.4g}", (total, position), va="center", fontsize=9.5)
+        ax.annotate(f" {short(total)}", (total, position), va="center", fontsize=9.5)
     ax.set_yticks(at, [str(name) for name in methods])
     ax.invert_yaxis()
     ax.set_xlabel(x_label)
@@ -135,6 +137,5 @@ def memory_over_length(
     length_axis(ax, frame[x])
     ax.set_ylabel(f"{next(iter(shown))} [{'GB' if big else 'MB'}]")
     ax.set_ylim(bottom=0)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend()
+    legend_beside(ax)
     return ax

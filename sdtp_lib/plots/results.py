@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sdtp_lib.plots.style import PALETTE, axes_or_new, lines_by, need_columns, series_look
+from sdtp_lib.plots.style import PALETTE, axes_or_new, legend_beside, lines_by, need_columns, series_look, short
 
 
 def quality_over_flops(
@@ -49,8 +49,7 @@ def quality_over_flops(
     ax.set_ylabel(
         y_label or ("KL to the unpruned model [nats/token]\n(lower is better)" if kl else y.replace("_", " "))
     )
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend()
+    legend_beside(ax)
     return ax
 
 
@@ -105,7 +104,7 @@ def pareto(
     ax.set_xlabel(_axis_name(x, x_is_cost))
     ax.set_ylabel(_axis_name(y, y_is_cost))
     if legend:
-        ax.legend()
+        legend_beside(ax)
     return ax
 
 
@@ -144,10 +143,12 @@ def score_by_group(
     score: str = "score",
     hue: str = "scorer",
     y_label: str = "score (higher is better)",
+    log: bool = False,
 ) -> Axes:
-    """Bars of ``score`` for each ``group`` (a task, a category), one colour a ``hue``, values written on top.
+    """Bars of ``score`` for each ``group`` (a task, a category), one colour per ``hue``, values written on top.
 
-    Rows of one bar are averaged; ``<score>_low`` and ``<score>_high`` give error bars.
+    Rows of one bar are averaged; ``<score>_low`` and ``<score>_high`` give error bars. On a ``log`` axis, which has no
+    zero for a bar to stand on, points are drawn instead.
     """
     ax = axes_or_new(ax)
     need_columns(frame, group, score, what="score_by_group")
@@ -160,18 +161,30 @@ def score_by_group(
         means = part.groupby(group).mean(numeric_only=True).reindex(groups)
         at = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         label = None if name is None else str(name)
-        hatch = "//" if "linestyle" in look[name] else None  # dashed where lines are drawn
-        bars = ax.bar(at, means[score], width * 0.92, label=label, color=look[name]["color"], hatch=hatch, zorder=2)
+        bars = None
+        if log:
+            # Open where lines would be dashed: a second series of the same colour.
+            open_face = {"markerfacecolor": "white"} if "linestyle" in look[name] else {}
+            points = {"color": look[name]["color"], "marker": look[name]["marker"], "linestyle": "none", "zorder": 4}
+            ax.plot(at, means[score], label=label, **points, **open_face)
+        else:
+            hatch = "//" if "linestyle" in look[name] else None
+            bars = ax.bar(at, means[score], width * 0.92, label=label, color=look[name]["color"], hatch=hatch, zorder=2)
         if {f"{score}_low", f"{score}_high"} <= set(means.columns):
             reach = np.clip([means[score] - means[f"{score}_low"], means[f"{score}_high"] - means[score]], 0, None)
-            ax.errorbar(at, means[score], yerr=reach, fmt="none", color="#222222", capsize=2, linewidth=1, zorder=3)
-        elif len(groups) * len(series) <= 24:
-            ax.bar_label(bars, fmt="%.3g", fontsize=8, padding=2, rotation=90 if len(series) > 2 else 0)
+            ax.errorbar(at, means[score], yerr=reach, fmt="none", color="#666666", capsize=2, linewidth=1, zorder=3)
+        elif bars is not None and len(groups) * len(series) <= 24:
+            ax.bar_label(bars, fmt=short, fontsize=8, padding=2, rotation=90 if len(series) > 2 else 0)
+    if log:
+        ax.set_yscale("log")
+        for edge in np.arange(len(groups) - 1) + 0.5:
+            ax.axvline(edge, color="#DDDDDD", linewidth=1, zorder=1)
+    ax.set_xlim(-0.5, len(groups) - 0.5)
     ax.set_xticks(range(len(groups)), [str(name).replace("_", "\n") for name in groups])
     ax.set_ylabel(y_label)
     ax.grid(False, axis="x")
     if series != [None]:
-        ax.legend(ncols=min(len(series), 4), loc="lower left", bbox_to_anchor=(0, 1.0))
+        legend_beside(ax)
     return ax
 
 
@@ -185,9 +198,13 @@ def slope_chart(
     labels: tuple[str, str] = ("unpruned", "pruned"),
     y_label: str = "score",
 ) -> Axes:
-    """One line an ``item`` from its value ``before`` to its value ``after``; falling lines are vermillion."""
+    """One line per ``item`` from its value ``before`` to its value ``after``; falling lines are vermillion.
+
+    Items of the same values are one line with all their names.
+    """
     ax = axes_or_new(ax)
     need_columns(frame, item, before, after, what="slope_chart")
+    frame = frame.dropna(subset=[before, after]).groupby([before, after])[item].agg(", ".join).reset_index()
     frame = frame.sort_values(after)
     span = float(np.ptp(frame[[before, after]].to_numpy(float))) or 1.0
     placed = {0: -np.inf, 1: -np.inf}
@@ -197,12 +214,14 @@ def slope_chart(
         ax.plot([0, 1], [row[before], row[after]], color=color, marker="v" if falls else "o")
         # labels of close values are pushed apart upwards; the line itself stays true
         placed[1] = max(row[after], placed[1] + 0.06 * span)
-        ax.annotate(f"{row[item]}  {row[after]:.3g}", (1.04, placed[1]), va="center", fontsize=9.5, color=color)
+        name = str(row[item]).replace("_", " ")
+        ax.annotate(f"{row[after]:.3g}  {name}", (1.04, placed[1]), va="center", fontsize=9.5, color=color)
     for row in frame.sort_values(before).to_dict("records"):
         placed[0] = max(row[before], placed[0] + 0.06 * span)
         ax.annotate(f"{row[before]:.3g}", (-0.04, placed[0]), va="center", ha="right", fontsize=9.5)
     ax.set_xticks([0, 1], labels)
-    ax.set_xlim(-0.25, 1.7)
+    ax.set_xlim(-0.25, 2.2)
+    ax.set_ylim(top=max(ax.get_ylim()[1], *(height + 0.04 * span for height in placed.values())))
     ax.set_ylabel(y_label)
     ax.grid(False, axis="x")
     return ax
@@ -256,7 +275,7 @@ def loss_curves(
     ax.set_xlabel("training step")
     ax.set_ylabel("loss")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend()
+    legend_beside(ax)
     return ax
 
 
@@ -293,6 +312,5 @@ def recall_by_layer(
     ax.set_xlabel("pruned layer")
     ax.set_ylabel(label or ("rank correlation with the label" if correlation else "recall of the label's top tokens"))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend()
+    legend_beside(ax)
     return ax

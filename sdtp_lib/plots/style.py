@@ -8,7 +8,8 @@ colour, marker and dash in every figure, so that a figure also reads in grey.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sdtp_lib import records
+from sdtp_lib import provenance, records
 
 PALETTE = {
     "blue": "#0072B2",
@@ -32,6 +33,7 @@ PALETTE = {
     "black": "#3B3B3B",
 }
 SEQUENTIAL = "mako_r"
+KEPT = (0.83, 0.85, 0.87)  # tokens that reach the last layer: grey in text and map alike
 
 _FIXED = {
     "full": ("black", "X"),
@@ -152,6 +154,33 @@ def series_look(names: list[Any]) -> dict[Any, dict[str, str]]:
     return {name: look[name] for name in names}
 
 
+def legend_beside(ax: Axes, **options: Any) -> None:
+    """A legend to the right of ``ax``: it never lies on what is drawn. Nothing where nothing has a label."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0, **options)
+
+
+def one_legend(axes: Iterable[Axes], *, columns: int = 5) -> None:
+    """One legend under the figure for all of ``axes``, each name once, in place of their own."""
+    entries: dict[str, Any] = {}
+    for ax in axes:
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(name, handle)
+        if ax.get_legend():
+            ax.get_legend().remove()
+        figure = ax.figure
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=min(columns, len(entries)))
+
+
+def short(value: float) -> str:
+    """Three digits or more and no exponent: ``10,780``, ``236``, ``3.5``, ``0.042``."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def axes_or_new(ax: Axes | None) -> Axes:
     """The axes to draw on: the given ones, or those of a new figure."""
     return ax if ax is not None else plt.subplots()[1]
@@ -194,6 +223,8 @@ def lines_by(
 def save(fig: Figure, path: str | Path, passport: Mapping[str, Any] | None = None, *, svg: bool = False) -> Path:
     """Write ``fig`` as PNG (and SVG) with a JSON of the same name that says what made it; each file at once or not.
 
+    Where ``passport`` names a model, a small line under the picture says it, with device and commit.
+
     Parameters
     ----------
     fig
@@ -210,6 +241,7 @@ def save(fig: Figure, path: str | Path, passport: Mapping[str, Any] | None = Non
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _name_origin(fig, passport or {})
     written = []
     for kind in ("png", "svg") if svg else ("png",):
         target = path.with_suffix(f".{kind}")
@@ -222,3 +254,12 @@ def save(fig: Figure, path: str | Path, passport: Mapping[str, Any] | None = Non
         written.append(target.name)
     records.write_json(path.with_suffix(".json"), {"pictures": written, **(passport or {})})
     return path.with_suffix(".png")
+
+
+def _name_origin(fig: Figure, passport: Mapping[str, Any]) -> None:
+    """Write `provenance.origin_line` under the figure, once; below all that is drawn, legends outside of it too."""
+    if passport.get("model") and not [text for text in fig.texts if text.get_gid() == "origin"]:
+        fig.draw_without_rendering()
+        below = min(0.0, fig.get_tightbbox().y0) - 0.08  # inches
+        words = provenance.origin_line(passport)
+        fig.text(0.01, below / fig.get_figheight(), words, va="top", fontsize=8.5, color="#555555", gid="origin")

@@ -1,12 +1,11 @@
-"""Figures of tokens against layers: saliency heat map, share of salient tokens, which token lives how long; and a
-prompt as a picture, each token on the colour of the layer that dropped it (the sibling of `views.dropped_tokens_html`).
+"""Figures of tokens against layers: saliency heat map, share of salient tokens, which layer still reads which token,
+and how far two scorers keep the same ones.
 
 Knows arrays, frames and strings; no model, no tokenizer. Axis letters: L layers shown, T prompt tokens.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +13,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, PowerNorm
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from sdtp_lib.plots.style import SEQUENTIAL, axes_or_new, need_columns, series_look
-from sdtp_lib.pruning.token_fates import KEPT_RGB, TokenFates, stage_colours
+from sdtp_lib.plots.style import KEPT, SEQUENTIAL, axes_or_new, legend_beside, need_columns, series_look
+from sdtp_lib.pruning.token_fates import TokenFates, stage_colours
 
 
 def as_layer_token_matrix(values: Any, column: str = "saliency") -> tuple[np.ndarray, list[int]]:
@@ -129,7 +127,7 @@ def salient_share_by_layer(
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if any(lines):
-        ax.legend()
+        legend_beside(ax)
     return ax
 
 
@@ -146,8 +144,8 @@ def token_layer_map(trace_data: Any, *, ax: Axes | None = None, row: int = 0, le
     stages = len(fates.layers)
     alive = np.arange(fates.num_layers)[:, None] < fates.dropped_at[None, :]
     image = np.where(alive, fates.stage_of_token()[None, :], -1)
-    colours = [*stage_colours(stages), KEPT_RGB]
-    cmap = ListedColormap([(1, 1, 1, 0), *[tuple(c / 255 for c in rgb) for rgb in colours]])
+    dropped = [tuple(c / 255 for c in rgb) for rgb in stage_colours(stages)]
+    cmap = ListedColormap([(1, 1, 1, 0), *dropped, KEPT])
     ax.imshow(
         image,
         aspect="auto",
@@ -163,11 +161,12 @@ def token_layer_map(trace_data: Any, *, ax: Axes | None = None, row: int = 0, le
     if legend:
         counts = fates.dropped_per_stage()
         handles = [
-            ax.plot([], [], "s", color=cmap(i + 1), label=f"before {layer}: {count}")[0]
+            ax.plot([], [], "s", color=cmap(i + 1), label=f"before layer {layer}: {count:,} tokens")[0]
             for i, (layer, count) in enumerate(zip(fates.layers, counts, strict=True))
         ]
-        handles.append(ax.plot([], [], "s", color=cmap(stages + 1), label=f"kept: {fates.kept_count}")[0])
-        ax.legend(handles=handles, title="tokens dropped", loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        kept = f"kept to the end: {fates.kept_count:,} tokens"
+        handles.append(ax.plot([], [], "s", color=cmap(stages + 1), label=kept)[0])
+        ax.legend(handles=handles, title="dropped", alignment="left", loc="upper left", bbox_to_anchor=(1.0, 1.04))
     return ax
 
 
@@ -183,7 +182,7 @@ def kept_overlap(fates: Mapping[str, TokenFates], *, ax: Axes | None = None) -> 
     ax.set_xlabel("stage (layer)")
     ax.set_ylabel(f"tokens of “{first}”\nkept by the other too [%]")
     ax.set_ylim(0, 102)
-    ax.legend()
+    legend_beside(ax)
     return ax
 
 
@@ -199,87 +198,5 @@ def kept_share_by_position(fates: Mapping[str, TokenFates], *, ax: Axes | None =
     ax.set_xlabel("place in the prompt [%]")
     ax.set_ylabel("tokens that reach\nthe last layer [%]")
     ax.set_ylim(0, 102)
-    ax.legend()
+    legend_beside(ax)
     return ax
-
-
-_TINT = 0.5
-
-
-def dropped_text(
-    tokens: Sequence[str],
-    fates: TokenFates,
-    *,
-    ax: Axes | None = None,
-    columns: int = 100,
-    max_lines: int = 24,
-) -> Axes:
-    """The text with each token on its stage's colour; kept tokens are plain and bold. Fits axes as wide as the figure.
-
-    Parameters
-    ----------
-    tokens
-        T token texts.
-    columns
-        Characters a line; wide (East Asian) characters count as two.
-    max_lines
-        More lines are left out; an ellipsis says how many tokens.
-    """
-    if len(tokens) != fates.tokens:
-        raise ValueError(f"{len(tokens)} tokens, but the fates of {fates.tokens}.")
-    ax = axes_or_new(ax)
-    # 0.602 em: the advance of matplotlib's own fixed-width face, DejaVu Sans Mono
-    font_size = 0.97 * 72 * ax.figure.get_figwidth() / columns / 0.602
-    colours = [tuple(channel / 255 for channel in rgb) for rgb in stage_colours(len(fates.layers))]
-    stages = fates.stage_of_token()
-    lines = 0
-    for position, line, column, piece in layout(tokens, columns):
-        if line >= max_lines:
-            note = f"… {len(tokens) - position} more tokens"
-            ax.text(0, max_lines + 0.5, note, fontsize=font_size, va="center", style="italic")
-            lines = max_lines + 1
-            break
-        lines = line + 1
-        kept = stages[position] == len(fates.layers)
-        if not kept:
-            box = (column, line + 0.06)
-            ax.add_patch(Rectangle(box, cells(piece), 0.88, color=colours[stages[position]], alpha=_TINT, linewidth=0))
-        ax.text(
-            column,
-            line + 0.5,
-            piece.replace("$", r"\$"),
-            fontsize=font_size,
-            family="monospace",
-            va="center",
-            weight="bold" if kept else "normal",
-            color="black",
-        )
-    ax.set_xlim(0, columns)
-    ax.set_ylim(max(lines, 1), 0)
-    ax.axis("off")
-    return ax
-
-
-def layout(tokens: Sequence[str], columns: int) -> list[tuple[int, int, int, str]]:
-    """(token, line, column, text) of each piece: wrapped at ``columns``, broken at line ends (blank lines once)."""
-    pieces = []
-    line = column = 0
-    for position, token in enumerate(tokens):
-        for i, part in enumerate(token.replace("\t", "  ").split("\n")):
-            if i and column:
-                line, column = line + 1, 0
-            while part:
-                if column and column + cells(part) > columns:
-                    line, column = line + 1, 0
-                fits = part
-                while cells(fits) > columns:
-                    fits = fits[:-1]
-                pieces.append((position, line, column, fits))
-                column += cells(fits)
-                part = part[len(fits) :]
-    return pieces
-
-
-def cells(text: str) -> int:
-    """Columns that ``text`` takes in a fixed-width face."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

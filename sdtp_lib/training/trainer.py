@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from sdtp_lib.extras import extra
 from sdtp_lib.records import write_json
@@ -107,6 +107,8 @@ def train_pruners(
         data_collator=Collator(layers, pruners.looked_back),
         callbacks=[EarlyStoppingCallback(config.patience)] if held_out is not None and config.patience else [],
     )
+    # Without a progress bar it would print every logged step; they are in `.history`.
+    trainer.remove_callback(PrinterCallback)
     last = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     trainer.train(resume_from_checkpoint=str(last[-1]) if last and resume else None)
     pruners.history = trainer.state.log_history

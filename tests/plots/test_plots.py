@@ -136,7 +136,7 @@ def test_a_column_of_the_map_ends_where_its_token_was_dropped(ax):
     drawn = np.asarray(ax.images[0].get_array())
     assert drawn.tolist() == [[2, 0, 1], [2, -1, 1], [2, -1, -1]]
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert texts == ["before 1: 1", "before 2: 1", "kept: 1"]
+    assert texts == ["before layer 1: 1 tokens", "before layer 2: 1 tokens", "kept to the end: 1 tokens"]
 
 
 def test_loss_curves_draw_a_line_a_term_and_dash_the_held_out_one(ax):
@@ -195,6 +195,10 @@ def test_times_are_stacked_to_their_total(ax):
     assert [bar.get_width() for bar in ax.patches] == [2.0, 1.0, 3.0, 2.5]
     assert [bar.get_x() for bar in ax.patches] == [0, 0, 2.0, 1.0]
     assert {text.get_text().strip() for text in ax.texts} == {"5", "3.5"}
+
+
+def test_numbers_on_bars_have_no_exponent():
+    assert [plots.short(value) for value in (10780.4, 236.2, 3.5, 0.0421, 0)] == ["10,780", "236", "3.5", "0.0421", "0"]
 
 
 def test_a_method_without_a_part_has_none_of_it(ax):
@@ -330,13 +334,27 @@ def test_the_text_picture_wraps_its_tokens_and_colours_the_dropped_ones(ax):
         (r"ef\$g", (0, 1.5)),
         ("x", (0, 2.5)),
     ]
-    assert [box.get_xy()[1] for box in ax.patches] == [1.06]
+    dropped, kept = ax.patches[1].get_facecolor(), ax.patches[0].get_facecolor()
+    assert [box.get_xy()[1] for box in ax.patches] == [0.06, 1.06, 2.06] and dropped != kept
+    assert kept == ax.patches[2].get_facecolor(), "kept tokens have one look"
 
 
 def test_a_text_that_is_too_long_says_how_much_is_left_out(ax):
     fates = TokenFates(np.full(40, 3), (1,), 3, np.zeros((1, 40)))
     plots.dropped_text(["word "] * 40, fates, ax=ax, columns=10, max_lines=3)
-    assert ax.texts[-1].get_text() == "… 34 more tokens"
+    assert [text.get_text() for text in ax.texts].index("… 34 tokens left out …") == 4, "its end is shown too"
+
+
+def test_the_question_and_the_answers_place_are_framed_whatever_is_left_out(ax):
+    """The old picture stopped after its first lines: "... 138 more tokens" hid what was asked and where it stood."""
+    tokens = [f"t{i:02d} " for i in range(40)]
+    places = {"answer": (17, 18), "question": (36, 37)}
+    fates = TokenFates(np.full(40, 3), (1,), 3, np.zeros((1, 40)))
+    plots.dropped_text(tokens, fates, ax=ax, places=places, columns=8, max_lines=6)
+    shown = {text.get_text() for text in ax.texts}
+    assert {tokens[i] for i in (0, 17, 18, 36, 37, 39)} | {"answer", "question"} <= shown
+    frames = [box for box in ax.patches if not box.get_fill()]
+    assert [(box.get_x(), box.get_width()) for box in frames] == [(4, 4), (0, 4), (0, 8)]
 
 
 def test_loss_curves_refuse_a_wanted_term_that_the_log_does_not_hold(ax):
@@ -348,3 +366,43 @@ def test_loss_curves_refuse_a_wanted_term_that_the_log_does_not_hold(ax):
         plots.loss_curves(frame, ax, terms=["loss", "mse"])
     with pytest.raises(ValueError, match="no values of rank_loss"):
         plots.loss_curves(frame, ax, terms=["loss", "rank_loss"])
+
+
+def test_no_legend_lies_on_what_is_drawn_and_a_ratios_axis_starts_at_one(ax):
+    frame = pd.DataFrame({"prompt_tokens": [1024, 4096], "prefill_speedup": [1.5, 1.7], "method": "keep09"})
+    plots.speedup_over_length(frame, ax)
+    ax.figure.canvas.draw()
+    assert ax.get_ylim()[0] == 1
+    assert not ax.get_legend().get_window_extent().overlaps(ax.patch.get_window_extent())
+
+
+def test_one_legend_names_each_series_once_for_all_axes():
+    figure, axes = plt.subplots(1, 2, layout="constrained")
+    for ax, names in zip(axes, (("a", "b"), ("b", "c")), strict=True):
+        for name in names:
+            ax.plot([0, 1], [0, 1], label=name)
+        ax.legend()
+    plots.one_legend(axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
+    assert not [ax for ax in axes if ax.get_legend()]
+
+
+def test_a_saved_picture_names_model_and_device_once(tmp_path):
+    figure = plt.subplots()[0]
+    for _ in range(2):
+        made = {"model": "embedded", "weights": "Q4_1", "device": "cpu", "host_cpus": 2}
+        plots.save(figure, tmp_path / "one.png", made)
+    assert [text.get_text() for text in figure.texts] == ["SmolLM2-135M-Instruct (Q4_1) · CPU, 2 cores"]
+
+
+def test_on_a_log_axis_scores_are_points_and_not_bars(ax):
+    plots.score_by_group(pd.DataFrame({"group": ["qa", "code"], "score": [0.1, 2.0], "scorer": "SDTP"}), ax, log=True)
+    assert not ax.patches and list(ax.lines[0].get_ydata()) == [0.1, 2.0]
+
+
+def test_items_that_fall_together_are_one_line_with_all_their_names(ax):
+    """Names at equal values were pushed above the axes, where nothing is drawn: three of five tasks were missing."""
+    frame = pd.DataFrame({"item": ["a", "b", "c"], "before": [100.0, 100.0, 50.0], "after": [100.0, 100.0, 100.0]})
+    plots.slope_chart(frame, ax)
+    assert [text.get_text() for text in ax.texts[:2]] == ["100  c", "100  a, b"]
+    assert all(text.get_position()[1] < ax.get_ylim()[1] for text in ax.texts)

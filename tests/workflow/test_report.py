@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
+import pandas
 import pytest
 import report
 import result_tables
@@ -85,8 +87,38 @@ def test_the_report_is_one_page_that_loads_nothing_and_escapes_what_it_shows(run
     page = report.page(run)
     assert "<script" not in page and "&lt;script&gt;" in page and "tiny &lt;model&gt;" in page
     assert not re.search(r"""(src|href)=['"]?(https?:)?//""", page) and "@import" not in page
-    assert "href='seed-3/executed/04_latency-0123456789ab.ipynb'" in page
+    assert "href='seed-3/executed/04_latency-0123456789ab.html'" in page
     assert "<svg" in page and page.count("<table>") == 4
+
+
+def test_the_report_shows_every_picture_and_its_links_open_as_pages(run, monkeypatch, capsys):
+    root = run.parent
+    monkeypatch.setattr(report, "project_root", lambda: root)
+    results = root / "data" / "results"
+    results.mkdir(parents=True)
+    run.rename(results / "mine")
+    run = results / "mine"
+    (run / "04_speedup.png").write_bytes(b"png")
+    executed = run / "seed-3/executed/04_latency-0123456789ab.ipynb"
+    executed.parent.mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Time")]), executed)
+    (stamp,) = run.rglob(".stamps/*.json")
+    write_json(stamp, {**json.loads(stamp.read_text()), "executed": executed.relative_to(root).as_posix()})
+    assert report.main(["other"]) == 2
+    assert "there are no rows under data/results/other: there are mine" in capsys.readouterr().err
+    assert report.main(["mine"]) == 0
+    page = (run / "report.html").read_text()
+    assert "alt='04_speedup' src='data:image/png;base64,cG5n'" in page and "text=&lt;script&gt;" in page
+    assert 'id="Time"' in executed.with_suffix(".html").read_text()
+
+
+def test_flags_read_yes_and_no_and_a_wide_table_is_cut_in_two():
+    assert [result_tables.mean(pandas.Series(v)) for v in ([True, True], [False], [True, False, True], [1.0, 2.0])] == [
+        "yes", "no", "2 of 3", "1.5000"
+    ]  # fmt: skip
+    header = ("task", *(f"measure {i}" for i in range(14)))
+    page = Table("t", "T", header, (("needle", *map(str, range(14))),), "note").html()
+    assert page.count("<table>") == 2 and page.count("<td>needle</td>") == 2 and page.count("<th>measure") == 14
 
 
 def test_a_run_without_rows_is_refused(tmp_path):

@@ -1,0 +1,212 @@
+"""`make docs`: the executed study as pages that open from a file, in docs/ (committed; GitHub Pages serves it).
+
+    python workflow/render_docs.py embedded              # from data/results/embedded
+
+Five notebooks with their outputs, an index that tells the story in one screen, the guides of docs/*.md, a leaderboard
+from result rows, and the reference of the public face from docstrings. Nothing is computed again, no page asks another
+host for anything. Markdown and notebooks go through nbconvert; the frame around them is `docs_frame`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import html
+import json
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import docs_reference
+from docs_frame import Frame, markdown_html, notebook_html
+from notebook_parameters import load_notebook, source_of
+from result_tables import Table, answers_tables, latency_table, rows_of, scorer_table
+
+from sdtp_lib.provenance import commit, origin_line, project_root
+from sdtp_lib.records import atomic_write
+
+NOTEBOOKS = ("01_saliency", "02_training", "03_pruning", "04_latency", "05_longbench")
+# docs/<name>.md -> its title in the navigation; a guide that is not there has no page.
+GUIDES = {"method": "Method", "support": "Models", "measurements": "Measurements", "slurm": "Clusters"}
+PICTURES = {"dropped-tokens": "03_pruning_text", "speedup": "04_speedup"}
+USE = '''```python
+from sdtp_lib import load_model, token_pruning
+
+model, tokenizer = load_model("Qwen/Qwen2.5-7B-Instruct", dtype="bfloat16", device_map="auto")
+inputs = tokenizer(long_prompt, return_tensors="pt").to(model.device)
+with token_pruning(model, "2x") as trace:          # or "keep08", 0.8, a PruningConfig, a method
+    output = model.generate(**inputs, max_new_tokens=128)
+print(trace)                                       # tokens in and left, FLOPs and KV cache saved
+```'''
+
+
+def build(run: Path, docs: Path) -> list[Path]:
+    """Write every page; the files written.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the run lacks an executed notebook.
+    """
+    executed = {name: _executed(run, name) for name in NOTEBOOKS}
+    rows = rows_of(run)
+    guides = {name: title for name, title in GUIDES.items() if (docs / f"{name}.md").is_file()}
+    titles = {name: _title(path) for name, path in executed.items()}
+    navigation = [("index.html", "Study"), *((f"{name}.html", name[:2]) for name in NOTEBOOKS)]
+    navigation += [("explorer.html", "Explorer")] if (docs / "explorer.html").is_file() else []
+    navigation += [("leaderboard.html", "Leaderboard"), *((f"{name}.html", title) for name, title in guides.items())]
+    navigation += [("reference.html", "Reference")]
+    made = f"commit {commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    frame, explorer = Frame(navigation, made), (docs / "explorer.html").is_file()
+
+    (docs / "pictures").mkdir(parents=True, exist_ok=True)
+    for name, source in PICTURES.items():
+        shutil.copyfile(run / f"{source}.png", docs / "pictures" / f"{name}.png")
+    pages = {f"{name}.html": (titles[name], notebook_html(path, explorer=explorer)) for name, path in executed.items()}
+    for name, title in guides.items():
+        pages[f"{name}.html"] = title, markdown_html((docs / f"{name}.md").read_text(encoding="utf-8"))
+    pages["leaderboard.html"] = "Leaderboard", leaderboard(rows, run.parent)
+    pages["reference.html"] = "Reference", markdown_html(docs_reference.markdown())
+    pages["index.html"] = "SDTP: token pruning in prefill", index(rows, titles, dict(navigation))
+    written = []
+    for name, (title, body) in pages.items():
+        with atomic_write(docs / name) as temporary:
+            Path(temporary).write_text(frame.page(name, title, body), encoding="utf-8")
+        written.append(docs / name)
+    (docs / ".nojekyll").touch()  # GitHub Pages serves the files as they are
+    return written
+
+
+def _executed(run: Path, name: str) -> Path:
+    found = sorted(run.glob(f"executed/{name}*.ipynb"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"data/results/{run.name} has no executed {name}: run `make study` first.")
+    return found[-1]
+
+
+def _title(executed: Path) -> str:
+    first = source_of(load_notebook(executed)["cells"][0]).splitlines()[0]
+    return first.lstrip("# ").strip()
+
+
+def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[str, str]) -> str:
+    """The story in one screen: what, how much faster, what it costs, on which model, how to use it."""
+    explorer = " · [move the sliders](explorer.html)" if "explorer.html" in pages else ""
+    lines = [
+        "# Reading a prompt with fewer and fewer tokens",
+        "",
+        "While a causal language model reads its prompt (*prefill*), later layers need fewer and fewer of the tokens. "
+        "SDTP ([Tao et al.](https://arxiv.org/abs/2504.04514)) scores the tokens before some layers and drops the "
+        "least important ones: what follows computes on a shorter sequence and keeps a shorter KV cache. This library "
+        "does it for causal models of `transformers` in one `with`; five notebooks measure what that saves and costs.",
+        "",
+        f"- **How much faster:** {faster(rows)}",
+        f"- **What it costs:** {cost(rows)}",
+        f"- **On which model:** {origin_line(rows[0]) if rows else 'not measured yet'}. "
+        "Larger ones: `make study PARAMS=gpu-qwen2-7b`.",
+        f"- **Try it:** `make study` runs everything on a small real model, `make app` opens the explorer{explorer}.",
+        "",
+        USE,
+        "",
+        *(f"- [{title}]({name}.html)" for name, title in titles.items()),
+        "",
+        "![A prompt, each token on the colour of the layer before which it was dropped](pictures/dropped-tokens.png)",
+        "",
+        "![Prefill speed-up over prompt length, measured and the limit](pictures/speedup.png)",
+    ]
+    return markdown_html("\n".join(lines))
+
+
+def faster(rows: list[dict[str, Any]]) -> str:
+    """Each preset's prefill speed-up at the longest prompt that was timed, beside its limit."""
+    from sdtp_lib.latency.report import summary
+
+    lines = summary(row for row in rows if row.get("kind") == "latency")
+    lines = [line for line in lines if line.get("prefill_speedup")]
+    if not lines:
+        return "not measured yet."
+    longest = max(line["prompt_tokens"] for line in lines)
+    said = [
+        f"{line['method']} **{line['prefill_speedup']:.2f}x** (FLOPs allow {line['prefill_limit']:.2f}x)"
+        for line in lines
+        if line["prompt_tokens"] == longest and line["method"] != "unpruned"
+    ]
+    return f"time to the first token after {longest:,} tokens, {', '.join(said)}."
+
+
+def cost(rows: list[dict[str, Any]]) -> str:
+    """KL to the unpruned model by test set: the first scorer's, and the best other one's."""
+    import pandas
+
+    from sdtp_lib.evaluation.tables import scorer_summary
+
+    rows = [row for row in rows if row.get("kind") == "scorer"]
+    if not rows:
+        return "not measured yet."
+    said = []
+    lines = scorer_summary(pandas.DataFrame(rows))
+    for cell, part in lines.groupby("cell", sort=False):
+        own, others = part.iloc[0], part.iloc[1:]
+        other = others.loc[others.kl_nats.idxmin()]
+        said.append(f"{str(cell).replace('_', ' ')} {own.kl_nats:.3f} ({other.scorer} {other.kl_nats:.3f})")
+    first = lines.iloc[0]
+    return (
+        f"KL to the unpruned model's next-token distributions in nats per token, {first.scorer} at {first.setting} "
+        f"(and the best simple score): {'; '.join(said)}."
+    )
+
+
+def leaderboard(rows: list[dict[str, Any]], results: Path) -> str:
+    """Time and quality tables of the run, what benchmarks left beside it, and README's own tables from the store."""
+    store = project_root() / "figures" / "tables.json"
+    kept = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+    tables = [table for table in (scorer_table(rows), latency_table(rows)) if table]
+    tables += answers_tables(results)
+    shown = {table.name for table in tables} | {"support"}
+    tables += [Table.from_dict(values) for name, values in kept.items() if name not in shown]
+    intro = (
+        "<h1>Leaderboard</h1><p>Every table is a view of result rows; where they come from stands under it. Baselines "
+        "are shown also where they are better. Read the item counts.</p>"
+    )
+    return intro + "".join(table.html() for table in tables)
+
+
+def broken_links(docs: Path) -> list[str]:
+    """Links and pictures of the pages that lead to nothing in ``docs``, as ``page: target``."""
+    broken = []
+    for page in sorted(docs.glob("*.html")):
+        text = page.read_text(encoding="utf-8")
+        ids = set(re.findall(r"""\sid=["']([^"']+)""", text))
+        for target in re.findall(r"""(?:href|src)=["']([^"']+)["']""", text):
+            target = html.unescape(target)
+            file, _, anchor = target.partition("#")
+            if re.match(r"[a-z]+:", target):
+                continue
+            if not (file and (docs / file).exists()) and not (not file and anchor in ids):
+                broken.append(f"{page.name}: {target}")
+    return broken
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", default="embedded", help="a folder of data/results")
+    options = parser.parse_args(arguments)
+    root = project_root()
+    try:
+        written = build(root / "data" / "results" / options.run, root / "docs")
+    except FileNotFoundError as error:
+        print(f"REFUSED  {error}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in (root / "docs").rglob("*") if path.is_file())
+    print(f"docs/: {len(written)} pages, {size / 1e6:.1f} MB; open docs/index.html")
+    if broken := broken_links(root / "docs"):
+        print("\n".join(["links that lead to nothing:", *broken]), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
