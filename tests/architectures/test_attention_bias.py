@@ -27,7 +27,7 @@ OWN_FIELDS = {
                     "head_dim": None, **EXPERTS},
     "falcon": {"head_dim": None, "num_key_value_heads": None},
     "flint": EXPERTS,
-    "gpt_neo": {"num_layers": 6, "num_heads": 4, "attention_types": [[["global", "local"], 3]], "window_size": 32,
+    "gpt_neo": {"num_layers": 6, "num_heads": 4, "attention_types": [[["global"], 6]], "window_size": 32,
                 "num_hidden_layers": None, "num_attention_heads": None},
     "gpt_oss": EXPERTS,
     "gptj": {"n_embd": 32, "n_layer": 6, "n_head": 4, "rotary_dim": 4, "n_positions": 512},

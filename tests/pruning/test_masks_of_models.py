@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sdtp_lib import PruningConfig, scorers, token_pruning
+from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from tests.reference import louder
 
@@ -81,6 +82,11 @@ def _with_dropped_keys_masked(model, ids, kept, **arguments):
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_decode_and_a_second_turn_equal_the_model_with_dropped_keys_masked(kind, backend):
     model = _model(*KINDS[kind], backend)
+    if KINDS[kind][0] == "doge" and backend == "sdpa" and transformers.__version__.startswith("5.2."):
+        # This release's Doge makes its mask within the layer, where it cannot be cut: the model's own check says so.
+        with pytest.raises(PruningNotSupported, match="did not pass the check"), token_pruning(model, CONFIG, "recency"):
+            pass
+        return
     new = torch.randint(3, 120, (1, 7), generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), token_pruning(model, CONFIG, scorers.random(3)) as trace:
         out = model(input_ids=PROMPT, use_cache=True)
