@@ -23,7 +23,7 @@ nav a { text-decoration: none; } nav a[aria-current] { font-weight: 700; color: 
 p, li { max-width: 60rem; } a { color: var(--link); }
 h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top: 2rem; }
 img, svg { max-width: 100%; height: auto; } img { background: white; border-radius: 6px; padding: 4px; }
-.wide, .jp-RenderedHTML, .jp-OutputArea-output { overflow-x: auto; }
+.wide, .output_area, .output_subarea, .text_cell_render { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; border: 0; margin: .6rem 0; }
 th, td { padding: .25rem .6rem; border: 0; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; } .note, footer { opacity: .75; font-size: .9em; }
