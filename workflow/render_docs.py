@@ -122,7 +122,10 @@ def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[
 
 def faster(rows: list[dict[str, Any]]) -> str:
     """Each preset's prefill speed-up at the longest prompt that was timed, beside its limit."""
+    import pandas
+
     from sdtp_lib.latency.report import summary
+    from sdtp_lib.plots import readings
 
     lines = summary(row for row in rows if row.get("kind") == "latency")
     lines = [line for line in lines if line.get("prefill_speedup")]
@@ -134,7 +137,8 @@ def faster(rows: list[dict[str, Any]]) -> str:
         for line in lines
         if line["prompt_tokens"] == longest and line["method"] != "unpruned"
     ]
-    return f"time to the first token after {longest:,} tokens, {', '.join(said)}."
+    text = f"time to the first token after {longest:,} tokens, {', '.join(said)}."
+    return " ".join(filter(None, [text, readings.busy(pandas.DataFrame(lines))]))
 
 
 def cost(rows: list[dict[str, Any]]) -> str:
