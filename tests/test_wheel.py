@@ -145,7 +145,7 @@ def test_what_an_extra_brings_is_asked_for_by_its_name_in_one_sentence(program):
                 said[name] = str(error)
         print(json.dumps(said))
     """)
-    extra_of = {"train": "train", "labels": "train", "spread": "train", "rows": "train", "texts": "study",
+    extra_of = {"train": "train", "labels": "train", "spread": "train", "rows": "train", "texts": "train",
                 "plots": "study", "a plot": "study", "sliders": "study", "harness": "eval"}  # fmt: skip
     assert sentences.keys() == extra_of.keys()
     for use, extra in extra_of.items():
