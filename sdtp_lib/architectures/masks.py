@@ -138,7 +138,8 @@ def _cut_block_mask(mask: Any, queries: torch.Tensor | None, keys: torch.Tensor)
     rows = None if queries is None else queries.clamp_min(0)
 
     def mask_mod(row: Any, head: Any, query: Any, key: Any) -> Any:
-        this = row if keys.shape[0] > 1 else 0
+        # A tensor also where all rows share one list: torch 2.7 cannot map over an index that mixes both kinds.
+        this = row if keys.shape[0] > 1 else row * 0
         original = query if rows is None else rows[this, query]
         own = ~valid[this, key] & (key == query + keys.shape[1] - q)
         return (whole(row, head, original, columns[this, key]) & valid[this, key]) | own

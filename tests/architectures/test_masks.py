@@ -61,7 +61,7 @@ def test_a_block_mask_of_flex_attention_asks_the_whole_one():
     keys = torch.tensor([[0, 2, 3, 5]])
     cut = _cut(whole, keys, keys, padded=False, backend="flex_attention")
     index = torch.arange(4)
-    seen = cut.mask_mod(torch.zeros(1, dtype=torch.int64), 0, index[:, None], index[None, :])
+    seen = cut.mask_mod(torch.zeros((), dtype=torch.int64), 0, index[:, None], index[None, :])
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     assert seen.int().tolist() == expected
 
