@@ -97,9 +97,10 @@ class ModelShape:
         """
         config = model.config.get_text_config()
         name = f"{type(model).__name__} (model_type={config.model_type!r})"
-        # A multimodal model's towers are not on the way of a text token.
         root = model if config is model.config else model.get_decoder()
-        modules = _decoder_layers(root, config.num_hidden_layers)
+        owner, modules = _decoder_layers(root, config.num_hidden_layers)
+        if config is not model.config:
+            root = owner  # a multimodal model's towers stand beside it, and no text token meets them
         head = model.get_output_embeddings()
         if modules is None or head is None:
             missing = f"list of {config.num_hidden_layers} decoder layers" if modules is None else "output embedding"
@@ -196,10 +197,13 @@ class ModelShape:
         return self.parameters * element_bytes(dtype)
 
 
-def _decoder_layers(root: Any, count: int) -> Any | None:
-    """The first list of ``count`` modules under ``root``; a model of one layer must call its own ``layers``."""
-    lists = (child for owner in root.modules() for child in owner.children() if type(child).__name__ == "ModuleList")
-    return next((child for child in lists if len(child) == count), None)
+def _decoder_layers(root: Any, count: int) -> tuple[Any, Any]:
+    """The first list of ``count`` modules under ``root``, after the module that holds it; None, None without one."""
+    for owner in root.modules():
+        for child in owner.children():
+            if type(child).__name__ == "ModuleList" and len(child) == count:
+                return owner, child
+    return None, None
 
 
 # The sizes of the models that the study names, so that predictions need no hub.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,29 @@ def test_a_lora_adapter_is_counted_with_the_model_that_carries_it(tiny_model):
     plain = ModelShape.from_model(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert ModelShape.from_model(adapted).active_weights == plain.active_weights + 6 * 4 * (32 + 32)
+
+
+def test_what_stands_beside_the_text_layers_of_a_multimodal_model_is_not_counted(tiny_model):
+    """Fuyu keeps its image projection in the module that ``get_decoder`` names: 111 % too many FLOPs of a text."""
+    text = tiny_model("llama")
+
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision_embed_tokens, self.language_model = torch.nn.Linear(900, 32), text.model
+
+    class Multimodal(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(get_text_config=lambda: text.config)
+            self.model, self.lm_head = Decoder(), text.lm_head
+            self.get_decoder, self.get_output_embeddings = lambda: self.model, lambda: self.lm_head
+            self.get_input_embeddings = text.get_input_embeddings
+
+    tokens = [TOKENS] * 6
+    assert budget.prefill_flops(ModelShape.from_model(Multimodal()), tokens) == budget.prefill_flops(
+        ModelShape.from_model(text), tokens
+    )
 
 
 def test_a_packed_weight_counts_as_what_it_stands_for(tiny_model):
