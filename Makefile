@@ -99,8 +99,9 @@ figures: $(READY) ## refresh the pictures that README shows, from result rows
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 .PHONY: lint
-lint: $(READY) ## ruff on code and notebook cells; notebooks without outputs
+lint: $(READY) ## ruff on code and notebook cells; the library's layers; notebooks without outputs
 	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-cache
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then $(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb; fi
 
 .PHONY: test

@@ -1,88 +1,23 @@
-"""The library's shape: who may import whom, one door to transformers' internals, an import that changes nothing."""
+"""The library's shape: imports run one way (the contracts are pyproject.toml's), one door to transformers' internals,
+an import that changes nothing.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-import sdtp_lib
-
 PACKAGE = Path(__file__).resolve().parent.parent / "sdtp_lib"
 
-# From the ground up. A part is a folder, or a module beside the folders; it may import parts of lower floors only.
-FLOORS = (
-    {"extras", "layer_shape", "load_failures", "provenance", "shipped"},
-    {"models", "model_shape", "config", "files"},
-    {"records", "budget", "architectures"},
-    {"data", "pruning", "processes"},
-    {"scorers"},
-    {"methods", "views", "plots"},
-    {"explorer", "harness"},
-    {"evaluation"},
-    {"training"},
-    {"latency"},
-    {"paper"},
-    {"commands"},
-    {"__main__"},
-)
-# The same within a folder, module by module. Its `__init__` stands on top and imports nothing from outside but extras.
-INSIDE = {
-    "architectures": ({"caches", "masks", "unsupported", "attention_interface"}, {"layers"},
-                      {"bias_probe", "attention_weights"}, {"attention_bias", "attention_readings"}),
-    "data": ({"texts", "lm_eval_files"}, {"samples", "ruler_texts", "prompts"},
-             {"tasks", "longbench", "ruler_generators", "own_records"},
-             {"ruler", "test_sets", "longbench2", "copying", "training_mix"}),
-    "pruning": ({"selection", "token_fates", "stage", "trace", "generate_guard", "pruned_cache", "protection",
-                 "masked_reference"}, {"continuation", "verify", "kv_budget"}, {"prefill"}, {"second_pass"},
-                {"session"}, {"engine"}),
-    "scorers": ({"blend", "pruner_files"}, {"simple", "stage_network"}, {"token_pruners"}, {"by_name", "found"}),
-    "methods": ({"votes", "method"}, {"sdtp", "lazyllm", "gemfilter", "fastkv", "claa", "sliminfer",
-                "uniprefill", "asl", "pyramidinfer", "streamingllm", "specprefill"}, {"snapkv", "earlier_scheme"},
-                {"h2o"}, {"registry"}, {"call"}),
-    "views": ({"looks"}, {"tokens", "layer_map"}),
-    "plots": ({"style", "readings"}, {"cost", "needles", "results", "tokens"}, {"text"}),
-    "explorer": ({"state", "typed"}, {"live_html", "page", "prompts"}, {"export", "engine_source"}, {"controls"},
-                 {"widgets", "publish"}, {"app"}),
-    "training": ({"config", "labels", "losses", "prompts"}, {"saliency", "simulation", "oracles"}, {"step"},
-                 {"trainer"}, {"recipes", "verdict"}, {"card"}, {"run"}, {"command"}),
-    "evaluation": ({"statistics", "divergence", "methods", "items", "fewshot"},
-                   {"answers", "answer_tables", "compare", "tables"}, {"answer_run"}),
-    "latency": ({"memory", "report", "cost_model"}, {"measure"}, {"generation", "hardware", "training_cost"},
-                {"methods"}, {"run", "side_by_side"}),
-    "commands": ({"arguments"}, {"generate", "compare", "bench", "pruners"}),
-}  # fmt: skip
-# Modules that stay in the dark on purpose: what they must never import, at any depth of function.
-NO_TORCH = {"extras", "shipped", "provenance", "load_failures", "files", "records", "config", "budget", "layer_shape",
-            "model_shape", "paper", "plots", "views", "training.config", "pruning.token_fates",
-            "latency.cost_model", "explorer.state", "explorer.live_html", "explorer.export",
-            "explorer.widgets", "explorer.controls", "explorer.page", "explorer.typed"}  # fmt: skip
-# `ModelShape.from_config` builds the model that it counts, which nobody but its caller asks for.
-TORCH_ON_CALL = {"model_shape"}
-NEVER = {
-    "data": {"models", "architectures"},
-    "pruning": {"models"},
-    "pruning.selection": {"config", "budget", "records"},
-    "scorers": {"models", "data"},
-    "scorers.blend": {"config", "records", "budget", "pruning", "architectures"},
-    "scorers.token_pruners": {"pruning.selection"},
-    "scorers.stage_network": {"pruning.selection"},
-    "training": {"plots", "views"},
-    "training.losses": {"models", "config", "data", "pruning", "architectures"},
-    "training.saliency": {"scorers"},
-    "training.labels": {"scorers", "models"},
-    "evaluation": {"plots", "views"},
-    "latency.memory": {"config", "budget", "pruning", "scorers"},
-    "latency.measure": {"config", "budget", "pruning", "scorers"},
-    "latency.generation": {"config", "budget", "pruning", "scorers"},
-    "latency.hardware": {"config", "budget", "pruning", "scorers"},
-}
 # Only `architectures` may know these of transformers and torch.
 INTERNAL_MODULES = ("transformers.cache_utils", "transformers.masking_utils", "transformers.models",
                     "transformers.integrations", "transformers.modeling_attn_mask_utils",
@@ -125,48 +60,14 @@ def among(module: str, names: Iterable[str]) -> bool:
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Every dotted name that is imported anywhere in a file, in functions too; type-checking blocks are left out."""
+    """Every dotted name that is imported anywhere in a file, in functions too."""
     names: set[str] = set()
-    pending: list[ast.AST] = [tree]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            pending.extend(node.orelse)
-            continue
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = f"sdtp_lib.{node.module}".rstrip(".") if node.level else node.module
-            names.update(f"{base}.{alias.name}" for alias in node.names)
-        pending.extend(ast.iter_child_nodes(node))
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
-
-
-def edges(path: Path) -> set[str]:
-    """The sdtp_lib modules that a file imports; names of the public face count as the module they come from."""
-    known = {name_of(module) for module in modules()}
-    found = set()
-    for name in imported(ast.parse(path.read_text())):
-        first, _, rest = name.partition(".")
-        if first == "sdtp_lib":
-            rest = sdtp_lib._HOME_OF.get(rest, rest)
-            found |= {next((near for near in (rest, rest.rpartition(".")[0]) if near in known), "")}
-    return found - {""}
-
-
-def floor_of(name: str, floors: tuple[set[str], ...]) -> int:
-    return next((number for number, floor in enumerate(floors) if name in floor), len(floors))
-
-
-def allowed(upper: str, lower: str) -> bool:
-    if among(lower, NEVER.get(upper, set()) | NEVER.get(part_of(upper), set())):
-        return False
-    if part_of(upper) != part_of(lower):
-        is_lower = floor_of(part_of(lower), FLOORS) < floor_of(part_of(upper), FLOORS)
-        return is_lower and (upper not in INSIDE or lower == "extras")
-    floors = INSIDE[part_of(upper)]
-    above, below = (floor_of(name.partition(".")[2], floors) for name in (upper, lower))
-    return below < above
 
 
 def internals_used(tree: ast.AST) -> set[str]:
@@ -181,18 +82,38 @@ def attributes_used(tree: ast.AST, names: set[str]) -> set[str]:
     return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in names}
 
 
-@each_module
-def test_every_module_has_its_floor(path):
-    part, _, inner = name_of(path).partition(".")
-    assert part in set().union(*FLOORS), f"{part} has no place in FLOORS: decide what it may import"
-    if inner:
-        assert inner in set().union(*INSIDE[part]), f"{part}.{inner} has no place in INSIDE: decide what it may import"
+def broken_contracts(package: Path) -> str:
+    """What `lint-imports` says of the package below this folder, with the repository's contracts; "" where all hold."""
+    program = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(cache_dir=None))"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=package,
+        env={"PYTHONPATH": str(package), "COLUMNS": "500"},
+    )  # fmt: skip
+    return "" if ended.returncode == 0 else ended.stdout + ended.stderr
 
 
-@each_module
-def test_imports_run_one_way(path):
-    wrong = sorted(lower for lower in edges(path) if not allowed(name_of(path), lower))
-    assert not wrong, f"{name_of(path)} may not import {wrong}"
+def test_imports_run_one_way():
+    assert not broken_contracts(PACKAGE.parent)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("config.py", "def f():\n    from sdtp_lib.pruning.engine import token_pruning\n", "Between folders BROKEN"),
+        ("views/looks.py", "from sdtp_lib import plots\n", "Between folders BROKEN"),
+        ("pruning/prefill.py", "from sdtp_lib import token_pruning\n", "public face BROKEN"),
+        ("pruning/prefill.py", "import sdtp_lib.pruning.engine\n", "Within pruning BROKEN"),
+        ("evaluation/items.py", "from sdtp_lib.evaluation import compare_scorers\n", "Within evaluation BROKEN"),
+        ("records.py", "def f():\n    import torch\n", "need no torch BROKEN"),
+        ("pruning/newcomer.py", "", "newcomer"),
+    ],
+)
+def test_the_contracts_see_a_wrong_import(tmp_path, file, line, contract):
+    shutil.copytree(PACKAGE, tmp_path / "sdtp_lib", ignore=lambda _, names: {n for n in names if n == "__pycache__"})
+    shutil.copy(PACKAGE.parent / "pyproject.toml", tmp_path)
+    with (tmp_path / "sdtp_lib" / file).open("a") as module:
+        module.write(line)
+    assert contract in broken_contracts(tmp_path)
 
 
 @each_module
@@ -207,17 +128,10 @@ def test_only_the_engine_and_its_door_put_hooks_on_a_model(path):
         assert not attributes_used(ast.parse(path.read_text()), HOOKS)
 
 
-@each_module
-def test_the_pure_modules_import_no_torch(path):
-    if among(name_of(path), NO_TORCH):
-        tops = {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
-        assert name_of(path) in TORCH_ON_CALL or not tops & {"torch", "transformers", "safetensors", "accelerate"}
-        assert not [lower for lower in edges(path) if not among(lower, NO_TORCH)]
-
-
 def test_the_pure_modules_load_no_torch():
-    names = [name for path in modules() if among(name := name_of(path), NO_TORCH)]
-    program = f"import importlib, sys\nfor name in {names}: importlib.import_module('sdtp_lib.' + name)\n"
+    contracts = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (pure,) = (contract["source_modules"] for contract in contracts if contract["name"] == "Modules that need no torch")
+    program = f"import importlib, sys\nfor name in {pure}: importlib.import_module(name)\n"
     assert run_python(program + "print('torch' in sys.modules)").strip() == "False"
 
 
@@ -235,21 +149,6 @@ def test_a_module_can_be_read_in_one_go(path):
 def test_no_module_is_a_drawer():
     names = {name for path in modules() for name in name_of(path).split(".")}
     assert not names & {"utils", "helpers", "common", "misc"}
-
-
-def test_the_checks_see_a_forbidden_import_in_a_function():
-    source = "def f():\n    from sdtp_lib.pruning.engine import token_pruning\n    import sdtp_lib.models\n"
-    assert imported(ast.parse(source)) == {"sdtp_lib.pruning.engine.token_pruning", "sdtp_lib.models"}
-    assert not allowed("config", "pruning.engine") and not allowed("data.samples", "models")
-    assert allowed("pruning.engine", "architectures.layers") and not allowed("architectures.layers", "pruning.engine")
-    assert allowed("pruning.engine", "pruning.prefill") and not allowed("pruning.prefill", "pruning.engine")
-    assert not allowed("pruning", "config"), "a folder's __init__ imports its own modules only"
-
-
-def test_the_checks_see_an_import_through_the_public_face(tmp_path):
-    file = tmp_path / "module.py"
-    file.write_text("from sdtp_lib import scorers, token_pruning\n")
-    assert edges(file) == {"scorers", "methods.call"}
 
 
 @pytest.mark.parametrize(
