@@ -170,6 +170,10 @@ bench-fewshot: ## few-shot tasks through lm-evaluation-harness (ARGS=...)
 bench-longbench: ## LongBench (ARGS=...)
 bench-ruler: ## RULER, exact copies, second questions, LongBench v2 (ARGS=...)
 
+.PHONY: leaderboard
+leaderboard: $(READY) ## every method at equal prefill FLOPs, resumable, then page and picture (PARAMS=embedded or gpu-..., ARGS="--hours 2")
+	$(BIN)/python benchmarks/leaderboard.py --params "$(PARAMS)" $(if $(filter embedded,$(PARAMS)),--report-after) $(ARGS)
+
 .PHONY: bench-compression
 bench-compression: ARGS ?=
 bench-compression: $(FLOOR)/.ready ## SDTP and then a smaller KV cache (H2O, SnapKV): the paper's Table 6 (ARGS=...)

@@ -91,7 +91,7 @@ def compare_scorers(
                     if published
                     else budget.prefill_flops(shape, computed)
                 )
-                measured = _compared(full, logits, sample) | {
+                measured = compared(full, logits, sample) | {
                     "compression_ratio": trace.compression_ratio,
                     "prefill_flops_share": flops / budget.prefill_flops(shape, [len(prompt)] * shape.num_layers),
                     "kv_bytes": sum(trace.kv_bytes_per_layer),
@@ -108,7 +108,8 @@ def compare_scorers(
             progress(f"{cell} {sample['id']}")
 
 
-def _compared(full: Tensor, logits: Tensor, sample: Mapping[str, Any]) -> dict[str, Any]:
+def compared(full: Tensor, logits: Tensor, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """KL, losses and agreement from logits (R, V); for a sample with an ``answer_mask``, also whether it is right."""
     response = sample["response_ids"]
     fields: dict[str, Any] = {
         "kl_nats": kl_divergence(full, logits),

@@ -7,7 +7,7 @@ continuation tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ def continuation_logits(
     continuation_ids: Sequence[int],
     config: PruningConfig | Method | None = None,
     scorer: Scorer | None = None,
+    *,
+    prefilled: Callable[[Any], None] | None = None,
 ) -> tuple[Tensor, PruningTrace | None]:
     """Logits that predict each continuation token, read from the (pruned) cache of one prefill of the prompt.
 
@@ -39,6 +41,8 @@ def continuation_logits(
         Token ids of one prompt (at least two) and of what follows it (at least one).
     config, scorer
         How to prune the prompt; both None for the unpruned model. An entry of `sdtp_lib.methods` brings its scorer.
+    prefilled
+        Called with the prompt's cache once it is full: for a clock, and for the bytes that it holds.
 
     Returns
     -------
@@ -57,6 +61,8 @@ def continuation_logits(
         trace = None if config is None else stack.enter_context(token_pruning(model, config, scorer))
         first = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         logits = first.logits[:, -1:]
+        if prefilled is not None:
+            prefilled(cache_in(first))
         if given.shape[1]:
             # Positions said, not left to the cache's length: a KV-cache compression makes that shorter than the prompt.
             after = torch.arange(given.shape[1], device=given.device)[None] + len(prompt_ids)

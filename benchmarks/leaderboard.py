@@ -1,0 +1,212 @@
+"""Every method at equal prefill FLOPs on the same items: KL, RULER, LongBench, time, cache and memory; resumable.
+
+    python benchmarks/leaderboard.py                              # the embedded model: hours on a CPU; stop it any time
+    python benchmarks/leaderboard.py --hours 0.5 --threads 1      # what half an hour gives, balanced over methods
+    python benchmarks/leaderboard.py --report                     # docs/leaderboard.md, figures, README from the rows
+    python benchmarks/leaderboard.py --params gpu-llama3.1-8b     # or a YAML file of yours with these arguments
+    accelerate launch --num_processes 4 benchmarks/leaderboard.py --params gpu-qwen3-8b
+
+The order is that of `sdtp_lib.leaderboard.plan`: item by item over all methods, 2x first. A fresh clone goes on from
+the rows that are committed (``--fresh`` does not). RULER's answers are cut to the length of the right ones. With
+``config:`` in the YAML file the model has random weights of these sizes: then only time, cache and memory are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from sdtp_lib import load_model
+from sdtp_lib.data import ruler, ruler_texts
+from sdtp_lib.data.test_sets import CELLS
+from sdtp_lib.latency import measure as timing
+from sdtp_lib.leaderboard import committed, plan
+from sdtp_lib.leaderboard.entrants import entrants
+from sdtp_lib.leaderboard.measure import Measurement
+from sdtp_lib.processes import Share
+from sdtp_lib.records import RowWriter, passport, project_root, read_rows
+
+PARAMS = Path(__file__).resolve().parent / "params"
+COMMITTED = "docs/leaderboard.jsonl"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", metavar="NAME", help=f"of {', '.join(sorted(p.stem for p in PARAMS.glob('*')))}, "
+                        "or a YAML file: arguments by their names, with _ for -")  # fmt: skip
+    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="prompt tokens")
+    parser.add_argument("--items", type=int, nargs="+", default=[24, 12], help="per KL test set, by length")
+    parser.add_argument("--ruler-items", type=int, nargs="+", default=[12, 4], help="per task, by length")
+    parser.add_argument("--longbench-items", type=int, default=12, help="per data set, at the longest length")
+    parser.add_argument("--speedups", type=float, nargs="+", default=[2.0, 1.5, 3.0], help="by prefill FLOPs")
+    parser.add_argument("--method", "--methods", dest="methods", nargs="+", default=None, metavar="NAME",
+                        help="default: all, and the training-free score")  # fmt: skip
+    parser.add_argument("--cells", nargs="*", choices=CELLS, default=list(plan.KL_CELLS), help="KL test sets")
+    parser.add_argument("--tasks", nargs="*", default=["ruler"], metavar="NAME", help="RULER's tasks or sets of them")
+    parser.add_argument("--texts", nargs="+", default=[ruler_texts.EMBEDDED], help="places of RULER's essays: hub, "
+                        "a folder, embedded")  # fmt: skip
+    parser.add_argument("--longbench", default=None, metavar="FOLDER", help="of LongBench v1's files; without it left "
+                        "out")  # fmt: skip
+    parser.add_argument("--datasets", nargs="+", default=["multi_news"], help="of LongBench")
+    parser.add_argument("--hours", type=float, default=None, help="stop before the item that would begin later")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; rows of one file have one number")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, default=None, help="default data/results/leaderboard, or -PARAMS")
+    parser.add_argument("--fresh", action="store_true", help="do not go on from the committed rows")
+    parser.add_argument("--report", action="store_true", help="write page, picture, rows and README's lines; compute "
+                        "nothing")  # fmt: skip
+    parser.add_argument("--report-after", action="store_true", help="measure, then as --report")
+    parser.add_argument("--tables", action="store_true", help="print the page, write and compute nothing")
+    parser.set_defaults(config=None)
+    named = parser.parse_known_args(arguments)[0].params
+    if named:
+        path = Path(named) if Path(named).suffix in (".yaml", ".yml") else PARAMS / f"{named}.yaml"
+        if not path.is_file():
+            parser.error(f"--params {named}: there is no {path}.")
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        known = {action.dest for action in parser._actions} | {"config"}
+        if unknown := sorted(set(values) - known):
+            parser.error(f"{path.name}: {unknown[0]!r} is no argument of this command: see --help.")
+        parser.set_defaults(**values)
+    options = parser.parse_args(arguments)
+    options.run_dir = options.run_dir or project_root() / "data" / "results" / "-".join(
+        ["leaderboard", *([Path(named).stem] if named and Path(named).stem != "embedded" else [])]
+    )
+    try:
+        options.tasks = ruler.resolve(options.tasks)
+    except ValueError as error:
+        parser.error(str(error))
+    if any(speedup <= 1 for speedup in options.speedups):
+        parser.error(f"--speedups {options.speedups}: each is more than 1.")
+    return options
+
+
+def sizes(options: argparse.Namespace) -> list[plan.Sizes]:
+    """How much at each length; the last number given stands for the lengths after it."""
+
+    def at(values: list[int], place: int) -> int:
+        return values[min(place, len(values) - 1)]
+
+    longest = max(options.lengths)
+    return [
+        plan.Sizes(length, at(options.items, n), at(options.ruler_items, n),
+                   options.longbench_items if length == longest and options.longbench else 0)
+        for n, length in enumerate(options.lengths)
+    ]  # fmt: skip
+
+
+def random_model(fields: dict[str, Any], dtype: str | None, device: Any) -> Any:
+    """A model of these sizes with random weights, made on its device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(fields)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields), dtype=kind)
+    return model.requires_grad_(False).eval()
+
+
+def untrained_pruners(model: Any) -> Any:
+    """Pruners of the right sizes: what scoring costs is then real."""
+    from sdtp_lib import PruningConfig, TokenPruners
+
+    text = model.config.get_text_config()
+    layers = PruningConfig.preset("keep09", text.num_hidden_layers).layers
+    return TokenPruners(hidden_size=text.hidden_size, layers=layers).to(model.device, model.dtype).eval()
+
+
+def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
+    random = options.config is not None
+    with timing.threads(options.threads) as threads:
+        if random:
+            model, tokenizer = random_model(options.config, options.dtype, share.device), None
+        else:
+            model, tokenizer = load_model(options.model, dtype=options.dtype, device=share.device)
+        known = getattr(model.config, "max_position_embeddings", None)
+        if known and max(options.lengths) > known:
+            raise SystemExit(f"--lengths {max(options.lengths)}: the model has {known} positions.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which method has no pruners of its own stands in its rows
+            found = entrants(model, options.methods, pruners=untrained_pruners(model) if random else None)
+        stamp = passport(
+            model, model_name=options.model, seed=options.seed, weights="random, true sizes" if random else None,
+            threads=threads if model.device.type == "cpu" else None,
+        )  # fmt: skip
+        start_from_committed(options, path, share, stamp)
+        chosen = sizes(options)
+        items = None if random else plan.Items(
+            tokenizer, chosen, seed=options.seed, texts=options.texts, folder=options.longbench)  # fmt: skip
+        steps = (
+            plan.timing_steps(chosen, options.speedups)
+            if random
+            else plan.steps(chosen, options.speedups, cells=options.cells, tasks=options.tasks,
+                            datasets=options.datasets if options.longbench else ())
+        )  # fmt: skip
+        ends_at = time.monotonic() + 3600 * options.hours if options.hours else None
+        with share.rows(path, stamp) as writer:
+            rows = read_rows(path) if path.exists() else []
+            work = Measurement(model, tokenizer, found, writer, rows)
+            model(torch.arange(8, device=model.device)[None])  # what only a process's first forward pays
+            bar = tqdm(share.of(steps), unit="item", desc="leaderboard", mininterval=10, disable=not share.is_first)
+            for step in bar:
+                if ends_at is not None and time.monotonic() > ends_at:
+                    print(f"--hours {options.hours:g} are over: the same command goes on from here.", file=sys.stderr)
+                    break
+                bar.set_postfix_str(f"{step.cell} at {step.length}, {step.speedup:g}x")
+                timed = step.sort in (plan.TIME, plan.MEMORY)
+                item = None if timed else items.of(step)
+                if item is not None or timed:
+                    work.run(step, item)
+        if items is not None and share.is_first:
+            for cell, why in items.missing.items():
+                print(f"left out: {cell}: {why}", file=sys.stderr)
+
+
+def start_from_committed(options: argparse.Namespace, path: Path, share: Share, stamp: dict[str, Any]) -> None:
+    """Lay down the repository's rows where this run has none yet and they are of this model and device."""
+    if options.fresh or path.exists() or not share.is_first:
+        return
+    rows = committed.read_committed(project_root() / COMMITTED)
+    same = ("model", "weights_fingerprint", "device", "dtype", "threads", "attn_implementation", "seed")
+    if rows and all(rows[0].get(name) == stamp.get(name) for name in same):
+        with RowWriter(path, {}) as writer:
+            for row in rows:
+                writer._append(row)
+        print(f"goes on from {len(rows)} committed rows", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    path, share = options.run_dir / "leaderboard.jsonl", Share()
+    if not (options.report or options.tables):
+        measure(options, path, share)
+    if not share.is_first:
+        return
+    from sdtp_lib.leaderboard import page
+
+    rows = read_rows(path) if path.exists() else committed.read_committed(project_root() / COMMITTED)
+    if not rows:
+        raise SystemExit(f"there are no rows in {path}.")
+    text = page.page(rows)
+    print(text)
+    if options.report or options.report_after:
+        from leaderboard_report import write_report
+
+        write_report(rows, text)
+    print(f"rows: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Rows of a leaderboard as the repository keeps them: the fields that all share stand once, in the first line.
+
+A fresh clone reads its table from these and goes on measuring where they stop. Knows files and rows, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdtp_lib.files import atomic_write
+
+SHARED = "shared by all rows"
+
+
+def write_committed(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write ``rows`` to ``path``: first what is equal in all of them, then what is not, one line per row.
+
+    Rows {"a": 1, "b": 2} and {"a": 1, "b": 3} become {"kind": "shared by all rows", "a": 1}, {"b": 2}, {"b": 3}.
+    """
+    rows = list(rows)
+    first = rows[0] if rows else {}
+    shared = {name: value for name, value in first.items() if name != "kind" and all(
+        name in row and row[name] == value for row in rows)}  # fmt: skip
+    lines = [{"kind": SHARED, **shared}]
+    lines += [{name: _short(value) for name, value in row.items() if name not in shared} for row in rows]
+    with atomic_write(path) as temporary:
+        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_committed(path: Path) -> list[dict[str, Any]]:
+    """The rows that `write_committed` wrote, whole again; none where there is no file."""
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    shared = {name: value for name, value in lines[0].items() if name != "kind"}
+    return [{**shared, **line} for line in lines[1:]]
+
+
+def _short(value: Any) -> Any:
+    """Six digits are more than is measured."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,217 @@
+"""One item, unpruned once and then by every method in turn: rows of divergence or answers, times, cache and memory.
+
+The clock runs from entering ``with token_pruning`` to the first token, so that scoring counts. Methods take turns from
+item to item, and each row has the unpruned time of the same turn beside its own. Knows no table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sdtp_lib import budget
+from sdtp_lib.architectures.caches import kv_bytes
+from sdtp_lib.evaluation.compare import compared
+from sdtp_lib.evaluation.divergence import continuation_logits
+from sdtp_lib.evaluation.items import Item
+from sdtp_lib.latency.generation import end_tokens, plain_prefill, plain_step
+from sdtp_lib.latency.measure import Stopwatch
+from sdtp_lib.latency.memory import peak_allocated_bytes
+from sdtp_lib.latency.run import prompt_ids
+from sdtp_lib.leaderboard.entrants import UNPRUNED, Entrant
+from sdtp_lib.leaderboard.plan import KL, MEMORY, TIME, Step
+from sdtp_lib.methods.call import token_pruning
+from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.records import RowWriter, content_id
+
+# Beyond the answer's own tokens: a word before it, and numbers of a list.
+_SPARE_TOKENS = 8
+
+
+class Measurement:
+    """Rows of a run; what an earlier one left counts as done.
+
+    Parameters
+    ----------
+    rows
+        The rows that ``writer``'s file has already: where the unpruned answer to an item is known, it is not asked for
+        again.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, entrants: Sequence[Entrant], writer: RowWriter, rows: Sequence[Mapping]
+    ) -> None:
+        self._model, self._tokenizer, self._entrants, self._writer = model, tokenizer, list(entrants), writer
+        self._shape = ModelShape.from_model(model)
+        self._scorers = writer.scored_by({UNPRUNED: None} | {each.name: each.scorer for each in entrants})
+        self._unpruned = {row["key"]: row for row in rows if row.get("method") == UNPRUNED and row["kind"] != "failure"}
+        self._reach: dict[tuple[str, float, int], str] = {}
+
+    def run(self, step: Step, item: Any) -> None:
+        """The rows of a step that the file does not have yet; ``item`` is None for `TIME` and `MEMORY`."""
+        if step.sort == KL:
+            prompt, response = item["prompt_ids"], item["response_ids"]
+            name, made_from = str(item["id"]), {"sample_hash": content_id(prompt, response)}
+        elif step.sort in (TIME, MEMORY):
+            prompt = prompt_ids(self._shape.vocab_size, step.length, step.number)[0].tolist()
+            name, made_from = f"random tokens {step.number}", {"sample_hash": content_id(prompt)}
+        else:
+            prompt, name = item.prompt_ids, item.identifier
+            made_from = {"sample_hash": content_id(prompt, self._most_new_tokens(item))}
+        head = f"{step.sort} {step.cell}@{step.length}|{name}"
+        labels = {"sort": step.sort, "cell": step.cell, "length": step.length, "sample": name}
+        labels |= {"prompt_tokens": len(prompt)} | made_from
+        todo = []
+        for each in self._entrants:
+            key = f"{head}|{step.speedup:g}|{each.name}"
+            if self._reaches(each, step) and not self._writer.done(key, **made_from, config_hash=each.settings):
+                todo.append((key, each))
+        unpruned_key = f"{head}|1|{UNPRUNED}"
+        if self._writer.done(unpruned_key, **made_from) and not todo:
+            return
+        full, beside = self._run_unpruned(step, item, prompt, unpruned_key, labels)
+        if full is None:
+            return
+        # A method's place in the turn changes with the item, so that none always runs when the machine is warmest.
+        turn = step.number % len(todo) if todo else 0
+        for key, each in todo[turn:] + todo[:turn]:
+            own = labels | {"method": each.name, "speedup": step.speedup, "scorer": each.scored_by}
+            own |= {"scorer_id": self._scorers[each.name], "config_hash": each.settings}
+            try:
+                wanted = each.budget(self._model, step.speedup)
+                fields = self._measured(step, item, prompt, full, each, wanted)
+                self._writer.add(key, kind="item", **own, **fields, **beside)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                # A prompt shorter than the step's length may be too short for the speed-up.
+                short = each.out_of_reach(self._model, step.speedup, len(prompt))
+                reason = short or f"{type(error).__name__}: {error}"
+                self._writer.add(key, kind="out of reach" if short else "failure", **own, error=reason[:300])
+
+    def _reaches(self, each: Entrant, step: Step) -> bool:
+        """Whether the method can be so fast at this length; if not, one row says so."""
+        place = (each.name, step.speedup, step.length)
+        if place not in self._reach:
+            self._reach[place] = why = each.out_of_reach(self._model, step.speedup, step.length)
+            key = f"reach@{step.length}|{step.speedup:g}|{each.name}"
+            if why and not self._writer.done(key):
+                self._writer.add(
+                    key, kind="out of reach", method=each.name, scorer_id=self._scorers[each.name], length=step.length,
+                    speedup=step.speedup, error=why[:300],
+                )  # fmt: skip
+        return not self._reach[place]
+
+    def _run_unpruned(self, step: Step, item: Any, prompt: Sequence[int], key: str, labels: Mapping[str, Any]) -> Any:
+        """What pruned runs are held against, and the fields of it that their rows repeat."""
+        known = self._unpruned.get(key)
+        if known is not None and step.sort not in (KL, TIME):
+            return known, _beside(known)
+        try:
+            fields = self._measured(step, item, prompt, None, None, None)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if not self._writer.done(key):
+                own = {"method": UNPRUNED, "speedup": 1.0, "scorer_id": None}
+                reason = f"{type(error).__name__}: {str(error)[:300]}"
+                self._writer.add(key, kind="failure", **labels, **own, error=reason)
+            return None, {}
+        full = fields.pop("logits", fields)
+        if known is None:
+            own = {"method": UNPRUNED, "speedup": 1.0, "scorer_id": None}
+            self._unpruned[key] = self._writer.add(key, kind="item", **labels, **own, **fields)
+        return full, _beside(fields)
+
+    def _measured(
+        self, step: Step, item: Any, prompt: Sequence[int], full: Any, each: Entrant | None, wanted: Any
+    ) -> dict[str, Any]:
+        """The measured fields of one run; with ``logits`` where it is the unpruned one of a KL test set."""
+        scorer = each.scorer if each is not None else None
+        if step.sort == MEMORY:
+            ids = torch.tensor([list(prompt)], device=self._model.device)
+
+            def prefill() -> None:
+                with torch.inference_mode(), self._applied(wanted, scorer):
+                    plain_prefill(self._model, ids)
+
+            return {"peak_bytes": peak_allocated_bytes(prefill, ids.device)}
+        if step.sort == KL:
+            found, trace = self._divergence(item, full, wanted, scorer)
+        elif step.sort == TIME:
+            found, trace = self._generated(prompt, wanted, scorer, most=1)
+            del found["new_ids"]
+        else:
+            found, trace = self._answered(item, wanted, scorer)
+        if each is not None:
+            whole = budget.prefill_flops(self._shape, [len(prompt)] * self._shape.num_layers)
+            found["flops_speedup"] = whole / each.flops(self._model, wanted, len(prompt), trace.tokens_per_layer)
+            found["compression_ratio"] = trace.compression_ratio
+        return found
+
+    def _divergence(self, item: Mapping[str, Any], full: Any, wanted: Any, scorer: Any) -> tuple[dict[str, Any], Any]:
+        watch, found = Stopwatch(self._model.device), {}
+
+        def prefilled(cache: Any) -> None:
+            watch.mark("prefill")
+            found["kv_bytes"] = sum(kv_bytes(cache))
+
+        logits, trace = continuation_logits(
+            self._model, item["prompt_ids"], item["response_ids"], wanted, scorer, prefilled=prefilled
+        )
+        found["prefill_ms"] = watch.parts_ms()["prefill"]
+        if full is None:
+            return found | {"logits": logits}, trace
+        return found | compared(full, logits, item), trace
+
+    def _answered(self, item: Item, wanted: Any, scorer: Any) -> tuple[dict[str, Any], Any]:
+        def right(new_ids: list[int]) -> bool:
+            # RULER asks whether the answers are in the text: what follows them cannot make it worse.
+            return "answers" in item.labels and item.score(self._text(new_ids)) >= 1.0
+
+        most = self._most_new_tokens(item)
+        found, trace = self._generated(item.prompt_ids, wanted, scorer, most=most, stop=item.stop_ids, right=right)
+        text = self._text(found.pop("new_ids"))
+        labels = {name: item.labels[name] for name in ("answer_depth", "text_source") if name in item.labels}
+        return found | labels | {"prediction": text, "score": item.score(text)}, trace
+
+    def _generated(
+        self, prompt: Sequence[int], wanted: Any, scorer: Any, *, most: int, stop: Sequence[int] = (), right: Any = None
+    ) -> tuple[dict[str, Any], Any]:
+        """Greedy decoding up to ``most`` tokens, an end token, or what ``right`` is content with."""
+        ends = {*end_tokens(self._model), *stop}
+        ids = torch.tensor([list(prompt)], device=self._model.device)
+        watch = Stopwatch(ids.device)
+        with torch.inference_mode(), self._applied(wanted, scorer) as trace:
+            logits, cache = plain_prefill(self._model, ids)
+            token = logits[:, -1].argmax(dim=-1, keepdim=True)
+            watch.mark("prefill")
+            held, new_ids = sum(kv_bytes(cache)), [int(token)]
+            while len(new_ids) < most and new_ids[-1] not in ends and not (right and right(new_ids)):
+                logits, cache = plain_step(self._model, token, cache)
+                token = logits[:, -1].argmax(dim=-1, keepdim=True)
+                new_ids.append(int(token))
+        return {"prefill_ms": watch.parts_ms()["prefill"], "kv_bytes": held, "new_ids": new_ids}, trace
+
+    @contextlib.contextmanager
+    def _applied(self, wanted: Any, scorer: Any) -> Iterator[Any]:
+        if wanted is None:
+            yield None
+        else:
+            with token_pruning(self._model, wanted, scorer) as trace:
+                yield trace
+
+    def _most_new_tokens(self, item: Item) -> int:
+        """RULER's answers are given room for themselves and half as much again; others their official number."""
+        if "answers" not in item.labels:
+            return item.max_new_tokens
+        answer = self._tokenizer(" ".join(item.labels["answers"]), add_special_tokens=False)["input_ids"]
+        return min(item.max_new_tokens, math.ceil(1.5 * len(answer)) + _SPARE_TOKENS)
+
+    def _text(self, new_ids: list[int]) -> str:
+        return self._tokenizer.decode(new_ids, skip_special_tokens=True)
+
+
+def _beside(unpruned: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("prefill_ms", "kv_bytes", "peak_bytes", "score")
+    return {f"unpruned_{name}": unpruned[name] for name in names if unpruned.get(name) is not None}

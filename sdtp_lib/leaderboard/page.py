@@ -1,0 +1,233 @@
+"""docs/leaderboard.md and README's lines, from rows: tables, what they say in words, and what was not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdtp_lib.leaderboard import tables, words
+from sdtp_lib.leaderboard.entrants import LEARNED, OURS, UNPRUNED
+from sdtp_lib.leaderboard.plan import KL_CELLS
+from sdtp_lib.provenance import origin_line
+
+README_LINES = 10
+PICTURE = "../figures/leaderboard.png"
+
+
+def page(rows: Sequence[Mapping[str, Any]], *, picture: bool = True) -> str:
+    """The whole page, as Markdown."""
+    frame = tables.frame_of(rows)
+    done = [row for row in rows if row["kind"] == "item"]
+    dates = sorted({row["utc"][:10] for row in done})
+    commits = sorted({row["commit"] for row in done})
+    timing_only = not (frame.sort.isin([tables.KL, tables.RULER])).any()
+    lines = [
+        "# Leaderboard",
+        "",
+        "Every method of `sdtp_lib.methods` at equal prefill FLOPs on the same items, on one engine. Written by "
+        "`make leaderboard` and `benchmarks/leaderboard.py --report` from rows; no number is typed by hand.",
+        "",
+        f"Model: {origin_line(done[0])}. Measured {' to '.join(sorted({dates[0], dates[-1]}))}, commit "
+        f"{', '.join(commits)}.",
+        "",
+        f"**How much was run.** {words.extent(frame)} Items in brackets after each mean; intervals are 95 % bootstrap "
+        "intervals.",
+        "",
+    ]
+    if timing_only:
+        lines += ["**Random weights of the true sizes**: time, cache and memory are real, quality is not measured.", ""]
+    elif picture:
+        lines += [f"![Quality lost over prefill speed-up, one line per method]({PICTURE})", ""]
+    if not timing_only:
+        lines += _in_words(frame)
+    lines += _who(frame)
+    for length, speedup in tables.places(frame):
+        lines += _place(frame, length, speedup)
+    lines += _method_of_the_table(frame)
+    return "\n".join(lines) + "\n"
+
+
+def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """README's block as `workflow/tables.py` keeps it: the best `README_LINES` methods at 2x by mean KL."""
+    frame = tables.frame_of(rows)
+    at_goal = [place for place in tables.places(frame) if place[1] == words.GOAL_SPEEDUP]
+    if not at_goal:
+        return None
+    length, speedup = at_goal[0]
+    part = tables.at(frame, length, speedup)
+    kl, ruler, costs = tables.kl_by_cell(part), tables.answers(part), tables.costs(part)
+    order = _by_mean_kl(kl, tables.methods_in(part))[:README_LINES]
+    used = tables.scored_by(frame)
+    body = []
+    for name in order:
+        solved = ruler.get(name, {}).get("solved")
+        cost = costs.get(name, {})
+        body.append((
+            f"**{name}**" if name == OURS else name,
+            "yes" if _is_learned(name, used) else "no",
+            *(f"{values[name].value:.3f}" if name in values else "" for values in kl.values()),
+            f"{solved.value:.0f}" if solved else "",
+            f"{cost['speedup']:.2f}x" if cost else "",
+            f"{100 * cost['kv']:.0f} %" if cost else "",
+            str(min((values[name].items for values in kl.values() if name in values), default=0)),
+        ))  # fmt: skip
+    header = ("method", "trained", *(f"KL {cell}" for cell in kl), "RULER, solved", "TTFT", "KV cache", "n")
+    first = part[part.sort == tables.KL].iloc[0] if kl else part.iloc[0]
+    dates = sorted({str(utc)[:10] for utc in part.utc})
+    solved = max((each["solved_items"] for each in ruler.values()), default=0)
+    everyone = len(tables.methods_in(part))
+    note = (
+        f"{speedup:g}x fewer prefill FLOPs at {length:,} tokens, the {len(body)} best of {everyone} that can be so "
+        f"fast, by mean KL to the unpruned model (nats per token, n items per test set). RULER, solved: of {solved} "
+        "items that the unpruned model solves, the score x 100. TTFT: measured speed-up, beside other work on the "
+        f"machine. {origin_line(first)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}. Intervals, all "
+        "methods, tasks and speed-ups: [docs/leaderboard.md](docs/leaderboard.md)."
+    )
+    return {"name": "leaderboard", "title": "Leaderboard", "header": header, "body": body, "note": note}
+
+
+def _in_words(frame: Any) -> list[str]:
+    others = words.better_elsewhere(frame)
+    goals = [f"- {goal}" for goal in words.goals(frame)] or ["- not measured at 2x yet"]
+    places = [f"- {sentence}" for sentence in others] or ["- In no cell is another method's mean lower than ours."]
+    return [
+        "## In words",
+        "",
+        "Goals of this project:",
+        "",
+        *goals,
+        "",
+        f"Where another method is ahead of ours (`{OURS}`):",
+        "",
+        *places,
+        "",
+        words.best_training_free(frame),
+        "",
+        *[f"- {sentence}" for sentence in words.fastest(frame)],
+        "",
+    ]
+
+
+def _who(frame: Any) -> list[str]:
+    used = tables.scored_by(frame)
+    learned = sorted({scorer for name, scorer in used.items() if _is_learned(name, used)})
+    free = [name for name in LEARNED if name in used and not _is_learned(name, used)]
+    said = f"Scored by trained pruners ({', '.join(learned)}): " + (
+        ", ".join(f"`{name}`" for name in used if _is_learned(name, used)) or "none") + "."  # fmt: skip
+    if free:
+        said += (
+            f" {', '.join(f'`{name}`' for name in free)} found no pruners for the model and its stages and ran with "
+            f"{', '.join(sorted({used[name] for name in free}))}."
+        )
+    if "specprefill" in used:
+        said += " `specprefill` had no draft model: the same model's first layers stand in for one."
+    return [said, ""]
+
+
+def _is_learned(name: str, used: Mapping[str, str]) -> bool:
+    return name in LEARNED and used.get(name) not in {used.get("attention_pooled"), None}
+
+
+def _place(frame: Any, length: int, speedup: float) -> list[str]:
+    part = tables.at(frame, length, speedup)
+    kl, ruler = tables.kl_by_cell(part), tables.answers(part)
+    costs, kept = tables.costs(part), tables.answers_kept(part)
+    names = _by_mean_kl(kl, tables.methods_in(part))
+    lines = [f"## {speedup:g}x at {length:,} tokens", ""]
+    verdicts = {(line["cell"], line["method"]): line for line in tables.kl_differences(part)}
+    if kl:
+        header = ["method", *kl, "far answers kept, %"]
+        body = [
+            [name, *(values[name].text() if name in values else "-" for values in kl.values()),
+             kept[name].text(0) if name in kept else "-"]
+            for name in names
+        ]  # fmt: skip
+        lines += ["KL to the unpruned model, nats per token, by test set; answers to far questions that are right "
+                  "unpruned and stay right.", "", *_markdown(header, body), ""]  # fmt: skip
+        header = ["method minus ours", *kl]
+        body = [
+            [name, *(f"{verdicts[cell, name]['difference'].text(sign=True)} {verdicts[cell, name]['verdict']}"
+                     if (cell, name) in verdicts else "-" for cell in kl)]
+            for name in names if name != OURS
+        ]  # fmt: skip
+        lines += ["Paired by item, method minus ours: above zero, ours loses less (`worse` says so of the method).",
+                  "", *_markdown(header, body), ""]  # fmt: skip
+    if ruler:
+        header = ["method", "all items", "points lost, all", "items that unpruned solves", "points lost there"]
+        body = []
+        for name in [name for name in names if name in ruler]:
+            own = ruler[name]
+            solved = own["solved"]
+            body.append([
+                name, f"{own['all']:.1f} ({own['items']} of {own['tasks']} tasks)", own["lost"].text(1),
+                solved.text(1) if solved else "-", f"{100 - solved.value:.1f}" if solved else "-",
+            ])  # fmt: skip
+        first = next(iter(ruler.values()))
+        lines += [f"RULER, scores x 100, mean of tasks; unpruned {first['unpruned']:.1f}.", "",
+                  *_markdown(header, body), ""]  # fmt: skip
+        lines += ["By task:", "", *_task_table(tables.by_task(part), names), ""]
+    longbench = tables.by_task(part, tables.LONGBENCH)
+    if len(longbench):
+        lines += ["LongBench, official metric x 100:", "", *_task_table(longbench, names), ""]
+    if costs:
+        header = ["method", "TTFT speed-up (quartiles)", "limit by FLOPs", "KV cache", "peak memory", "n"]
+        body = [
+            [name, f"{each['speedup']:.2f}x ({each['quartiles'][0]:.2f} to {each['quartiles'][1]:.2f})",
+             f"{each['limit']:.2f}x", f"{100 * each['kv']:.0f} %",
+             f"{100 * each['peak']:.0f} %" if each["peak"] is not None else "-", str(each["items"])]
+            for name, each in sorted(costs.items(), key=lambda pair: -pair[1]["speedup"])
+        ]  # fmt: skip
+        lines += ["Time to the first token against the unpruned run of the same turn, scoring included; cache and peak "
+                  "memory as shares of the unpruned ones.", "", *_markdown(header, body), ""]  # fmt: skip
+    out = tables.unreached(frame, length, speedup)
+    if out:
+        lines += ["Out of reach:", "", *[f"- `{name}`: {_plain(why)}" for name, why in out.items()], ""]
+    return lines
+
+
+def _task_table(table: Any, names: Sequence[str]) -> list[str]:
+    columns = [name for name in names if name in table]
+    body = [
+        [line["task"], str(int(line["items"])), f"{line['unpruned']:.0f}",
+         *(f"{line[name]:.0f}" if line[name] == line[name] else "-" for name in columns)]
+        for line in table.to_dict("records")
+    ]  # fmt: skip
+    return _markdown(["task", "n", UNPRUNED, *columns], body)
+
+
+def _method_of_the_table(frame: Any) -> list[str]:
+    have = tables.places(frame)
+    missing = [name for name in KL_CELLS if name not in set(frame[frame.sort == tables.KL].cell)]
+    said = [
+        "## How it is measured",
+        "",
+        "- Budgets: each method's own shape, scaled by one dial until its prefill has the wanted share of the unpruned "
+        "causal FLOPs, solved per prompt; scoring is not in the FLOPs but is on the clock.",
+        "- KL: along a fixed continuation of 128 tokens or the answer, read from the pruned cache.",
+        "- RULER: lm-eval's generators and metric; generation ends with the right answer or after half as many tokens "
+        "again as it has plus 8, so that scores are below those of the official number of new tokens. Essays and "
+        "questions are the embedded text unless rows say otherwise.",
+        "- Time: methods run in turn on each item, and their order changes with the item. A shared machine: read the "
+        "ratios, not the third digit.",
+        f"- Not run: lengths and speed-ups other than {', '.join(f'{s:g}x at {n:,}' for n, s in have)}"
+        + (f"; {', '.join(missing)}" if missing else "")
+        + ("" if (frame.sort == tables.LONGBENCH).any() else "; LongBench (no data at hand: `--longbench FOLDER`)")
+        + ". `make leaderboard` goes on from the committed rows.",
+    ]
+    return said
+
+
+def _by_mean_kl(kl: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    def mean(name: str) -> float:
+        own = [values[name].value for values in kl.values() if name in values]
+        return sum(own) / len(own) if len(own) == len(kl) and own else float("inf")
+
+    return sorted(names, key=mean)
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

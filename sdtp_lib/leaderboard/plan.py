@@ -1,0 +1,160 @@
+"""Which item is measured when: whatever exists at any moment is balanced over methods, test sets and tasks.
+
+A step is one item at one speed-up, run by all methods one after the other. The first pass takes, at the first length
+and the first speed-up, item after item of each KL test set and with each of them one item of RULER, task by task. Then
+the other speed-ups, then the rest of RULER, then LongBench, then the other lengths. No model here.
+
+With 3 test sets, tasks A, B, and 3 items: text 0, needle 0, instructions 0, A 0 - text 1, needle 1, instructions 1, B 0
+- text 2, needle 2, instructions 2, A 1; what is left of A and B comes after the other speed-ups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdtp_lib.data import longbench, ruler
+from sdtp_lib.data.test_sets import cell_samples
+from sdtp_lib.evaluation.items import Item, longbench_items, ruler_items
+
+KL, RULER, LONGBENCH, TIME, MEMORY = "kl", "ruler", "longbench", "time", "memory"
+KL_CELLS = ("text", "needle", "instructions")
+MEMORY_AT = 2  # the round after which peak memory is measured, once per speed-up and length
+CHAT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Step:
+    """One item at one speed-up.
+
+    Attributes
+    ----------
+    sort
+        `KL`, `RULER`, `LONGBENCH`, `TIME` or `MEMORY`.
+    cell
+        The test set, task or data set.
+    length, number
+        Prompt tokens; which item of the cell.
+    speedup
+        Wanted prefill speed-up by FLOPs.
+    """
+
+    sort: str
+    cell: str
+    length: int
+    number: int
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is asked for at one length: items per KL test set, per task of RULER, per data set of LongBench."""
+
+    length: int
+    items: int
+    ruler_items: int
+    longbench_items: int = 0
+
+
+def steps(
+    sizes: Sequence[Sizes],
+    speedups: Sequence[float],
+    *,
+    cells: Sequence[str] = KL_CELLS,
+    tasks: Sequence[str] = ruler.TASKS,
+    datasets: Sequence[str] = (),
+) -> list[Step]:
+    """All steps in the order in which they are measured."""
+    found: list[Step] = []
+    for size in sizes:
+        later = []
+        for speedup in speedups:
+            early = 0
+            for number in range(size.items):
+                found += [Step(KL, cell, size.length, number, speedup) for cell in cells]
+                if tasks and number < len(tasks) * size.ruler_items:
+                    task = tasks[number % len(tasks)]
+                    found.append(Step(RULER, task, size.length, number // len(tasks), speedup))
+                    early += 1
+                if number == min(MEMORY_AT, size.items - 1):
+                    found.append(Step(MEMORY, MEMORY, size.length, 0, speedup))
+            rest = range(early, len(tasks) * size.ruler_items)
+            later += [Step(RULER, tasks[n % len(tasks)], size.length, n // len(tasks), speedup) for n in rest]
+            later += [
+                Step(LONGBENCH, name, size.length, number, speedup)
+                for number in range(size.longbench_items)
+                for name in datasets
+            ]
+        found += later
+    return found
+
+
+def timing_steps(sizes: Sequence[Sizes], speedups: Sequence[float]) -> list[Step]:
+    """For a model of random weights, whose quality says nothing: prefill time, cache and peak memory only."""
+    return [
+        step
+        for size in sizes
+        for speedup in speedups
+        for step in (
+            *(Step(TIME, TIME, size.length, number, speedup) for number in range(size.items)),
+            Step(MEMORY, MEMORY, size.length, 0, speedup),
+        )
+    ]
+
+
+class Items:
+    """Makes the items of a plan, each test set once, when it is first asked for.
+
+    Parameters
+    ----------
+    counts
+        Length -> how many items of each sort are asked for.
+    texts
+        Places of RULER's essays and questions (see `ruler_texts`).
+    folder
+        Of LongBench's files.
+    """
+
+    def __init__(
+        self, tokenizer: Any, sizes: Sequence[Sizes], *, seed: int, texts: Sequence[str], folder: str | Path | None
+    ) -> None:
+        self._tokenizer, self._seed, self._texts, self._folder = tokenizer, seed, list(texts), folder
+        self._sizes = {size.length: size for size in sizes}
+        self._made: dict[tuple[str, str, int], list[Any]] = {}
+        self.missing: dict[str, str] = {}  # cell -> why there are no or fewer items
+
+    def of(self, step: Step) -> Any | None:
+        """The step's item: a sample (`data`) or an `Item`; None where its data are not at hand."""
+        key = (step.sort, step.cell, step.length)
+        if key not in self._made:
+            make: Callable[[Step], list[Any]] = {KL: self._samples, RULER: self._ruler, LONGBENCH: self._longbench}[
+                step.sort
+            ]
+            try:
+                self._made[key] = make(step)
+            except (OSError, ValueError) as error:
+                self.missing[f"{step.cell} at {step.length}"] = str(error)
+                self._made[key] = []
+        made = self._made[key]
+        if step.number >= len(made):
+            self.missing.setdefault(f"{step.cell} at {step.length}", f"{len(made)} items are at hand")
+            return None
+        return made[step.number]
+
+    def _samples(self, step: Step) -> list[Any]:
+        count = self._sizes[step.length].items
+        return cell_samples(step.cell, self._tokenizer, prompt_tokens=step.length, count=count, seed=self._seed)
+
+    def _ruler(self, step: Step) -> list[Item]:
+        count = self._sizes[step.length].ruler_items
+        made = ruler.records(step.cell, step.length, count, self._tokenizer, places=self._texts, seed=self._seed)
+        return list(ruler_items(made, self._tokenizer))
+
+    def _longbench(self, step: Step) -> list[Item]:
+        if self._folder is None:
+            raise OSError("no folder of LongBench's files was given (--longbench)")
+        records = longbench.read_records(self._folder, step.cell)[: self._sizes[step.length].longbench_items]
+        most = step.length - longbench.task(step.cell).max_new_tokens - CHAT_TOKENS
+        return list(longbench_items(records, self._tokenizer, max_tokens=max(128, most)))

@@ -1,0 +1,150 @@
+"""Sentences of the leaderboard, computed from rows: where another method is better, what goals are met, which is best.
+
+Each says what its own figures say, whichever way these turn out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sdtp_lib.leaderboard.entrants import LEARNED, OURS
+from sdtp_lib.leaderboard.plan import KL_CELLS
+from sdtp_lib.leaderboard.tables import (
+    answers,
+    at,
+    costs,
+    kl_by_cell,
+    kl_differences,
+    methods_in,
+    places,
+    scored_by,
+)
+
+GOAL_SPEEDUP = 2.0
+GOAL_POINTS = 1.0
+
+
+def better_elsewhere(frame: Any) -> list[str]:
+    """One sentence per place where a method's mean is lower than ours, and whether its interval leaves zero out."""
+    found = []
+    for length, speedup in places(frame):
+        part = at(frame, length, speedup)
+        where = f"at {speedup:g}x and {length:,} tokens"
+        for line in kl_differences(part):
+            difference = line["difference"]
+            if difference.value >= 0:
+                continue
+            how = {
+                "better": "better",
+                "open": "lower, but its interval holds zero",
+                "too few": "lower, on too few items to say",
+            }[line["verdict"]]
+            found.append(
+                f"{line['cell']} {where}: `{line['method']}` is {how}: KL {difference.text(sign=True)} to ours."
+            )
+        ruler = answers(part)
+        ours = ruler.get(OURS)
+        for name, own in ruler.items() if ours else ():
+            if name != OURS and own["all"] > ours["all"]:
+                found.append(
+                    f"RULER {where}: `{name}` scores {own['all']:.1f} over all items, ours {ours['all']:.1f} "
+                    f"(n = {own['items']} and {ours['items']})."
+                )
+    return found
+
+
+def goals(frame: Any) -> list[str]:
+    """The goals of this project at 2x, each with its figure and whether it is met."""
+    found = []
+    for length in sorted({length for length, speedup in places(frame) if speedup == GOAL_SPEEDUP}):
+        part = at(frame, length, GOAL_SPEEDUP)
+        for cell, values in kl_by_cell(part).items():
+            if cell not in KL_CELLS or OURS not in values:
+                continue
+            best = min(values, key=lambda name, values=values: values[name].value)
+            met = "met" if best == OURS else "MISSED"
+            own = values[OURS]
+            found.append(
+                f"{met}: lowest KL on {cell} at 2x, {length:,} tokens: ours {own.text()}, best `{best}` "
+                f"{values[best].text()}."
+            )
+        ours = answers(part).get(OURS)
+        if ours and ours["solved"]:
+            lost = 100 - ours["solved"].value
+            met = "met" if lost <= GOAL_POINTS else "MISSED"
+            found.append(
+                f"{met}: at most {GOAL_POINTS:g} point lost on RULER's items that the unpruned model solves, 2x, "
+                f"{length:,} tokens: {lost:.1f} [{100 - ours['solved'].high:.1f}, {100 - ours['solved'].low:.1f}] "
+                f"(n = {ours['solved_items']})."
+            )
+    return found
+
+
+def training_free(frame: Any) -> list[tuple[str, float, float, int]]:
+    """Methods that no training goes into, best first: name, mean rank over KL test sets, lengths and speed-ups,
+    geometric mean KL there, number of these places. Only methods that are in all of them that any is in at a speed-up.
+    """
+    used = scored_by(frame)
+    ranks: dict[str, list[float]] = {}
+    logs: dict[str, list[float]] = {}
+    for length, speedup in places(frame):
+        for values in kl_by_cell(at(frame, length, speedup)).values():
+            free = {
+                name: value.value
+                for name, value in values.items()
+                if name not in LEARNED or used.get(name) == used.get("attention_pooled")
+            }
+            for rank, name in enumerate(sorted(free, key=free.get), start=1):
+                ranks.setdefault(name, []).append(rank)
+                logs.setdefault(name, []).append(math.log(max(free[name], 1e-9)))
+    most = max(map(len, ranks.values()), default=0)
+    whole = [name for name, values in ranks.items() if len(values) == most]
+    lines = [(name, sum(ranks[name]) / most, math.exp(sum(logs[name]) / most), most) for name in whole]
+    return sorted(lines, key=lambda line: line[1])
+
+
+def best_training_free(frame: Any) -> str:
+    """The sentence of the above."""
+    lines = training_free(frame)
+    if not lines:
+        return "No method without training has rows yet."
+    name, rank, kl, count = lines[0]
+    others = ", ".join(f"`{other}` {r:.1f} ({k:.3f})" for other, r, k, _ in lines[1:4])
+    rest = f" Then: {others}." if others else ""
+    return (
+        f"Of the methods that need no training, `{name}` is best by rows: mean rank {rank:.1f}, geometric mean KL "
+        f"{kl:.3f}, over {count} test sets by length and speed-up.{rest}"
+    )
+
+
+def extent(frame: Any) -> str:
+    """How many items there are of what, so that nobody reads more into a table than it holds."""
+    parts = []
+    for length, speedup in places(frame):
+        part = at(frame, length, speedup)
+        kl = kl_by_cell(part)
+        counts = [value.items for values in kl.values() for value in values.values()]
+        ruler = answers(part)
+        said = [f"{min(counts)} to {max(counts)} items per KL test set"] if counts else []
+        if ruler:
+            items = [each["items"] for each in ruler.values()]
+            tasks = max(each["tasks"] for each in ruler.values())
+            said.append(f"{min(items)} to {max(items)} items of {tasks} RULER tasks")
+        if said:
+            parts.append(f"{length:,} tokens, {speedup:g}x: {', '.join(said)}, {len(methods_in(part))} methods")
+    return "; ".join(parts) + "."
+
+
+def fastest(frame: Any) -> list[str]:
+    """Which method is ahead of ours in measured time to the first token, place by place."""
+    found = []
+    for length, speedup in places(frame):
+        lines = costs(at(frame, length, speedup))
+        if OURS in lines:
+            best = max(lines, key=lambda name, lines=lines: lines[name]["speedup"])
+            found.append(
+                f"{length:,} tokens, {speedup:g}x by FLOPs: ours is measured at {lines[OURS]['speedup']:.2f}x, the "
+                f"fastest, `{best}`, at {lines[best]['speedup']:.2f}x."
+            )
+    return found

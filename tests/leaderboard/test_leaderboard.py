@@ -1,0 +1,129 @@
+"""The leaderboard: what is measured when, rows of one item by all methods, rows that the repository keeps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sdtp_lib.evaluation.items import Item
+from sdtp_lib.leaderboard import committed, plan
+from sdtp_lib.leaderboard.entrants import OURS, UNPRUNED, entrants
+from sdtp_lib.leaderboard.measure import Measurement
+from sdtp_lib.records import RowWriter, read_rows
+
+NAMES = ["lazyllm", "gemfilter", "snapkv", "attention_pooled"]
+
+
+def draw(tokens: int, seed: int = 0) -> list[int]:
+    return torch.randint(6, 120, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def a_sample(number: int = 0) -> dict:
+    return {"id": f"s{number}", "prompt_ids": draw(120, number), "response_ids": draw(9, 100 + number)}
+
+
+def an_item() -> Item:
+    return Item("niah_single_1", "n0", draw(120, 7), 60, lambda text: float("th" in text), labels={"answers": ["th"]})
+
+
+def measured(model, tokenizer, path, steps, names=NAMES):
+    with RowWriter(path, {"seed": 0}) as writer:
+        work = Measurement(model, tokenizer, entrants(model, names), writer, read_rows(path))
+        for step, item in steps:
+            work.run(step, item)
+    return read_rows(path)
+
+
+@pytest.fixture
+def first_steps():
+    return [
+        (plan.Step(plan.KL, "text", 120, 0, 1.5), a_sample()),
+        (plan.Step(plan.RULER, "niah_single_1", 120, 0, 1.5), an_item()),
+        (plan.Step(plan.MEMORY, plan.MEMORY, 120, 0, 1.5), None),
+    ]
+
+
+def test_each_item_is_run_unpruned_once_and_then_by_every_method_that_can_be_so_fast(
+    tiny_model, tiny_tokenizer, tmp_path, first_steps
+):
+    rows = measured(tiny_model(), tiny_tokenizer, tmp_path / "rows.jsonl", first_steps)
+    reach = [row["method"] for row in rows if row["kind"] == "out of reach"]
+    assert reach == ["snapkv"], "said once, not once per item"
+    done = [row for row in rows if row["kind"] == "item"]
+    for sort in (plan.KL, plan.RULER, plan.MEMORY):
+        assert sorted(row["method"] for row in done if row["sort"] == sort) == sorted(
+            {UNPRUNED, *NAMES} - {"snapkv"}), sort  # fmt: skip
+    for row in done:
+        if row["method"] != UNPRUNED and row["sort"] != plan.MEMORY:
+            assert row["flops_speedup"] >= 1.5 and row["kv_bytes"] < row["unpruned_kv_bytes"]
+            assert row["prefill_ms"] > 0 and row["unpruned_prefill_ms"] > 0
+        if row["sort"] == plan.MEMORY:
+            assert row["peak_bytes"] > 0
+    assert all(row["kl_nats"] > 0 for row in done if row["sort"] == plan.KL and row["method"] != UNPRUNED)
+
+
+def test_a_run_that_goes_on_measures_nothing_twice_and_asks_for_no_unpruned_answer_again(
+    tiny_model, tiny_tokenizer, tmp_path, first_steps, monkeypatch
+):
+    model, path = tiny_model(), tmp_path / "rows.jsonl"
+    before = measured(model, tiny_tokenizer, path, first_steps, ["lazyllm"])
+    calls = []
+    monkeypatch.setattr(Measurement, "_measured", lambda self, *given: calls.append(given[4]) or {"kl_nats": 1.0})
+    assert measured(model, tiny_tokenizer, path, first_steps, ["lazyllm"]) == before and not calls
+    faster = [(plan.Step(plan.RULER, "niah_single_1", 120, 0, 2.0), an_item())]
+    after = measured(model, tiny_tokenizer, path, faster, ["lazyllm"])
+    assert [each.name for each in calls] == ["lazyllm"]
+    assert after[-1]["unpruned_score"] == next(r for r in before if r["sort"] == plan.RULER)["score"]
+
+
+def test_generation_ends_with_the_answer_and_gives_wrong_ones_little_room(tiny_model, tiny_tokenizer, tmp_path):
+    model = tiny_model()
+    with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
+        work = Measurement(model, tiny_tokenizer, [], writer, [])
+        always = Item("vt", "a", draw(40), 60, lambda text: 1.0, labels={"answers": ["th"]})
+        never = Item("vt", "b", draw(40), 60, lambda text: 0.0, labels={"answers": ["th an"]})
+        answer = len(tiny_tokenizer("th an", add_special_tokens=False)["input_ids"])
+        assert work._most_new_tokens(never) == -(-3 * answer // 2) + 8 < 60
+        found, _ = work._generated(always.prompt_ids, None, None, most=60, right=lambda ids: len(ids) == 2)
+        assert len(found["new_ids"]) <= 2
+
+
+def test_the_method_that_is_first_after_the_unpruned_model_changes_with_the_item(tiny_model, tiny_tokenizer, tmp_path):
+    steps = [(plan.Step(plan.KL, "text", 120, n, 1.5), a_sample(n)) for n in range(2)]
+    rows = measured(tiny_model(), tiny_tokenizer, tmp_path / "rows.jsonl", steps, ["lazyllm", "gemfilter"])
+    assert [row["method"] for row in rows] == [UNPRUNED, "lazyllm", "gemfilter", UNPRUNED, "gemfilter", "lazyllm"]
+
+
+def test_steps_come_test_set_by_test_set_with_one_item_of_ruler_and_two_fold_first():
+    steps = plan.steps([plan.Sizes(1024, 3, 2)], [2.0, 1.5], tasks=("A", "B"))
+    assert [(s.cell, s.number) for s in steps if s.speedup == 2.0 and s.sort != plan.MEMORY][:9] == [
+        ("text", 0), ("needle", 0), ("instructions", 0), ("A", 0),
+        ("text", 1), ("needle", 1), ("instructions", 1), ("B", 0), ("text", 2),
+    ]  # fmt: skip
+    last_twofold_of_the_first_pass = max(n for n, s in enumerate(steps) if s.speedup == 2.0 and s.sort == plan.KL)
+    assert steps[last_twofold_of_the_first_pass + 2 + 1].speedup == 1.5, "instructions, A 1, then the next speed-up"
+    assert len(set(steps)) == len(steps) == 2 * (9 + 4 + 1)
+
+
+def test_every_method_takes_part_and_unknown_names_are_refused(tiny_model):
+    from sdtp_lib import methods
+
+    model = tiny_model(num_hidden_layers=30)
+    found = {each.name: each for each in entrants(model)}
+    assert set(found) == {*methods.names(), "attention_pooled"}
+    assert found[OURS].scored_by == found["attention_pooled"].scored_by, "no pruners are made for a random model"
+    with pytest.raises(ValueError, match="lazyllm"):
+        entrants(model, ["lazzyllm"])
+
+
+def test_committed_rows_come_back_whole_and_say_once_what_they_share(tmp_path):
+    rows = [{"key": str(n), "kind": "item", "model": "m", "dtype": "float32", "kl_nats": n / 3} for n in range(3)]
+    committed.write_committed(tmp_path / "rows.jsonl", rows)
+    assert (tmp_path / "rows.jsonl").read_text().count("float32") == 1
+    again = committed.read_committed(tmp_path / "rows.jsonl")
+    assert [r | {"kl_nats": 0} for r in again] == [r | {"kl_nats": 0} for r in rows]
+    assert [r["kl_nats"] for r in again] == pytest.approx([0, 1 / 3, 2 / 3], rel=1e-5)
+    assert committed.read_committed(tmp_path / "none.jsonl") == []
+    assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[1])["key"] == "0"
