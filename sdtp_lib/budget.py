@@ -116,21 +116,6 @@ def causal_pairs(tokens: int, prompt_tokens: int, window: int | None = None) -> 
     return (window * prompt_tokens - window * window / 2) * (tokens / prompt_tokens) ** 2
 
 
-def decode_flops(shape: ModelShape, kv_lengths_per_layer: Sequence[int], new_tokens: int) -> float:
-    """FLOPs of ``new_tokens`` one-token forwards on a cache that holds ``kv_lengths_per_layer`` keys before the first.
-
-    The first generated token comes from the prefill: ``generate(max_new_tokens=128)`` runs 127 of these forwards.
-    """
-    _check_layers(shape, kv_lengths_per_layer)
-    attention = 0
-    for length, layer in zip(kv_lengths_per_layer, shape.layers, strict=True):
-        # Forward i (1-based) attends to the cache, the i - 1 tokens generated before it, and itself.
-        keys = sum(_seen(layer, length + step) for step in range(1, new_tokens + 1))
-        # Multi-head latent attention expands the cached tokens' latents anew; its own token's are among the weights.
-        attention += keys * layer.flops_per_pair + 2 * (keys - new_tokens) * layer.expanding_weights
-    return 2 * new_tokens * shape.active_weights + attention
-
-
 def kv_bytes(shape: ModelShape, tokens_per_layer: Sequence[int], bytes_per_element: int) -> int:
     """Bytes of the keys and values of a cache after a prefill with these lengths (batch 1).
 

@@ -48,8 +48,6 @@ class LayerShape:
         Size of a query or key head, and of a value head: not the same in multi-head latent attention (MLA).
     cache_width
         Width of a token's keys and values in the cache; of MLA's latents where these are cached.
-    expanding_weights
-        Weights that each *cached* token meets again in every decode step: MLA's expansion of cached latents.
     inner_width
         Inner width of a gated feed-forward part of as many active weights (three matrices of D by it).
     window
@@ -65,7 +63,6 @@ class LayerShape:
     cache_width: int
     inner_width: int
     window: int | None = None
-    expanding_weights: int = 0
     idle_weights: int = 0
 
     @property
@@ -118,7 +115,6 @@ def count_layer(layer: Any, config: Any, index: int) -> LayerShape:
         cache_width=cache_width,
         inner_width=round(feed_forward / (3 * config.hidden_size)),
         window=window,
-        expanding_weights=linear_size(attention.kv_b_proj) if latent else 0,
         idle_weights=sum(held - active for _, active, held in parts),
     )
 

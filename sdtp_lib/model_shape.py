@@ -178,11 +178,6 @@ class ModelShape:
         return cls.from_config(config)
 
     @property
-    def layer_matmul_weights(self) -> int:
-        """Weights of the last decoder layer that a token is multiplied with; each costs 2 FLOPs per token."""
-        return self.layers[-1].matmul_weights
-
-    @property
     def active_weights(self) -> int:
         """All weights that one decoded token is multiplied with, the head's too; what a decode step reads."""
         return sum(layer.matmul_weights for layer in self.layers) + self.outer_weights + self.head_weights

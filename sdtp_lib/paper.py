@@ -18,9 +18,7 @@ from sdtp_lib.latency import cost_model
 from sdtp_lib.model_shape import ModelShape
 
 PAPER_KEEP_RATIO = 0.9
-PAPER_STAGES = 10
 PAPER_NEW_TOKENS = 128
-PAPER_COMPRESSION_RATIO = {"sdtp": 1.61, "sdtp-low": 1.32}
 
 # The paper says "first at the 4th layer, then every 3rd": neither 0- or 1-based nor before or after is said.
 TABLE2_LAYER_LISTS = {

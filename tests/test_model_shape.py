@@ -119,7 +119,7 @@ def test_prefill_flops_and_weights_are_those_of_the_model(family, build):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decode_flops_and_cache_bytes_are_those_of_the_model(family, build):
+def test_cache_bytes_are_those_of_the_model(family, build):
     model = build(family)
     shape = ModelShape.from_model(model)
     with torch.no_grad():
@@ -127,11 +127,7 @@ def test_decode_flops_and_cache_bytes_are_those_of_the_model(family, build):
         name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         past = model(prompt(), use_cache=True)[name]
         held = sum(tensor.nbytes for layer in past.layers for tensor in (layer.keys, layer.values))
-        with FlopCounterMode(display=False) as counter:
-            for token in (5, 6):
-                past = model(torch.tensor([[token]]), use_cache=True, **{name: past})[name]
     assert budget.kv_bytes(shape, [TOKENS] * 6, 4) == held
-    assert budget.decode_flops(shape, [TOKENS] * 6, 2) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj", "qwen2_moe", "deepseek_v3", "gemma3_text"])

@@ -161,11 +161,6 @@ def num_layers(model: nn.Module) -> int:
     return len(decoder_layers(model))
 
 
-def model_family(model: nn.Module) -> str:
-    """transformers' ``model_type``, such as ``"llama"``."""
-    return describe(model).model_type
-
-
 # --- what a decoder layer is called with
 
 

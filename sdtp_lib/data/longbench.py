@@ -236,12 +236,6 @@ def average(scores: Mapping[str, float]) -> float:
     return sum(scores[name] for name in PAPER_14) / len(PAPER_14)
 
 
-def group_means(scores: Mapping[str, float]) -> dict[str, float]:
-    """Mean score of each group over those of its data sets that ``scores`` has."""
-    present = {group: [scores[name] for name in names if name in scores] for group, names in GROUPS.items()}
-    return {group: sum(values) / len(values) for group, values in present.items() if values}
-
-
 def resolve(names: Sequence[str]) -> list[str]:
     """Data sets of a list of data-set and set names, in order, each once."""
     found: dict[str, None] = {}

@@ -224,26 +224,6 @@ def summarise(rows: Sequence[Mapping[str, Any]], by: Sequence[str] = ("variant",
     return summaries
 
 
-def paired_ratios(
-    rows: Sequence[Mapping[str, Any]], baseline: str, field: str, *, by: Sequence[str] = (), name: str = "variant"
-) -> dict[tuple, list[float]]:
-    """Baseline over variant, repetition by repetition (above 1: the variant is faster).
-
-    Returns
-    -------
-    dict
-        ``(*by, variant)`` -> ratios in the order of repetitions, for every variant but the baseline.
-    """
-    ratios: dict[tuple, list[float]] = {}
-    for key, group in grouped(rows, by):
-        of_baseline = {row["repetition"]: row.get(field) for row in group if row[name] == baseline}
-        for row in sorted(group, key=lambda row: row["repetition"]):
-            reference = of_baseline.get(row["repetition"])
-            if row[name] != baseline and reference and row.get(field):
-                ratios.setdefault((*key, row[name]), []).append(reference / row[field])
-    return ratios
-
-
 def grouped(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[tuple[tuple, list[Mapping[str, Any]]]]:
     """Rows by the values of some fields, groups in the order of their first rows."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}

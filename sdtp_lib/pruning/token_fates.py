@@ -16,7 +16,6 @@ import numpy as np
 from sdtp_lib.budget import keep_count, protected_count
 from sdtp_lib.config import PruningConfig
 
-KEPT_RGB = (92, 109, 126)
 # Five stops of matplotlib's "plasma", whose lightness falls evenly: the order survives every kind of colour blindness.
 _PLASMA = ((246, 215, 70), (251, 159, 58), (219, 92, 104), (163, 38, 157), (110, 12, 170))
 

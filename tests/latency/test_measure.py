@@ -120,12 +120,6 @@ def test_a_summary_has_medians_quartiles_and_what_all_rows_agree_on():
                        "latency_ms_high": 25.0, "device": "cpu"}  # fmt: skip
 
 
-def test_ratios_pair_the_repetitions():
-    rows = [{"variant": v, "repetition": r, "ms": ms} for v, r, ms in
-            [("A", 0, 10.0), ("B", 1, 10.0), ("B", 0, 5.0), ("A", 1, 40.0), ("B", 2, 1.0)]]  # fmt: skip
-    assert profiling.paired_ratios(rows, "A", "ms") == {("B",): [2.0, 4.0]}
-
-
 def test_the_stopwatch_adds_parts_of_one_name():
     watch = profiling.Stopwatch()
     time.sleep(0.01)
