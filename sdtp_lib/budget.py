@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from sdtp_lib.config import PruningConfig
 
 
+def local_count(tokens: int, local_ratio: float, min_local_tokens: int) -> int:
+    """How many of the last of ``tokens`` kept tokens are never dropped."""
+    return max(min_local_tokens, math.ceil(local_ratio * tokens))
+
+
 def protected_count(tokens: int, config: PruningConfig) -> int:
     """How many of ``tokens`` alive tokens may never be dropped: the sinks and the local end, counted once each."""
-    local = max(config.min_local_tokens, math.ceil(config.local_ratio * tokens))
-    return min(tokens, config.sink_tokens + local)
+    return min(tokens, config.sink_tokens + local_count(tokens, config.local_ratio, config.min_local_tokens))
 
 
 def keep_count(tokens: int, layer_index: int, config: PruningConfig, protected: int | None = None) -> int:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from sdtp_lib import scorers
 from sdtp_lib.architectures.caches import cache_argument, cache_in
+from sdtp_lib.architectures.layers import pad_left
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.extras import MissingExtra, extra
 from sdtp_lib.models import load_model
@@ -160,12 +161,7 @@ class SDTPLM(HFLM):
     ) -> list[list[tuple[float, bool]]]:
         """Scores of each context's continuations: one pruned prefill of the batch, then one forward a continuation."""
         lengths = torch.tensor([len(context) for context in contexts], device=self.device)
-        width = int(lengths.max())
-        ids = torch.zeros(len(contexts), width, dtype=torch.long, device=self.device)
-        mask = torch.zeros_like(ids)
-        for row, context in enumerate(contexts):
-            ids[row, width - len(context) :] = torch.tensor(context, device=self.device)
-            mask[row, width - len(context) :] = 1
+        ids, mask = (tensor.to(self.device) for tensor in pad_left(contexts))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         results: list[list[tuple[float, bool]]] = [[] for _ in contexts]
         rounds = max(map(len, continuations))

@@ -23,7 +23,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sdtp_lib.architectures.attention_interface import backend_named, own_attention
 from sdtp_lib.architectures.bias_probe import first_that_proves_right
-from sdtp_lib.architectures.layers import Architecture, attention_module, describe, layer_signature, named_arguments
+from sdtp_lib.architectures.layers import (
+    Architecture,
+    attention_module,
+    before_layers,
+    describe,
+    layer_signature,
+    named_arguments,
+)
 from sdtp_lib.config import PruningNotSupported
 
 LOWEST_KEEP = 1e-6  # log(keep) below this adds nothing to the mask and its gradient explodes
@@ -34,7 +41,7 @@ BiasOf = Callable[[int, torch.Tensor], torch.Tensor | None]
 
 
 @contextlib.contextmanager
-def key_bias(model: nn.Module, bias_of: BiasOf) -> Iterator[None]:
+def key_bias(model: nn.Module | Architecture, bias_of: BiasOf) -> Iterator[None]:
     """Add a bias to the attention scores of each key, layer by layer; a bias of 0 leaves the logits as they are.
 
     Parameters
@@ -48,7 +55,8 @@ def key_bias(model: nn.Module, bias_of: BiasOf) -> Iterator[None]:
     PruningNotSupported
         Before any compute of the caller's, for models on which no way of adding a bias proves right (`bias_route`).
     """
-    with _ROUTES[bias_route(model)](describe(model), bias_of):
+    architecture = describe(model)
+    with _ROUTES[bias_route(architecture)](architecture, bias_of):
         yield
 
 
@@ -61,7 +69,7 @@ def _through_keys(architecture: Architecture, bias_of: BiasOf) -> Iterator[None]
     inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
     running: dict[str, Any] = {}
 
-    def enter(index: int):
+    def enter(index: int, _layer: nn.Module):
         def note(*_: Any) -> None:
             running.clear()
             running["index"] = index
@@ -86,10 +94,8 @@ def _through_keys(architecture: Architecture, bias_of: BiasOf) -> Iterator[None]
         output, weights = inner(module, query, key, value, attention_mask, scaling=scale, **kwargs)
         return output[..., :-1].contiguous(), weights  # as the functions of transformers return it
 
-    with contextlib.ExitStack() as cleanup:
-        for index, layer in enumerate(architecture.layers):
-            cleanup.callback(layer.register_forward_pre_hook(enter(index)).remove)
-        cleanup.enter_context(own_attention(architecture.config, biased, "sdpa"))
+    every = range(len(architecture.layers))
+    with before_layers(architecture, every, enter), own_attention(architecture.config, biased, "sdpa"):
         yield
 
 
@@ -118,10 +124,8 @@ def _through_mask(architecture: Architecture, bias_of: BiasOf) -> Iterator[None]
 
         return add
 
-    with contextlib.ExitStack() as cleanup:
-        for index, layer in enumerate(architecture.layers):
-            cleanup.callback(layer.register_forward_pre_hook(hook(index, layer), with_kwargs=True).remove)
-        cleanup.enter_context(backend_named(architecture.config, "eager"))
+    every = range(len(architecture.layers))
+    with before_layers(architecture, every, hook), backend_named(architecture.config, "eager"):
         yield
 
 
@@ -141,7 +145,7 @@ _ROUTES = {"keys": _through_keys, "mask": _through_mask}
 _ROUTE_OF: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str]] = weakref.WeakKeyDictionary()
 
 
-def bias_route(model: nn.Module) -> str:
+def bias_route(model: nn.Module | Architecture) -> str:
     """``"keys"`` or ``"mask"``: the first way of adding a bias that proves right on a short prompt.
 
     Right is: a bias of 0 changes no logits and has a gradient in every layer; a key under a very low bias is gone (its
@@ -154,7 +158,7 @@ def bias_route(model: nn.Module) -> str:
         If neither does, naming what went wrong in each.
     """
     architecture = describe(model)
-    known = _ROUTE_OF.setdefault(architecture.stack, {})
+    known, model = _ROUTE_OF.setdefault(architecture.stack, {}), architecture.model
     key = (architecture.backend, model.dtype, architecture.stack.training)
     if key not in known:
         known[key] = first_that_proves_right(model, architecture, _ROUTES)
@@ -166,7 +170,7 @@ def bias_route(model: nn.Module) -> str:
 
 @contextlib.contextmanager
 def attention_bias(
-    model: nn.Module, layers: Iterable[int] | None = None, per_kv_head: bool = False
+    model: nn.Module | Architecture, layers: Iterable[int] | None = None, per_kv_head: bool = False
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Zero biases on the keys of ``layers`` (default all) as leaves whose ``.grad`` is dL/db after a backward pass.
 
@@ -188,7 +192,7 @@ def attention_bias(
 
 
 @contextlib.contextmanager
-def attention_mask_out(model: nn.Module, keep: Mapping[int, torch.Tensor]) -> Iterator[None]:
+def attention_mask_out(model: nn.Module | Architecture, keep: Mapping[int, torch.Tensor]) -> Iterator[None]:
     """Simulate pruning by attention masking: from layer l on, keys with ``keep[l]`` = 0 are not seen.
 
     Parameters

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,27 +16,37 @@ from torch import nn
 
 from sdtp_lib.architectures.attention_weights import attention_from_last, mask_rows, queries_come_apart
 from sdtp_lib.architectures.caches import without_cache
-from sdtp_lib.architectures.layers import describe, layer_signature, named_arguments
+from sdtp_lib.architectures.layers import (
+    Architecture,
+    before_layers,
+    describe,
+    layer_signature,
+    named_arguments,
+)
 
 _READABLE: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
 
 
-def refuse_unreadable(model: nn.Module, layers: Sequence[int]) -> None:
+def refuse_unreadable(model: nn.Module | Architecture, layers: Sequence[int]) -> None:
     """Raise `PruningNotSupported` if the attention of ``layers`` cannot be read: tried once on a short prompt."""
     architecture = describe(model)
     known = _READABLE.setdefault(architecture.stack, set())
     asked = {layer for layer in layers if not queries_come_apart(architecture.layers[layer])}
     if asked <= known:
         return
+    model = architecture.model
     ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None] + 3
-    with torch.no_grad(), attention_in_forward(model, asked, 4, lambda paid: paid.sum()):
+    with torch.no_grad(), attention_in_forward(architecture, asked, 4, lambda paid: paid.sum()):
         model(ids, use_cache=False)
     known |= asked
 
 
 @contextlib.contextmanager
 def attention_in_forward(
-    model: nn.Module, layers: Sequence[int], window: int, reduce: Callable[[torch.Tensor], torch.Tensor]
+    model: nn.Module | Architecture,
+    layers: Iterable[int],
+    window: int,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Layer -> ``reduce`` of the attention (B, H, w, T) that the last ``window`` tokens pay there, without a graph."""
     found: dict[int, torch.Tensor] = {}
@@ -50,7 +60,10 @@ def attention_in_forward(
 
 @contextlib.contextmanager
 def attention_looked_back_at(
-    model: nn.Module, looked_back: Mapping[int, Sequence[int]], window: int, living: Callable[[int], torch.Tensor]
+    model: nn.Module | Architecture,
+    looked_back: Mapping[int, Sequence[int]],
+    window: int,
+    living: Callable[[int], torch.Tensor],
 ) -> Iterator[dict[int, torch.Tensor]]:
     """What `Stage.attention_mass` would show in a pruned prefill, out of one unpruned forward over prompt and response.
 
@@ -79,29 +92,26 @@ def attention_looked_back_at(
             if layers[-1] == index:
                 found[stage] = torch.cat([paid[earlier].to(paid[index].device) for earlier in layers], dim=-1)
 
-    with _before_layers(model, sorted({layer for layers in sources.values() for layer in layers}), read):
+    with _before_layers(architecture, sorted({layer for layers in sources.values() for layer in layers}), read):
         yield found
 
 
 @contextlib.contextmanager
 def _before_layers(
-    model: nn.Module, layers: Sequence[int], read: Callable[[int, nn.Module, dict[str, Any]], None]
+    model: nn.Module | Architecture, layers: Iterable[int], read: Callable[[int, nn.Module, dict[str, Any]], None]
 ) -> Iterator[None]:
     """Call ``read`` with each layer's arguments by name before it runs, without a graph."""
-    architecture = describe(model)
 
-    def hook(index: int, names: tuple[str, ...]):
+    def hook(index: int, layer: nn.Module):
+        names = layer_signature(layer)
+
         @torch.no_grad()
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             read(index, module, named_arguments(names, args, kwargs))
 
         return before
 
-    with contextlib.ExitStack() as cleanup:
-        for index in layers:
-            layer = architecture.layers[index]
-            handle = layer.register_forward_pre_hook(hook(index, layer_signature(layer)), with_kwargs=True)
-            cleanup.callback(handle.remove)
+    with before_layers(model, layers, hook):
         yield
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,13 @@ _KNOWN_ARGUMENTS = {
 class Architecture:
     """Where a model keeps what the engine needs.
 
+    Whoever calls several functions of this folder on one model makes it once and hands it to them in place of the
+    model: to find it, every layer's signature is read.
+
     Attributes
     ----------
+    model
+        The causal LM itself, PEFT's wrapper included.
     stack
         The module that owns the decoder layers and whose forward is called once a pass.
     layers
@@ -47,6 +52,7 @@ class Architecture:
         The text configuration that the layers read.
     """
 
+    model: nn.Module
     stack: nn.Module
     layers: nn.ModuleList
     config: Any
@@ -90,8 +96,16 @@ def position_argument(model: nn.Module, positions: torch.Tensor) -> dict[str, to
     return {"position_ids": positions} if "position_ids" in inspect.signature(type(model).forward).parameters else {}
 
 
-def describe(model: nn.Module) -> Architecture:
-    """The `Architecture` of a causal LM of transformers, also when wrapped by PEFT.
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) ids, 0 at padding, and attention mask of rows of unequal length, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def describe(model: nn.Module | Architecture) -> Architecture:
+    """The `Architecture` of a causal LM of transformers, also when wrapped by PEFT; one that was made already as it is.
 
     Raises
     ------
@@ -99,13 +113,15 @@ def describe(model: nn.Module) -> Architecture:
         For what is no model or a kind that cannot be served (`unsupported`), and for decoder layers that
         cannot be found or take arguments which nobody taught us to shorten; the message names what is missing.
     """
+    if isinstance(model, Architecture):
+        return model
     refuse_object(model)
     refuse_kind(model)
     name, config = type(model).__name__, model.config
     stack, layers = _find_stack(model, config)
     refuse_encoder(model, layers[0])
     refuse_own_windows(model, layers)
-    architecture = Architecture(stack, layers, config)
+    architecture = Architecture(model, stack, layers, config)
     for index, layer in enumerate(layers):
         missing = missing_from_signature(layer)
         if missing:
@@ -151,7 +167,7 @@ def attention_module(layer: nn.Module) -> nn.Module:
     return attention
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: nn.Module | Architecture) -> nn.ModuleList:
     """The decoder layers of ``model``, in order."""
     return describe(model).layers
 
@@ -196,24 +212,35 @@ def named_arguments(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any])
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-# --- hidden states
+# --- hooks
 
 
 @contextlib.contextmanager
-def layer_inputs(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Record the hidden state (B, T, D) that enters each of ``layers`` in every forward inside the ``with``."""
+def before_layers(
+    model: nn.Module | Architecture, layers: Iterable[int], hook_of: Callable[[int, nn.Module], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside the ``with``, ``hook_of(index, layer)`` is called as ``(layer, args, kwargs)`` before each of ``layers``.
+
+    What it returns, if anything, stands in for the layer's arguments (torch's forward pre-hook).
+    """
     decoder = decoder_layers(model)
+    with contextlib.ExitStack() as cleanup:
+        for index in layers:
+            handle = decoder[index].register_forward_pre_hook(hook_of(index, decoder[index]), with_kwargs=True)
+            cleanup.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
+def layer_inputs(model: nn.Module | Architecture, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Record the hidden state (B, T, D) that enters each of ``layers`` in every forward inside the ``with``."""
     seen: dict[int, torch.Tensor] = {}
 
-    def recorder(index: int):
+    def recorder(index: int, _layer: nn.Module):
         def record(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             seen[index] = args[0] if args else kwargs["hidden_states"]
 
         return record
 
-    handles = [decoder[i].register_forward_pre_hook(recorder(i), with_kwargs=True) for i in layers]
-    try:
+    with before_layers(model, layers, recorder):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtp_lib.architectures.layers import ATTENTION_BACKENDS, Architecture, describe, layer_signature
+from sdtp_lib.architectures.layers import ATTENTION_BACKENDS, Architecture, before_layers, describe
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.generate_guard import guarded_generate
 from sdtp_lib.pruning.kv_budget import KVBudget
@@ -81,9 +81,7 @@ def token_pruning(
             cleanup.callback(model.register_forward_pre_hook(session.before_model(names), with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_pre_hook(session.before_stack, with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_hook(session.after_stack, always_call=True).remove)
-        for index, layer in enumerate(architecture.layers):
-            hook = session.before_layer(index, layer_signature(layer))
-            cleanup.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        cleanup.enter_context(before_layers(architecture, range(len(architecture.layers)), session.before_layer))
         if (norm := architecture.fixed_length_norm()) is not None:
             cleanup.callback(norm.register_forward_hook(session.after_final_norm).remove)
         cleanup.enter_context(guarded_generate(model))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sdtp_lib.architectures.caches import cache_of, refuse_cache, tokens_seen, without_cache
-from sdtp_lib.architectures.layers import Architecture, named_arguments
+from sdtp_lib.architectures.layers import Architecture, layer_signature, named_arguments
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.kv_budget import KVBudget
@@ -202,8 +202,9 @@ class Session:
         if unchecked is not None:
             unchecked.check_scores()
 
-    def before_layer(self, index: int, names: tuple[str, ...]):
+    def before_layer(self, index: int, layer: nn.Module):
         """The hook on layer ``index``: cut if it is configured, then hand it inputs of the right length."""
+        names = layer_signature(layer)
 
         def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
             if self._pass is None:

@@ -6,6 +6,7 @@ Axes: B batch, n tokens, D hidden size, Q last tokens, H query heads, R rank, A 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,32 @@ from sdtp_lib.scorers.blend import average_of_neighbours, strongest_neighbour
 
 _DECAYS = (8.0, 32.0, 128.0, 512.0)  # tokens
 DISTANCE_INPUTS = len(_DECAYS) + 4
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What the network of one stage reads.
+
+    Attributes
+    ----------
+    hidden_states
+        (B, n, D), the input of the stage's decoder layer.
+    positions, valid
+        (B, n): index of each token in its own prompt (-1 for padding), and which tokens are real.
+    prompt_lengths
+        (B,) real tokens per prompt.
+    attention
+        (B, n, A), `Stage.attention_mass` of the layers that the stage looks back at; with the input ``"attention"``.
+    memory
+        (B, n), the standardised scores of the stage before; None at the first.
+    """
+
+    hidden_states: Tensor
+    positions: Tensor
+    valid: Tensor
+    prompt_lengths: Tensor
+    attention: Tensor | None = None
+    memory: Tensor | None = None
 
 
 class StagePruner(nn.Module):
@@ -31,52 +58,40 @@ class StagePruner(nn.Module):
         self.passage, self.uses_memory = owner.passage_tokens, "memory" in owner.features
         self.heads, self.window = owner.query_heads, owner.query_window
         self.down = nn.Linear(size, width)
-        outputs = 2 if owner.head == "gumbel" else 1
-        self.out = nn.Linear(width, outputs)
+        self.out = nn.Linear(width, 1)
         self.has_side = owner.side_inputs > 0
         if self.has_side:
             self.side = nn.Linear(owner.side_inputs, width, bias=False)
-            self.skip = nn.Linear(owner.side_inputs, outputs, bias=False)
+            self.skip = nn.Linear(owner.side_inputs, 1, bias=False)
         if self.uses_query:
             self.query = nn.Linear(size, owner.query_rank, bias=False)
             self.key = nn.Linear(size, owner.query_rank, bias=False)
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
-        logits = self.logits(*inputs)
-        return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
-
-    def logits(
-        self,
-        hidden_states: Tensor,
-        positions: Tensor,
-        valid: Tensor,
-        prompt_lengths: Tensor,
-        attention: Tensor | None = None,
-        memory: Tensor | None = None,
-    ) -> Tensor:
-        """(B, n, 1) the score, or (B, n, 2) the paper's drop and keep logits; float32."""
-        inner, keys = self._projected(hidden_states)
+    def forward(self, inputs: StageInputs) -> Tensor:
+        """Scores (B, n), float32."""
+        inner, keys = self._projected(inputs.hidden_states)
         if not self.has_side:
-            return _in_float32(self.out, F.gelu(inner))
-        distance = (prompt_lengths[:, None].to(positions.device) - 1 - positions).clamp(min=0)
+            return _in_float32(self.out, F.gelu(inner))[..., 0]
+        valid, prompt_lengths = inputs.valid, inputs.prompt_lengths
+        distance = (prompt_lengths[:, None].to(valid.device) - 1 - inputs.positions).clamp(min=0)
         side = []  # each (B, inputs, n)
         if self.uses_distance:
             side.append(_distance_inputs(distance, prompt_lengths))
         if self.uses_query:
-            asked = self._query_inputs(hidden_states, keys, distance, valid)
+            asked = self._query_inputs(inputs.hidden_states, keys, distance, valid)
             side.append(asked)
             if self.passage:
                 side.append(average_of_neighbours(asked, valid, self.passage))
         if self.kernel:
-            even = _even_share(attention, valid)
+            even = _even_share(inputs.attention, valid)
             side.append(_in_logarithms(strongest_neighbour(even, self.kernel)))
             if self.passage:
                 side.append(_in_logarithms(average_of_neighbours(even, valid, self.passage)))
         if self.uses_memory:
-            side.append((torch.zeros_like(inner[..., 0]) if memory is None else memory)[:, None])
+            side.append((torch.zeros_like(inner[..., 0]) if inputs.memory is None else inputs.memory)[:, None])
         side = torch.cat(side, dim=1).transpose(1, 2)
         inner = inner + _in_float32(self.side, side)
-        return _in_float32(self.out, F.gelu(inner)) + _in_float32(self.skip, side)
+        return (_in_float32(self.out, F.gelu(inner)) + _in_float32(self.skip, side))[..., 0]
 
     def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Inner activations (B, n, width) and keys (B, n, R) of the normalised hidden states: one product, float32."""

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -23,10 +22,9 @@ from sdtp_lib.provenance import content_id, fingerprint
 from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.pruner_files import HUB_OPTIONS, loaded_whole, weights_file
-from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StagePruner
+from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StageInputs, StagePruner
 
 FEATURES = ("hidden", "distance", "query", "attention", "memory")
-HEADS = ("score", "gumbel")
 
 
 class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_url="https://arxiv.org/abs/2504.04514"):
@@ -40,8 +38,6 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         0-based layers before which it can score, one network each.
     width
         Inner width, default D / 4.
-    head
-        ``"score"``: D/4 -> 1. ``"gumbel"``: the paper's D/4 -> 2 (drop, keep), sampled by Gumbel-softmax in training.
     features
         Inputs: ``"hidden"`` always; ``"distance"`` adds the distance to the prompt's end, ``"query"`` a low-rank
         query-key product with the last ``query_window`` tokens, ``"attention"`` what each head of the layers before
@@ -56,18 +52,16 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         matters and not the words alone that the question repeats; 0: not.
     blend
         Fields of `Blend`: how the learned score is smoothed and mixed with attention and recency when
-        tokens are chosen (never in training). None: the learned score alone, as in the paper.
+        tokens are chosen, not in the losses on labels. None: the learned score alone, as in the paper.
     num_layers, model_type, base_model, weights_fingerprint
         Which model they were trained on: sizes are checked (error), the fingerprint too (warning).
-    default_ratio
-        The keep ratio they are meant for, for callers who name none.
     notes
         Free facts that travel in the config (data, seed, label).
 
     Raises
     ------
     ValueError
-        For an unknown feature or head, no layers, a rank that the heads do not divide, or a blend of nothing.
+        For an unknown feature, no layers, a rank that the heads do not divide, or a blend of nothing.
     """
 
     def __init__(
@@ -76,7 +70,6 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         layers: Sequence[int],
         *,
         width: int | None = None,
-        head: str = "score",
         features: Sequence[str] = ("hidden",),
         query_rank: int = 32,
         query_heads: int = 8,
@@ -89,7 +82,6 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         model_type: str | None = None,
         base_model: str | None = None,
         weights_fingerprint: str | None = None,
-        default_ratio: float = 0.9,
         notes: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -106,15 +98,13 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
                 f"passage_tokens={passage_tokens} needs an odd number of neighbours, and the input 'query' or "
                 f"'attention' among features={tuple(features)}: give 0, or 33, 65, ... with one of these."
             )
-        if head not in HEADS:
-            raise ValueError(f"head={head!r} is unknown: choose one of {', '.join(HEADS)}.")
         if not layers:
             raise ValueError("layers=() names no layer to score at: give at least one index, such as (4,).")
         if query_rank % query_heads:
             raise ValueError(f"query_rank={query_rank} is not a multiple of query_heads={query_heads}.")
         self.hidden_size, self.layers = int(hidden_size), tuple(int(layer) for layer in layers)
         self.width = int(width or max(1, hidden_size // 4))
-        self.features, self.head, self.default_ratio = tuple(features), head, default_ratio
+        self.features = tuple(features)
         self.query_rank, self.query_heads, self.query_window = query_rank, query_heads, query_window
         self.attention_heads, self.attention_kernel = attention_heads, attention_kernel
         self.passage_tokens = int(passage_tokens)
@@ -171,7 +161,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
     @property
     def identity(self) -> str:
         """How result rows tell these pruners from others of the same name: a hash of weights and settings."""
-        settings = (self.layers, self.features, self.head, self.query_heads, self.query_window, self.attention_kernel)
+        # "score" is the one output there is; rows that were written when there were two kinds name it.
+        settings = (self.layers, self.features, "score", self.query_heads, self.query_window, self.attention_kernel)
         return f"TokenPruners {content_id(dict(self.state_dict()), *settings, self.passage_tokens, self.blend)}"
 
     def check(self, model: nn.Module, config: Any) -> None:
@@ -210,69 +201,30 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
     @torch.no_grad()
     def forward(self, stage: Any) -> Tensor:
         """Scores (B, n) of the tokens alive at ``stage``, higher is more important; float32."""
-        hidden_states = stage.hidden_states
         network = self.stages[str(stage.layer_index)]
         # Under a device_map each decoder layer has its own device: its pruner moves there once.
-        network.to(hidden_states.device)
+        network.to(stage.hidden_states.device)
         attention = None
         if self.looked_back:
             attention = stage.attention_mass(self.looked_back[stage.layer_index], ASKING_TOKENS)
-        own = f"score of {id(self)}"  # others, mixed with this one, may remember theirs
+        own = f"score of {id(self)}"  # two pruners in one mix must not overwrite each other's state
         memory = stage.carried.get(own)
-        learned = network(hidden_states, stage.positions, stage.valid, stage.prompt_lengths, attention, memory)
+        learned = network(
+            StageInputs(stage.hidden_states, stage.positions, stage.valid, stage.prompt_lengths, attention, memory)
+        )
         if "memory" in self.features:
             stage.carried[own] = standardised(learned, stage.valid)
         return learned if self.blend is None else self.blend(learned, stage)
 
-    def score(
-        self,
-        layer: int,
-        hidden_states: Tensor,
-        positions: Tensor,
-        valid: Tensor,
-        prompt_lengths: Tensor,
-        attention: Tensor | None = None,
-        memory: Tensor | None = None,
-    ) -> Tensor:
-        """Differentiable scores (B, n) at ``layer``.
-
-        Parameters
-        ----------
-        hidden_states
-            (B, n, D), the input of decoder layer ``layer``.
-        positions, valid
-            (B, n): index of each token in its own prompt (-1 for padding), and which tokens are real.
-        prompt_lengths
-            (B,) real tokens a prompt.
-        attention
-            (B, n, A), `Stage.attention_mass` of the layers in ``looked_back[layer]``; with the input ``"attention"``.
-        memory
-            (B, n), the standardised scores of the stage before; None at the first.
-        """
-        return self.stages[str(layer)](hidden_states, positions, valid, prompt_lengths, attention, memory)
-
-    def keep_probability(
-        self,
-        layer: int,
-        hidden_states: Tensor,
-        positions: Tensor,
-        valid: Tensor,
-        prompt_lengths: Tensor,
-        attention: Tensor | None = None,
-        memory: Tensor | None = None,
-        tau: float = 1.0,
-    ) -> Tensor:
-        """(B, n) the paper's M = GumbelSoftmax(pi), the share of "keep" in a relaxed sample; ``head="gumbel"`` only."""
-        if self.head != "gumbel":
-            raise ValueError("head='score' has no keep probability: make TokenPruners(..., head='gumbel').")
-        logits = self.stages[str(layer)].logits(hidden_states, positions, valid, prompt_lengths, attention, memory)
-        return F.gumbel_softmax(logits, tau=tau, dim=-1)[..., 1]
+    def score(self, layer: int, inputs: StageInputs) -> Tensor:
+        """Differentiable scores (B, n) at ``layer``."""
+        return self.stages[str(layer)](inputs)
 
     def flops_per_token(self) -> float:
         """Floating-point operations that one stage spends on one token (a multiply-add counts 2)."""
         inputs = self.hidden_size
         extra = self.side_inputs
-        flops = 2 * self.width * (inputs + extra) + 2 * (self.width + extra) * (2 if self.head == "gumbel" else 1)
+        flops = 2 * self.width * (inputs + extra) + 2 * (self.width + extra)
         if "query" in self.features:
             flops += 2 * self.query_rank * inputs + 2 * self.query_rank * self.query_window
         if "attention" in self.features:
@@ -296,7 +248,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
 
     def extra_repr(self) -> str:
         """For ``print(pruners)``."""
-        return f"layers={list(self.layers)}, features={self.features}, head={self.head!r}, base={self.base_model!r}"
+        return f"layers={list(self.layers)}, features={self.features}, base={self.base_model!r}"
 
 
 def weights_fingerprint(model: nn.Module) -> str | None:

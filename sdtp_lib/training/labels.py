@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sdtp_lib.architectures.attention_bias import attention_bias, attention_mask_out, bias_route
 from sdtp_lib.architectures.attention_readings import attention_in_forward, refuse_unreadable
-from sdtp_lib.architectures.layers import describe, layer_inputs, position_argument
+from sdtp_lib.architectures.layers import Architecture, describe, layer_inputs, position_argument
 
 LABELS = (
     "gradient_x_hidden", "removal", "removal_by_head", "removal_joint", "removal_odds", "attention_entropy",
@@ -36,7 +36,7 @@ _ODDS_SEED = 20250404
 
 
 def saliency_of(
-    model: nn.Module,
+    model: nn.Module | Architecture,
     input_ids: Tensor,
     attention_mask: Tensor,
     response_mask: Tensor,
@@ -67,8 +67,9 @@ def saliency_of(
     PruningNotSupported
         Before any compute, for families whose attention takes no bias that can be verified, or shows no weights.
     """
-    labels = checked_labels(model, layers, label)
-    depth = len(describe(model).layers)
+    architecture = describe(model)
+    labels = checked_labels(architecture, layers, label)
+    model, depth = architecture.model, len(architecture.layers)
     attention_mask, response_mask = attention_mask.bool(), response_mask.bool() & attention_mask.bool()
     # The first real token is predicted from nothing.
     targets = response_mask & (attention_mask.long().cumsum(-1) > 1)
@@ -99,11 +100,11 @@ def saliency_of(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if wants_bias or wants_hidden else torch.no_grad())
-        seen = stack.enter_context(layer_inputs(model, layers if wants_hidden else ()))
+        seen = stack.enter_context(layer_inputs(architecture, layers if wants_hidden else ()))
         entropy = stack.enter_context(
-            attention_in_forward(model, entropy_at, input_ids.shape[1] - first, entropy_share)
+            attention_in_forward(architecture, entropy_at, input_ids.shape[1] - first, entropy_share)
         )
-        bias = stack.enter_context(attention_bias(model, biased, by_head)) if wants_bias else {}
+        bias = stack.enter_context(attention_bias(architecture, biased, by_head)) if wants_bias else {}
         logits = model(**forward).logits[:, -to_keep:-1].float()
         loss_at = F.cross_entropy(logits.transpose(1, 2), input_ids[:, first:], reduction="none")
         loss_at = loss_at * targets[:, first:]
@@ -130,7 +131,9 @@ def saliency_of(
     return found[label] if isinstance(label, str) else found
 
 
-def checked_labels(model: nn.Module, layers: Sequence[int], label: str | Sequence[str]) -> tuple[str, ...]:
+def checked_labels(
+    model: nn.Module | Architecture, layers: Sequence[int], label: str | Sequence[str]
+) -> tuple[str, ...]:
     """The wanted labels, or an error where ``model`` cannot have them: `ValueError` or `PruningNotSupported`.
 
     Tries a bias and reads attention on a short prompt, so it must come before hooks of a caller's own.
@@ -138,13 +141,14 @@ def checked_labels(model: nn.Module, layers: Sequence[int], label: str | Sequenc
     labels = (label,) if isinstance(label, str) else tuple(label)
     if unknown := [name for name in labels if name not in LABELS]:
         raise ValueError(f"label={unknown} is unknown: choose among {', '.join(LABELS)}.")
-    depth = len(describe(model).layers)
+    architecture = describe(model)
+    depth = len(architecture.layers)
     if not layers or min(layers) < 0 or max(layers) >= depth:
         raise ValueError(f"layers={list(layers)}: name layers from 0 to {depth - 1} of this model.")
     if any(name.startswith("removal") for name in labels):
-        bias_route(model)
+        bias_route(architecture)
     if "attention_entropy" in labels:
-        refuse_unreadable(model, layers)
+        refuse_unreadable(architecture, layers)
     return labels
 
 

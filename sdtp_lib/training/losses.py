@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdtp_lib import budget
 from sdtp_lib.scorers.blend import standardised
 
 # Rows of the pair matrix in memory at once: 256 x 8,192 float32 is 8 MiB a temporary.
@@ -34,8 +35,8 @@ def scorable(valid: Tensor, sink_tokens: int, local_ratio: float, min_local_toke
     """
     order = valid.long().cumsum(-1) - 1
     count = valid.sum(-1, keepdim=True)
-    # The small number keeps 0.1 * 640 from becoming 65 by rounding upwards.
-    last = (local_ratio * count.double() - 1e-9).ceil().long().clamp(min=min_local_tokens)
+    last = [budget.local_count(tokens, local_ratio, min_local_tokens) for tokens in count[:, 0].tolist()]
+    last = torch.tensor(last, device=valid.device)[:, None]
     return valid & (order >= sink_tokens) & (order < count - last)
 
 

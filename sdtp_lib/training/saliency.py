@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sdtp_lib.architectures.attention_readings import attention_looked_back_at, refuse_unreadable
-from sdtp_lib.architectures.layers import layer_inputs
+from sdtp_lib.architectures.layers import Architecture, describe, layer_inputs, pad_left
 from sdtp_lib.extras import extra
 from sdtp_lib.models import cache_directory
 from sdtp_lib.provenance import adapters_fingerprint, fingerprint
@@ -90,9 +90,10 @@ def compute_saliency(
     ids = [sample["id"] for sample in tokenised]
     if len(set(ids)) != len(ids):
         raise ValueError("samples: two of them share an id, and labels are keyed by id; make the ids unique.")
-    labels = checked_labels(model, layers, label)
+    architecture = describe(model)
+    labels = checked_labels(architecture, layers, label)
     if store_hidden:
-        refuse_unreadable(model, layers)
+        refuse_unreadable(architecture, layers)
     about = {"model": fingerprint(model), "layers": layers, "labels": labels, "loss_on": loss_on, "schema": 2}
     if (adapters := adapters_fingerprint(model)) is not None:
         about["adapters"] = adapters
@@ -100,11 +101,11 @@ def compute_saliency(
     folder.mkdir(parents=True, exist_ok=True)
     files = {sample["id"]: folder / f"{_digest(sample)}.safetensors" for sample in tokenised}
     mine = tokenised[share[0] :: share[1]]
-    missing = [s for s in mine if not _complete(files[s["id"]], store_hidden)]
+    missing = [s for s in mine if not _complete(files[s["id"]], layers if store_hidden else ())]
     bar = tqdm(total=len(missing), desc=f"saliency ({', '.join(labels)})", disable=not progress, unit="sample")
     with bar:
         for batch in _batches(missing, batch_size):
-            for sample, tensors in _label_batch(model, batch, layers, labels, loss_on, store_hidden):
+            for sample, tensors in _label_batch(architecture, batch, layers, labels, loss_on, store_hidden):
                 meta = {"sample_id": sample["id"], "category": str(sample.get("category", ""))}
                 meta["looked_back"] = json.dumps(looked_back(layers))
                 with atomic_write(files[sample["id"]]) as temporary:
@@ -114,48 +115,35 @@ def compute_saliency(
     return Dataset.from_list(rows)
 
 
-def load_hidden(file: str | Path, layer: int) -> Tensor:
-    """(P, D) bfloat16 hidden states of a sample's prompt at the input of ``layer``, stored by ``store_hidden``."""
-    with safe_open(str(file), "pt") as stored:
-        return stored.get_tensor(f"hidden_{layer}")
+def stored_inputs(
+    file: str | Path, layers: Sequence[int], back: Mapping[int, Sequence[int]] | None = None
+) -> dict[str, Tensor]:
+    """What ``store_hidden`` kept of a sample's prompt, by name; nothing if it was not kept for these very layers.
 
-
-def load_attention(file: str | Path, layer: int) -> Tensor:
-    """(P, H x layers) bfloat16: what `Stage.attention_mass` shows before ``layer``, stored by ``store_hidden``."""
-    with safe_open(str(file), "pt") as stored:
-        return stored.get_tensor(f"attention_{layer}")
-
-
-def has_hidden(file: str | Path, back: Mapping[int, Sequence[int]] | None = None) -> bool:
-    """Whether a label file exists and holds hidden states; with ``back``, also the attention looked back at just so."""
+    ``hidden`` (S, P, D) enters each of ``layers``. With ``back``, the layers that each stage looks back at, also
+    ``attention`` (S, P, A), what `Stage.attention_mass` shows there. bfloat16; the file is opened once.
+    """
     if not Path(file).exists():
-        return False
+        return {}
+    names = ("hidden", "attention") if back else ("hidden",)
     with safe_open(str(file), "pt") as stored:
-        if not any(name.startswith("hidden_") for name in stored.keys()):  # noqa: SIM118 - safe_open is no mapping
-            return False
         kept = json.loads(stored.metadata().get("looked_back", "{}"))
-    return all(kept.get(str(layer)) == list(layers) for layer, layers in (back or {}).items())
-
-
-def pad_left(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
-    """(B, T) ids and attention mask of rows of unequal length."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), value)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.as_tensor(row)
-        mask[index, width - len(row) :] = 1
-    return ids, mask
+        if any(kept.get(str(layer)) != list(earlier) for layer, earlier in (back or {}).items()):
+            return {}
+        if not {f"{name}_{layer}" for name in names for layer in layers} <= set(stored.keys()):
+            return {}
+        return {name: torch.stack([stored.get_tensor(f"{name}_{layer}") for layer in layers]) for name in names}
 
 
 def _label_batch(
-    model: nn.Module,
+    architecture: Architecture,
     batch: Sequence[dict[str, Any]],
     layers: tuple[int, ...],
     labels: tuple[str, ...],
     loss_on: str,
     store_hidden: bool,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    model = architecture.model
     device = model.get_input_embeddings().weight.device
     if loss_on == "continuation":
         batch = [{**sample, "own_tokens": CONTINUATION_TOKENS} for sample in batch]
@@ -174,10 +162,10 @@ def _label_batch(
     prompt_mask = (mask - response).bool()
     back = looked_back(layers) if store_hidden else {}
     with (
-        layer_inputs(model, layers if store_hidden else ()) as seen,
-        attention_looked_back_at(model, back, ASKING_TOKENS, lambda _layer: prompt_mask) as paid,
+        layer_inputs(architecture, layers if store_hidden else ()) as seen,
+        attention_looked_back_at(architecture, back, ASKING_TOKENS, lambda _layer: prompt_mask) as paid,
     ):
-        saliency = saliency_of(model, ids, mask, target, layers, labels)
+        saliency = saliency_of(architecture, ids, mask, target, layers, labels)
     for index, sample in enumerate(batch):
         start = ids.shape[1] - len(rows[index])
         prompt = slice(start, start + len(sample["prompt_ids"]))
@@ -240,8 +228,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _complete(file: Path, store_hidden: bool) -> bool:
-    return file.exists() and (not store_hidden or has_hidden(file))
+def _complete(file: Path, hidden_at: Sequence[int]) -> bool:
+    if not file.exists() or not hidden_at:
+        return file.exists()
+    with safe_open(str(file), "pt") as stored:
+        return {f"hidden_{layer}" for layer in hidden_at} <= set(stored.keys())
 
 
 def _row(file: Path, layers: tuple[int, ...], labels: tuple[str, ...]) -> dict[str, Any]:

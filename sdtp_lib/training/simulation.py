@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from sdtp_lib import budget
 from sdtp_lib.architectures.attention_bias import bias_route, key_bias
 from sdtp_lib.architectures.attention_readings import attention_looked_back_at
-from sdtp_lib.architectures.layers import layer_inputs
+from sdtp_lib.architectures.layers import Architecture, describe, layer_inputs
 from sdtp_lib.pruning.selection import gather_tokens
 from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.scorers.blend import Blend, standardised
+from sdtp_lib.scorers.stage_network import StageInputs
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training import losses
 from sdtp_lib.training.config import TrainingConfig
@@ -26,7 +27,11 @@ from sdtp_lib.training.config import TrainingConfig
 
 @contextlib.contextmanager
 def simulated_pruning(
-    model: nn.Module, pruners: TokenPruners, prompt_mask: Tensor, keep_ratio: float, config: TrainingConfig
+    model: nn.Module | Architecture,
+    pruners: TokenPruners,
+    prompt_mask: Tensor,
+    keep_ratio: float,
+    config: TrainingConfig,
 ) -> Iterator[dict[int, Tensor]]:
     """Pruning by attention masking inside one forward, each stage scored on what the earlier stages left.
 
@@ -45,11 +50,12 @@ def simulated_pruning(
         For a blend that asks with another window than the one that training reads.
     """
     run = _Simulation(pruners, prompt_mask, keep_ratio, config)
-    bias_route(model)  # found before the hooks below are on, for it runs the model
+    architecture = describe(model)
+    bias_route(architecture)  # found before the hooks below are on, for it runs the model
     with (
-        layer_inputs(model, pruners.layers) as run.seen,
-        attention_looked_back_at(model, run.back, ASKING_TOKENS, run.living) as run.paid,
-        key_bias(model, run.bias),
+        layer_inputs(architecture, pruners.layers) as run.seen,
+        attention_looked_back_at(architecture, run.back, ASKING_TOKENS, run.living) as run.paid,
+        key_bias(architecture, run.bias),
     ):
         yield run.keeps
 
@@ -87,7 +93,7 @@ class LivingTokens:
         places = self.positions.gather(1, self.order)
         memory = None if self.memory is None else self.memory.gather(1, self.order)
         states = gather_tokens(hidden, self.order)
-        scores = self.pruners.score(layer, states, places, self.left, self.lengths, own, memory)
+        scores = self.pruners.score(layer, StageInputs(states, places, self.left, self.lengths, own, memory))
         self.memory = self.put_back(standardised(scores, self.left).detach())
         if blend is None:
             return scores

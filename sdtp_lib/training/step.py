@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdtp_lib.architectures.attention_readings import attention_looked_back_at
-from sdtp_lib.architectures.layers import layer_inputs, position_argument
+from sdtp_lib.architectures.layers import describe, layer_inputs, pad_left, position_argument
 from sdtp_lib.pruning.stage import ASKING_TOKENS
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training import losses
 from sdtp_lib.training.config import TrainingConfig
-from sdtp_lib.training.saliency import has_hidden, load_attention, load_hidden
+from sdtp_lib.training.saliency import stored_inputs
 from sdtp_lib.training.simulation import LivingTokens, simulated_pruning
 
 
@@ -30,7 +30,8 @@ class PrunerLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.pruners, self.layers, self.settings = pruners, layers, config
-        self._frozen = (language_model,)
+        # In a tuple, or it would be a submodule.
+        self._frozen = (language_model, describe(language_model))
         self.draws = torch.Generator().manual_seed(config.seed)
 
     def forward(
@@ -48,7 +49,7 @@ class PrunerLoss(nn.Module):
         other inputs where they were stored with it.
         """
         config = self.settings
-        (language_model,) = self._frozen
+        language_model, architecture = self._frozen
         device = next(self.pruners.parameters()).device
         at = language_model.get_input_embeddings().weight.device
         if device != at and not hasattr(language_model, "hf_device_map"):
@@ -59,8 +60,8 @@ class PrunerLoss(nn.Module):
             back = self.pruners.looked_back
             with (
                 torch.no_grad(),
-                layer_inputs(language_model, self.layers) as seen,
-                attention_looked_back_at(language_model, back, ASKING_TOKENS, lambda _layer: prompt_mask) as paid,
+                layer_inputs(architecture, self.layers) as seen,
+                attention_looked_back_at(architecture, back, ASKING_TOKENS, lambda _layer: prompt_mask) as paid,
             ):
                 teacher = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)[0]
             by_layer = {layer: (seen[layer].to(device), _moved(paid.get(layer), device)) for layer in self.layers}
@@ -71,7 +72,7 @@ class PrunerLoss(nn.Module):
         if config.needs_labels:
             parts |= self._label_losses(by_layer, prompt_mask, labels, keep_ratio)
         if config.simulates_pruning:
-            with simulated_pruning(language_model, self.pruners, prompt_mask, keep_ratio, config):
+            with simulated_pruning(architecture, self.pruners, prompt_mask, keep_ratio, config):
                 student, targets = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)
             if config.lm_weight:
                 parts["lm"] = F.cross_entropy(student.float(), targets)
@@ -139,36 +140,27 @@ class Collator:
         self.layers, self.back = layers, dict(back or {})
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
+        ids, mask = pad_left([row["input_ids"] for row in rows])
+        width = ids.shape[1]
         batch = {
-            "input_ids": torch.zeros(len(rows), width, dtype=torch.long),
-            "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
+            "input_ids": ids,
+            "attention_mask": mask,
             "prompt_mask": torch.zeros(len(rows), width, dtype=torch.bool),
             "labels": torch.zeros(len(rows), len(self.layers), width),
         }
-        stored = self._stored(rows)
-        for name, kept in stored.items():
-            batch[name] = torch.zeros(len(rows), len(self.layers), width, kept[0].shape[-1])
+        stored = [stored_inputs(row["file"], self.layers, self.back) if row.get("file") else {} for row in rows]
+        if not all(stored):
+            stored = [{}] * len(rows)
+        for name, kept in stored[0].items():
+            batch[name] = torch.zeros(len(rows), len(self.layers), width, kept.shape[-1])
         for index, row in enumerate(rows):
             start, prompt = width - len(row["input_ids"]), row["prompt_length"]
-            batch["input_ids"][index, start:] = torch.tensor(row["input_ids"])
-            batch["attention_mask"][index, start:] = 1
             batch["prompt_mask"][index, start : start + prompt] = True
             for stage, layer in enumerate(self.layers):
                 batch["labels"][index, stage, start : start + prompt] = torch.tensor(row[f"layer_{layer}"])
-            for name, kept in stored.items():
-                batch[name][index, :, start : start + prompt] = kept[index].float()
+            for name, kept in stored[index].items():
+                batch[name][index, :, start : start + prompt] = kept.float()
         return batch
-
-    def _stored(self, rows: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
-        """``hidden`` (S, P, D) and, if looked at, ``attention`` (S, P, A) a row; nothing if they were not kept."""
-        if not all(row.get("file") and has_hidden(row["file"], self.back) for row in rows):
-            return {}
-        readers = {"hidden": load_hidden, **({"attention": load_attention} if self.back else {})}
-        return {
-            name: [torch.stack([read(row["file"], layer) for layer in self.layers]) for row in rows]
-            for name, read in readers.items()
-        }
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -11,6 +11,7 @@ from sdtp_lib import PruningConfig, TokenPruners, token_pruning
 from sdtp_lib.architectures.attention_readings import attention_looked_back_at
 from sdtp_lib.pruning.stage import looked_back
 from sdtp_lib.scorers.blend import Blend, average_of_neighbours, standardised
+from sdtp_lib.scorers.stage_network import StageInputs
 
 CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.5, min_local_tokens=4, sink_tokens=2)
 MIX = {"learned": 0.7, "attention": 1.0, "recency": 0.3, "smoothing": 5, "window": 4, "kernel": 3}
@@ -158,8 +159,8 @@ def test_the_blend_travels_with_the_pruners_and_only_changes_what_is_chosen(tiny
     torch.testing.assert_close(scores(again)[2], scores(mixed)[2], rtol=0, atol=0)
     assert not torch.allclose(scores(mixed)[2], scores(plain)[2])
     hidden, positions = torch.randn(1, 60, model.config.hidden_size), torch.arange(60)[None]
-    arguments = (hidden, positions, torch.ones(1, 60, dtype=torch.bool), torch.tensor([60]))
-    torch.testing.assert_close(mixed.score(2, *arguments), plain.score(2, *arguments))
+    arguments = StageInputs(hidden, positions, torch.ones(1, 60, dtype=torch.bool), torch.tensor([60]))
+    torch.testing.assert_close(mixed.score(2, arguments), plain.score(2, arguments))
     extra = mixed.flops_per_token() - plain.flops_per_token()
     assert extra == 2 * MIX["window"] * model.config.hidden_size
 

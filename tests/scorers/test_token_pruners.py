@@ -13,6 +13,7 @@ from safetensors import safe_open
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.scorers.blend import average_of_neighbours, standardised
+from sdtp_lib.scorers.stage_network import StageInputs
 from sdtp_lib.scorers.token_pruners import TokenPruners
 
 LAYERS = (1, 2)
@@ -30,6 +31,10 @@ def inputs(tokens=40, batch=2, size=32, padding=0, seed=0):
         positions[0] = torch.cat([torch.full((padding,), -1), torch.arange(tokens - padding)])
         valid[0, :padding] = False
     return hidden, positions, valid, valid.sum(-1)
+
+
+def score(pruners, layer, *given):
+    return pruners.score(layer, StageInputs(*given))
 
 
 def pruners_with(features=("hidden",), **options):
@@ -51,12 +56,12 @@ def test_the_default_pruner_is_the_papers_two_matrices_with_one_output():
 
 @pytest.mark.parametrize("features", [("hidden",), ("hidden", "distance"), ("hidden", "distance", "query")])
 def test_a_reload_gives_the_same_scores_and_knows_where_it_belongs(tmp_path, features):
-    pruners = pruners_with(features, base_model="m", model_type="llama", num_layers=3, default_ratio=0.8)
+    pruners = pruners_with(features, base_model="m", model_type="llama", num_layers=3)
     pruners.save_pretrained(tmp_path)
     again = TokenPruners.from_pretrained(tmp_path)
-    assert (again.layers, again.features, again.base_model, again.default_ratio) == (LAYERS, features, "m", 0.8)
+    assert (again.layers, again.features, again.base_model) == (LAYERS, features, "m")
     for layer in LAYERS:
-        assert torch.equal(again.score(layer, *inputs()), pruners.score(layer, *inputs()))
+        assert torch.equal(score(again, layer, *inputs()), score(pruners, layer, *inputs()))
     files = sorted(path.name for path in tmp_path.iterdir())
     assert [name for name in files if not name.endswith((".json", ".safetensors", ".md"))] == []
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 32
@@ -68,8 +73,8 @@ def test_a_reload_gives_the_same_scores_and_knows_where_it_belongs(tmp_path, fea
 def test_a_padded_row_scores_like_the_same_row_alone(features):
     pruners = pruners_with(features)
     hidden, positions, valid, lengths = inputs(padding=5)
-    together = pruners.score(1, hidden, positions, valid, lengths)[0, 5:]
-    alone = pruners.score(1, hidden[:1, 5:], positions[:1, 5:], valid[:1, 5:], lengths[:1])[0]
+    together = score(pruners, 1, hidden, positions, valid, lengths)[0, 5:]
+    alone = score(pruners, 1, hidden[:1, 5:], positions[:1, 5:], valid[:1, 5:], lengths[:1])[0]
     torch.testing.assert_close(together, alone)
 
 
@@ -77,16 +82,16 @@ def test_scores_do_not_depend_on_the_scale_of_the_hidden_state():
     pruners = pruners_with()
     hidden, *rest = inputs()
     torch.testing.assert_close(
-        pruners.score(1, 100 * hidden, *rest), pruners.score(1, hidden, *rest), rtol=1e-3, atol=1e-4
+        score(pruners, 1, 100 * hidden, *rest), score(pruners, 1, hidden, *rest), rtol=1e-3, atol=1e-4
     )
 
 
 def test_distance_is_counted_in_the_original_prompt_also_after_a_cut():
     pruners = pruners_with(("hidden", "distance"))
     hidden, positions, valid, lengths = inputs(batch=1)
-    whole = pruners.score(1, hidden, positions, valid, lengths)
+    whole = score(pruners, 1, hidden, positions, valid, lengths)
     kept = torch.tensor([0, 3, 4, 9, 20, 38, 39])
-    cut = pruners.score(1, hidden[:, kept], positions[:, kept], valid[:, kept], lengths)
+    cut = score(pruners, 1, hidden[:, kept], positions[:, kept], valid[:, kept], lengths)
     torch.testing.assert_close(cut, whole[:, kept])
 
 
@@ -96,8 +101,8 @@ def test_the_query_term_lets_the_last_tokens_change_an_early_tokens_score():
     other[:, -3:] = torch.randn(1, 3, 32)
     blind, asking = pruners_with(("hidden", "distance")), pruners_with(("hidden", "query"))
     rest = (positions, valid, lengths)
-    assert torch.equal(blind.score(1, hidden, *rest)[:, :30], blind.score(1, other, *rest)[:, :30])
-    assert not torch.allclose(asking.score(1, hidden, *rest)[:, :30], asking.score(1, other, *rest)[:, :30])
+    assert torch.equal(score(blind, 1, hidden, *rest)[:, :30], score(blind, 1, other, *rest)[:, :30])
+    assert not torch.allclose(score(asking, 1, hidden, *rest)[:, :30], score(asking, 1, other, *rest)[:, :30])
 
 
 @pytest.mark.parametrize("kernel", [3, 7, 101])
@@ -118,7 +123,7 @@ def test_with_passages_a_token_hears_what_its_neighbours_are_asked():
     other[0, 10] = 1.0
     for passage_tokens, reach in ((0, 1), (9, 4)):  # without passages: the strongest of three neighbours
         pruners = pruners_with(ALL, attention_kernel=3, passage_tokens=passage_tokens)
-        told, silent = (pruners.score(1, hidden, positions, valid, lengths, paid)[0] for paid in (other, asked))
+        told, silent = (score(pruners, 1, hidden, positions, valid, lengths, paid)[0] for paid in (other, asked))
         assert (told != silent).nonzero().flatten().tolist() == list(range(10 - reach, 10 + reach + 1))
 
 
@@ -142,30 +147,20 @@ def test_a_stage_remembers_what_the_one_before_thought_of_the_tokens_that_are_le
     torch.testing.assert_close(remembered, standardised(first, torch.ones_like(first, dtype=torch.bool))[:, places[0]])
     hidden, *rest = inputs(batch=1)
     memory = torch.randn(1, 40, generator=torch.Generator().manual_seed(1))
-    told, silent = (pruners_with(("hidden", "memory")).score(2, hidden, *rest, None, m) for m in (memory, None))
+    told, silent = (score(pruners_with(("hidden", "memory")), 2, hidden, *rest, None, m) for m in (memory, None))
     assert (told != silent).all()
-
-
-def test_gumbel_head_gives_keep_probabilities_and_a_deterministic_score():
-    pruners = pruners_with(head="gumbel")
-    keep = pruners.keep_probability(1, *inputs())
-    assert keep.shape == (2, 40)
-    assert ((keep >= 0) & (keep <= 1)).all()
-    assert torch.equal(pruners.score(1, *inputs()), pruners.score(1, *inputs()))
-    with pytest.raises(ValueError, match="gumbel"):
-        pruners_with().keep_probability(1, *inputs())
 
 
 def test_every_parameter_gets_a_gradient():
     pruners = pruners_with(("hidden", "distance", "query"))
-    sum(pruners.score(layer, *inputs()).square().mean() for layer in LAYERS).backward()
+    sum(score(pruners, layer, *inputs()).square().mean() for layer in LAYERS).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pruners.parameters())
 
 
 def test_bfloat16_hidden_states_are_scored_close_to_float32():
     pruners = pruners_with(("hidden", "distance", "query"))
     hidden, *rest = inputs()
-    exact, coarse = pruners.score(1, hidden, *rest), pruners.score(1, hidden.bfloat16(), *rest)
+    exact, coarse = score(pruners, 1, hidden, *rest), score(pruners, 1, hidden.bfloat16(), *rest)
     assert coarse.dtype == torch.float32
     assert (exact - coarse).abs().max() < 0.05
 
@@ -181,7 +176,6 @@ def test_missing_layers_are_named_beside_those_that_exist():
     [
         ({"features": ("distance",)}, "features"),
         ({"features": ("hidden", "smell")}, "features"),
-        ({"head": "tails"}, "head='tails'"),
         ({"query_rank": 7, "query_heads": 2}, "query_rank=7"),
         ({"features": ("hidden", "attention"), "attention_heads": None}, "attention_heads=None"),
         ({"features": ("hidden", "attention"), "attention_heads": 2, "attention_kernel": 4}, "attention_kernel=4"),
@@ -216,12 +210,12 @@ def test_scores_of_a_prompt_do_not_depend_on_what_stands_after_it():
     torch.manual_seed(0)
     pruners = TokenPruners(16, (2,), features=("hidden", "distance", "query"), query_rank=8, query_heads=4)
     hidden = torch.randn(1, 40, 16)
-    alone = pruners.score(
-        2, hidden[:, :20], torch.arange(20)[None], torch.ones(1, 20, dtype=torch.bool), torch.tensor([20])
+    alone = score(
+        pruners, 2, hidden[:, :20], torch.arange(20)[None], torch.ones(1, 20, dtype=torch.bool), torch.tensor([20])
     )
     valid = torch.arange(40)[None] < 20
     positions = torch.arange(40)[None].masked_fill(~valid, -1)
-    scores = pruners.score(2, hidden, positions, valid, torch.tensor([20]))
+    scores = score(pruners, 2, hidden, positions, valid, torch.tensor([20]))
     torch.testing.assert_close(scores[:, :20], alone)
     scores[:, :20].sum().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in pruners.parameters())
@@ -237,7 +231,7 @@ def test_a_token_that_heads_look_at_may_score_otherwise_and_so_may_its_neighbour
     pruners, paid = pruners_with(ALL), paid_attention()
     other = paid.clone()
     other[:, 20, 1] += 5.0
-    change = (pruners.score(1, *inputs(), other) - pruners.score(1, *inputs(), paid)).abs().detach()
+    change = (score(pruners, 1, *inputs(), other) - score(pruners, 1, *inputs(), paid)).abs().detach()
     assert (change[:, 17:24] > 1e-6).all(), "three neighbours on each side see the strongest"
     assert change[:, :17].max() < 1e-6 and change[:, 24:].max() < 1e-6
 
@@ -247,9 +241,9 @@ def test_attention_counts_in_units_of_an_even_share_so_that_length_alone_changes
     for tokens in (20, 40):
         hidden, *rest = inputs(tokens=tokens)
         even = torch.full((2, tokens, 6), 16 / tokens)
-        scores = pruners.score(1, torch.ones_like(hidden), *rest, even)
+        scores = score(pruners, 1, torch.ones_like(hidden), *rest, even)
         torch.testing.assert_close(scores, scores[:1, :1].expand_as(scores))
-        torch.testing.assert_close(scores[0, 0], pruners.score(1, torch.ones(1, 8, 32), *inputs(8, 1)[1:],
+        torch.testing.assert_close(scores[0, 0], score(pruners, 1, torch.ones(1, 8, 32), *inputs(8, 1)[1:],
                                                                torch.full((1, 8, 6), 2.0))[0, 0])  # fmt: skip
 
 
@@ -314,8 +308,8 @@ def test_pruners_of_the_hub_say_what_helps_against_the_cause():
 
 
 def test_a_wrong_field_of_a_saved_config_names_the_field(saved):
-    with_config(saved, head="sore")
-    with pytest.raises(ValueError, match="head='sore' is unknown"):
+    with_config(saved, attention_kernel=4)
+    with pytest.raises(ValueError, match="attention_kernel=4"):
         TokenPruners.from_pretrained(saved)
 
 
@@ -325,8 +319,8 @@ def test_pruners_of_another_dtype_score_as_before_within_its_rounding(dtype, fea
     """``pruners.to(torch.bfloat16)`` ended in "mat1 and mat2 must have the same dtype"."""
     pruners = pruners_with(features).requires_grad_(False)
     paid = paid_attention() if "attention" in features else None
-    before = pruners.score(1, *inputs(), paid)
-    after = pruners.to(dtype).score(1, *inputs(), paid)
+    before = score(pruners, 1, *inputs(), paid)
+    after = score(pruners.to(dtype), 1, *inputs(), paid)
     assert after.dtype == torch.float32
     torch.testing.assert_close(after, before, atol=0.05, rtol=0.05)
 

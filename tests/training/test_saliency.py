@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from sdtp_lib.architectures.attention_bias import attention_mask_out
-from sdtp_lib.architectures.layers import decoder_layers
+from sdtp_lib.architectures.layers import decoder_layers, pad_left
 from sdtp_lib.training.labels import DEFAULT_LABEL, LABELS, block_effects, saliency_of
-from sdtp_lib.training.saliency import compute_saliency, load_hidden, pad_left
+from sdtp_lib.training.saliency import compute_saliency, stored_inputs
 from sdtp_lib.training.trainer import train_pruners
 
 LAYERS = (1, 2)
@@ -242,7 +242,7 @@ def test_stored_hidden_states_are_what_enters_the_layer(tiny_model, tmp_path):
     rows = compute_saliency(model, samples(2), LAYERS, cache_dir=tmp_path, progress=False, store_hidden=True)
     ids = torch.tensor([samples(2)[1]["prompt_ids"]])
     expected = model(ids, output_hidden_states=True).hidden_states[2][0]
-    stored = load_hidden(rows[1]["file"], 2)
+    stored = stored_inputs(rows[1]["file"], (2,))["hidden"][0]
     torch.testing.assert_close(stored.float(), expected, rtol=1e-2, atol=1e-2)
 
 

@@ -17,6 +17,7 @@ from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.stage import ASKING_TOKENS
+from sdtp_lib.scorers.stage_network import StageInputs
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training import losses
 from sdtp_lib.training.config import TrainingConfig
@@ -116,7 +117,7 @@ def test_a_stage_learns_only_about_tokens_that_the_one_before_leaves(tiny_model,
     batch = batch_of(labelled, [0])
     prompt = batch["prompt_mask"]
     scores = pruners.score(
-        LAYERS[0], batch["hidden"][:, 0], prompt.long().cumsum(-1) - 1, prompt, prompt.sum(-1)
+        LAYERS[0], StageInputs(batch["hidden"][:, 0], prompt.long().cumsum(-1) - 1, prompt, prompt.sum(-1))
     ).detach()
     counted = losses.scorable(prompt, 2, config.local_ratio, 4)
     tokens = int(prompt.sum())
