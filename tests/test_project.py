@@ -152,7 +152,7 @@ def test_every_make_target_is_listed_by_help():
 
 def test_the_commands_of_the_documents_exist():
     targets = make_targets()
-    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "study.md"):
         text = document.read_text()
         named = set(re.findall(r"^\s*make ([a-z][a-z-]*)", text, re.M)) | set(re.findall(r"`make ([a-z][a-z-]*)", text))
         assert named, f"{document.name} names no make target"
@@ -166,8 +166,8 @@ def test_the_links_of_the_documents_lead_somewhere():
                 assert (document.parent / target).exists(), f"{document.name} links to {target}, which is not there"
 
 
-def test_readmes_tree_names_every_folder_and_no_other():
-    text = (ROOT / "README.md").read_text()
+def test_the_tree_names_every_folder_and_no_other():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     tree = text[text.index("## What is where") :].split("```")[1]
     lines = [re.match(r"( *)([\w.-]+/?) +\S", line) for line in tree.strip().splitlines()]
     assert all(lines), "each line of the tree says what is there"

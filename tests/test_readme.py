@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A snippet and, where a block of text comes next, what it prints.
 SNIPPETS = re.findall(r"```python\n(.*?)```(?:\n\n[^\n`]*\n\n```text\n(.*?)```)?", README, re.S)
-SETS = re.findall(r"```yaml\n(.*?)```", README, re.S)
+STUDY = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+SETS = re.findall(r"```yaml\n(.*?)```", README + STUDY, re.S)
 
 
 @pytest.mark.embedded

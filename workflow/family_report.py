@@ -1,4 +1,5 @@
-"""The sweep's rows as a support matrix: four counts, docs/support.md, README's block and the list that `verify` trusts.
+"""The sweep's rows as a support matrix: four counts, docs/support.md, a block of docs/results.md, and the
+list that `verify` trusts.
 
 A view of rows; nothing is asked here. A family is a ``model_type`` with all of its variants (``falcon:alibi``).
 """
@@ -28,7 +29,7 @@ SUPPORTED = "sdtp_lib/pruning/supported.json"
 MATRIX = "docs/support.md"
 SHOWN = 160  # characters of a reason
 
-# Families that most readers look for, for README's block.
+# Families that most readers look for, for that block.
 FAMILIAR = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "gpt_oss",
     "deepseek_v3", "olmo2", "smollm3", "gpt2", "falcon", "bloom", "mamba", "qwen3_next",
@@ -102,7 +103,7 @@ class Report:
         return {key: backends for key, backends in sorted(found.items()) if backends}
 
     def write(self) -> None:
-        """The list that ships, and of the newest version in it also docs/support.md and README's block."""
+        """The list that ships, and of the newest version in it also docs/support.md and the pages' block."""
         root, versions = project_root(), self.rows[0]
         version = ".".join(versions["transformers"].split(".")[:2])
         shipped = root / SUPPORTED
@@ -124,7 +125,7 @@ class Report:
         tables.main(["--render-only"])
 
     def table(self, swept: dict[str, dict[str, Any]]) -> Table:
-        """README's block: the counts of every version, and what became of the families that most readers look for."""
+        """The block of docs/results.md: each version's counts, and what became of the best-known families."""
         named = collections.defaultdict(list)
         for family in FAMILIAR:
             named[self.state.get(family, UNBUILT)].append(family)

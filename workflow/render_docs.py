@@ -2,9 +2,9 @@
 
     python workflow/render_docs.py embedded              # from data/results/embedded
 
-Five notebooks with their outputs, an index that tells the story in one screen, the guides of docs/*.md, a leaderboard
-from result rows, and the reference of the public face from docstrings. Nothing is computed again, no page asks another
-host for anything. Markdown and notebooks go through nbconvert; the frame around them is `docs_frame`.
+Five notebooks with their outputs, an index that tells the story in one screen, the documents of docs/*.md, and the
+reference of the public face from docstrings. Nothing is computed again, no page asks another host for anything.
+Markdown and notebooks go through nbconvert; the frame around them is `docs_frame`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import html
-import json
 import re
 import shutil
 import sys
@@ -22,15 +21,17 @@ from typing import Any
 
 import docs_reference
 from docs_frame import Frame, markdown_html, notebook_html
+from headlines import cost, faster
 from notebook_parameters import load_notebook, source_of
-from result_tables import Table, answers_tables, latency_table, rows_of, scorer_table
+from result_tables import rows_of
 
 from sdtp_lib.provenance import commit, origin_line, project_root
 from sdtp_lib.records import atomic_write
 
 NOTEBOOKS = ("01_saliency", "02_training", "03_pruning", "04_latency", "05_longbench")
 # docs/<name>.md -> its title in the navigation; a guide that is not there has no page.
-GUIDES = {"method": "Method", "support": "Models", "measurements": "Measurements", "slurm": "Clusters"}
+GUIDES = {"leaderboard": "Leaderboard", "results": "Results", "method": "Method", "support": "Models", "study": "Runs",
+          "measurements": "Measurements", "slurm": "Clusters"}  # fmt: skip
 PICTURES = {"dropped-tokens": "03_pruning_text", "speedup": "04_speedup"}
 USE = '''```python
 from sdtp_lib import load_model, token_pruning
@@ -57,8 +58,7 @@ def build(run: Path, docs: Path) -> list[Path]:
     titles = {name: _title(path) for name, path in executed.items()}
     navigation = [("index.html", "Study"), *((f"{name}.html", name[:2]) for name in NOTEBOOKS)]
     navigation += [("explorer.html", "Explorer")] if (docs / "explorer.html").is_file() else []
-    navigation += [("leaderboard.html", "Leaderboard"), *((f"{name}.html", title) for name, title in guides.items())]
-    navigation += [("reference.html", "Reference")]
+    navigation += [*((f"{name}.html", title) for name, title in guides.items()), ("reference.html", "Reference")]
     made = f"commit {commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
     frame, explorer = Frame(navigation, made), (docs / "explorer.html").is_file()
 
@@ -67,8 +67,8 @@ def build(run: Path, docs: Path) -> list[Path]:
         shutil.copyfile(run / f"{source}.png", docs / "pictures" / f"{name}.png")
     pages = {f"{name}.html": (titles[name], notebook_html(path, explorer=explorer)) for name, path in executed.items()}
     for name, title in guides.items():
-        pages[f"{name}.html"] = title, markdown_html((docs / f"{name}.md").read_text(encoding="utf-8"))
-    pages["leaderboard.html"] = "Leaderboard", leaderboard(rows, run.parent)
+        text = _with_pictures((docs / f"{name}.md").read_text(encoding="utf-8"), docs)
+        pages[f"{name}.html"] = title, markdown_html(text)
     pages["reference.html"] = "Reference", markdown_html(docs_reference.markdown())
     pages["index.html"] = "SDTP: token pruning in prefill", index(rows, titles, dict(navigation))
     written = []
@@ -78,6 +78,13 @@ def build(run: Path, docs: Path) -> list[Path]:
         written.append(docs / name)
     (docs / ".nojekyll").touch()  # GitHub Pages serves the files as they are
     return written
+
+
+def _with_pictures(text: str, docs: Path) -> str:
+    """A document whose pictures of figures/ lie beside the page, where GitHub Pages finds them."""
+    for name in set(re.findall(r"\]\(\.\./figures/([\w-]+\.png)\)", text)):
+        shutil.copyfile(docs.parent / "figures" / name, docs / "pictures" / name)
+    return text.replace("](../figures/", "](pictures/")
 
 
 def _executed(run: Path, name: str) -> Path:
@@ -118,64 +125,6 @@ def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[
         "![Prefill speed-up over prompt length, measured and the limit](pictures/speedup.png)",
     ]
     return markdown_html("\n".join(lines))
-
-
-def faster(rows: list[dict[str, Any]]) -> str:
-    """Each preset's prefill speed-up at the longest prompt that was timed, beside its limit."""
-    import pandas
-
-    from sdtp_lib.latency.report import summary
-    from sdtp_lib.plots import readings
-
-    lines = summary(row for row in rows if row.get("kind") == "latency")
-    lines = [line for line in lines if line.get("prefill_speedup")]
-    if not lines:
-        return "not measured yet."
-    longest = max(line["prompt_tokens"] for line in lines)
-    said = [
-        f"{line['method']} **{line['prefill_speedup']:.2f}x** (FLOPs allow {line['prefill_limit']:.2f}x)"
-        for line in lines
-        if line["prompt_tokens"] == longest and line["method"] != "unpruned"
-    ]
-    text = f"time to the first token after {longest:,} tokens, {', '.join(said)}."
-    return " ".join(filter(None, [text, readings.busy(pandas.DataFrame(lines))]))
-
-
-def cost(rows: list[dict[str, Any]]) -> str:
-    """KL to the unpruned model by test set: the first scorer's, and the best other one's."""
-    import pandas
-
-    from sdtp_lib.evaluation.tables import scorer_summary
-
-    rows = [row for row in rows if row.get("kind") == "scorer"]
-    if not rows:
-        return "not measured yet."
-    said = []
-    lines = scorer_summary(pandas.DataFrame(rows))
-    for cell, part in lines.groupby("cell", sort=False):
-        own, others = part.iloc[0], part.iloc[1:]
-        other = others.loc[others.kl_nats.idxmin()]
-        said.append(f"{str(cell).replace('_', ' ')} {own.kl_nats:.3f} ({other.scorer} {other.kl_nats:.3f})")
-    first = lines.iloc[0]
-    return (
-        f"KL to the unpruned model's next-token distributions in nats per token, {first.scorer} at {first.setting} "
-        f"(and the best simple score): {'; '.join(said)}."
-    )
-
-
-def leaderboard(rows: list[dict[str, Any]], results: Path) -> str:
-    """Time and quality tables of the run, what benchmarks left beside it, and README's own tables from the store."""
-    store = project_root() / "figures" / "tables.json"
-    kept = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
-    tables = [table for table in (scorer_table(rows), latency_table(rows)) if table]
-    tables += answers_tables(results)
-    shown = {table.name for table in tables} | {"support"}
-    tables += [Table.from_dict(values) for name, values in kept.items() if name not in shown]
-    intro = (
-        "<h1>Leaderboard</h1><p>Every table is a view of result rows; where they come from stands under it. Baselines "
-        "are shown also where they are better. Read the item counts.</p>"
-    )
-    return intro + "".join(table.html() for table in tables)
 
 
 def broken_links(docs: Path) -> list[str]:

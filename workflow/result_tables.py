@@ -21,7 +21,6 @@ from sdtp_lib.records import passport, read_rows
 ORIGIN = {
     "schema_version", "key", "kind", "notebook", "folder", "scorer_id", "sample_hash", "config_hash", *passport()
 }  # fmt: skip
-BENCHMARKS = ("ruler", "longbench")
 AT_MOST_GROUPS = 12
 # Numbers that a run is given, not measures.
 SETTINGS = {"prompt_tokens", "keep_ratio", "new_tokens", "threads", "salient_above", "top_share"}
@@ -42,7 +41,9 @@ class Table:
     note: str
 
     def markdown(self) -> str:
-        """GitHub's Markdown, the note under it."""
+        """GitHub's Markdown, the note under it; the note alone where there are no columns."""
+        if not self.header:
+            return self.note
         rows = [self.header, *self.body]
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         lines.insert(1, "|" + "---|" * len(self.header))
@@ -210,26 +211,6 @@ def mean(values: Any) -> str:
 
 def _is_number(cell: str) -> bool:
     return bool(re.fullmatch(r"[*]{0,2}[-+]?[\d.,]+(?:x| %)?[*]{0,2}|yes|no|\d+ of \d+|", cell))
-
-
-def answers_tables(results: Path) -> list[Table]:
-    """Tables of what the benchmarks left: every file of answers under ``results``, scores and paired differences."""
-    import pandas
-
-    from sdtp_lib.evaluation.answer_tables import answers_table
-
-    tables = []
-    for path in sorted(results.glob("*/*.jsonl")):
-        rows = [row for row in read_rows(path) if row.get("kind") == "item"] if path.stem in BENCHMARKS else []
-        if not rows:
-            continue
-        found = answers_table(pandas.DataFrame(rows), against="full")
-        body = tuple(tuple(number(v) if isinstance(v, float) else str(v) for v in line) for line in
-                     found.itertuples(index=False))  # fmt: skip
-        note = "Scores x 100; differences to the unpruned model paired by item, 95 % bootstrap interval. "
-        note += origin(rows)
-        tables.append(Table(path.stem, f"{path.stem}: answers", tuple(found.columns), body, note))
-    return tables
 
 
 def number(value: Any, digits: int = 2) -> str:

@@ -1,24 +1,26 @@
-"""README's tables as views of result rows: `make tables` takes them from a run's rows; none is typed by hand.
+"""The pages' tables as views of result rows: `make tables` takes them from a run's rows; none is typed by hand.
 
-    python workflow/tables.py                        # tables.json and README.md from data/results/embedded
-    python workflow/tables.py --render-only          # README.md from tables.json
+    python workflow/tables.py                        # tables.json and the pages from data/results/embedded
+    python workflow/tables.py --render-only          # the pages from tables.json
 
-Rows are not tracked, so what README shows is kept, with its origin, in figures/tables.json; a test compares the two.
-A block of README stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; so do pictures.
+Rows are not tracked, so what README and docs/*.md show is kept, with its origin, in figures/tables.json; a test
+compares the two. A block stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; so do pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from headlines import headline
 from result_tables import Table, latency_table, other_tables, rows_of, scorer_table
 
-from sdtp_lib.records import project_root, write_json
+from sdtp_lib.records import atomic_write, project_root, write_json
 
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
 STORE = "figures/tables.json"
@@ -32,12 +34,21 @@ PICTURE = re.compile(r"(<!-- picture: (?P<name>[\w-]+) \| (?P<shows>[^>]+?) -->\
 def collect(run: Path) -> dict[str, Any]:
     """All tables of a run by name, as JSON."""
     rows = rows_of(run)
-    found = [table for table in (latency_table(rows), scorer_table(rows)) if table] + other_tables(rows)
+    found = [table for table in (headline(rows), latency_table(rows), scorer_table(rows)) if table]
+    found += other_tables(rows)
     return {table.name: table.to_dict() for table in found}
 
 
-def render(readme: str, tables: dict[str, Any]) -> str:
-    """README with every marked block replaced by its table, and every marked picture that is there shown."""
+def pages(root: Path) -> list[Path]:
+    """The documents that show tables or pictures."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def render(page: str, tables: dict[str, Any], folder: str = ".") -> str:
+    """A page with every marked block replaced by its table, and every marked picture that is there shown.
+
+    ``folder`` of the page, from the project's root: pictures are linked from there.
+    """
 
     def block(match: re.Match[str]) -> str:
         values = tables.get(match["name"])
@@ -45,10 +56,10 @@ def render(readme: str, tables: dict[str, Any]) -> str:
 
     def picture(match: re.Match[str]) -> str:
         path = f"figures/{match['name']}.png"
-        shown = f"![{match['shows']}]({path})\n" if (project_root() / path).exists() else ""
+        shown = f"![{match['shows']}]({os.path.relpath(path, folder)})\n" if (project_root() / path).exists() else ""
         return match[1] + shown + match[4]
 
-    return PICTURE.sub(picture, BLOCK.sub(block, readme))
+    return PICTURE.sub(picture, BLOCK.sub(block, page))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,12 +77,16 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"REFUSED  there is no data/results/{name}: run `make study` first.", file=sys.stderr)
                 return 2
             tables |= collect(run)
-        shown = {match["name"] for match in BLOCK.finditer((root / "README.md").read_text(encoding="utf-8"))}
+        shown = {match["name"] for page in pages(root) for match in BLOCK.finditer(page.read_text(encoding="utf-8"))}
         tables = {name: table for name, table in sorted(tables.items()) if name in shown}
         write_json(store, tables)
-    readme = root / "README.md"
-    readme.write_text(render(readme.read_text(encoding="utf-8"), tables), encoding="utf-8")
-    print(f"README.md: {', '.join(tables) or 'no tables yet'}")
+    for page in pages(root):
+        text = page.read_text(encoding="utf-8")
+        rendered = render(text, tables, str(page.parent.relative_to(root)))
+        if rendered != text:
+            with atomic_write(page) as temporary:
+                Path(temporary).write_text(rendered, encoding="utf-8")
+    print(f"README.md, docs/: {', '.join(tables) or 'no tables yet'}")
     return 0
 
 

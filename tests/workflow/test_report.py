@@ -137,9 +137,12 @@ def test_tables_replace_their_blocks_and_nothing_else(run):
     assert tables.render(rendered, collected) == rendered
 
 
-def test_the_readme_shows_what_the_tables_hold():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_pages_show_what_the_tables_hold():
     store = ROOT / tables.STORE
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    assert tables.render(readme, kept) == readme, "run `make tables`"
-    assert {match["name"] for match in tables.BLOCK.finditer(readme)} >= set(kept)
+    shown = set()
+    for page in tables.pages(ROOT):
+        text = page.read_text(encoding="utf-8")
+        assert tables.render(text, kept, str(page.parent.relative_to(ROOT))) == text, "run `make tables`"
+        shown |= {match["name"] for match in tables.BLOCK.finditer(text)}
+    assert shown >= set(kept)

@@ -284,7 +284,7 @@ def test_what_a_notebooks_own_values_fix_no_axis_changes(stand_in_project):
 
 
 def test_the_sweep_of_readme_trains_twice_and_measures_six_times(tmp_path):
-    (text,) = re.findall(r"```yaml\n(run: my-sweep\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (text,) = re.findall(r"```yaml\n(run: my-sweep\n.*?)```", (ROOT / "docs" / "study.md").read_text(), re.S)
     (tmp_path / "mine.yaml").write_text(text)
     jobs = sweep.plan(sweep.read_settings(tmp_path / "mine.yaml"), ROOT)
     assert [sum(job.notebook == name for job in jobs) for name in ("02_training", "05_longbench")] == [2, 6]
