@@ -166,6 +166,17 @@ def test_the_links_of_the_documents_lead_somewhere():
                 assert (document.parent / target).exists(), f"{document.name} links to {target}, which is not there"
 
 
+def test_a_word_means_the_same_to_contributors_and_to_users():
+    def glossary(document: str) -> dict[str, str]:
+        words = (ROOT / document).read_text().split("## Words")[1].split("\n## ")[0]
+        return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", words, re.M))
+
+    ours, theirs = glossary("CONTRIBUTING.md"), glossary("docs/method.md")
+    both = (ours.keys() & theirs.keys()) - {"word"}
+    assert {"stage", "keep ratio", "limit"} <= both and len(ours) <= 11  # ten words and the heading
+    assert {word: ours[word] for word in both} == {word: theirs[word] for word in both}
+
+
 def test_the_tree_names_every_folder_and_no_other():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     tree = text[text.index("## What is where") :].split("```")[1]
