@@ -131,7 +131,8 @@ class Report:
             named[self.state.get(family, UNBUILT)].append(family)
         known = "; ".join(f"{state}: {', '.join(named[state])}" for state in STATES if named[state])
         note = (
-            f"Among them {known}. [{MATRIX}]({MATRIX}) has a line for each family, with the reason where it is refused."
+            f"Among them {known}. [{MATRIX}](support.md) has a line for each family, with the reason where it is "
+            "refused."
         )
         return Table("support", "Families", COUNTED, _counts(swept), note)
 
