@@ -32,7 +32,7 @@ help:
 	@echo "PROFILE: $(notdir $(wildcard workflow/profiles/*)); RUN: a folder of data/results"
 
 # --- environment -----------------------------------------------------------------------------------------------------
-# A stamp a step, each written last: an interrupted installation goes on where it stopped. A package that was cut off
+# One stamp per step, each written last: an interrupted installation goes on where it stopped. A package that was cut off
 # half-way has no INSTALLER file yet; its record is removed so that pip installs it again.
 .PHONY: venv
 venv: $(READY) ## make .venv with everything in it (TORCH_INDEX=... for a CPU build of torch)

@@ -1,6 +1,6 @@
 """The paper's Tables 4 and 5 and our own: pruners trained without one loss or one input, compared at the same budget.
 
-    python benchmarks/ablations.py --dolly dolly-15k.jsonl                    # train each recipe, then KL by cell
+    python benchmarks/ablations.py --dolly dolly-15k.jsonl                    # train each recipe, then KL by test set
     python benchmarks/ablations.py --dolly PATH --fewshot FOLDER --limit 100  # and 5-shot accuracy (Table 4)
     python benchmarks/ablations.py --dolly PATH --longbench FOLDER            # and LongBench (Table 5)
 
@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", choices=recipes(), default=recipes())
     parser.add_argument("--prompts", type=int, default=180, help="labelled prompts to train on")
     parser.add_argument("--epochs", type=float, default=10.0)
-    parser.add_argument("--samples", type=int, default=6, help="held-out prompts a cell of the comparison")
+    parser.add_argument("--samples", type=int, default=6, help="held-out prompts per test set")
     parser.add_argument("--cells", nargs="+", default=["text", "needle", "multi_doc_qa", "instructions"])
     parser.add_argument("--settings", nargs="+", default=["r=0.8"])
     parser.add_argument("--fewshot", default=None, help="folder of the 5-shot tasks")

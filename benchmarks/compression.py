@@ -5,7 +5,7 @@
 
 kvpress needs transformers < 5.3, so this runs in .venv-floor. Each press keeps ``--kv`` of the tokens that a layer has,
 after SDTP has dropped its own; the KV share is read from the cache. KL is to the unpruned model with its whole cache.
-All variants run with eager attention, which H2O reads. One row a (cell, sample, variant); runs resume.
+All variants run with eager attention, which H2O reads. One row per test set, sample and variant; runs resume.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", default=["keep09"])
     parser.add_argument("--kv", type=float, default=0.4, help="share of the cached tokens that a press keeps")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "multi_key", "instructions"])
-    parser.add_argument("--samples", type=int, default=4, help="a cell")
+    parser.add_argument("--samples", type=int, default=4, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "compression")
@@ -89,7 +89,7 @@ def report(frame, shape: ModelShape, number_bytes: int) -> None:
     table = summary.pivot_table(index=["setting", "scorer"], columns="cell", values="kl_nats", sort=False)
     table.insert(0, "kv share %", rows.groupby(["setting", "scorer"], sort=False)["kv share %"].mean())
     counts = ", ".join(f"{cell} n={n}" for cell, n in summary.groupby("cell", sort=False)["items"].max().items())
-    print(f"\nKL to the unpruned model with its whole cache, nats a token ({counts})\n")
+    print(f"\nKL to the unpruned model with its whole cache, nats per token ({counts})\n")
     print(evaluation_tables.markdown(table.reset_index()))
 
 

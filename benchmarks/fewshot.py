@@ -1,4 +1,4 @@
-"""The paper's Table 3: eight 5-shot tasks through lm-eval, full and pruned, offline, an item a row, resumable.
+"""The paper's Table 3: eight 5-shot tasks through lm-eval, full and pruned, offline, one row per item, resumable.
 
     python benchmarks/fewshot.py --data ../shared/data/fewshot --limit 200
     python benchmarks/fewshot.py --model mistralai/Mistral-7B-v0.1 --dtype bfloat16 --data FOLDER --pruners DIR
@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device-map", default=None)
     parser.add_argument("--data", type=Path, default=project_root().parent / "shared" / "data" / "fewshot")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--limit", type=int, default=200, help="items a task")
+    parser.add_argument("--limit", type=int, default=200, help="items per task")
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--presets", nargs="+", default=["keep09"])
     parser.add_argument("--pruners", nargs="*", type=scorer_named, default=None, metavar="NAME[=DIR]",

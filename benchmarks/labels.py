@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "instructions"])
-    parser.add_argument("--samples", type=int, default=3, help="a cell")
+    parser.add_argument("--samples", type=int, default=3, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16], help="of the gold check")
@@ -100,7 +100,7 @@ def report(path: Path) -> None:
         print(evaluation_tables.markdown(by_cell(gold, "label", "rank_agreement")))
     oracles = frame[frame.kind == "scorer"]
     for setting, part in oracles.groupby("setting", sort=False) if len(oracles) else ():
-        print(f"\n{setting}: KL with the label given as the score, nats a token\n")
+        print(f"\n{setting}: KL with the label given as the score, nats per token\n")
         table = by_cell(part, "scorer", "kl_nats")
         print(evaluation_tables.markdown(table, bold_lowest=list(table.columns[1:])))
     for row in frame[frame.kind == "failure"].itertuples():

@@ -129,7 +129,7 @@ def run_quality(options: argparse.Namespace) -> int:
         latency_run.run_quality(model, writer, methods_at, samples, progress=latency_run.progress_on(bar))
     rows = read_rows(writer.path)
     points = pandas.DataFrame(latency_report.quality_points(rows))
-    print("\nKL to the unpruned model [nats a token] and prefill time\n")
+    print("\nKL to the unpruned model [nats per token] and prefill time\n")
     columns = ["text", "method", "samples", "kl_nats", "prefill_ms", "prefill_speedup"]
     print(evaluation_tables.markdown(points[columns]))
     print("\nEach family at the KL of SDTP keep09: its time over SDTP's, and the same in FLOPs (the bound)\n")

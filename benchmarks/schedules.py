@@ -6,7 +6,7 @@
                                                            # measured on held-out ones beside the even schedule
     python benchmarks/schedules.py first --scorer attention
 
-A schedule is a list of layers and a keep ratio a stage. The learned score has only its own layers to choose from; the
+A schedule is a list of layers with one keep ratio each. The learned score has only its own layers to choose from; the
 simple ones take any. ``--speedup`` is the ratio of causal prefill FLOPs (`sdtp_lib.budget.speedup_limit`). One row a
 (sample, schedule); runs resume. Writes a picture beside the rows.
 """
@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--scorer", type=scorer_named, default="SDTP", help="SDTP, SDTP=DIR, attention, recency, ...")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "instructions"])
-    parser.add_argument("--samples", type=int, default=6, help="a cell")
+    parser.add_argument("--samples", type=int, default=6, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--speedup", type=float, default=2.2, help="wanted ratio of causal prefill FLOPs")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="keep ratios of `first`")

@@ -1,9 +1,9 @@
 """The measure: what each score costs in quality at the same budget, over text, long-context tasks and instructions.
 
-One command, one row a (cell, sample, setting, scorer), resumable, deterministic:
+One command, one row per test set, sample, setting and scorer, resumable, deterministic:
 
     python benchmarks/scorers.py --quick            # about 10 minutes on 2 cores
-    python benchmarks/scorers.py                    # 32 prompts a cell, 1,024 and 2,048 tokens: hours on 2 cores
+    python benchmarks/scorers.py                    # 32 prompts per test set, 1,024 and 2,048 tokens: hours on 2 cores
     python benchmarks/scorers.py --pruners SDTP=smollm2-135m-instruct --pruners paper=DIR
     python benchmarks/scorers.py --scores SDTP --cells needle --prompts 500 --lengths 512 --settings r=0.9 --run-dir DIR
     python benchmarks/scorers.py --tables           # only print what the rows hold
@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
     parser.add_argument("--pruners", action="append", type=scorer_named, metavar="NAME=DIR", help="begins with SDTP")
-    parser.add_argument("--prompts", type=int, default=32, help="samples a cell")
+    parser.add_argument("--prompts", type=int, default=32, help="samples per test set")
     parser.add_argument("--oracle-prompts", type=int, default=8, help="of these, how many for the oracles")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="prompt tokens")
     parser.add_argument("--settings", nargs="+", choices=list(PRESETS), default=list(PRESETS))
@@ -138,7 +138,8 @@ def report(rows_path: Path, only: list[str] | None = None) -> None:
     summary = evaluation_tables.scorer_summary(evaluation_tables.beside_oracles(frame))
     for setting in summary.setting.unique():
         one = summary[summary.setting == setting]
-        print(f"\n### {setting}: KL to the unpruned model, nats a token (1/tau {one.compression_ratio.median():.2f})\n")
+        print(f"\n### {setting}: KL to the unpruned model, nats per token "
+              f"(1/tau {one.compression_ratio.median():.2f})\n")  # fmt: skip
         wide = evaluation_tables.wide_table(summary, setting)
         print(evaluation_tables.markdown(wide, bold_lowest=list(wide.columns[2:])))
         if one.answered_items.any():

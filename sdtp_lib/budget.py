@@ -74,7 +74,7 @@ def tokens_per_layer(config: PruningConfig | None, num_layers: int, prompt_token
 
 
 def compression_ratio(tokens_per_layer: Sequence[float]) -> float:
-    """The paper's 1/tau: prompt tokens over the mean number of tokens a layer (layer 0 computes all of them)."""
+    """The paper's 1/tau: prompt tokens over the mean number of tokens per layer (layer 0 computes all of them)."""
     return tokens_per_layer[0] * len(tokens_per_layer) / sum(tokens_per_layer)
 
 

@@ -43,7 +43,7 @@ class Parameter:
 
 
 class ParameterError(ValueError):
-    """What is wrong with the parameters of a notebook, one sentence a line."""
+    """What is wrong with the parameters of a notebook, one sentence per line."""
 
 
 def load_notebook(path: Path) -> dict[str, Any]:

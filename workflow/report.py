@@ -106,7 +106,7 @@ def runs_table(run: Path, stamps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def pareto_svg(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """KL against the share of prefill FLOPs that is left, one point a scorer and budget, as inline SVG."""
+    """KL against the share of prefill FLOPs that is left, one point per scorer and budget, as inline SVG."""
     import pandas
 
     rows = [row for row in rows if row.get("kind") == "scorer" and row.get("kl_nats") is not None]

@@ -113,7 +113,7 @@ def origin(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Prefill, decode and end to end beside the limit, one line a prompt length and method."""
+    """Prefill, decode and end to end beside the limit, one line per prompt length and method."""
     from sdtp_lib.latency.report import summary
 
     rows = [row for row in rows if row.get("kind") == "latency"]
@@ -144,7 +144,7 @@ def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
 
 
 def scorer_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
-    """KL to the unpruned model by scorer, one line a data set and budget; the best of each line is marked."""
+    """KL to the unpruned model by scorer, one line per data set and budget; the best of each line is marked."""
     import pandas
 
     from sdtp_lib.evaluation.tables import scorer_summary

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, run: str, *, presets: Sequenc
     parser.add_argument("--presets", nargs="*", default=list(presets))
     parser.add_argument("--scorers", nargs="+", type=scorer_named, default=None, metavar="NAME[=DIR]",
                         help=f"SDTP (default), NAME=DIR, {', '.join(SIMPLE)}")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=1, help="prompts a batch; times are then of whole batches")
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts per batch; times are then of whole batches")
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / run)
     parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
 

@@ -74,11 +74,11 @@ def continuation_logits(
 
 
 def kl_divergence(full_logits: Tensor, pruned_logits: Tensor) -> float:
-    """Mean over R of KL(full || pruned), nats a token, from logits (R, V)."""
+    """Mean over R of KL(full || pruned), nats per token, from logits (R, V)."""
     full, pruned = F.log_softmax(full_logits, dim=-1), F.log_softmax(pruned_logits, dim=-1)
     return F.kl_div(pruned, full, reduction="none", log_target=True).sum(-1).double().mean().item()
 
 
 def mean_loss(logits: Tensor, token_ids: Sequence[int]) -> float:
-    """Mean negative log-likelihood of ``token_ids`` (R,), nats a token."""
+    """Mean negative log-likelihood of ``token_ids`` (R,), nats per token."""
     return F.cross_entropy(logits, torch.tensor(list(token_ids), device=logits.device)).item()

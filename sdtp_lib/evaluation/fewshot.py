@@ -1,4 +1,4 @@
-"""The paper's eight few-shot tasks as lm-eval defines them, on local files; one row an item and variant.
+"""The paper's eight few-shot tasks as lm-eval defines them, on local files; one row per item and variant.
 
 lm-eval's own task files give prompts, choices and metrics. The data come from a folder of ``<task>.train.jsonl`` and
 ``<task>.validation.jsonl`` instead of the Hub, so a run needs no network and can stop and go on at any item.

@@ -27,7 +27,7 @@ def agreement(scores: Any, label: Any, share: float) -> tuple[float, float]:
     """
     scores, label = np.asarray(scores, dtype=np.float64), np.asarray(label, dtype=np.float64)
     if scores.shape != label.shape or scores.ndim != 1:
-        raise ValueError(f"scores of shape {scores.shape} and label of {label.shape}: give one number a token in both.")
+        raise ValueError(f"scores are {scores.shape}, the label is {label.shape}: give one number per token in both.")
     if not 0 < share < 1:
         raise ValueError(f"share={share} is not in (0, 1): name the part of the tokens that counts as best.")
     count = max(1, int(share * len(label)))

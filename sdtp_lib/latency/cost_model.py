@@ -1,6 +1,6 @@
 """A cost model: milliseconds and gigabytes of prefill and decode from FLOPs, bytes, bandwidth and launches.
 
-Everything here is a *prediction*. Pure arithmetic on a `ModelShape`, tokens a layer and a `Hardware`; no torch, nothing
+Everything here is a *prediction*: arithmetic on a `ModelShape`, tokens per layer and a `Hardware`. No torch, nothing
 measured. The hardware's figures are achieved rates, not data-sheet peaks: those of this machine come from
 `hardware.measure_hardware`, those of named GPUs are a peak times a stated efficiency.
 
@@ -30,11 +30,11 @@ class Hardware:
     name
         For titles.
     matmul_tflops
-        Of the model's matrix products over many tokens, 10^12 FLOPs a second.
+        Of the model's matrix products over many tokens, 10^12 FLOPs per second.
     attention_tflops
-        Of causal attention, counting the half that is needed (2 n^2 D a layer).
+        Of causal attention, counting the half that is needed (2 n^2 D per layer).
     bandwidth_gb_s
-        Of reading weights and cache in decode, 10^9 bytes a second.
+        Of reading weights and cache in decode, 10^9 bytes per second.
     elementwise_gb_s
         Of norms, rotary positions, activations and residuals in prefill; often cached, so it may exceed the former.
     launch_us

@@ -106,7 +106,7 @@ def plain_prefill(model: Any, input_ids: torch.Tensor, **arguments: Any) -> tupl
 
 
 def plain_step(model: Any, token_ids: torch.Tensor, cache: Any, **arguments: Any) -> tuple[torch.Tensor, Any]:
-    """One forward over one new token a row (B, 1)."""
+    """One forward over one new token per row (B, 1)."""
     cached = cache_argument(model, cache)
     output = model(input_ids=token_ids, **cached, use_cache=True, logits_to_keep=1, **arguments)
     return output.logits, cache_in(output)

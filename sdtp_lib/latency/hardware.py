@@ -96,7 +96,7 @@ def _median_seconds(call: Callable[[], object], device: torch.device | str, repe
     times = []
     for repetition in range(-2, repeats):
         watch = Stopwatch(device)
-        # Ten calls a measurement, as a model would run one layer after the other.
+        # Ten calls per measurement, as a model would run one layer after the other.
         for _ in range(10):
             call()
         watch.mark("calls")

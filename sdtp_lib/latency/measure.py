@@ -1,6 +1,6 @@
 """Time and memory of callables, measured in turn, so that two numbers can be compared.
 
-Knows nothing of pruning: a *variant* is a name and a callable. Variants run A B A B ..., the order turning by one a
+Knows nothing of pruning: a *variant* is a name and a callable. Variants run A B A B ..., the order turning by one per
 repetition; warm-up first; the device is synchronised on both sides of the clock; medians with quartiles, and ratios
 of paired repetitions. CUDA is timed by events and watched through its allocator, a CPU by a wall clock, resident set
 and allocated bytes. Out of memory is a result of a variant, not the end of the run.
@@ -68,7 +68,7 @@ def measure(
     done: Callable[[str, int], bool] = lambda variant, repetition: False,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the variants in turn and give one row a repetition.
+    """Run the variants in turn and give one row per repetition.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def quartiles(values: Iterable[float | None]) -> tuple[float, float, float] | No
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], by: Sequence[str] = ("variant",)) -> list[dict[str, Any]]:
-    """One row a group: the median of each numeric field, with ``<field>_low``, ``<field>_high`` (quartiles), ``count``.
+    """One row per group: medians of numeric fields, quartiles as ``<field>_low`` and ``<field>_high``, and ``count``.
 
     Fields that are not numbers are kept where all rows of the group agree. Rows that ran out of memory only count in
     ``status``.

@@ -58,7 +58,7 @@ class Timed:
     config
         What is pruned, None for the plain model.
     computed
-        Tokens a layer of each pass over the layers, for a prompt of T tokens: one list for most, two where two passes
+        Tokens per layer of each pass over the layers, for a prompt of T tokens: one list for most, two where two passes
         are run. Layers that a pass does not reach have 0.
     scorer
         What scores the tokens, None for the plain model.

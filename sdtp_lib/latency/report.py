@@ -22,7 +22,7 @@ _NOISE = 0.03  # share of a median below which two runs are called equal whateve
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a prompt length and method: medians, quartiles, paired speed-ups, limits and shares of them.
+    """One row per prompt length and method: medians, quartiles, paired speed-ups, limits and shares of them.
 
     Columns: ``prompt_tokens, method, status, repetitions``; ``prefill_ms, decode_ms, end_to_end_ms`` and each with
     ``_q1``, ``_q3``; ``prefill_speedup, decode_speedup, end_to_end_speedup`` (medians of ratios of paired repetitions)
@@ -157,7 +157,7 @@ def at_equal_quality(rows: Iterable[Mapping[str, Any]], reference: str = "keep09
     Within a family, log KL is interpolated over the median prefill time between measured ratios. A family that is worse
     at every ratio gets ``prefill_ms`` None with ``verdict`` "never as good"; one that is better at every ratio gets its
     fastest time and "better throughout". ``sdtp_is_faster_by`` is the family's time over the reference's, and
-    ``flops_bound`` what it would be if both ran at the same FLOPs a second.
+    ``flops_bound`` what it would be if both ran at the same FLOPs per second.
     """
     points = quality_points(rows)
     found = []
@@ -201,7 +201,7 @@ def equal_quality_table(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def quality_points(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One point a text and method: mean KL over samples, median prefill time, and its paired speed-up over unpruned."""
+    """One point per text and method: mean KL over samples, median prefill time, its paired speed-up over unpruned."""
     cells: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("kind") == "quality":

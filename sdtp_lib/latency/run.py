@@ -104,7 +104,7 @@ def run(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Time every method at every length in turn; one row of kind ``latency`` a method, length and repetition.
+    """Time every method at every length in turn; one row of kind ``latency`` per method, length and repetition.
 
     Parameters
     ----------
@@ -210,13 +210,13 @@ def run_quality(
     *,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Quality and prefill time of every method on the same texts; one row of kind ``quality`` a method and sample.
+    """Quality and prefill time of every method on the same texts; one row of kind ``quality`` per method and sample.
 
     Parameters
     ----------
     samples
         Name of the kind of text -> samples (see `data`). The response is scored from the cache that the method's
-        prefill left, and compared with the unpruned model: KL in nats a token.
+        prefill left, and compared with the unpruned model: KL in nats per token.
     """
     shape = budget.ModelShape.from_model(model)
     written = []

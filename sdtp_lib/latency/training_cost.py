@@ -54,7 +54,7 @@ def saliency_variants(
 
 
 def training_seconds(model: Any, samples: Sequence[dict[str, Any]], layers: Sequence[int], **config: Any) -> float:
-    """Seconds a sample of one epoch of `train_pruners` on samples that are labelled already.
+    """Seconds per sample of one epoch of `train_pruners` on samples that are labelled already.
 
     A run over all samples less one over half of them, so that what is done once (trainer, checkpoint) falls out.
     """
@@ -77,7 +77,7 @@ def training_seconds(model: Any, samples: Sequence[dict[str, Any]], layers: Sequ
 def measure_costs(
     model: Any, layers: Sequence[int], *, prompt_tokens: int = 512, samples: int = 8, repeats: int = 5, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """One row a measured thing: ``what, ms``, quartiles where repeated, and two ratios.
+    """One row per measured thing: ``what, ms``, quartiles where repeated, and two ratios.
 
     ``forwards`` is over the plain forward's time, ``over_backward`` over a forward and backward to the inputs.
     """

@@ -80,7 +80,8 @@ def stacked_time(
 ) -> Axes:
     """One horizontal bar a ``method`` from its ``part``s, the total written at its end.
 
-    ``frame`` is long: one row a method and part with its time in ``value``; rows of one cell are drawn as their median.
+    ``frame`` is long: one row per method and part with its time in ``value``; several rows of
+    one method and part are drawn as their median.
     """
     ax = axes_or_new(ax)
     need_columns(frame, method, part, value, what="stacked_time")

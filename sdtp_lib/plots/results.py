@@ -27,7 +27,7 @@ def quality_over_flops(
     y_label: str | None = None,
     log: bool | None = None,
 ) -> Axes:
-    """Quality against the share of prefill FLOPs that is left, one line a scorer, one marker a budget.
+    """Quality against the share of prefill FLOPs that is left, one line per scorer, one marker per budget.
 
     ``frame`` has ``x`` (share of the unpruned FLOPs, 0 to 1), ``y`` and ``hue``; ``<y>_low`` and ``<y>_high`` give
     error bars. A y that names KL is drawn on a log scale unless ``log`` says otherwise.
@@ -293,7 +293,7 @@ def recall_by_layer(
     Parameters
     ----------
     frame
-        ``layer``, ``value`` and (optionally) ``hue``; several rows a layer are drawn as their median with quartiles.
+        ``layer``, ``value`` and (optionally) ``hue``; several rows per layer are drawn as their median with quartiles.
     value
         ``"recall"`` (share of the label's top k that is found, 0 to 1) or e.g. ``"rank_correlation"`` (-1 to 1).
     chance

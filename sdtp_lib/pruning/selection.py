@@ -25,7 +25,7 @@ def select_positions(
     ----------
     scores : Tensor (B, N)
         Higher is more important. Columns left of a row's living tokens are ignored, whatever they hold.
-    counts, kept : ints, one a row
+    counts, kept : ints, one per row
         Living tokens, and how many of them stay (``0 < kept <= counts``).
     sink_tokens : int
         The first living tokens of each row that always stay.

@@ -35,7 +35,7 @@ def looked_back(stages: Sequence[int]) -> dict[int, tuple[int, ...]]:
 
 
 class Scorer(Protocol):
-    """Any callable from a stage to one score a token.
+    """Any callable from a stage to one score per token.
 
     A scorer may also have ``check(model, config)``, called once on entry and free to raise `ValueError`, and
     ``layers``, the only stages that it can score.

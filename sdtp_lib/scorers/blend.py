@@ -72,7 +72,7 @@ class Blend:
         return total
 
     def flops_per_token(self, hidden_size: int) -> float:
-        """Floating-point operations a token and stage that the parts add: the queries' products with cached keys."""
+        """Floating-point operations per token and stage that the parts add: the queries' products with cached keys."""
         return 2.0 * self.window * hidden_size if self.attention else 0.0
 
 

@@ -1,6 +1,6 @@
 """Scores that need no training, behind one protocol (`sdtp_lib.pruning.stage.Scorer`): baselines, and given scores.
 
-A scorer sees a stage and returns one number a token, higher meaning more important. It does not know the engine.
+A scorer sees a stage and returns one number per token, higher meaning more important. It does not know the engine.
 Axes: B batch, N living tokens, H heads, w queries.
 """
 

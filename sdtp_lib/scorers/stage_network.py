@@ -1,4 +1,4 @@
-"""The network of one stage: hidden states and side inputs -> one score a token. `TokenPruners` holds one a stage.
+"""The network of one stage: hidden states and side inputs -> one score per token. `TokenPruners` holds one per stage.
 
 Axes: B batch, n tokens, D hidden size, Q last tokens, H query heads, R rank, A attention inputs.
 """
@@ -96,7 +96,7 @@ class StagePruner(nn.Module):
     def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Inner activations (B, n, width) and keys (B, n, R) of the normalised hidden states: one product, float32."""
         # Hidden states grow a hundredfold with depth and have a few huge dimensions: without a norm the first layer of
-        # the pruner saturates. The norm is one number a token, so it is applied after the product, to fewer numbers.
+        # the pruner saturates. The norm is one number per token, so it is applied after the product, to fewer numbers.
         layers = [self.down, self.key] if self.uses_query else [self.down]
         weight = torch.cat([layer.weight for layer in layers]).to(hidden_states.dtype)
         product = F.linear(_safe(hidden_states), weight).float() * _inverse_rms(_safe(hidden_states))

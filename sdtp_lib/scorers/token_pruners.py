@@ -1,4 +1,4 @@
-"""`TokenPruners`: one small network a stage that says how much each prompt token matters (paper, section 3.2).
+"""`TokenPruners`: one small network per stage that says how much each prompt token matters (paper, section 3.2).
 
 Knows hidden states and positions, not how its scores are used nor how they were learned. The paper's pruner is
 ``W2 GELU(W1 x)``, ``W1: D -> D/4``, on the token's hidden state. Four optional inputs, all cheap, tell a token what

@@ -17,7 +17,7 @@ class TrainingConfig:
     epochs
         Passes over the samples (paper: 2).
     learning_rate, warmup_share, weight_decay, batch_size
-        AdamW with a cosine schedule; ``batch_size`` counts prompts a step and device.
+        AdamW with a cosine schedule; ``batch_size`` counts prompts per step and device.
     mse_weight, rank_weight, drop_weight
         Weights of the regression on the standardised log-saliency, of the pairwise ranking, and of the share of
         saliency that a soft cut drops. 0 switches a loss off (the paper's Table 4).

@@ -1,6 +1,6 @@
 """What the token pruners are trained on: regression, ranking and distillation, as pure functions of tensors.
 
-Knows no model, no configuration and no data set. Scores and labels are (B, T): one row a prompt, one column a token.
+Knows no model, no configuration, no data set. Scores and labels are (B, T): one row per prompt, one column per token.
 Every function takes ``valid`` (B, T): only there does a token take part. Padding and protected tokens (the sinks and
 the last ones, which stay whatever their score) belong outside: see `scorable`.
 """

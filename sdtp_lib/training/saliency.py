@@ -1,6 +1,6 @@
 """The label pass over many samples: resumable, keyed by sample id, cached as a `datasets` data set.
 
-One file a sample (written whole or not at all), so a killed run goes on where it stopped and several processes may
+One file per sample (written whole or not at all), so a killed run goes on where it stopped and several processes may
 share the work; labels can never end up at another sample. What a label is, `labels` knows.
 """
 

@@ -141,7 +141,7 @@ def test_agreement_is_one_for_the_same_order_and_counts_the_best_that_are_found(
     assert agreement([1.0, 2.0, 30.0, 40.0], label, 0.5) == (pytest.approx(1.0), 1.0)
     correlation, recall = agreement([0.0, 3.0, 1.0, 2.0], label, 0.5)
     assert correlation == pytest.approx(0.4) and recall == 0.5
-    with pytest.raises(ValueError, match="one number a token"):
+    with pytest.raises(ValueError, match="one number per token"):
         agreement([1.0], label, 0.5)
     with pytest.raises(ValueError, match="share=1"):
         agreement(label, label, 1)

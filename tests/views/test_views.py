@@ -1,4 +1,4 @@
-"""HTML and SVG of tokens: escaped whatever the prompt says, one span a token, the right class and the right numbers."""
+"""HTML and SVG of tokens: escaped whatever the prompt says, one span per token, the right classes and numbers."""
 
 from __future__ import annotations
 
