@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sdtp_lib.config import PruningNotSupported
 
@@ -99,6 +100,71 @@ def attended_keys(cache: Any, layer_index: int, cached: int, new_tokens: int) ->
         window = getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", cached + 1)
         cached = min(cached, int(window) - 1)
     return cached + new_tokens
+
+
+def hold_longer(cache: Any, layer_index: int, tokens: int) -> bool:
+    """Let a layer with a sliding window keep ``tokens`` more from its next update on (negative: fewer again).
+
+    For keys that are to be taken away again: by then the window would have let go of older ones. Whether it is one.
+    """
+    layers = getattr(cache, "layers", None) or ()
+    layer = layers[layer_index] if layer_index < len(layers) else None
+    if not getattr(layer, "is_sliding", False):
+        return False
+    layer.sliding_window += tokens
+    return True
+
+
+def keys_can_be_taken_out(cache: Any) -> bool:
+    """Whether every layer of ``cache`` keeps its keys and values as tensors, in place: none quantised or offloaded."""
+    held = [type(layer) for layer in getattr(cache, "layers", None) or ()]
+    held += [kind] if (kind := getattr(cache, "layer_class_to_replicate", None)) is not None else []
+    plain = all(kind.__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for kind in held)
+    return plain and not getattr(cache, "offloading", False)
+
+
+def drop_last(cache: Any, tokens: int) -> None:
+    """Take the last ``tokens`` keys and values out of each layer, which then is as if it had never seen them.
+
+    Layers with a sliding window must have been told to `hold_longer`, and be back at their own window.
+    """
+    for layer in cache.layers:
+        if not _layer_length(layer):
+            continue
+        most = layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
+        for name in ("keys", "values"):
+            left = getattr(layer, name)[..., :-tokens, :]
+            setattr(layer, name, left if most is None else left[..., max(0, left.shape[-2] - most) :, :])
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length -= tokens
+
+
+def layer_states(cache: Any) -> list[dict[str, Any]]:
+    """What each layer holds: ``keys, values`` (None where it is empty), ``window`` (None without), ``seen`` tokens."""
+    found = []
+    for layer in cache.layers:
+        full = _layer_length(layer) > 0
+        window = int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
+        found.append({
+            "keys": layer.keys if full else None, "values": layer.values if full else None, "window": window,
+            "seen": int(layer.get_seq_length()),
+        })  # fmt: skip
+    return found
+
+
+def cache_from(states: Sequence[Mapping[str, Any]]) -> DynamicCache:
+    """A dynamic cache that holds ``states``, as `layer_states` gives them."""
+    cache = DynamicCache()
+    cache.layers = []
+    for state in states:
+        window = state["window"]
+        layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
+        if state["keys"] is not None:
+            layer.update(state["keys"], state["values"])
+            if window is not None:
+                layer.cumulative_length = state["seen"]
+        cache.layers.append(layer)
+    return cache
 
 
 def refuse_cache(cache: Any) -> None:

@@ -24,7 +24,7 @@ from sdtp_lib.architectures.layers import num_layers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.provenance import content_id
-from sdtp_lib.pruning.stage import Scorer, Stage
+from sdtp_lib.pruning.stage import ASKING_TOKENS, Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
 
 
@@ -141,6 +141,11 @@ class MethodScorer:
     @property
     def name(self) -> str:
         return self.method.name
+
+    @property
+    def asking_tokens(self) -> int:
+        """The last tokens that it reads, as its settings say."""
+        return getattr(self.method, "window", ASKING_TOKENS)
 
     @property
     def identity(self) -> str:

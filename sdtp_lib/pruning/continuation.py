@@ -72,6 +72,10 @@ class ForwardPass:
     def finish(self) -> None:
         """After the last layer."""
 
+    def close(self) -> int:
+        """After the forward and before `finish`, also after an exception: its last columns that are not to be seen."""
+        return 0
+
     def _shortened(self, index: int, arguments: dict[str, Any]) -> dict[str, Any]:
         """Layer arguments for the kept tokens, out of those that the model made for all columns."""
         recorded = self.record.kept[index] if self.record is not None else None

@@ -21,7 +21,7 @@ from sdtp_lib.architectures.layers import ATTENTION_BACKENDS, Architecture, befo
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.generate_guard import guarded_generate
 from sdtp_lib.pruning.kv_budget import KVBudget
-from sdtp_lib.pruning.prefill import Budget
+from sdtp_lib.pruning.plan import Budget
 from sdtp_lib.pruning.second_pass import TwoPasses
 from sdtp_lib.pruning.session import Session
 from sdtp_lib.pruning.stage import Scorer, name_of, refuse_uncalled
@@ -84,7 +84,7 @@ def token_pruning(
         cleanup.enter_context(before_layers(architecture, range(len(architecture.layers)), session.before_layer))
         if (norm := architecture.fixed_length_norm()) is not None:
             cleanup.callback(norm.register_forward_hook(session.after_final_norm).remove)
-        cleanup.enter_context(guarded_generate(model))
+        cleanup.enter_context(guarded_generate(model, session.in_chunks))
         yield session.trace
         session.check_pending()
         session.say_if_nothing_was_pruned()

@@ -3,12 +3,14 @@
 ``generate`` decides about chunked prefill, drafting and the kind of cache before the first forward, where hooks would
 see it too late. So the model whose own ``generate`` it is (under PEFT, the model inside) gets a checking one for as
 long as the ``with`` lasts. It reads the settings as transformers resolves them: keywords over a given configuration
-over the model's own. It knows nothing of how pruning works.
+over the model's own. Of a prompt that is to come in chunks it tells whoever prunes, who may make them smaller. It knows
+nothing of how pruning works.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ from transformers.generation.configuration_utils import DYNAMIC_CACHE_IMPLEMENTA
 from sdtp_lib.architectures.caches import cache_of, refuse_cache
 from sdtp_lib.config import PruningNotSupported
 
+# input ids, attention mask, cache, chunk size -> a `with` that yields the size to use
+InChunks = Callable[[Any, Any, Any, int], contextlib.AbstractContextManager[int]]
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 _FROM_THE_HUB = {
     GenerationMode.CONTRASTIVE_SEARCH: ("penalty_alpha",),
@@ -31,30 +35,34 @@ _FROM_THE_HUB = {
 
 
 @contextlib.contextmanager
-def guarded_generate(model: nn.Module) -> Iterator[None]:
-    """Shadow ``generate`` and the door of continuous batching by ones that refuse first; removed on the way out."""
+def guarded_generate(model: nn.Module, in_chunks: InChunks) -> Iterator[None]:
+    """Shadow ``generate`` and the door of continuous batching by ones that refuse first; removed on the way out.
+
+    ``in_chunks(input_ids, attention_mask, cache, size)`` is entered around a ``generate`` that hands its prompt over in
+    chunks, and yields the size that these are to have.
+    """
     with contextlib.ExitStack() as cleanup:
         for module in model.modules():
             if isinstance(module, GenerationMixin):
-                check = functools.partial(refuse_generation, module, module.generate)
-                cleanup.enter_context(_checked_first(module, "generate", check))
+                prepare = functools.partial(_prepared, module, module.generate, in_chunks)
+                cleanup.enter_context(_prepared_first(module, "generate", prepare))
                 # Every way into continuous batching comes through here, `generate_batch` too.
                 if hasattr(module, "init_continuous_batching"):
-                    cleanup.enter_context(_checked_first(module, "init_continuous_batching", _refuse_batching))
+                    cleanup.enter_context(_prepared_first(module, "init_continuous_batching", _refuse_batching))
         yield
 
 
 @contextlib.contextmanager
-def _checked_first(module: nn.Module, name: str, check: Callable[..., None]) -> Iterator[None]:
-    """Give this one object a method ``name`` that calls ``check`` with its arguments before the real one."""
+def _prepared_first(module: nn.Module, name: str, prepare: Callable[..., Any]) -> Iterator[None]:
+    """Give this one object a method ``name`` that runs inside ``prepare(its arguments)``, with what that yields."""
     method, own = getattr(module, name), name in vars(module)
 
     @functools.wraps(method)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
-        return method(*args, **kwargs)
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        with prepare(*args, **kwargs) as (args, kwargs):
+            return method(*args, **kwargs)
 
-    setattr(module, name, checked)
+    setattr(module, name, prepared)
     try:
         yield
     finally:
@@ -64,14 +72,44 @@ def _checked_first(module: nn.Module, name: str, check: Callable[..., None]) -> 
             delattr(module, name)
 
 
-def refuse_generation(model: Any, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Raise `PruningNotSupported`, with the remedy, where ``generate(*args, **kwargs)`` cannot go with pruning."""
+@contextlib.contextmanager
+def _prepared(
+    model: Any, generate: Callable[..., Any], in_chunks: InChunks, *args: Any, **kwargs: Any
+) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """What ``generate`` is to be called with: refused, as it was given, or with smaller chunks."""
     arguments = _by_name(generate, args, kwargs)
     settings, for_the_model = effective_settings(model, arguments)
+    refuse_generation(arguments, settings, for_the_model)
+    size = settings.prefill_chunk_size
+    if size is None:
+        yield args, kwargs
+        return
+    ids = arguments.get("inputs", for_the_model.get("input_ids"))
+    with in_chunks(ids, for_the_model.get("attention_mask"), cache_of(for_the_model), int(size)) as smaller:
+        if smaller == size:
+            yield args, kwargs
+            return
+        if (own := arguments.get("generation_config")) is None:
+            arguments["prefill_chunk_size"] = smaller
+        else:  # a setting beside a configuration warns
+            arguments["generation_config"] = own = copy.deepcopy(own)
+            arguments.pop("prefill_chunk_size", None)
+            own.prefill_chunk_size = smaller
+        yield (), arguments
+
+
+def refuse_generation(arguments: dict[str, Any], settings: GenerationConfig, for_the_model: dict[str, Any]) -> None:
+    """Raise `PruningNotSupported`, with the remedy, where ``generate(**arguments)`` cannot go with pruning."""
     for name, refuse, why in _REFUSED:
         value = arguments.get(name, getattr(settings, name, None))
         if refuse(value):
             raise PruningNotSupported(f"{name}={value!r} {why}.")
+    if settings.prefill_chunk_size is not None and settings.cache_implementation in ("quantized", "offloaded"):
+        raise PruningNotSupported(
+            f"prefill_chunk_size={settings.prefill_chunk_size} with cache_implementation="
+            f"{settings.cache_implementation!r}: keys of the tokens that ask are taken out of the cache again, which "
+            "one that quantises or offloads cannot do: use 'dynamic', or leave one of the two out."
+        )
     assistant = arguments.get("assistant_model")
     mode = settings.get_generation_mode(assistant)
     given = {**settings.to_dict(), "assistant_model": type(assistant).__name__ if assistant is not None else None}
@@ -111,11 +149,13 @@ def _named(settings: dict[str, Any], names: tuple[str, ...]) -> str:
     return ", ".join(f"{name}={settings[name]!r}" for name in names if settings.get(name)) or "by its settings"
 
 
-def _refuse_batching(*_args: Any, **_kwargs: Any) -> None:
+@contextlib.contextmanager
+def _refuse_batching(*_args: Any, **_kwargs: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
     raise PruningNotSupported(
         "continuous batching (generate_batch) packs prompts of many requests into one row of a paged cache: call "
         "generate with a batch, padded on the left."
     )
+    yield
 
 
 # setting -> whether a value is refused, and why, with the remedy; checked in this order
@@ -124,11 +164,6 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "custom_generate", lambda value: isinstance(value, str),
         "runs decoding code from the Hub, whose forwards are not known here: give your decoding loop as a function, or "
         "leave custom_generate out",
-    ),
-    (
-        "prefill_chunk_size", lambda value: value is not None,
-        "would hand over the prompt by chunks, each after the first taken for a continuation: leave prefill_chunk_size "
-        "out",
     ),
     (
         "use_cache", lambda value: value is False,

@@ -12,7 +12,7 @@ scorer sees hidden states (1, 10, D), and the columns ``[0, 1, 4, 7, 8, 9]`` are
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,29 +24,13 @@ from sdtp_lib.architectures.masks import last_rows
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.kv_budget import KVBudget, cut_cache
+from sdtp_lib.pruning.plan import Budget, on_device, tokens_plan
 from sdtp_lib.pruning.pruned_cache import CacheRecord, remember
 from sdtp_lib.pruning.selection import count_for_mass, gather_tokens, protected_tokens, select_positions
 from sdtp_lib.pruning.stage import LAYERS_AT_HAND, LayerBefore, Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
 
 LAST_TOKENS = 128  # inputs of each layer that stay at hand for a scorer that asks what was attended to
-
-
-class Budget(Protocol):
-    """A `PruningConfig`, or a `budget.SpeedupBudget`."""
-
-    def for_prompt(self, tokens: int) -> PruningConfig:
-        """The configuration for a prompt of ``tokens``."""
-        ...
-
-
-def tokens_plan(wanted: Budget, num_layers: int, lengths: list[int]) -> list[list[int]]:
-    """Tokens of each row in each layer (L lists of B), known before the prefill from the lengths alone.
-
-    Where some tokens are protected by the caller or the budget is adaptive, at least so many stay.
-    """
-    by_length = {n: budget.tokens_per_layer(wanted.for_prompt(n), num_layers, n) for n in set(lengths)}
-    return [[by_length[length][layer] for length in lengths] for layer in range(num_layers)]
 
 
 class Prefill(ForwardPass):
@@ -73,10 +57,8 @@ class Prefill(ForwardPass):
         protected: torch.Tensor | None = None,
         kv: KVBudget | None = None,
     ) -> None:
-        # Rows may differ in their keep ratio (a wanted speed-up), never in layers or protected ends.
-        config = wanted.for_prompt(max(lengths))
+        config, plan = self._planned(architecture, wanted, lengths)
         super().__init__(architecture, config.positions == "compact", len(lengths), columns, cache)
-        plan = tokens_plan(wanted, len(architecture.layers), lengths)
         self.config, self.scorer, self.trace, self.lengths, self.plan = config, scorer, trace, lengths, plan
         self.wanted, self.protected = wanted, None if protected is None else protected.to(device)
         self.kv, self.ran, self.keys_kept = kv, None, {}
@@ -97,7 +79,7 @@ class Prefill(ForwardPass):
         self.alive = list(lengths)
         self.padded = min(lengths) < columns
         # Made here, before any compute is queued: a copy from the host later would make it wait for the device.
-        self.prompt_lengths = _on_device(lengths, device)
+        self.prompt_lengths = on_device(lengths, device)
         self.positions = torch.arange(columns, device=device).expand(len(lengths), -1)
         if self.padded:
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
@@ -107,6 +89,13 @@ class Prefill(ForwardPass):
         self._not_finite: list[tuple[int, torch.Tensor]] = []
         self.before: torch.Tensor | None = None  # tokens of each row in each layer of a first pass
         self._begin_trace()
+
+    def _planned(
+        self, architecture: Architecture, wanted: Budget, lengths: list[int]
+    ) -> tuple[PruningConfig, list[list[int]]]:
+        """The configuration, and the tokens of each row in each layer."""
+        # Rows may differ in their keep ratio (a wanted speed-up), never in layers or protected ends.
+        return wanted.for_prompt(max(lengths)), tokens_plan(wanted, len(architecture.layers), lengths)
 
     def _begin_trace(self) -> None:
         self.trace.begin(self.lengths, torch.tensor(self.plan))
@@ -130,7 +119,7 @@ class Prefill(ForwardPass):
 
     def cut_tokens(self, index: int, layer: nn.Module, given: dict[str, Any]) -> torch.Tensor | None:
         """Score the kept tokens before layer ``index``, drop the worst: hidden states (B, K, D), None if all stay."""
-        hidden, config, trace = given["hidden_states"], self.config, self.trace
+        hidden = given["hidden_states"]
         self.positions = self.positions.to(hidden.device)
         positions, valid = self.positions, self.positions >= 0
         stage = self._stage(
@@ -140,16 +129,12 @@ class Prefill(ForwardPass):
         )  # fmt: skip
         scores = self._checked_scores(index, self.scorer(stage), valid)
         self.carried = stage.carried
-        trace.scored_positions[index], trace.scores[index] = positions, scores
-        each = [self.wanted.for_prompt(length) for length in self.lengths]
-        local = [
-            budget.protected_count(count, own) - own.sink_tokens for count, own in zip(self.alive, each, strict=True)
-        ]
+        sinks, local = self._ends(index)
         counts = self._counts(index, scores, local)
         if counts == self.alive:
-            trace.kept_positions[index] = positions
+            self._note(index, positions, scores, positions)
             return None
-        chosen = select_positions(scores, self.alive, counts, config.sink_tokens, local, self.protected)
+        chosen = select_positions(scores, self.alive, counts, sinks, local, self.protected)
         if self.protected is not None:
             self.protected = gather_tokens(self.protected, chosen) & (chosen >= 0)
         self.alive, self.padded = list(counts), min(counts) < max(counts)
@@ -159,8 +144,19 @@ class Prefill(ForwardPass):
         self.carried = {name: gather_tokens(values, chosen) for name, values in self.carried.items()}
         self._cut, self.last_inputs = {}, {}
         self.segments.append((index, self.kept, self.padded))
-        trace.kept_positions[index] = self.positions
+        self._note(index, positions, scores, self.positions)
         return gather_tokens(hidden, chosen)
+
+    def _ends(self, _index: int) -> tuple[int, list[int]]:
+        """How many of the first tokens, and of the last ones of each row, always stay at this stage."""
+        each = [self.wanted.for_prompt(length) for length in self.lengths]
+        alive = zip(self.alive, each, strict=True)
+        return self.config.sink_tokens, [budget.protected_count(count, own) - own.sink_tokens for count, own in alive]
+
+    def _note(self, index: int, positions: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor) -> None:
+        """For the trace: positions before the cut at ``index``, their scores, positions after it."""
+        trace = self.trace
+        trace.scored_positions[index], trace.scores[index], trace.kept_positions[index] = positions, scores, kept
 
     def _stage(self, index: int, layer: nn.Module, given: dict[str, Any], **known: Any) -> Stage:
         hidden = given["hidden_states"]
@@ -253,6 +249,10 @@ class Prefill(ForwardPass):
         computed = torch.tensor(self.plan)
         self.trace.passes = [computed] if self.before is None else [self.before, computed]
         self.trace.tokens_per_row = sum(self.trace.passes)
+        self._remember()
+
+    def _remember(self) -> None:
+        """The cuts go with the cache, whose bytes the trace has."""
         if self.cache is None:
             return
         self.trace.kv_bytes_per_layer = kv_bytes(self.cache)
@@ -315,10 +315,3 @@ class Prefill(ForwardPass):
                 f"the scorer gave scores that are not finite at layer {bad[0]} (in all: {bad}): look for an "
                 "overflow in the scorer, or load the model in float32 or bfloat16."
             )
-
-
-def _on_device(counts: list[int], device: torch.device) -> torch.Tensor:
-    """Counts as a tensor; equal ones are filled in on the device, which waits for nothing."""
-    if min(counts) == max(counts):
-        return torch.full((len(counts),), counts[0], dtype=torch.int64, device=device)
-    return torch.tensor(counts, device=device)

@@ -6,9 +6,11 @@ It decides when; `prefill` and `continuation` decide what. One thread at a time:
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,9 +19,12 @@ from torch import nn
 from sdtp_lib.architectures.caches import cache_of, refuse_cache, tokens_seen, without_cache
 from sdtp_lib.architectures.layers import Architecture, layer_signature, named_arguments
 from sdtp_lib.config import PruningConfig, PruningNotSupported
+from sdtp_lib.pruning.chunked_prompt import ChunkedPrompt, prompt_in_chunks
+from sdtp_lib.pruning.chunks import ChunkPrefill
 from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.kv_budget import KVBudget
-from sdtp_lib.pruning.prefill import Budget, Prefill, tokens_plan
+from sdtp_lib.pruning.plan import Budget, prompt_lengths, tokens_plan
+from sdtp_lib.pruning.prefill import Prefill
 from sdtp_lib.pruning.pruned_cache import PrunedCache, remembered
 from sdtp_lib.pruning.second_pass import SecondPass, TwoPasses, choose_by
 from sdtp_lib.pruning.stage import Scorer
@@ -46,6 +51,7 @@ class Session:
         self.trace = PruningTrace()
         self.kv: KVBudget | None = None
         self.two_passes: TwoPasses | None = None
+        self._chunks: ChunkedPrompt | None = None  # the prompt of a `generate` that hands it over in chunks
         self._pass: ForwardPass | None = None
         self._stop_after: int | None = None  # the layer before which a first pass has found what it is for
         self._unchecked: Prefill | None = None
@@ -62,7 +68,7 @@ class Session:
             arguments = named_arguments(names, args, kwargs)
             rows, columns = _shape_of(arguments)
             seen = tokens_seen(cache_of(arguments))
-            if columns < 2 or (seen > 0 and self.config.prune == "first"):
+            if columns < 2 or (seen > 0 and self.config.prune == "first") or self._chunk_comes():
                 return
             if arguments.get("labels") is not None:
                 raise PruningNotSupported(
@@ -74,7 +80,7 @@ class Session:
                 raise PruningNotSupported(
                     "logits_to_keep as a tensor names columns that pruning moves: give an int, the last so many."
                 )
-            lengths = _prompt_lengths(arguments.get("attention_mask"), rows, columns)
+            lengths = prompt_lengths(arguments.get("attention_mask"), rows, columns)
             last = max(tokens_plan(self.budget, len(self.architecture.layers), lengths)[-1])
             if keep and keep > last:
                 raise PruningNotSupported(
@@ -84,7 +90,29 @@ class Session:
 
         return check
 
-    def before_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    @contextlib.contextmanager
+    def in_chunks(self, ids: Any, mask: Any, cache: Any, size: int) -> Iterator[int]:
+        """Around a ``generate`` with ``prefill_chunk_size=size``: yields the size that it is to have instead.
+
+        Raises
+        ------
+        PruningNotSupported, ValueError
+            For what cannot be pruned chunk by chunk, and a size that leaves no room for the tokens that ask.
+        """
+        self._chunks = prompt_in_chunks(
+            ids, mask, cache, size, wanted=self.budget, config=self.config, scorer=self.scorer,
+            num_layers=len(self.architecture.layers), protection=self._protection,
+            whole_only={"two passes": self.two_passes, "a KV budget": self.kv},
+        )  # fmt: skip
+        try:
+            yield size if self._chunks is None else self._chunks.size
+        finally:
+            self._chunks = None
+
+    def _chunk_comes(self) -> bool:
+        return self._chunks is not None and self._chunks.pending
+
+    def before_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """The hook on the decoder stack: a prefill, or a forward on what a pruned prefill left, or neither?"""
         if module.training:
             raise PruningNotSupported(
@@ -102,8 +130,11 @@ class Session:
         every = self.config.prune == "every" and columns > max(1, self.config.min_prompt_tokens)
         if columns == 0:
             raise ValueError("the prompt has no tokens: give input_ids or inputs_embeds of at least one.")
-        if seen == 0 or every:
-            lengths = _prompt_lengths(arguments.get("attention_mask"), rows, columns)
+        changed = None
+        if self._chunk_comes():
+            changed = (), self._begin_chunk(arguments, rows, cache)
+        elif seen == 0 or every:
+            lengths = prompt_lengths(arguments.get("attention_mask"), rows, columns)
             device = _tokens_of(arguments).device
             given = (self.architecture, self.budget, self.scorer, self.trace, lengths, columns, device)
             protected = self._protection(rows, seen, columns)
@@ -126,6 +157,18 @@ class Session:
             self._say_once("prefix", f"nothing is pruned: {self._not_pruned}.")
         if isinstance(cache, PrunedCache):
             cache.inside = True
+        return changed
+
+    def _begin_chunk(self, arguments: dict[str, Any], rows: int, cache: Any) -> dict[str, Any]:
+        """The next chunk of the prompt: the stack's arguments, with the tokens that ask behind it."""
+        whole = self._chunks
+        if not whole.number:
+            whole.expand(rows)
+        longer = whole.with_asking(arguments)
+        self._pass = ChunkPrefill(whole, self.architecture, self.budget, self.scorer, self.trace, cache)
+        if not whole.number:
+            self._warn_if_nothing_goes(whole.plan())
+        return longer
 
     def _run_first_pass(self, stack: nn.Module, first: Prefill, arguments: dict[str, Any]) -> None:
         """Run ``first`` over the prompt: hooks on the layers alone, a cache of its own, as far as is needed."""
@@ -180,6 +223,7 @@ class Session:
             return None
         if isinstance(finished.cache, PrunedCache):
             finished.cache.inside = False
+        asking = finished.close()
         if not isinstance(finished, Prefill) or output is None:
             return None
         finished.finish()
@@ -188,9 +232,11 @@ class Session:
             finished.cache.prefilled_inside = True  # an attribute, so that copies of the cache know it too
         if finished.positions.device.type == "cpu":
             self.check_pending()
-        if finished.kept is None or self.architecture.fixed_length_norm() is None:
+        filled_up = finished.kept is not None and self.architecture.fixed_length_norm() is not None
+        if not filled_up and not asking:
             return None
-        hidden = output[0][:, -finished.kept.shape[1] :]
+        hidden = output[0][:, -finished.kept.shape[1] :] if filled_up else output[0]
+        hidden = hidden[:, : hidden.shape[1] - asking]
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output["last_hidden_state"] = hidden
@@ -263,24 +309,3 @@ def _shape_of(arguments: dict[str, Any]) -> tuple[int, int]:
     """Rows and columns of the tokens of this forward."""
     tokens = _tokens_of(arguments)
     return (0, 0) if tokens is None else (int(tokens.shape[0]), int(tokens.shape[1]))
-
-
-def _prompt_lengths(mask: Any, rows: int, columns: int) -> list[int]:
-    """Real tokens of each row, read from a 2-D padding mask once, before any compute."""
-    if mask is None:
-        return [columns] * rows
-    if not torch.is_tensor(mask) or mask.dim() != 2:
-        shape = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
-        raise PruningNotSupported(
-            f"attention_mask of shape {shape} hides which tokens are padding: give the 2-D mask (rows, tokens) of the "
-            "tokenizer."
-        )
-    mask = mask[:, -columns:].bool()
-    lengths = mask.sum(dim=1)
-    left_padded = (mask == (torch.arange(columns, 0, -1, device=mask.device)[None] <= lengths[:, None])).all()
-    if not bool(left_padded) or int(lengths.min()) == 0:
-        raise PruningNotSupported(
-            "attention_mask shows padding that is not on the left (or an empty row), which would move the last token: "
-            "set tokenizer.padding_side = 'left' and tokenize again."
-        )
-    return lengths.tolist()

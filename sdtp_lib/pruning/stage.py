@@ -16,6 +16,7 @@ from torch import nn
 
 from sdtp_lib.architectures.attention_readings import attention_received
 from sdtp_lib.architectures.attention_weights import attention_from_cached_keys, attention_from_last, mask_rows
+from sdtp_lib.config import PruningNotSupported
 
 LAYERS_AT_HAND = 4  # layers since the last cut whose attention a scorer may ask for
 ASKING_TOKENS = 16  # the prompt's last tokens, whose attention says what is asked for
@@ -37,8 +38,8 @@ def looked_back(stages: Sequence[int]) -> dict[int, tuple[int, ...]]:
 class Scorer(Protocol):
     """Any callable from a stage to one score per token.
 
-    A scorer may also have ``check(model, config)``, called once on entry and free to raise `ValueError`, and
-    ``layers``, the only stages that it can score.
+    A scorer may also have ``check(model, config)``, called once on entry and free to raise `ValueError`; ``layers``,
+    the only stages that it can score; and ``asking_tokens``, how many of the last tokens it reads (`asking_tokens`).
     """
 
     def __call__(self, stage: Stage) -> torch.Tensor:
@@ -65,6 +66,14 @@ def refuse_uncalled(scorer: Any) -> None:
 def name_of(scorer: Any) -> str:
     """A short name of a scorer for rows and legends."""
     return getattr(scorer, "name", None) or getattr(scorer, "__name__", type(scorer).__name__)
+
+
+def asking_tokens(scorer: Any) -> int:
+    """How many of the prompt's last tokens a scorer reads, by its attribute of that name; `ASKING_TOKENS` unless told.
+
+    Where a prompt comes in chunks they go with each.
+    """
+    return max(1, int(getattr(scorer, "asking_tokens", ASKING_TOKENS)))
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,8 @@ class Stage:
         Attention is shared out over them too; positions, lengths and scores are of the new tokens only.
     keys : Tensor (B, G, N, d), optional
         This layer's own cached keys, where it has run already (for a KV budget).
+    asking : int or None
+        Where these are a chunk of a prompt and its last tokens behind it: how many of those.
     """
 
     layer_index: int
@@ -139,6 +150,7 @@ class Stage:
     padded: bool = True
     past: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     keys: torch.Tensor | None = None
+    asking: int | None = None
 
     @property
     def position_embeddings(self) -> Any:
@@ -152,6 +164,7 @@ class Stage:
 
     def attention_from_last(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
+        self._refuse_asking_more(window)
         if self.keys is not None:
             mask = mask_rows(self.layer_arguments.get("attention_mask"), window, self.positions.shape[1])
             paid = attention_from_cached_keys(
@@ -190,6 +203,11 @@ class Stage:
         Read by chunks of queries: long windows need no T x T tensor. ``rise`` weighs the queries from 1 for the first
         to ``rise`` for the last.
         """
+        if self.asking is not None:
+            raise PruningNotSupported(
+                "prefill_chunk_size with a scorer that reads what all tokens attend to: those of later chunks are not "
+                "there yet: use another scorer, or leave prefill_chunk_size out."
+            )
         rows, tokens = self.positions.shape
         windows = [window or tokens] * rows if window is None or isinstance(window, int) else window
         return attention_received(self.layer, self.hidden_states, self.layer_arguments, self.valid, windows, rise)
@@ -197,16 +215,29 @@ class Stage:
     def attention_mass(self, layers: Sequence[int], window: int) -> torch.Tensor:
         """(B, N, H x layers): what each head of earlier ``layers`` paid to a token, summed over the ``window`` askers.
 
-        Where a layer's keys are not at hand, this stage's own layer stands for all of them.
+        Where a layer's keys are not at hand, this stage's own layer stands for all of them. Where keys of ``past`` get
+        their share too, all is scaled by keys over tokens: an even share is 1 / N of it with a past as without.
         """
-        paid = self.attention_paid(layers, window)
-        return torch.cat([each.sum(dim=2) for each in paid], dim=1).transpose(1, 2)
+        paid, tokens = self.attention_paid(layers, window), self.positions.shape[1]
+        held = [self.before[layer].keys.shape[2] if self._paid_at(layer, window) is not None else 0 for layer in layers]
+        if not all(held):
+            held = [tokens + (0 if self.past is None else self.past[0].shape[2])] * len(layers)
+        mass = [each.sum(dim=2) * (keys / tokens) for each, keys in zip(paid, held, strict=True)]
+        return torch.cat(mass, dim=1).transpose(1, 2)
 
     @property
     def _hidden_padding(self) -> torch.Tensor | None:
         return self.valid if self.padded else None
 
+    def _refuse_asking_more(self, window: int) -> None:
+        if self.asking is not None and window > self.asking:
+            raise PruningNotSupported(
+                f"prefill_chunk_size: the scorer reads the last {window} tokens, but {self.asking} go with each chunk: "
+                f"give the scorer an attribute asking_tokens = {window}."
+            )
+
     def _paid_at(self, layer: int, window: int) -> torch.Tensor | None:
+        self._refuse_asking_more(window)
         before = self.before.get(layer)
         if before is None or min(window, self.positions.shape[1]) > before.last_hidden.shape[1]:
             return None

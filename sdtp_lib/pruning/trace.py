@@ -49,6 +49,8 @@ class PruningTrace:
         The same for each pass over the layers: one, or two where a method makes a second.
     keys_per_layer : list[int]
         Keys of the longest row that a KV budget left in each layer; empty without one.
+    asking_tokens : int
+        Where the prompt came in chunks: tokens that went with them to ask, computed in each layer on top of all these.
     prefills : int
         Prefills seen so far.
     scorer : str
@@ -67,6 +69,7 @@ class PruningTrace:
     kv_bytes_per_layer: list[int] = field(default_factory=list)
     passes: list[torch.Tensor] = field(default_factory=list)
     keys_per_layer: list[int] = field(default_factory=list)
+    asking_tokens: int = 0
     prefills: int = 0
     scorer: str = ""
     model: Callable[[], Any] = field(default=_no_model, compare=False)
@@ -77,7 +80,7 @@ class PruningTrace:
         self.kept_positions, self.scored_positions, self.scores = {}, {}, {}
         self.kv_bytes_per_layer, self.keys_per_layer, self.passes = [], [], [tokens_per_row]
         self.prompt_lengths, self.tokens_per_row = list(prompt_lengths), tokens_per_row
-        self.not_pruned = ""
+        self.not_pruned, self.asking_tokens = "", 0
         self.prefills += 1
 
     @property
@@ -117,6 +120,7 @@ class PruningTrace:
         full = [longest] * len(passes[-1])
         # A pass that stops on the way computes no logits.
         flops = sum(budget.prefill_flops(shape, each, logits_positions=int(each[-1] > 0)) for each in passes)
+        flops += budget.prefill_flops(shape, [self.asking_tokens] * len(full), logits_positions=0)
         flops /= budget.prefill_flops(shape, full)
         kept = budget.kv_bytes(shape, self.keys_per_layer or passes[-1], 1) / budget.kv_bytes(shape, full, 1)
         return {"prefill FLOPs": f"-{1 - flops:.0%} ({1 / flops:.2f}x fewer)", "KV cache": f"-{1 - kept:.0%}"}

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
-from sdtp_lib.pruning.stage import Scorer, Stage, name_of
+from sdtp_lib.pruning.stage import Scorer, Stage, asking_tokens, name_of
 from sdtp_lib.scorers.blend import standardised, strongest_neighbour
 
 
@@ -63,6 +63,7 @@ def weighted(parts: Sequence[tuple[Scorer, float]]) -> Scorer:
 class _Random:
     seed: int
     name: str = "random"
+    asking_tokens: ClassVar[int] = 1
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         # An integer hash (a splitmix64 finaliser) instead of a generator: the same token gets the same score in any
@@ -78,6 +79,7 @@ class _Random:
 @dataclass(frozen=True)
 class _Recency:
     name: str = "recency"
+    asking_tokens: ClassVar[int] = 1
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         return stage.positions.to(torch.float32)
@@ -86,6 +88,7 @@ class _Recency:
 @dataclass(frozen=True)
 class _HiddenNorm:
     name: str = "hidden norm"
+    asking_tokens: ClassVar[int] = 1
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         return torch.linalg.vector_norm(stage.hidden_states.float(), dim=-1)
@@ -99,6 +102,10 @@ class _Attention:
     @property
     def name(self) -> str:
         return "attention" if self.kernel == 1 else "attention, pooled"
+
+    @property
+    def asking_tokens(self) -> int:
+        return self.window
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         probabilities = stage.attention_from_last(self.window)
@@ -114,6 +121,7 @@ class _Attention:
 class _Given:
     scores: Mapping[int, torch.Tensor]
     name: str = "given"
+    asking_tokens: ClassVar[int] = 1
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -137,6 +145,10 @@ class _Weighted:
     @property
     def name(self) -> str:
         return " + ".join(name_of(scorer) for scorer, _ in self.parts)
+
+    @property
+    def asking_tokens(self) -> int:
+        return max(asking_tokens(scorer) for scorer, _ in self.parts)
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         total = torch.zeros(stage.positions.shape, device=stage.positions.device)

@@ -159,6 +159,13 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         return "learned"
 
     @property
+    def asking_tokens(self) -> int:
+        """The last tokens that their inputs read."""
+        read = {"query": self.query_window, "attention": ASKING_TOKENS}
+        blended = self.blend.window if self.blend is not None and self.blend.attention else 1
+        return max(blended, *(read.get(feature, 1) for feature in self.features))
+
+    @property
     def identity(self) -> str:
         """How result rows tell these pruners from others of the same name: a hash of weights and settings."""
         # "score" is the one output there is; rows that were written when there were two kinds name it.

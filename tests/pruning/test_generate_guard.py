@@ -17,7 +17,8 @@ PROMPT = torch.arange(3, 67)[None]
 LENGTH = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
 
 REFUSED = [
-    ({"prefill_chunk_size": 16}, "prefill_chunk_size=16 .*leave prefill_chunk_size out"),
+    ({"prefill_chunk_size": 16, "cache_implementation": "quantized"},
+     "prefill_chunk_size=16 .*cache_implementation='quantized'.*use 'dynamic'"),
     ({"prompt_lookup_num_tokens": 3}, "assisted decoding.*prompt_lookup_num_tokens=3.*leave it out"),
     ({"assistant_early_exit": 2}, "assisted decoding.*assistant_early_exit=2.*leave it out"),
     ({"use_cache": False}, "use_cache=False .*leave use_cache out"),

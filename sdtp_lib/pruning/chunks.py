@@ -1,0 +1,106 @@
+"""A prompt that comes in chunks, each cut before the next: memory grows with a chunk and with what is kept.
+
+What is asked for stands at the end, and is not there yet when the first chunk is scored. So the prompt's last tokens
+go with each chunk as if they came right behind it: scorers see them as the last tokens, at the positions that they have
+in the prompt; when the forward is done their keys are taken out of every layer's cache again. Which tokens a chunk
+keeps is all that they decide: what is computed of the kept ones is what one forward over the whole prompt computes.
+
+Knows no hooks and nothing of ``generate``; the prompt is a `chunked_prompt`. Axes: B rows, n columns of a forward.
+
+Example: 100 tokens in chunks of 40, asked by the last 8. The forwards are over columns 0 to 39 and 92 to 99; 40 to 79
+and 92 to 99; 80 to 99. After the first, layers before the first cut hold 40 keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdtp_lib.architectures.caches import drop_last, hold_longer
+from sdtp_lib.architectures.layers import Architecture
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.pruning.chunked_prompt import ChunkedPrompt
+from sdtp_lib.pruning.plan import Budget, on_device
+from sdtp_lib.pruning.prefill import Prefill
+from sdtp_lib.pruning.selection import gather_tokens
+from sdtp_lib.pruning.stage import Scorer, Stage
+from sdtp_lib.pruning.trace import PruningTrace
+
+
+class ChunkPrefill(Prefill):
+    """The forward over one chunk and what asks; cuts the chunk by its share of the whole prompt's budget."""
+
+    def __init__(
+        self, whole: ChunkedPrompt, architecture: Architecture, wanted: Budget, scorer: Scorer, trace: PruningTrace,
+        cache: Any,
+    ) -> None:  # fmt: skip
+        self.whole, self.asking, self._longer = whole, whole.asking_here, []
+        device = whole.ids.device
+        real = whole.at(whole.real)
+        self.asking_rows = real[:, real.shape[1] - self.asking :].sum(dim=1).tolist()
+        super().__init__(
+            architecture, wanted, scorer, trace, real.sum(dim=1).tolist(), real.shape[1], device, cache
+        )
+        self.positions = whole.at(whole.positions)
+        self.prompt_lengths = on_device(whole.lengths, device)
+
+    def _planned(
+        self, _architecture: Architecture, _wanted: Budget, _lengths: list[int]
+    ) -> tuple[PruningConfig, list[list[int]]]:
+        plan = self.whole.plan(self.whole.number)
+        asks = self.asking_rows
+        return self.whole.config, [[count + own for count, own in zip(row, asks, strict=True)] for row in plan]
+
+    def _begin_trace(self) -> None:
+        if not self.whole.number:
+            self.trace.begin(self.whole.lengths, torch.tensor(self.whole.plan()))
+            self.trace.asking_tokens = self.asking * (len(self.whole.columns) - 2)
+
+    def layer_arguments(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """As in `Prefill`; a layer with a window keeps what the asking tokens would push out of it."""
+        given = super().layer_arguments(index, layer, arguments)
+        if self.asking and hold_longer(self.cache, index, self.asking):
+            self._longer.append(index)
+        return given
+
+    def close(self) -> int:
+        """As in `ForwardPass`; windows are as they were."""
+        for index in self._longer:
+            hold_longer(self.cache, index, -self.asking)
+        self._longer = []
+        return self.asking
+
+    def _stage(self, index: int, layer: nn.Module, given: dict[str, Any], **known: Any) -> Stage:
+        return super()._stage(index, layer, given, asking=self.asking or None, **known)
+
+    def _ends(self, index: int) -> tuple[int, list[int]]:
+        """The prompt's first and last tokens by their positions; of this forward only what asks."""
+        positions = self.positions
+        ends = zip(self.whole.lengths, self.whole.local, strict=True)
+        last = on_device([length - local.get(index, 0) for length, local in ends], positions.device)
+        always = (positions < self.config.sink_tokens) | (positions >= last[:, None])
+        if self.whole.protect is not None:
+            own = self.whole.at(self.whole.protect).to(positions.device)
+            always |= own if self.kept is None else gather_tokens(own, self.kept)
+        self.protected = always & (positions >= 0)
+        return 0, list(self.asking_rows)
+
+    def _counts(self, index: int, _scores: torch.Tensor, _local: list[int]) -> list[int]:
+        return self.plan[index]
+
+    def _note(self, index: int, *columns: torch.Tensor) -> None:
+        self.whole.note(index, *columns)
+
+    def finish(self) -> None:
+        """Take out what asked; remember the cuts with the cache; after the last chunk the trace is whole."""
+        if self.asking:
+            drop_last(self.cache, self.asking)
+            self.columns -= self.asking
+            self.lengths = [count - own for count, own in zip(self.lengths, self.asking_rows, strict=True)]
+            self.segments = [(first, kept[:, : -self.asking], padded) for first, kept, padded in self.segments]
+        self._remember()
+        self.whole.number += 1
+        if not self.whole.pending:
+            self.whole.fill(self.trace)
