@@ -31,6 +31,8 @@ _HOME_OF = {
     "TrainingConfig": "training.config",
     "compute_saliency": "training.saliency",
     "load_model": "models",
+    "load_pruned_cache": "pruning.cache_files",
+    "save_pruned_cache": "pruning.cache_files",
     "token_pruning": "methods.call",
     "train_pruners": "training.run",
 }
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from sdtp_lib.config import PruningConfig, PruningNotSupported
     from sdtp_lib.methods.call import token_pruning
     from sdtp_lib.models import load_model
+    from sdtp_lib.pruning.cache_files import load_pruned_cache, save_pruned_cache
     from sdtp_lib.pruning.trace import PruningTrace
     from sdtp_lib.scorers.token_pruners import TokenPruners
     from sdtp_lib.training.config import TrainingConfig
