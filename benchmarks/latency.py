@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("rows", type=Path)
     report.add_argument("--quiet-only", action="store_true",
                         help="leave out repetitions in which others had the CPU, told by CPU time")  # fmt: skip
-    compare = command("compare", print_comparison, "two row files, cell by cell", parents=())
+    compare = command("compare", print_comparison, "two row files, by prompt length and method", parents=())
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     return whole

@@ -1,4 +1,4 @@
-"""The cells of the measure: which samples a comparison runs on, by name and prompt length.
+"""The test sets of the benchmarks: which samples a comparison runs on, by name (``cell`` in rows) and prompt length.
 
 ``text`` (held-out documents), the five synthetic tasks (test split), ``instructions`` (held-out Dolly items that have a
 context, packed; without the file the embedded records), ``multi_news`` (real LongBench, where its file is at hand).
@@ -35,18 +35,18 @@ def shared_data() -> Path:
 def cell_samples(
     cell: str, tokenizer: Any, *, prompt_tokens: int, count: int, seed: int = 0, split: str = "heldout"
 ) -> list[dict[str, Any]]:
-    """At most ``count`` samples of a cell, prompts of about (text: exactly) ``prompt_tokens``.
+    """At most ``count`` samples of a test set, prompts of about (text: exactly) ``prompt_tokens``.
 
     ``split="train"`` gives the other side of every split, for tuning a weight without looking at what is measured.
-    An empty list where the cell's data are not at hand.
+    An empty list where its data are not at hand.
 
     Raises
     ------
     ValueError
-        For an unknown cell.
+        For an unknown test set.
     """
     if cell not in CELLS:
-        raise ValueError(f"cell={cell!r} is unknown: choose among {', '.join(CELLS)}.")
+        raise ValueError(f"cell={cell!r} is no test set: choose among {', '.join(CELLS)}.")
     if cell == "text":
         return text_windows(
             long_documents(split),

@@ -1,6 +1,6 @@
-"""What the commands that generate answers share: their arguments, the variants, and one run over parts of items.
+"""What the commands that generate answers share: arguments, variants, and one run over several data sets.
 
-A command brings its parts (a data set, or a task at a length); loading, sharing among processes, resuming and the
+A command brings its parts (a data set, or a task at one prompt length). Loading, sharing among processes, resuming and
 variants are here, so that LongBench and RULER are measured by the same run.
 """
 
@@ -26,7 +26,7 @@ from sdtp_lib.scorers.by_name import SIMPLE, scorer_named
 
 @dataclass(frozen=True)
 class Part:
-    """Items of one kind.
+    """The items of one data set, or of one task at one prompt length.
 
     Attributes
     ----------

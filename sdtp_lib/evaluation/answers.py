@@ -31,7 +31,7 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the prefill, or unpruned where ``config`` is None.
+    """One way to run the prefill under one name: pruned, or unpruned where ``config`` is None.
 
     ``config`` and ``scorer`` are what `token_pruning` takes as its budget (a `PruningConfig`, an entry of
     `sdtp_lib.methods`) and its scorer.

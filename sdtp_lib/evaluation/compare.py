@@ -1,6 +1,6 @@
-"""Methods held against the unpruned model, sample by sample, as rows: divergence, loss, answers, tokens and bytes.
+"""Pruning methods compared with the unpruned model, one row per sample: divergence, loss, answers, tokens, bytes.
 
-Knows what a method is, not which there are, and no plots.
+Takes any `methods.Compared`; which ones exist, and how rows are drawn, is not known here.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ def compare_scorers(
     cell: str,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """One row for each (cell, sample, config, method) that ``writer`` does not have yet.
+    """One row per test set (``cell``), sample, config and method, of those that ``writer`` does not have yet.
 
-    A row has ``kl_nats`` (a token, to the unpruned model), ``loss_full_nats`` and ``loss_nats`` (a token),
+    A row has ``kl_nats`` (per token, to the unpruned model), ``loss_full_nats`` and ``loss_nats`` (per token),
     ``top1_agreement``, ``answer_full`` and ``answer`` (whether greedy decoding gives the answer's tokens; samples with
     an ``answer_mask`` only), ``compression_ratio``, ``prefill_flops_share`` (of unpruned, the pruners' own not
-    counted), ``kv_bytes`` of the prompt's cache and ``seconds``. The unpruned logits are computed once a sample. What
-    fails is a row of kind ``failure``; a published method that cannot be so fast has one of kind ``out of reach``.
+    counted), ``kv_bytes`` of the prompt's cache and ``seconds``. The unpruned logits are computed once per sample. A
+    failure is a row of kind ``failure``; a published method that cannot reach the wanted speed-up has one of kind ``out
+    of reach``.
 
     Raises
     ------

@@ -60,7 +60,7 @@ def baseline_methods(shape: ModelShape, *, recency_weight: float = 0.5) -> list[
 def published_methods(shape: ModelShape, names: Sequence[str]) -> list[Compared]:
     """Entries of `sdtp_lib.methods`, each scaled to the causal prefill FLOPs of the common config.
 
-    Where a method cannot be so fast, its row says so (kind ``out of reach``).
+    Where a method cannot reach that few FLOPs, its row says so (kind ``out of reach``).
     """
 
     def compared(name: str) -> Compared:

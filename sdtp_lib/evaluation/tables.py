@@ -20,7 +20,7 @@ FEWEST_PAIRS = 6
 
 
 def scorer_summary(frame: pandas.DataFrame, *, by: Sequence[str] = ("cell", "setting")) -> pandas.DataFrame:
-    """One line for each cell, setting and scorer over the samples that *every* scorer of the group has.
+    """One line per test set (``cell``), setting and scorer, over the samples that *every* scorer of the group has.
 
     Columns: ``by``, ``scorer, block, items, kl_nats, kl_nats_low, kl_nats_high`` (95 % bootstrap interval of the mean),
     ``loss_change_nats, perplexity_change_percent, answers_percent, answers_full_percent`` (of samples that have
@@ -95,7 +95,7 @@ def paired_differences(
 
 
 def wide_table(summary: pandas.DataFrame, setting: str, *, column: str = "kl_nats") -> pandas.DataFrame:
-    """Scorers down, cells across, one value; deployable scores first.
+    """Scorers down, test sets across, one value; deployable scores first.
 
     Item counts stand in the headers; oracles, which may run on fewer, have theirs in the block's name.
     """
@@ -113,7 +113,7 @@ def wide_table(summary: pandas.DataFrame, setting: str, *, column: str = "kl_nat
 
 
 def best_simple(summary: pandas.DataFrame) -> pandas.DataFrame:
-    """For each cell and setting: the best deployable score that is not learned, beside the best learned one."""
+    """For each test set and setting: the best deployable score that is not learned, beside the best learned one."""
     lines = []
     for (cell, setting), part in summary[summary.block == "deployable"].groupby(["cell", "setting"], sort=False):
         learned = part[part.scorer.str.startswith(LEARNED_PREFIX)]

@@ -2,8 +2,8 @@
 
 `text_html` is sent once per prompt and scorer: a span for each token with its scores. `style_html` is sent at each
 change: a style sheet that colours those spans by their identifiers, nothing else. The browser keeps the text, its
-layout and its scroll position. ``live.js``, sent once, tells what is pointed at and hands on what is selected. Strings
-only; no widget.
+layout and its scroll position. ``live.js``, sent once, shows the scores of the token under the pointer and reports the
+selected text. Strings only; no widget.
 """
 
 from __future__ import annotations

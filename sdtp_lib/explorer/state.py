@@ -1,6 +1,6 @@
-"""What the explorer shows, as a plain object: choices in, fates and numbers out. No widget, no torch.
+"""What the explorer shows, as a plain object: choices in, `TokenFates` and numbers out. No widget, no torch.
 
-The source of scores and answers is whatever has `Source`'s members; `engine_source.EngineSource` is the one on the real
+Scores and answers come from any object with `Source`'s methods; `engine_source.EngineSource` is the one on the real
 engine. Moving a choice cuts the scores of one unpruned run again (`token_fates.simulate`: approximate, no model call);
 only `ExplorerState.run` asks the source to prune for real.
 """
@@ -52,7 +52,7 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """What the engine really did: fates and answer, beside the same prompt unpruned. Seconds are of one run each."""
+    """What the engine did in a real run, dropped tokens and answer, beside the same prompt unpruned; one run each."""
 
     fates: TokenFates
     answer: str
@@ -176,7 +176,7 @@ class ExplorerState:
         return self.outcome.fates if self.outcome else self._fates
 
     def fates_of(self, scorer: str) -> TokenFates:
-        """The approximate fates under another scorer with the same choices."""
+        """The approximate `TokenFates` under another scorer with the same choices."""
         return self._cut(_one_of("scorer", scorer, self.source.scorers))
 
     def run(self) -> Outcome:

@@ -1,4 +1,4 @@
-"""Micro-benchmarks of one device: the achieved rates that a cost model asks for.
+"""Micro-benchmarks of one device: the rates it really reaches, which `cost_model` predicts from.
 
 Times single operations of a model's sizes (matrix products, causal attention, streaming, launches) and knows nothing of
 the model itself, pruning or predictions.
@@ -106,7 +106,7 @@ def _median_seconds(call: Callable[[], object], device: torch.device | str, repe
 
 
 def _seconds_a_launch(call: Callable[[], object], device: torch.device | str, launches: int = 2000) -> float:
-    """Host seconds an operation takes to be queued, the device not waited for in between."""
+    """Host seconds to queue one operation; the device is not waited for in between."""
     synchronise(device)
     start = time.perf_counter()
     for _ in range(launches):

@@ -1,9 +1,9 @@
 """Time and memory of callables, measured in turn, so that two numbers can be compared.
 
-Knows nothing of pruning: a *variant* is a name and a callable. Variants run A B A B ..., the order turning by one per
-repetition; warm-up first; the device is synchronised on both sides of the clock; medians with quartiles, and ratios
-of paired repetitions. CUDA is timed by events and watched through its allocator, a CPU by a wall clock, resident set
-and allocated bytes. Out of memory is a result of a variant, not the end of the run.
+Knows nothing of pruning: a *variant* is a name and a callable. Of variants A, B, C the first repetition runs A B C, the
+second B C A, the third C A B. Warm-up comes first; the device is synchronised on both sides of the clock; results are
+medians with quartiles, and ratios of paired repetitions. CUDA is timed by events and watched through its allocator, a
+CPU by a wall clock, resident set and allocated bytes. Out of memory is a result of a variant, not the end of the run.
 """
 
 from __future__ import annotations

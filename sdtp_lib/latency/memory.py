@@ -1,4 +1,4 @@
-"""Peak memory and energy of what runs between two moments, where the system counts them.
+"""Peak memory and energy of what runs between the start and the end of a watch, where the system counts them.
 
 CUDA: its allocator, and NVML's energy counter. A CPU: the resident set, torch's own allocations, and RAPL. Knows
 nothing of what is measured.

@@ -128,10 +128,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Two runs, cell by cell: ``prompt_tokens, method, field, before_ms, after_ms, ratio, verdict``.
+    """Two runs, by prompt length and method: ``prompt_tokens, method, field, before_ms, after_ms, ratio, verdict``.
 
     ``ratio`` is after / before. A change counts (``faster``, ``slower``) if it is above 3 % and the quartiles of the
-    two runs do not overlap; else the verdict is ``equal``. Cells that only one run has are ``missing``.
+    two runs do not overlap; else the verdict is ``equal``. What only one run has is ``missing``.
     """
     old, new = ({(row["prompt_tokens"], row["method"]): row for row in summary(rows)} for rows in (before, after))
     found = []

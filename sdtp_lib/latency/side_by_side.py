@@ -1,4 +1,4 @@
-"""Everything that `token_pruning` can be told, held against the unpruned model on a person's own prompts.
+"""Every budget and scorer that `token_pruning` takes, compared with the unpruned model on a person's own prompts.
 
 A *choice* is a budget and a scorer under one name. All choices of a comparison cost the same prefill FLOPs on each
 prompt. What is compared: the next-token distributions along the unpruned model's own answer, that answer, the time to

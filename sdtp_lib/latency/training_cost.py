@@ -1,7 +1,7 @@
 """What a label and a training step cost, as ratios of plain forward passes.
 
-Times the saliency pass and pruner training beside the forward, and the forward and backward to the inputs, that they
-cannot do without. Knows no file and no table.
+Times the saliency pass and a training step, beside two passes that they contain: a plain forward, and a forward with a
+backward to the inputs. Knows no file and no table.
 """
 
 from __future__ import annotations

@@ -78,10 +78,10 @@ def stacked_time(
     value: str = "ms",
     x_label: str = "time [ms]",
 ) -> Axes:
-    """One horizontal bar a ``method`` from its ``part``s, the total written at its end.
+    """One horizontal bar per ``method`` from its ``part``s, the total written at its end.
 
-    ``frame`` is long: one row per method and part with its time in ``value``; several rows of
-    one method and part are drawn as their median.
+    ``frame`` is long: one row per method and part with its time in ``value``; several rows of one
+    method and part are drawn as their median.
     """
     ax = axes_or_new(ax)
     need_columns(frame, method, part, value, what="stacked_time")

@@ -30,7 +30,7 @@ def best_tokens(best: Mapping[str, Sequence[int]], place: tuple[int, int] | None
 
 
 def concentration(rows: pd.DataFrame, threshold: float) -> str:
-    """What the best tenth of the tokens holds, and how many are salient; ``label, share, top_tenth_share``."""
+    """Saliency that the best tenth of the tokens holds, and how many are salient; ``label, share, top_tenth_share``."""
     median = rows.groupby("label", sort=False)[["share", "top_tenth_share"]].median()
     said = [
         f"by {_words(name)} the best tenth of the tokens holds {_percent(line.top_tenth_share)} of all saliency, and "

@@ -70,7 +70,7 @@ def dropped_text(
         Lines of text that are shown at most (see `excerpt`).
     """
     if len(tokens) != fates.tokens:
-        raise ValueError(f"{len(tokens)} tokens, but the fates of {fates.tokens}.")
+        raise ValueError(f"{len(tokens)} token texts, but fates of {fates.tokens} tokens: give both of one prompt.")
     ax = axes_or_new(ax)
     width = columns + (_MARGIN if places else 0)
     # 0.602 em: the advance of matplotlib's own fixed-width face, DejaVu Sans Mono

@@ -1,5 +1,5 @@
 """Figures of tokens against layers: saliency heat map, share of salient tokens, which layer still reads which token,
-and how far two scorers keep the same ones.
+and how many tokens two scorers both keep.
 
 Knows arrays, frames and strings; no model, no tokenizer. Axis letters: L layers shown, T prompt tokens.
 """

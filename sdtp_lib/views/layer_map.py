@@ -74,7 +74,7 @@ def layer_token_map_svg(
 
 
 def stage_paths(fates: TokenFates, first: int, stop: int) -> list[str]:
-    """SVG path data of the columns ``first .. stop - 1``, one string a stage and one for kept tokens."""
+    """SVG path data of the columns ``first .. stop - 1``, one string per stage and one for kept tokens."""
     stages = fates.stage_of_token()[first:stop]
     ends = [*fates.layers, fates.num_layers]
     edges = np.flatnonzero(np.diff(stages)) + 1

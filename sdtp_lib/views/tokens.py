@@ -40,7 +40,7 @@ border:1px solid rgb(128 128 128/.5)}
 
 
 def display_tokens(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """The text of each token as a reader sees it, one string an id (special tokens too).
+    """The text of each token as a reader sees it, one string per id (special tokens too).
 
     Bytes that are part of one character: the character stands at its first token, ``▫`` at the others.
     """
@@ -116,7 +116,7 @@ def dropped_tokens_html(
 ) -> str:
     """The text with each token on the colour of the layer before which it was dropped; kept tokens are grey.
 
-    Hovering shows position, scores by layer and the fate. Parameters as in `tokens_html`; ``fates`` says the rest.
+    Hovering shows position, scores by layer and the layer that dropped it. Parameters as in `tokens_html`.
     """
     _same_length(tokens=tokens, fates=fates.dropped_at)
     info = token_info(fates, positions)
@@ -160,7 +160,7 @@ def stage_key(fates: TokenFates) -> str:
 def text_block(
     spans: Iterable[str], *, title: str = "", key: str = "", max_height: int = 340, extra_css: str = ""
 ) -> str:
-    """Heading, line for what is hovered, scrolling text and legend around finished token spans."""
+    """Finished token spans in a scrolling box: a heading above, a line for the hovered token, the legend below."""
     head = f'<div class="head">{html.escape(title)}</div>' if title else ""
     return (
         f'<div class="sdtp">{STYLE}{extra_css}{head}<div class="over"><div class="info">hover a token</div>'
@@ -211,7 +211,9 @@ def scorers_html(
     Blue, solid line: only the first keeps it; orange, dashed: only the second; struck: neither; bold on grey: both.
     """
     if not len(tokens) == first.tokens == second.tokens:
-        raise ValueError(f"different prompts: {len(tokens)} tokens, fates of {first.tokens} and {second.tokens}.")
+        raise ValueError(
+            f"{len(tokens)} token texts, fates of {first.tokens} and {second.tokens} tokens: give those of one prompt."
+        )
     layer = first.num_layers - 1 if layer is None else layer
     has_a, has_b = first.dropped_at > layer, second.dropped_at > layer
     kinds = np.where(has_a & has_b, "both", np.where(has_a, "onlya", np.where(has_b, "onlyb", "gone")))
