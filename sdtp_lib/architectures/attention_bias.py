@@ -1,7 +1,7 @@
 """Inside attention: a bias on each key, added to the attention scores before the softmax.
 
-Part of the door to transformers' internals (`architectures`). Knows two ways in, and neither which one a family needs
-nor why anyone asks: `bias_route` tries them on the model itself and takes the first that proves right.
+Part of the door to transformers' internals (`architectures`). There are two ways to add a bias; which one a family
+needs is not known beforehand: `bias_route` tries them on the model itself and takes the first that proves right.
 
 - ``keys``: sdpa, with the bias as one more dimension of the keys. No T x T tensor.
 - ``mask``: eager attention, with the bias added to the T x T mask that each layer adds to its scores. Serves families

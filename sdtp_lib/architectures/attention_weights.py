@@ -1,8 +1,8 @@
-"""What the last tokens attend to: at a layer that is to come, and at one that has run.
+"""Attention weights of the last tokens: in a layer that is about to run, or in one that has run.
 
-Part of the door to transformers' internals (`architectures`). A layer is asked with the very arguments that it is
-called with, mask included, and weighs as its own attention function does: windows, packed sequences, dynamic masks,
-sinks and soft caps need not be known here. No T x T tensor of ours. Axes: B batch, T or N tokens, H heads, G key/value
+Part of the door to transformers' internals (`architectures`). The layer's own norms, projections and mask are used, and
+the arguments that it is called with: windows, packed sequences, dynamic masks, sinks, soft caps need not be known here.
+No T x T tensor is made. Axes: B batch, T or N tokens, H heads, G key/value
 heads, w queries, D hidden size, d head size.
 """
 

@@ -91,7 +91,7 @@ class _Probe:
         )
 
     def _odds(self, route: Callable) -> str | None:
-        """The mask may be added before the scores are scaled: then a bias is not what it says."""
+        """Whether a bias b multiplies a key's odds by exp(b): not where scores are scaled after the mask is added."""
         for layer in self._one_of_each_kind():
             shift = torch.linspace(-1, 1, _PROBE_TOKENS)
 

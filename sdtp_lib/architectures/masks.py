@@ -95,13 +95,21 @@ def _cut_tensor(mask: torch.Tensor, queries: torch.Tensor | None, keys: torch.Te
 def _pick(mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     batch = max(mask.shape[0], rows.shape[0], columns.shape[0])
     which = torch.arange(batch, device=mask.device)[:, None, None]
-    # Indices around a slice put the sliced axis last: (B, q, n, H).
+    # (B, 1, 1), (B, q, 1), (B, 1, n) broadcast to (B, q, n). Indices on both sides of a slice put the sliced axis last:
+    # (B, q, n, H).
     picked = mask.expand(batch, -1, -1, -1)[which, :, rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2)
 
 
 def _without_padding(mask: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Padding is seen by nobody but itself: an empty row would be NaN, and NaN times a zero weight is still NaN."""
+    """Padding is seen by nobody but itself: an empty row would be NaN, and NaN times a zero weight is still NaN.
+
+    Example: two rows keep 3 and 2 tokens, ``keys = [[0, 2, 5], [-1, 3, 5]]``. The mask of row 1 becomes::
+
+        [[1, 0, 0],      padding sees itself only
+         [0, 1, 0],      token 3 sees itself
+         [0, 1, 1]]      token 5 sees 3 and itself
+    """
     q, n = mask.shape[2], mask.shape[3]
     valid = keys >= 0
     seen = valid[:, None, None, :]
@@ -137,6 +145,8 @@ def _cut_block_mask(mask: Any, queries: torch.Tensor | None, keys: torch.Tensor)
     columns, valid = keys.clamp_min(0), keys >= 0
     rows = None if queries is None else queries.clamp_min(0)
 
+    # A flex mask is a function of indices. Asked about query 2 and key 1 of kept tokens [0, 2, 5], it asks the model's
+    # own about query 5 and key 2.
     def mask_mod(row: Any, head: Any, query: Any, key: Any) -> Any:
         # A tensor also where all rows share one list: torch 2.7 cannot map over an index that mixes both kinds.
         this = row if keys.shape[0] > 1 else row * 0

@@ -1,6 +1,6 @@
 """From scores to the tokens that stay: pure functions of tensors.
 
-Knows no model, no configuration object and no scorer. A *stage layout* is left-padded: row b's ``counts[b]`` living
+Knows no model, no configuration object and no scorer. A *stage layout* is left-padded: row b's ``counts[b]`` kept
 tokens are its last columns. Axes: B rows, N columns before the cut, K after it, D hidden size.
 """
 
@@ -24,13 +24,13 @@ def select_positions(
     Parameters
     ----------
     scores : Tensor (B, N)
-        Higher is more important. Columns left of a row's living tokens are ignored, whatever they hold.
+        Higher is more important. Columns left of a row's tokens (padding) are ignored, whatever they hold.
     counts, kept : ints, one per row
-        Living tokens, and how many of them stay (``0 < kept <= counts``).
+        Tokens before the cut, and how many of them stay (``0 < kept <= counts``).
     sink_tokens : int
-        The first living tokens of each row that always stay.
+        The first tokens of each row that always stay.
     local_tokens : ints, one per row
-        The last kept tokens of each row that always stay. Protected tokens must fit into ``kept``.
+        The last tokens of each row that always stay. Protected tokens must fit into ``kept``.
     protected : Tensor (B, N) of bool, optional
         Further tokens that always stay.
 
@@ -38,6 +38,15 @@ def select_positions(
     -------
     Tensor (B, K) of int64, K = max(kept)
         Ascending columns; rows that keep fewer are padded on the left with -1.
+
+    Examples
+    --------
+    T = 10; row 0 keeps 6 of 10 tokens, row 1 (two columns of padding) 5 of 8. Two sinks and the last three always stay;
+    in row 0 that leaves one place, for column 4, the best of columns 2 to 6::
+
+        select_positions(scores, counts=[10, 8], kept=[6, 5], sink_tokens=2, local_tokens=[3, 3])
+        [[ 0, 1, 4, 7, 8, 9],
+         [-1, 2, 3, 7, 8, 9]]
     """
     columns = scores.shape[1]
     width = max(kept)
@@ -85,6 +94,8 @@ def gather_tokens(values: torch.Tensor, columns: torch.Tensor, dim: int = 1) -> 
     """``values`` at ``columns`` (B, K) along the token axis ``dim``; padding (-1) repeats the first column.
 
     ``values`` may have batch size 1 where ``columns`` has B rows (rotary tables, position ids): it is shared then.
+    Example: hidden states (2, 10, D) at the columns (2, 6) of `select_positions` above are (2, 6, D). Row 1's padding
+    is a copy of column 0; it is masked wherever it is read.
     """
     columns = columns.clamp_min(0).to(values.device)
     if columns.shape[0] == 1:

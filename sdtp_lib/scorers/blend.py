@@ -1,7 +1,8 @@
 """Scores made comparable: standardised, smoothed over neighbours, and mixed at a stage.
 
-A learned score finds what an answer far back needs and is uneven from token to token; what the last tokens attend to,
-and recency, hold running text together. `Blend` weighs the three. Axes: B batch, N living tokens.
+A learned score finds the tokens that an answer far back needs, but it is noisy from token to token. Attention of the
+last tokens and recency do better on running text. `Blend` is a weighted sum of the three.
+Axes: B batch, N kept tokens.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Blend:
-    """Weights of the parts of a score, each standardised over the living tokens of a row first.
+    """Weights of the parts of a score, each standardised over the kept tokens of a row first.
 
     Attributes
     ----------
     learned, attention, recency
-        Weights of the pruner's score, of the logarithm of the attention that the last ``window`` tokens paid one layer
+        Weights of the pruner's score, of the logarithm of the attention paid by the last ``window`` tokens one layer
         earlier, and of the position. A weight of 0 leaves the part out and costs nothing.
     floor
-        The learned part counts from so many deviations above its mean on: what stands out stays, and the order of all
-        that does not is left to the other parts. None: the whole range counts.
+        Where the learned score is cut off from below, in standard deviations above its mean: under it all tokens count
+        alike, and the other parts decide their order. None: no cut-off.
     smoothing
         Neighbours (odd) that the learned score is averaged over: an answer is a span, not a token.
     window, kernel
-        Of the attention: last tokens that ask, and neighbours of which the strongest counts (SnapKV, arXiv 2404.14469).
+        Of the attention: query tokens, and neighbours of which the strongest counts (SnapKV, arXiv 2404.14469).
     """
 
     learned: float = 1.0
@@ -56,7 +57,7 @@ class Blend:
         return self.mixed(learned, stage.valid, stage.positions, paid)
 
     def mixed(self, learned: Tensor, valid: Tensor, positions: Tensor, paid: Tensor | None) -> Tensor:
-        """The same, differentiable in ``learned``, from the stage's parts; ``paid`` (B, H, N) sums over the askers."""
+        """The same, differentiable in ``learned``; ``paid`` (B, H, N) is attention summed over the query tokens."""
         total = torch.zeros_like(learned, dtype=torch.float32)
         if self.learned:
             smooth = average_of_neighbours(learned.float(), valid, self.smoothing)

@@ -1,7 +1,7 @@
 """Scores that need no training, behind one protocol (`sdtp_lib.pruning.stage.Scorer`): baselines, and given scores.
 
 A scorer sees a stage and returns one number per token, higher meaning more important. It does not know the engine.
-Axes: B batch, N living tokens, H heads, w queries.
+Axes: B batch, N kept tokens, H heads, w query tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def given(scores: Mapping[int, torch.Tensor]) -> Scorer:
 
 
 def weighted(parts: Sequence[tuple[Scorer, float]]) -> Scorer:
-    """Weighted sum of scorers, each standardised over the living tokens of a row first."""
+    """Weighted sum of scorers, each standardised over the kept tokens of a row first."""
     if not parts:
         raise ValueError("parts=[] names no scorer: give [(scorer, weight), ...].")
     return _Weighted(tuple((scorer, float(weight)) for scorer, weight in parts))
@@ -67,7 +67,7 @@ class _Random:
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         # An integer hash (a splitmix64 finaliser) instead of a generator: the same token gets the same score in any
-        # batch, on any device, and whichever tokens are still alive.
+        # batch, on any device, and whichever tokens were dropped before.
         stream = (self.seed * 1_000_003 + stage.layer_index) * 2_654_435_761 % 2**62
         state = stage.positions.clamp_min(0) + stream
         for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
@@ -133,7 +133,7 @@ class _Given:
         if values.dim() != 2 or values.shape[0] not in (1, stage.positions.shape[0]) or values.shape[1] < longest:
             raise ValueError(
                 f"given scores for layer {stage.layer_index} have shape {tuple(values.shape)}, but the prompt has "
-                f"{stage.positions.shape[0]} row(s) of up to {longest} tokens: give one score a prompt token."
+                f"{stage.positions.shape[0]} row(s) of up to {longest} tokens: give one score per prompt token."
             )
         return values.expand(stage.positions.shape[0], -1).gather(1, stage.positions.clamp_min(0))
 

@@ -1,6 +1,18 @@
 """The network of one stage: hidden states and side inputs -> one score per token. `TokenPruners` holds one per stage.
 
-Axes: B batch, n tokens, D hidden size, Q last tokens, H query heads, R rank, A attention inputs.
+Axes: B batch, n kept tokens, D hidden size, Q query tokens, H query heads, R rank, A attention inputs.
+
+Example: SmolLM2 (D = 576, 9 attention heads), a prompt of T = 10 of which 6 tokens are left before layer 7. The network
+reads hidden states (1, 6, 576) and side inputs (1, 6, S), S = 79 numbers per token:
+
+    distance to the end          8   of positions [0, 1, 4, 7, 8, 9], as they were in the prompt: 9, 8, 5, 2, 1, 0
+    query-key products           8   one per query head, with the last 32 tokens (here: all 6)
+      averaged over the passage  8   of 65 neighbours (here: all 6, so six times the same mean)
+    attention of 3 layers x 9   27   paid by the query tokens in layers 4, 5, 6, strongest of 7 neighbours
+      averaged over the passage 27
+    score at the stage before    1   of the same 6 tokens, standardised; 0 at the first stage
+
+and gives scores (1, 6): ``out(gelu(down(norm(x)) + side(s))) + skip(s)``.
 """
 
 from __future__ import annotations
@@ -33,7 +45,7 @@ class StageInputs:
     prompt_lengths
         (B,) real tokens per prompt.
     attention
-        (B, n, A), `Stage.attention_mass` of the layers that the stage looks back at; with the input ``"attention"``.
+        (B, n, A), `Stage.attention_mass` in the layers before the stage; with the input ``"attention"``.
     memory
         (B, n), the standardised scores of the stage before; None at the first.
     """
@@ -104,8 +116,10 @@ class StagePruner(nn.Module):
         return inner + self.down.bias.float(), keys
 
     def _query_inputs(self, hidden_states: Tensor, keys: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
-        """(B, H, n): what the last tokens look for, per head; log-mean-exp over the last ``query_window`` tokens."""
-        # The prompt's last tokens, wherever they stand: in training the response comes after them in the same row.
+        """(B, H, n): how well a token's key matches the query tokens, per head; log-mean-exp over the query tokens."""
+        # Query tokens are found by position, not by column: in training a row goes on with the response. Example: a
+        # prompt of 10 tokens, 6 of them kept, window 4: columns 2..5, if their distance to the end is below 4. Of
+        # positions [0, 1, 4, 7, 8, 9] that leaves 7, 8, 9: token 4 was kept, but is no longer among the last four.
         columns = torch.arange(valid.shape[1], device=valid.device)
         end = (columns * valid).amax(dim=1, keepdim=True)
         places = end - torch.arange(self.window - 1, -1, -1, device=valid.device)
@@ -114,7 +128,7 @@ class StagePruner(nn.Module):
         asks = (places >= 0) & valid.gather(1, within) & (distance.gather(1, within) < self.window)
         queries = F.linear(last, self.query.weight.to(last.dtype)).float() * _inverse_rms(last)
         queries, keys = (each.unflatten(-1, (self.heads, -1)) for each in (queries, keys))
-        # Tokens last: a sum over the few askers then runs along whole rows.
+        # The token axis comes last, so that the sum over the few query tokens runs along contiguous memory.
         products = torch.einsum("bqhr,bnhr->bhqn", queries / math.sqrt(keys.shape[-1]), keys)
         products = products.masked_fill(~asks[:, None, :, None], -torch.inf)
         count = asks.sum(-1).clamp(min=1).float().log()[:, None, None]
@@ -142,12 +156,12 @@ def _safe(hidden_states: Tensor) -> Tensor:
 
 
 def _even_share(mass: Tensor, valid: Tensor) -> Tensor:
-    """(B, A, n) attention (B, n, A) in units of what each token would get if all got the same, float32."""
+    """(B, A, n) attention (B, n, A) in units of an even share, float32: 1 if all kept tokens got the same."""
     return mass.float().transpose(1, 2) * (valid.sum(dim=1).clamp(min=1).float()[:, None, None] / ASKING_TOKENS)
 
 
 def _in_logarithms(share: Tensor) -> Tensor:
-    """About -1.3 for no attention, 1 for an even share: a hundredth of it is as good as nothing."""
+    """Attention in even shares on a log scale: about -1.3 for none (0.01 is the floor), 1 for an even share."""
     return 0.5 * (share + 0.01).log() + 1.0
 
 
