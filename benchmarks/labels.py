@@ -1,4 +1,4 @@
-"""Which label is right: rank agreement with the gold check, and what each label is worth as an oracle.
+"""Which label is right: rank agreement with removing tokens for real, and KL where the label itself is the score.
 
     python benchmarks/labels.py                    # about 15 minutes on 2 cores
     python benchmarks/labels.py --cells text needle --samples 8 --layers 4 13 22
@@ -6,8 +6,8 @@
 
 The gold check removes blocks of neighbouring tokens from a layer on, one block at a time, and takes the KL of the
 response (`sdtp_lib.training.labels.block_effects`). A label's agreement is its Spearman correlation with that, its
-values summed by block. As an oracle a label is given to the engine as the score. One row a (sample, layer, label) and a
-(sample, setting, label); runs resume.
+values summed by block. As an oracle a label is given to the engine as the score. One row per
+sample, layer and label, and one per sample, setting and label; runs resume.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace, path: Path) -> None:
 
 
 def by_cell(rows: pandas.DataFrame, name: str, value: str) -> pandas.DataFrame:
-    """The mean of ``value``, a row a ``name`` and a column a cell, with the cell's count of samples."""
+    """The mean of ``value``: one row per ``name``, one column per test set, whose head counts its samples."""
     wide = rows.pivot_table(index=name, columns="cell", values=value, sort=False)
     counts = rows.groupby("cell")["sample"].nunique()
     wide.columns = [f"{cell} (n={counts[cell]})" for cell in wide.columns]

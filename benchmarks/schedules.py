@@ -7,8 +7,8 @@
     python benchmarks/schedules.py first --scorer attention
 
 A schedule is a list of layers with one keep ratio each. The learned score has only its own layers to choose from; the
-simple ones take any. ``--speedup`` is the ratio of causal prefill FLOPs (`sdtp_lib.budget.speedup_limit`). One row a
-(sample, schedule); runs resume. Writes a picture beside the rows.
+simple ones take any. ``--speedup`` is the ratio of causal prefill FLOPs (`sdtp_lib.budget.speedup_limit`). One row
+per sample and schedule; runs resume. Writes a picture beside the rows.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def grid(shape: ModelShape, layers: list[int], tokens: int, speedup: float) -> d
 
 
 def summary_of(path: Path, settings: Sequence[str], split: str, scorer: str):
-    """Mean KL by schedule and cell, and the geometric mean over cells."""
+    """Mean KL by schedule and test set, and the geometric mean over test sets."""
     import numpy
 
     frame = read_frame(path)

@@ -1,4 +1,4 @@
-"""The measure: what each score costs in quality at the same budget, over text, long-context tasks and instructions.
+"""What each score costs in quality at the same budget, on text, long-context tasks, instructions and news.
 
 One command, one row per test set, sample, setting and scorer, resumable, deterministic:
 

@@ -4,7 +4,7 @@
     python benchmarks/tune_blend.py DIR --learned 1 2 --recency 0.3
 
 The measure is the KL to the unpruned model on text, long-context tasks and instructions (never the held-out side), as
-a geometric mean over groups and presets, so that none outweighs another. One row a (candidate, sample); runs resume.
+a geometric mean over groups and presets, so that none outweighs another. One row per candidate and sample; runs resume.
 """
 
 from __future__ import annotations

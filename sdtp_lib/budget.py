@@ -30,12 +30,12 @@ def local_count(tokens: int, local_ratio: float, min_local_tokens: int) -> int:
 
 
 def protected_count(tokens: int, config: PruningConfig) -> int:
-    """How many of ``tokens`` alive tokens may never be dropped: the sinks and the local end, counted once each."""
+    """How many of ``tokens`` kept tokens may not be dropped: the sinks and the last ones, each counted once."""
     return min(tokens, config.sink_tokens + local_count(tokens, config.local_ratio, config.min_local_tokens))
 
 
 def keep_count(tokens: int, layer_index: int, config: PruningConfig, protected: int | None = None) -> int:
-    """How many of ``tokens`` alive tokens of a row stay at the stage before ``layer_index``.
+    """How many of a row's ``tokens`` kept tokens stay at the stage before ``layer_index``.
 
     ``k = min(n, max(floor(r n + 1e-9), protected))``; a budget in tokens stands in for ``floor(r n)``. ``protected`` is
     what may not be dropped, by default `protected_count`; an adaptive budget (``keep_mass``) keeps at least that.

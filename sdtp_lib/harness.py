@@ -159,7 +159,7 @@ class SDTPLM(HFLM):
     def _score(
         self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[tuple[float, bool]]]:
-        """Scores of each context's continuations: one pruned prefill of the batch, then one forward a continuation."""
+        """Scores of each context's continuations: one pruned batch prefill, then one forward per continuation."""
         lengths = torch.tensor([len(context) for context in contexts], device=self.device)
         ids, mask = (tensor.to(self.device) for tensor in pad_left(contexts))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)

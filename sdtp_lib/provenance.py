@@ -68,7 +68,7 @@ def _cells(notebook: str) -> list[tuple[str, str, list[str]]]:
 
 
 def origin_line(fields: Mapping[str, Any]) -> str:
-    """Model, device and commit of a passport in one line, for pictures and first outputs."""
+    """Model, device and commit in one line, from provenance fields: for pictures and first outputs."""
     name, device = str(fields.get("model")), fields.get("device_name") or str(fields.get("device"))
     name = {"embedded": "SmolLM2-135M-Instruct"}.get(name, Path(name).name if Path(name).is_dir() else name)
     weights = f" ({fields['weights']})" if fields.get("weights") not in (None, "as published") else ""
@@ -135,7 +135,7 @@ def passport(
 
 
 def identity(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a passport that all rows of one file share.
+    """The part of the provenance fields that all rows of one file share.
 
     A device counts without its number, since processes that share a run sit on ``cuda:0``, ``cuda:1`` and so on. The
     pruning is left out: a file may hold several, told apart by the rows' keys.

@@ -168,7 +168,7 @@ class RowWriter:
         Raises
         ------
         ValueError
-            A key that is already there, a field that the passport or the schema owns, or a value JSON cannot hold.
+            A key that is already there, a field that provenance or the schema owns, or a value JSON cannot hold.
         """
         if self._file is None or self._file.closed:
             raise ValueError(f"the writer of {self.path.name} is not open: use `with RowWriter(...) as rows:`.")
@@ -176,7 +176,7 @@ class RowWriter:
             raise ValueError(f"key={key!r} is already in {self.path.name}: ask `done(key)` first.")
         owned = sorted({"schema_version", *self._passport}.intersection(fields))
         if owned:
-            raise ValueError(f"field(s) {owned} belong to the passport of {self.path.name}: give them other names.")
+            raise ValueError(f"field(s) {owned} are provenance fields of {self.path.name}: give yours other names.")
         row = {"schema_version": SCHEMA_VERSION, "key": key, "kind": kind, **self._passport, **fields}
         return self._append({name: plain(name, value) for name, value in row.items()})
 
@@ -227,7 +227,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_frame(path: str | os.PathLike[str]) -> pandas.DataFrame:
-    """The rows of a file as a data frame, one column a field."""
+    """The rows of a file as a data frame, one column per field."""
     with extra("train"):
         import pandas
 

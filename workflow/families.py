@@ -1,4 +1,4 @@
-"""Every causal LM of transformers, pruned and held against the truth: `make sweep`.
+"""Every causal LM of transformers, pruned and compared with an independent slow reference: `make sweep`.
 
 python workflow/families.py                 # all families and backends, goes on where it stopped, writes the matrix
 python workflow/families.py llama doge      # some families; prints their counts, writes no matrix

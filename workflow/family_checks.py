@@ -1,4 +1,4 @@
-"""What is asked of a family: is the pruned model the masked one, are scores and counts what they say?
+"""The checks of a family: does the pruned model equal the masked one, are scores and counts right?
 
 Each check takes a `Subject` (a tiny float64 model of one family and backend) and gives its largest difference. The
 truth is computed by `sdtp_lib.pruning.masked_reference`, by transformers itself (``output_attentions``) or counted by

@@ -1,4 +1,4 @@
-"""What is asked of a family's labels: each one against an explicit bias in the mask of every layer.
+"""The checks of a family's labels: each label against an explicit bias in the mask of every layer.
 
 The gradient of the loss at that bias is what a removal label claims to be; `gradient_x_hidden` is held against a scale
 on a layer's input and `attention_entropy` against ``output_attentions``. None of it is code that is under test.

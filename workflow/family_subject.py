@@ -1,7 +1,7 @@
-"""A model that is asked, and how an answer is judged: the plain model's own numbers, tolerances and outcomes.
+"""The model under test, and how a check is judged: the plain model's own numbers, tolerances and outcomes.
 
-What is asked stands in `family_checks` and `family_labels`. The plain model must agree with itself (its cache, its
-padding, its mask) before anything is held against it.
+The checks are in `family_checks` and `family_labels`. The plain model must agree with itself (its cache, its padding,
+its mask) before pruning is compared with it.
 """
 
 from __future__ import annotations

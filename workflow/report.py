@@ -90,7 +90,7 @@ def notebook_pages(run: Path, stamps: Sequence[Mapping[str, Any]]) -> None:
 
 
 def runs_table(run: Path, stamps: Sequence[Mapping[str, Any]]) -> str:
-    """One line an executed notebook, with a link to its copy, relative to the page."""
+    """One line per executed notebook, with a link to its copy, relative to the page."""
     lines = []
     for stamp in stamps:
         link = (project_root() / stamp["executed"]).with_suffix(".html").relative_to(run).as_posix()
@@ -155,7 +155,7 @@ def _pareto_by_cell(lines: Any) -> Any:
 
 
 def provenance(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every value of every passport field that the rows hold."""
+    """Every value of every provenance field that the rows hold."""
     names = [name for name in passport() if name != "utc"]
     seen = {name: sorted({str(row.get(name)) for row in rows}) for name in names}
     return f"<pre>{html.escape(json.dumps(seen, indent=1))}</pre>"

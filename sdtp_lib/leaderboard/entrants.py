@@ -1,6 +1,6 @@
 """`Entrant`: one line of the leaderboard, a method of the registry or this project's training-free default.
 
-Each says what it keeps for a wanted prefill speed-up by FLOPs, or that it cannot be so fast. Runs no model.
+Each says what it keeps for a wanted prefill speed-up by FLOPs, or that it cannot reach it. Runs no model.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Entrant:
         Raises
         ------
         ValueError
-            If the method cannot prefill so fast at any length.
+            If the method cannot reach the speed-up at any length.
         """
         if self.method is not None:
             return self.method.at_speedup(speedup)
@@ -66,7 +66,7 @@ class Entrant:
         return budget.SpeedupBudget(stages, speedup, ModelShape.from_model(model))
 
     def out_of_reach(self, model: Any, speedup: float, tokens: int) -> str:
-        """Why a prompt of so many tokens cannot be prefilled so fast; empty where it can."""
+        """Why the speed-up cannot be reached on a prompt of so many tokens; empty where it can."""
         try:
             wanted = self.budget(model, speedup)
             wanted = wanted.budget_for(model) if isinstance(wanted, Method) else wanted

@@ -92,7 +92,7 @@ class Measurement:
                 self._writer.add(key, kind="out of reach" if short else "failure", **own, error=reason[:300])
 
     def _reaches(self, each: Entrant, step: Step) -> bool:
-        """Whether the method can be so fast at this length; if not, one row says so."""
+        """Whether the method can reach the speed-up at this length; if not, one row says so."""
         place = (each.name, step.speedup, step.length)
         if place not in self._reach:
             self._reach[place] = why = each.out_of_reach(self._model, step.speedup, step.length)
@@ -105,7 +105,7 @@ class Measurement:
         return not self._reach[place]
 
     def _run_unpruned(self, step: Step, item: Any, prompt: Sequence[int], key: str, labels: Mapping[str, Any]) -> Any:
-        """What pruned runs are held against, and the fields of it that their rows repeat."""
+        """The unpruned run that pruned ones are compared with, and the fields of it that their rows repeat."""
         known = self._unpruned.get(key)
         if known is not None and step.sort not in (KL, TIME):
             return known, _beside(known)
@@ -178,7 +178,7 @@ class Measurement:
     def _generated(
         self, prompt: Sequence[int], wanted: Any, scorer: Any, *, most: int, stop: Sequence[int] = (), right: Any = None
     ) -> tuple[dict[str, Any], Any]:
-        """Greedy decoding up to ``most`` tokens, an end token, or what ``right`` is content with."""
+        """Greedy decoding up to ``most`` tokens, an end token, or the right answer (``right`` says so)."""
         ends = {*end_tokens(self._model), *stop}
         ids = torch.tensor([list(prompt)], device=self._model.device)
         watch = Stopwatch(ids.device)

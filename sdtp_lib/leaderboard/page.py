@@ -89,7 +89,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _in_words(frame: Any) -> list[str]:
     others = words.better_elsewhere(frame)
     goals = [f"- {goal}" for goal in words.goals(frame)] or ["- not measured at 2x yet"]
-    places = [f"- {sentence}" for sentence in others] or ["- In no cell is another method's mean lower than ours."]
+    places = [f"- {sentence}" for sentence in others] or ["- On no test set is another method's mean lower than ours."]
     return [
         "## In words",
         "",

@@ -1,4 +1,4 @@
-"""Which item is measured when: whatever exists at any moment is balanced over methods, test sets and tasks.
+"""The order of measurements: a run stopped at any moment is balanced over methods, test sets and tasks.
 
 A step is one item at one speed-up, run by all methods one after the other. The first pass takes, at the first length
 and the first speed-up, item after item of each KL test set and with each of them one item of RULER, task by task. Then
@@ -36,7 +36,7 @@ class Step:
     cell
         The test set, task or data set.
     length, number
-        Prompt tokens; which item of the cell.
+        Prompt tokens; which item of the test set.
     speedup
         Wanted prefill speed-up by FLOPs.
     """

@@ -70,7 +70,7 @@ def methods_in(frame: pandas.DataFrame) -> list[str]:
 
 
 def kl_by_cell(part: pandas.DataFrame) -> dict[str, dict[str, Mean]]:
-    """Cell -> method -> mean KL [nats per token] with its bootstrap interval."""
+    """Test set -> method -> mean KL [nats per token] with its bootstrap interval."""
     found: dict[str, dict[str, Mean]] = {}
     for cell, rows in part[part.sort == KL].groupby("cell", sort=False):
         found[cell] = {}

@@ -1,4 +1,4 @@
-"""What the earlier reproduction of SDTP does: a pruned pass without a cache, then the shortened prompt from anew."""
+"""What an earlier reproduction of SDTP does: a pruned pass without a cache, then a prefill of the shortened prompt."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sdtp_lib.pruning.trace import PruningTrace
 
 @dataclass(frozen=True, kw_only=True)
 class EarlierScheme(SDTP):
-    """SDTP's stages in a first pass over all layers, then all layers on the survivors, renumbered.
+    """SDTP's stages in a first pass over all layers, then all layers on the kept tokens, renumbered.
 
-    A part of prefill is paid twice: kept to be measured, not to be used.
+    Kept tokens are computed twice: this method is here to be measured, not to be used.
     """
 
     name: ClassVar[str] = "earlier-scheme"

@@ -1,4 +1,4 @@
-"""LazyLLM (arXiv 2407.14057): by stages, what the last token attends to."""
+"""LazyLLM (arXiv 2407.14057): at several stages, the tokens that the last token attends to most stay."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ class LazyLLM(Method):
 
 
 def attention_of_the_last_token(stage: Stage) -> torch.Tensor:
-    """(B, N): what the last token paid in the layer that has just run, mean over heads."""
+    """(B, N): attention paid by the last token in the layer that has just run, mean over heads."""
     return stage.attention_just_paid(1).mean(dim=(1, 2))

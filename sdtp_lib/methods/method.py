@@ -44,12 +44,12 @@ def pass_flops(shape: ModelShape, tokens_per_layer: list[int]) -> float:
 
 
 class SpeedupOutOfReach(ValueError):
-    """A method cannot prefill so fast, whatever its budget; the message has the most that it can."""
+    """A method cannot reach the wanted speed-up with any budget; the message has the highest that it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to shorten a prefill, under its paper's name.
+    """A published way to shorten a prefill, under its paper's name.
 
     Attributes
     ----------
@@ -149,14 +149,14 @@ class MethodScorer:
 
     @property
     def identity(self) -> str:
-        """The same at every speed-up: how much goes is the budget's."""
+        """The same at every speed-up: how much is dropped belongs to the budget, not to the score."""
         return f"{self.name} {content_id(dataclasses.replace(self.method, speedup=None))}"
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         return self.score(stage)
 
     def check(self, model: Any, config: PruningConfig) -> None:
-        """Refuse a model whose attention cannot be read, before any compute."""
+        """Refuse a model whose attention weights cannot be read, before any compute."""
         refuse_unreadable(model, config.layers)
 
 

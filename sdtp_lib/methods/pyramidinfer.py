@@ -1,4 +1,4 @@
-"""PyramidInfer (arXiv 2405.12532): before every layer a few go, fewer at first and more with the depth."""
+"""PyramidInfer (arXiv 2405.12532): a few tokens are dropped before every layer, more in deeper layers."""
 
 from __future__ import annotations
 

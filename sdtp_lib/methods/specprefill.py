@@ -38,7 +38,7 @@ class SpecPrefill(Method):
     keep
         Share of the chunks that stay (the paper: 0.05 to 0.3).
     look_ahead
-        Tokens that the draft generates to ask with.
+        Tokens that the draft generates; their attention scores the prompt.
     chunk, kernel
         Tokens of a chunk; neighbours that attention is averaged over.
     own_depth

@@ -54,5 +54,5 @@ def best_blocks(means: torch.Tensor, size: int, *, mass: float | None = None, co
 
 
 def decided(stays: torch.Tensor) -> torch.Tensor:
-    """Scores (1, N) that say themselves what stays: under ``keep_mass=1.0`` all that have 1, and none that has 0."""
+    """Scores (1, N), 1 for each token that stays and 0 for the others; ``keep_mass=1.0`` keeps exactly the ones."""
     return stays.to(torch.float32)
