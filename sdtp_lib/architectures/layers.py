@@ -1,7 +1,7 @@
 """The door to transformers' internals: where the decoder layers are, and what they are called with.
 
-With its neighbours in this folder this is the only place that knows how a family of models is built. It does not know
-why anyone asks: nothing here prunes. Families that follow the common decoder-layer signature (Llama, Mistral, Qwen2/3,
+With its neighbours in this folder this is the only place that knows how a family of models is built. Nothing here
+prunes. Families that follow the common decoder-layer signature (Llama, Mistral, Qwen2/3,
 Phi-3, OLMo 2, SmolLM3, Gemma 2/3, GPT-NeoX, GPT-2, ...) share one path; BLOOM's alibi is the one special case. Axes:
 B batch, T tokens, D hidden size.
 """
@@ -26,7 +26,7 @@ _CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
 _ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
 # Their stacks end in ``hidden_states.view(-1, prompt length, D)``.
 _RESHAPE_OUTPUT = ("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "codegen")
-# What a decoder layer may be called with and we know how to shorten (or may safely leave alone).
+# Arguments of decoder layers that `pruning.continuation` shortens, or that may stay as they are.
 _KNOWN_ARGUMENTS = {
     "hidden_states", "attention_mask", "position_ids", "position_embeddings", "alibi", "use_cache", "output_attentions",
     "cache_position", "head_mask", "encoder_hidden_states", "encoder_attention_mask", "layer_idx",
@@ -111,7 +111,7 @@ def describe(model: nn.Module | Architecture) -> Architecture:
     ------
     PruningNotSupported
         For what is no model or a kind that cannot be served (`unsupported`), and for decoder layers that
-        cannot be found or take arguments which nobody taught us to shorten; the message names what is missing.
+        cannot be found or take an argument that is not known here and so cannot be shortened; the message names it.
     """
     if isinstance(model, Architecture):
         return model

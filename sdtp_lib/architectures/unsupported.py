@@ -1,8 +1,8 @@
 """Which models pruning cannot serve, and why: refused on entry, by what a model and its layers are.
 
-It knows nothing of hooks, nor of the masks that transformers makes. Where it can it asks transformers: the cache that a
-model would make says for each layer whether that holds keys and values, which can be of fewer tokens, or something
-else, which cannot.
+Where possible the answer comes from transformers: the cache that it would make for a model says for each layer whether
+it holds keys and values, which may be of fewer tokens, or something else (a state of all tokens, say), which cannot be
+pruned.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A prompt that ``generate`` hands over in chunks: its tokens, what stays of each chunk, what each forward is over.
 
-Knows no layers; `chunks` runs the forwards. Axes: B rows, T columns of the prompt, C of a chunk, w asking tokens.
+Knows no layers; `chunks` runs the forwards. Axes: B rows, T columns of the prompt, C of a chunk, w query tokens.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ChunkedPrompt:
 
     @property
     def asking_here(self) -> int:
-        """Tokens that go with the next chunk; the last one has them."""
+        """Query tokens that go with the next chunk; none with the last one, which has them."""
         return self.asking if self.number < len(self.columns) - 2 else 0
 
     def plan(self, number: int | None = None) -> list[list[int]]:
@@ -100,13 +100,13 @@ class ChunkedPrompt:
             )
 
     def at(self, values: torch.Tensor) -> torch.Tensor:
-        """The columns of (B, T) ``values`` that the next forward is over: of the chunk, and of what asks."""
+        """The columns of (B, T) ``values`` that the next forward is over: the chunk and the query tokens."""
         start, end = self.here
         chunk = values[:, start:end]
         return torch.cat([chunk, values[:, -self.asking_here :]], dim=1) if self.asking_here else chunk
 
     def with_asking(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The stack's arguments for the next chunk with the asking tokens behind it.
+        """The stack's arguments for the next chunk with the query tokens behind it.
 
         Raises
         ------

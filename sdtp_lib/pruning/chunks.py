@@ -1,14 +1,14 @@
 """A prompt that comes in chunks, each cut before the next: memory grows with a chunk and with what is kept.
 
-What is asked for stands at the end, and is not there yet when the first chunk is scored. So the prompt's last tokens
-go with each chunk as if they came right behind it: scorers see them as the last tokens, at the positions that they have
-in the prompt; when the forward is done their keys are taken out of every layer's cache again. Which tokens a chunk
-keeps is all that they decide: what is computed of the kept ones is what one forward over the whole prompt computes.
+What a prompt asks for stands at its end, which is not there yet when the first chunk is scored. So the prompt's last
+tokens, its *query tokens*, go with each chunk as if they came right behind it: scorers see them as the last tokens, at
+their positions in the prompt; after the forward their keys are taken out of every layer's cache again. They decide only
+which tokens a chunk keeps: for the kept ones the result is that of one forward over the whole prompt.
 
 Knows no hooks and nothing of ``generate``; the prompt is a `chunked_prompt`. Axes: B rows, n columns of a forward.
 
-Example: 100 tokens in chunks of 40, asked by the last 8. The forwards are over columns 0 to 39 and 92 to 99; 40 to 79
-and 92 to 99; 80 to 99. After the first, layers before the first cut hold 40 keys.
+Example: 100 tokens in chunks of 40, the last 8 as query tokens. The forwards are over columns 0 to 39 and 92 to 99;
+40 to 79 and 92 to 99; 80 to 99. After the first, layers before the first cut hold 40 keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sdtp_lib.pruning.trace import PruningTrace
 
 
 class ChunkPrefill(Prefill):
-    """The forward over one chunk and what asks; cuts the chunk by its share of the whole prompt's budget."""
+    """The forward over one chunk and the query tokens; cuts the chunk by its share of the whole prompt's budget."""
 
     def __init__(
         self, whole: ChunkedPrompt, architecture: Architecture, wanted: Budget, scorer: Scorer, trace: PruningTrace,
@@ -59,7 +59,7 @@ class ChunkPrefill(Prefill):
             self.trace.asking_tokens = self.asking * (len(self.whole.columns) - 2)
 
     def layer_arguments(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """As in `Prefill`; a layer with a window keeps what the asking tokens would push out of it."""
+        """As in `Prefill`; a layer with a window keeps what the query tokens would push out of it."""
         given = super().layer_arguments(index, layer, arguments)
         if self.asking and hold_longer(self.cache, index, self.asking):
             self._longer.append(index)
@@ -76,7 +76,7 @@ class ChunkPrefill(Prefill):
         return super()._stage(index, layer, given, asking=self.asking or None, **known)
 
     def _ends(self, index: int) -> tuple[int, list[int]]:
-        """The prompt's first and last tokens by their positions; of this forward only what asks."""
+        """First and last tokens that always stay, by position in the prompt; this forward's query tokens among them."""
         positions = self.positions
         ends = zip(self.whole.lengths, self.whole.local, strict=True)
         last = on_device([length - local.get(index, 0) for length, local in ends], positions.device)
@@ -94,7 +94,7 @@ class ChunkPrefill(Prefill):
         self.whole.note(index, *columns)
 
     def finish(self) -> None:
-        """Take out what asked; remember the cuts with the cache; after the last chunk the trace is whole."""
+        """Take the query tokens out; remember the cuts with the cache; after the last chunk the trace is whole."""
         if self.asking:
             drop_last(self.cache, self.asking)
             self.columns -= self.asking

@@ -77,7 +77,21 @@ class ForwardPass:
         return 0
 
     def _shortened(self, index: int, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Layer arguments for the kept tokens, out of those that the model made for all columns."""
+        """Layer arguments for the kept tokens, out of those that the model made for all columns.
+
+        Example, layer 4 of a model whose 10 prompt tokens are cut to 6 there (keys ``[0, 1, 4, 7, 8, 9]``):
+
+        ====================  ======================  ========================  =============================
+        argument              made by the model       prefill, after the cut    third decoded token
+        ====================  ======================  ========================  =============================
+        hidden_states         (1, 10, D)              (1, 6, D), cut before     (1, 1, D), as it is
+        position_embeddings   (1, 10, d) each         rows 0, 1, 4, 7, 8, 9     of position 12, as they are
+        attention_mask        (1, 1, 10, 10)          (1, 1, 6, 6)              (1, 1, 1, 13) -> (1, 1, 1, 9)
+        ====================  ======================  ========================  =============================
+
+        In the last column two tokens were decoded before: the layer's keys are 0, 1, 4, 7, 8, 9, 10, 11 and 12.
+        """
+        # What earlier forwards cut is in the cache's record, what this one cut is in `kept`.
         recorded = self.record.kept[index] if self.record is not None else None
         cut = self.kept is not None or recorded is not None
         mask, alibi = arguments.get("attention_mask"), arguments.get("alibi")
@@ -141,6 +155,8 @@ class ForwardPass:
             return None, padded
         known = (id(recorded), attended, device, "keys")
         if known not in self._cut:
+            # Up to three runs of columns: [0, 1, 4, 7, 8, 9] of the recorded prompt, [10, 11] decoded since, and the
+            # new token's own 0, which is column 12 of all that was seen.
             kept = self.kept if self.kept is not None else torch.arange(self.columns, device=device)[None]
             parts = [torch.where(kept < 0, kept, kept + seen).to(device)]
             covered = 0 if recorded is None else record.columns
@@ -150,13 +166,14 @@ class ForwardPass:
                 parts.insert(0, recorded.to(device))
             rows = max(part.shape[0] for part in parts)
             keys = torch.cat([part.expand(rows, -1) for part in parts], dim=1)
+            # A layer with a window of 4 holds, and attends to, the last of these only: [9, 10, 11, 12].
             self._cut[known] = (recorded, keys[:, -attended:])
         return self._cut[known][1], padded
 
     def _cut_mask(self, index: int, mask: Any, keys: torch.Tensor, padded: bool, hidden: torch.Tensor) -> Any:
         known = (id(mask), id(keys), "mask")
         if known not in self._cut:
-            # A sliding layer's mask may cover the last columns only.
+            # A sliding layer's mask may cover the last columns only: of 13 seen, the last 8. Key 9 is its column 4.
             covers = mask.shape[-1] if torch.is_tensor(mask) else self.seen + self.columns
             shifted = keys
             if (missing := self.seen + self.columns - covers) > 0:

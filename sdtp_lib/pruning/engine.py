@@ -54,8 +54,8 @@ def token_pruning(
     Yields
     ------
     PruningTrace
-        What the last prefill kept. A forward counts as a prefill when its cache is empty; tokens added to a non-empty
-        cache are computed in full.
+        What the last prefill kept. A forward counts as a prefill when its cache is empty; with ``prune="every"`` also
+        when it adds more than ``min_prompt_tokens`` to a cache. All other tokens are computed in full.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""A cache that is cut after the prefill, each layer to its own budget: what SnapKV, H2O and FastKV do besides.
+"""A KV cache cut after the prefill, each layer to its own budget, as SnapKV, H2O and FastKV do.
 
-Prefill time stays as it is; decode reads fewer keys. It knows scores and cached tensors, neither hooks nor where scores
-come from. Which columns a layer still holds goes into the cache's record, so that later turns get the right masks.
+Prefill time stays as it is; decode reads fewer keys. Scores are handed in; hooks are not known here. Which columns a
+layer still holds goes into the cache's record, so that later turns get the right masks.
 
 Axes: B rows, N tokens of a layer, G key-value heads, K kept.
 

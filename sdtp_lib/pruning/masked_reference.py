@@ -1,4 +1,4 @@
-"""The slow truth that pruning is held against: the whole prompt, no cache, dropped tokens only hidden from attention.
+"""The slow reference that pruning is compared with: the whole prompt, no cache, dropped tokens masked in attention.
 
 Shares no code with what it checks. It finds the decoder layers by a search of its own and takes whatever attention mask
 transformers made for each layer; from a stage on it hides the keys of the dropped tokens in it, so windows, alibi and

@@ -60,7 +60,7 @@ def prompt_lengths(mask: Any, rows: int, columns: int) -> list[int]:
 
 
 def chunk_size(tokens: int, size: int, asking: int) -> int:
-    """The largest chunk size up to ``size`` at which the last of ``tokens``' chunks holds the ``asking`` last tokens.
+    """The largest chunk size up to ``size`` at which the last of ``tokens``' chunks holds the ``asking`` query tokens.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """One prefill under way: score the kept tokens before a configured layer, drop the worst, shorten what follows.
 
-This is the pruning itself (arXiv 2504.04514, section 3.3). It knows neither hooks nor where scores come from; it is
-told before each layer what the model would hand to that layer, and answers what the layer gets instead.
+This is the pruning itself (arXiv 2504.04514, section 3.3). Before each layer it is told what the model would hand to
+that layer, and answers what the layer gets instead. It calls a scorer, whichever it is, and knows nothing of hooks.
 
 Axes: B rows, T new columns (padding included), N new tokens kept so far, K after a cut, D hidden size, L layers.
 
@@ -30,7 +30,7 @@ from sdtp_lib.pruning.selection import count_for_mass, gather_tokens, protected_
 from sdtp_lib.pruning.stage import LAYERS_AT_HAND, LayerBefore, Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
 
-LAST_TOKENS = 128  # inputs of each layer that stay at hand for a scorer that asks what was attended to
+LAST_TOKENS = 128  # of each layer's input, kept for scorers that read the attention of the last tokens in it
 
 
 class Prefill(ForwardPass):
@@ -112,7 +112,7 @@ class Prefill(ForwardPass):
         if self.kv is not None and self.cache is not None:
             self.ran = (index, layer, dict(given))
         if any(index < stage <= index + LAYERS_AT_HAND for stage in self.stages):
-            # A copy of the few: a view would keep the whole tensor alive.
+            # A copy: a view would keep the whole tensor in memory.
             last = given["hidden_states"][:, -LAST_TOKENS:].clone()
             self.last_inputs[index] = (last, last_rows(given.get("attention_mask"), LAST_TOKENS))
         return given

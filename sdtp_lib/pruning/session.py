@@ -1,7 +1,7 @@
-"""What the hooks of one ``with token_pruning`` do: whose turn it is, and which forward is a prefill.
+"""What the hooks of one ``with token_pruning`` do: tell which forward is a prefill, and pass layer inputs through it.
 
-It decides when; `prefill` and `continuation` decide what. One thread at a time: a second one is refused. What a
-``with`` saw and did not prune it says once.
+The session decides when something is cut; `prefill` and `continuation` decide what. One thread at a time: a second one
+is refused. Where a ``with`` saw tokens and pruned none, it says so once, with the reason.
 """
 
 from __future__ import annotations

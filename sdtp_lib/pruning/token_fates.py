@@ -1,7 +1,7 @@
 """What became of each token of one prompt: the layer it was dropped at, its position and its scores.
 
-The shape between the engine's trace and everything that draws it: plain numpy, no torch, no colours of a toolkit, no
-HTML. `simulate` cuts the scores of one unpruned run in arithmetic alone, for sliders; it is an approximation of the
+`TokenFates` stands between the engine's trace and everything that draws it: plain numpy, no torch, no HTML, no
+plotting. `simulate` cuts the scores of one unpruned run in arithmetic alone, for sliders; it is an approximation of the
 engine, since in the engine the scores of later stages depend on earlier cuts. Axis letters: T prompt tokens, S stages.
 """
 
@@ -61,7 +61,7 @@ class TokenFates:
 
     @classmethod
     def from_trace(cls, trace: Any, *, row: int = 0, num_layers: int | None = None) -> TokenFates:
-        """The fates of prompt ``row`` of a ``PruningTrace`` (anything with its fields)."""
+        """The tokens of prompt ``row`` of a ``PruningTrace`` (or anything with its fields)."""
         num_layers = num_layers if num_layers is not None else len(trace.tokens_per_layer)
         tokens = int(_numpy(trace.prompt_lengths).reshape(-1)[row])
         layers = tuple(sorted(int(layer) for layer in trace.kept_positions))
@@ -107,7 +107,7 @@ class TokenFates:
         return self.tokens / float(np.mean(self.tokens_per_layer()))
 
     def layer_label(self, position: int) -> str:
-        """The fate of one token in words."""
+        """Where one token was dropped, in words."""
         layer = int(self.dropped_at[position])
         return "kept to the end" if layer == self.num_layers else f"dropped before layer {layer}"
 

@@ -34,9 +34,9 @@ class PruningTrace:
     Attributes
     ----------
     kept_positions : dict[int, Tensor (B, K)]
-        Configured layer -> positions alive after the cut there, -1 for left padding.
+        Configured layer -> positions of the tokens kept by the cut there, -1 for left padding.
     scored_positions : dict[int, Tensor (B, N)]
-        Configured layer -> positions alive before the cut there.
+        Configured layer -> positions of the tokens left before the cut there.
     scores : dict[int, Tensor (B, N)]
         Configured layer -> the scores of ``scored_positions``, -inf for padding.
     prompt_lengths : list[int]
@@ -50,7 +50,7 @@ class PruningTrace:
     keys_per_layer : list[int]
         Keys of the longest row that a KV budget left in each layer; empty without one.
     asking_tokens : int
-        Where the prompt came in chunks: tokens that went with them to ask, computed in each layer on top of all these.
+        Where the prompt came in chunks: query tokens that went with them, computed in each layer on top of these.
     prefills : int
         Prefills seen so far.
     scorer : str
@@ -151,7 +151,7 @@ class PruningTrace:
         return self.tokens_per_row
 
     def to_frame(self) -> pandas.DataFrame:
-        """One line per row, stage and token alive before it: ``row, layer, position, score, kept``."""
+        """One line per row, stage and token left before it: ``row, layer, position, score, kept``."""
         with extra("train"):
             import pandas
 

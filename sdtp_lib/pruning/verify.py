@@ -1,9 +1,9 @@
-"""Is the pruned model the masked one? Asked of the model itself, once, before anyone relies on it.
+"""Does the pruned model compute what the masked one computes? Checked on the model itself, once, before it is used.
 
 `verify_pruning` runs one short prompt twice: pruned (a random kept set; prefill, then two decode steps on the pruned
 cache) and at full length with the dropped tokens hidden (`masked_reference`, which shares no code with the engine).
-`check_on_entry` is what the engine calls: families that this release has swept are believed (``supported.json``), all
-others are asked, each model object once. A short prompt does not reach past a long sliding window.
+`check_on_entry` is what the engine calls: families that this release has swept are trusted (``supported.json``), all
+others are checked, each model object once. A short prompt does not reach past a long sliding window.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def check_on_entry(
     Parameters
     ----------
     mode
-        ``"auto"``: ask the model unless this release's list has its family, backend and transformers version.
-        ``"always"``: ask in any case. ``"never"``: believe.
+        ``"auto"``: check the model unless this release's list has its family, backend and transformers version.
+        ``"always"``: check in any case. ``"never"``: do not check.
 
     Returns
     -------
     Verification or None
-        What was measured now or earlier on this model object; None where nothing was asked.
+        What was measured now or earlier on this model object; None where nothing was checked.
 
     Raises
     ------
@@ -124,12 +124,12 @@ def verify_pruning(model: nn.Module, prune: Prune, *, backend: str | None = None
     backend
         The attention backend in force, default what the configuration says.
     again
-        Ask even if this object was asked before with this backend and dtype.
+        Check even if this object was checked before with this backend and dtype.
 
     Raises
     ------
     PruningNotSupported
-        Where they differ by more than rounding explains (with the figures), or where the model cannot be asked.
+        Where they differ by more than rounding explains (with the figures), or where the model cannot be checked.
     """
     backend = backend or str(getattr(model.config, "_attn_implementation", None) or "eager")
     known = _found.setdefault(model, {})

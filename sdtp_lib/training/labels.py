@@ -9,8 +9,9 @@ T tokens, R response tokens, G key/value heads, L layers.
 - ``removal_by_head``: the same with one bias for each key/value head, absolute values before the sum.
 - ``removal_joint``: the absolute value after the sum over layers.
 - ``removal_odds``: removal, of the response tokens' log-odds under random signs instead of their summed loss. A loss is
-  flat where the model is sure of its answer, and the effects on different tokens cancel in its sum; these do neither.
-- ``attention_entropy``: each key's share in the entropy of the attention that the response pays at that layer.
+  flat where the model is sure of its answer, and effects on different response tokens cancel in a sum; log-odds are not
+  flat, and random signs keep effects from cancelling.
+- ``attention_entropy``: each key's share in the entropy of the response tokens' attention at that layer.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def block_effects(
     Returns
     -------
     Tensor
-        (ceil(P / block_tokens),) nats a response token, for the P prompt tokens in order.
+        (ceil(P / block_tokens),) nats per response token, for the P prompt tokens in order.
     """
     prompt_length = int((~response_mask.bool()).sum())
     to_keep = input_ids.shape[1] - prompt_length + 1

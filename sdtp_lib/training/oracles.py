@@ -1,6 +1,6 @@
 """Labels as methods of a comparison: what a label would be worth as a score if a pruner predicted it perfectly.
 
-They have seen the response, so that they are a bound and no method for use.
+Labels come from the response, which a real method has not seen: they are a bound, not a method for use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which prompts a run trains on and is measured on: the library's own and the user's; told before any compute."""
+"""Which prompts a run trains on and is measured on, the library's own and the user's; printed before any compute."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def choose_prompts(
     seed: int,
     say: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]], list[str]]:
-    """(training prompts, kind -> held-out prompts, what was told), with no model at hand.
+    """(training prompts, kind -> held-out prompts, what was printed), before a model is loaded.
 
     A user's prompts make up half at most; two in ten of them are held out. ``say`` prints.
     """

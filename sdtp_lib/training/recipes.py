@@ -82,7 +82,7 @@ _OURS = Recipe(
         "width": 64, "query_rank": 64, "query_window": 32, "passage_tokens": 65,
     },
     training=TrainingConfig(mse_weight=0.5, rank_weight=1.0, drop_weight=1.0, **_SCHEDULE),
-    # The first is what ships for SmolLM2. A model whose attention tells more than its label, or less, gets another one.
+    # The first is what ships for SmolLM2. Another model may get another one: the best on its own training-side prompts.
     blends=tuple(
         {"learned": learned, "attention": attention, "recency": recency, "smoothing": 3}
         for learned, attention, recency in (
@@ -135,7 +135,7 @@ def joined_label(row: dict, layers: Sequence[int], labels: Sequence[str], smooth
 
 
 def kind_of(category: str) -> str:
-    """The kind of prompt that a sample's category belongs to; what is no kind's is a task."""
+    """The kind of prompt that a sample's category belongs to; any category not listed is a task."""
     return KIND_OF.get(category, "tasks")
 
 

@@ -237,7 +237,7 @@ def _labelled(
     seconds = time.perf_counter() - started
     tokens = sum(len(sample["prompt_ids"]) for sample in share.of(train)[FIRST_LABELS:])
     left = seconds * tokens / sum(len(sample["prompt_ids"]) for sample in first)
-    # A label is a forward and two backwards, a pruned prefill of the measure less than a forward.
+    # A label is a forward and two backwards; a pruned prefill, to measure on held-out prompts, is less than a forward.
     measuring = MEASURED_RUNS * measured / share.count * seconds / len(first) * 0.15
     then = f", and very roughly {measuring / 60:.0f} for measuring on {measured} held-out prompts" if measured else ""
     say(f"first {len(first)} labels: {seconds:.0f} s; about {left / 60:.0f} minutes for the others{then}", flush=True)
