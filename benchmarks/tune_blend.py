@@ -3,7 +3,7 @@
     python benchmarks/tune_blend.py smollm2-135m-instruct --dry-run               # about 10 minutes on 2 cores
     python benchmarks/tune_blend.py DIR --learned 1 2 --recency 0.3
 
-The measure is the KL to the unpruned model on text, long-context tasks and instructions (never the held-out side), as
+Candidates are compared by KL to the unpruned model on text, long-context tasks and instructions (never held-out ones):
 a geometric mean over groups and presets, so that none outweighs another. One row per candidate and sample; runs resume.
 """
 

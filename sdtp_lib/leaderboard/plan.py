@@ -50,7 +50,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is asked for at one length: items per KL test set, per task of RULER, per data set of LongBench."""
+    """How many items to measure at one length: items per KL test set, per task of RULER, per data set of LongBench."""
 
     length: int
     items: int
@@ -105,12 +105,12 @@ def timing_steps(sizes: Sequence[Sizes], speedups: Sequence[float]) -> list[Step
 
 
 class Items:
-    """Makes the items of a plan, each test set once, when it is first asked for.
+    """Makes the items of a plan, each test set once, when it is first needed.
 
     Parameters
     ----------
     counts
-        Length -> how many items of each sort are asked for.
+        Length -> how many items of each sort to make.
     texts
         Places of RULER's essays and questions (see `ruler_texts`).
     folder

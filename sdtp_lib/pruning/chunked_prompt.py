@@ -217,7 +217,7 @@ def prompt_in_chunks(
         )
     if cache is not None and not keys_can_be_taken_out(cache):
         raise PruningNotSupported(
-            f"past_key_values={type(cache).__name__} with prefill_chunk_size={size}: keys of the tokens that ask are "
+            f"past_key_values={type(cache).__name__} with prefill_chunk_size={size}: keys of the query tokens are "
             "taken out of the cache again, which one that quantises or offloads cannot do: use a dynamic cache."
         )
     ids = ids[:, -new:]

@@ -3,7 +3,7 @@
 ``generate`` decides about chunked prefill, drafting and the kind of cache before the first forward, where hooks would
 see it too late. So the model whose own ``generate`` it is (under PEFT, the model inside) gets a checking one for as
 long as the ``with`` lasts. It reads the settings as transformers resolves them: keywords over a given configuration
-over the model's own. Of a prompt that is to come in chunks it tells whoever prunes, who may make them smaller. It knows
+over the model's own. It announces a prompt that is to come in chunks, whose size may then be made smaller. It knows
 nothing of how pruning works.
 """
 
@@ -107,7 +107,7 @@ def refuse_generation(arguments: dict[str, Any], settings: GenerationConfig, for
     if settings.prefill_chunk_size is not None and settings.cache_implementation in ("quantized", "offloaded"):
         raise PruningNotSupported(
             f"prefill_chunk_size={settings.prefill_chunk_size} with cache_implementation="
-            f"{settings.cache_implementation!r}: keys of the tokens that ask are taken out of the cache again, which "
+            f"{settings.cache_implementation!r}: keys of the query tokens are taken out of the cache again, which "
             "one that quantises or offloads cannot do: use 'dynamic', or leave one of the two out."
         )
     assistant = arguments.get("assistant_model")

@@ -71,8 +71,8 @@ def chunk_size(tokens: int, size: int, asking: int) -> int:
         if (tokens - 1) % smaller + 1 >= asking:
             return smaller
     raise ValueError(
-        f"prefill_chunk_size={size}: the last {asking} of the {tokens} tokens go with each chunk, to say what is asked "
-        f"for, and must fit into the last one: give {2 * asking} or more, or a scorer that reads fewer."
+        f"prefill_chunk_size={size}: the last {asking} of the {tokens} tokens (the query tokens) go with each chunk, "
+        f"and must fit into the last one: give {2 * asking} or more, or a scorer that reads fewer."
     )
 
 

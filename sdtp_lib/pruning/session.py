@@ -97,7 +97,7 @@ class Session:
         Raises
         ------
         PruningNotSupported, ValueError
-            For what cannot be pruned chunk by chunk, and a size that leaves no room for the tokens that ask.
+            For what cannot be pruned chunk by chunk, and a size that leaves no room for the query tokens.
         """
         self._chunks = prompt_in_chunks(
             ids, mask, cache, size, wanted=self.budget, config=self.config, scorer=self.scorer,
@@ -160,7 +160,7 @@ class Session:
         return changed
 
     def _begin_chunk(self, arguments: dict[str, Any], rows: int, cache: Any) -> dict[str, Any]:
-        """The next chunk of the prompt: the stack's arguments, with the tokens that ask behind it."""
+        """The next chunk of the prompt: the stack's arguments, with the query tokens behind it."""
         whole = self._chunks
         if not whole.number:
             whole.expand(rows)
