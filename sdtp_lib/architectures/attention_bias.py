@@ -85,6 +85,8 @@ def _through_keys(architecture: Architecture, bias_of: BiasOf) -> Iterator[None]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if bias is None:
             return inner(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+        # query (B, H, T, d) -> (B, H, T, d + 1), key and value (B, G, T, d) -> (B, G, T, d + 1). The added product is
+        # (1 / scale) * bias, which sdpa multiplies by scale: the score of key j gets bias[j], whoever asks.
         bias = bias[:, None] if bias.dim() == 2 else bias
         bias = bias.to(key.dtype).expand(*key.shape[:-1])[..., None]
         query = torch.cat([query, query.new_full((*query.shape[:-1], 1), 1 / scale)], dim=-1)
@@ -116,7 +118,7 @@ def _through_mask(architecture: Architecture, bias_of: BiasOf) -> Iterator[None]
             if bias is None:
                 return None
             bias = bias[:, None] if bias.dim() == 2 else bias.repeat_interleave(heads // groups, dim=1)
-            bias = bias[:, :, None, :]
+            bias = bias[:, :, None, :]  # (B, 1 or H, 1, T): the same for every query
             if mask is not None and mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, torch.finfo(hidden.dtype).min)
             arguments["attention_mask"] = bias if mask is None else mask + bias.to(mask.dtype)
@@ -204,6 +206,7 @@ def attention_mask_out(model: nn.Module | Architecture, keep: Mapping[int, torch
     stages = sorted(keep)
     total: dict[int, torch.Tensor] = {}
     running = None
+    # Stages at 4 and 7: layers 4 to 6 get log keep[4], layers from 7 on log keep[4] + log keep[7].
     for layer in stages:
         logs = keep[layer].clamp_min(LOWEST_KEEP).log()
         running = logs if running is None else running + logs

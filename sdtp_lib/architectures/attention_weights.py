@@ -153,6 +153,7 @@ def _visible(
     tokens = like.shape[-2]
     lowest = torch.finfo(like.dtype).min
     if rows is None:
+        # The last 2 queries of 5 tokens: query 3 sees keys 0 to 3, query 4 sees all five.
         rows = torch.ones(1, 1, window, tokens, dtype=torch.bool, device=like.device)
         if getattr(attention, "is_causal", True):
             rows = rows.tril(tokens - window)
@@ -176,6 +177,7 @@ def _is_split(attention: nn.Module) -> bool:
 
 def _plain_weights(query: torch.Tensor, key: torch.Tensor, scale: float, added: torch.Tensor) -> torch.Tensor:
     """Softmax (B, H, w, N) over all keys, without repeating them for the heads that share them."""
+    # The H / G heads that share a key head become more queries of it: (B, G, H / G * w, d) against keys (B, G, N, d).
     rows, heads, window, size = query.shape
     groups, tokens = key.shape[1:3]
     query = (query * scale).reshape(rows, groups, heads // groups * window, size)
@@ -209,6 +211,7 @@ def _capture(layer: nn.Module, hidden_states: torch.Tensor, arguments: Mapping[s
         raise _unreadable(layer, "it does not call transformers' attention interface")
     backend = config._attn_implementation
     try:
+        # The layer runs as usual; `stop` stands where its attention function would be called, and ends it there.
         with own_attention(config, stop, backend if backend in ("eager", "sdpa") else "sdpa"):
             layer.forward(**{**arguments, "hidden_states": hidden_states})
     except _Captured as captured:

@@ -49,6 +49,7 @@ class ChunkPrefill(Prefill):
     def _planned(
         self, _architecture: Architecture, _wanted: Budget, _lengths: list[int]
     ) -> tuple[PruningConfig, list[list[int]]]:
+        # Query tokens are in every layer besides: a chunk of 40 that keeps 22, with 8 query tokens, is 48 and then 30.
         plan = self.whole.plan(self.whole.number)
         asks = self.asking_rows
         return self.whole.config, [[count + own for count, own in zip(row, asks, strict=True)] for row in plan]
@@ -96,6 +97,7 @@ class ChunkPrefill(Prefill):
     def finish(self) -> None:
         """Take the query tokens out; remember the cuts with the cache; after the last chunk the trace is whole."""
         if self.asking:
+            # They are the last keys of every layer, and the last columns of every cut.
             drop_last(self.cache, self.asking)
             self.columns -= self.asking
             self.lengths = [count - own for count, own in zip(self.lengths, self.asking_rows, strict=True)]

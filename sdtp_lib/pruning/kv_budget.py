@@ -54,6 +54,7 @@ class KVBudget:
         if scores.dim() == 2 or not by_head:
             scores = scores if scores.dim() == 2 else scores.mean(dim=1)
             return select_positions(scores, tokens, kept, self.sink_tokens, local)
+        # Each key-value head chooses as a row of its own: scores (B * G, N), columns (B * G, K) -> (B, G, K).
         heads = scores.shape[1]
         spread = [[count for count in each for _ in range(heads)] for each in (tokens, kept, local)]
         flat = select_positions(scores.flatten(0, 1), spread[0], spread[1], self.sink_tokens, spread[2])
@@ -92,7 +93,8 @@ def cut_cache(cache: Any, record: CacheRecord, chosen: dict[int, torch.Tensor]) 
                 held.gather(2, columns[..., None].expand(-1, -1, -1, held.shape[-1]))
                 for held in (layer.keys, layer.values)
             )
-            # Heads keep different tokens, all of which every later token sees, as it sees the first column.
+            # Heads keep different tokens, so no list of columns is right for all. It is read for masks only, and every
+            # later token sees all that is kept, as it sees column 0: so column 0 stands for each of them.
             record.kept[index] = torch.zeros_like(columns[:1, 0])
         if index:
             record.held[index] = columns.shape[-1]

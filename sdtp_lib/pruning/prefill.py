@@ -80,6 +80,7 @@ class Prefill(ForwardPass):
         self.padded = min(lengths) < columns
         # Made here, before any compute is queued: a copy from the host later would make it wait for the device.
         self.prompt_lengths = on_device(lengths, device)
+        # Rows of 10 and 8 tokens in 10 columns: positions 0 .. 9, and -1, -1, 0 .. 7.
         self.positions = torch.arange(columns, device=device).expand(len(lengths), -1)
         if self.padded:
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
@@ -139,6 +140,7 @@ class Prefill(ForwardPass):
             self.protected = gather_tokens(self.protected, chosen) & (chosen >= 0)
         self.alive, self.padded = list(counts), min(counts) < max(counts)
         self.positions = gather_tokens(positions, chosen).masked_fill(chosen < 0, -1)
+        # `chosen` counts among the tokens left: after [0, 1, 4, 7, 8, 9] a cut to [0, 2, 4, 5] leaves 0, 4, 8, 9.
         self.kept = chosen if self.kept is None else gather_tokens(self.kept, chosen).masked_fill(chosen < 0, -1)
         self.kept_padded = self.padded
         self.carried = {name: gather_tokens(values, chosen) for name, values in self.carried.items()}

@@ -65,7 +65,7 @@ class SecondPass(Prefill):
                 self._refuse_windows_over_kept_tokens(index)
 
     def _begin_trace(self) -> None:
-        """The first pass has."""
+        """Nothing: the first pass began it."""
 
     def layer_arguments(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """As in `Prefill`, from the kept tokens on."""
@@ -76,6 +76,7 @@ class SecondPass(Prefill):
 
 def choose_by(first: Prefill, scores: torch.Tensor) -> None:
     """Cut ``first`` as at its first stage by known ``scores`` (B, T); no layer has run, and none needs to."""
+    # The cut gathers hidden states, and there are none yet: a tensor (B, T, 0) stands for them.
     first.scorer = lambda _stage: scores
     stands_for_hidden = torch.empty(*scores.shape, 0, device=first.positions.device)
     first.cut_tokens(first.config.layers[0], None, {"hidden_states": stands_for_hidden})

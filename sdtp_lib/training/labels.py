@@ -86,8 +86,10 @@ def saliency_of(
         forward["inputs_embeds"] = model.get_input_embeddings()(input_ids).detach().requires_grad_()
     else:
         forward["input_ids"] = input_ids
+    # Logits for the response only: over all tokens they would be T x vocabulary. Example: 14 tokens, the last 4 are the
+    # response. first = 10, to_keep = 5: logits at 9 .. 13, of which 9 .. 12 predict tokens 10 .. 13. Some families give
+    # all logits all the same, so the slice below counts from the end.
     first = int(targets.any(0).nonzero()[0])
-    # Logits for the response only: over all tokens they would be T x vocabulary. Some families give all, all the same.
     to_keep = forward["logits_to_keep"] = input_ids.shape[1] - first + 1
 
     biased = range(min(layers), depth)
@@ -160,6 +162,7 @@ def _removal(
     found: dict[str, dict[int, Tensor]] = {name: {} for name in labels if name.startswith("removal")}
     found.pop("removal_odds", None)
     total: dict[str, Any] = dict.fromkeys(found, 0.0)
+    # Six layers, stages at 2 and 4, g_l = dLoss/db_l: stage 4 gets |g5| + |g4|, and stage 2 goes on to + |g3| + |g2|.
     for layer in reversed(range(min(layers), depth)):
         if layer in gradient:
             here = gradient[layer].float()

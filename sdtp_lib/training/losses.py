@@ -33,6 +33,8 @@ def scorable(valid: Tensor, sink_tokens: int, local_ratio: float, min_local_toke
     Tensor
         (B, T) bool.
     """
+    # A row of 10 columns whose last 8 are a prompt: order is -1, -1, 0 .. 7. With 2 sinks and the last token protected,
+    # columns 4 to 8 are left.
     order = valid.long().cumsum(-1) - 1
     count = valid.sum(-1, keepdim=True)
     last = [budget.local_count(tokens, local_ratio, min_local_tokens) for tokens in count[:, 0].tolist()]
@@ -77,6 +79,8 @@ def cut_weights(labels: Tensor, valid: Tensor, kept: Tensor, width: float = 0.0)
     """
     rank = _ranks(labels, valid)
     count = valid.sum(-1, keepdim=True)
+    # Five tokens in the order of their labels, two above the cut: offsets -1.5, -0.5 | 0.5, 1.5, 2.5. With a width of
+    # one token the weights are 0.22, 0.61 | 0.61, 0.22, 0.08: pairs far from the cut do not change what is dropped.
     offset = rank + 0.5 - kept[:, None]
     weight = torch.exp(-offset.abs() / (width * count).clamp(min=1)) if width > 0 else torch.ones_like(offset)
     above = (offset < 0) & valid
@@ -154,6 +158,7 @@ def soft_keep(scores: Tensor, valid: Tensor, kept: Tensor, temperature: float, f
     into an attention bias.
     """
     standard = standardised(scores, valid)
+    # One half at the last token that stays, more above it and less below.
     keep = torch.sigmoid((standard - _threshold(standard, valid, kept)) / temperature)
     return torch.where(valid, floor + (1 - floor) * keep, torch.ones_like(keep))
 
@@ -173,6 +178,7 @@ def _threshold(standard: Tensor, valid: Tensor, kept: Tensor) -> Tensor:
 
 def _ranks(labels: Tensor, valid: Tensor) -> Tensor:
     """(B, T) rank of each token among the valid ones, 0 for the highest label; ties go to the later token."""
+    # Labels 3, 1, 3: the order of the columns is 2, 0, 1 (the later of two equals first), the ranks are 1, 2, 0.
     order = labels.masked_fill(~valid, -torch.inf).flip(-1).argsort(dim=-1, descending=True, stable=True)
     order = labels.shape[-1] - 1 - order
     place = torch.arange(labels.shape[-1], device=labels.device).expand_as(order)
@@ -199,10 +205,12 @@ class _PairwiseRanking(torch.autograd.Function):
                 j = worse[torch.searchsorted(worse, i[:1]).item() :]
                 if len(j) == 0:
                     continue
+                # (i, j) blocks of at most `_ROWS_AT_ONCE` x T; equal labels have weight 0.
                 weight = (y[row, i, None] > y[row, None, j]) * (up[row, i, None] * low[row, None, j])
                 margin = s[row, i, None] - s[row, None, j]
                 pairs[row] += weight.sum(dtype=torch.float64)
                 total[row] += (F.softplus(-margin) * weight).sum(dtype=torch.float64)
+                # d softplus(-m) / dm = -sigmoid(-m): a step down the gradient lifts the better token, lowers the worse.
                 slope = torch.sigmoid(-margin).mul_(weight)
                 sorted_gradient[row].index_add_(0, i, -slope.sum(1))
                 sorted_gradient[row].index_add_(0, j, slope.sum(0))
