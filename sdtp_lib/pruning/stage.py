@@ -1,7 +1,13 @@
-"""What a scorer is shown at one pruning stage, and which attention it may look back at: that of the last tokens, in
-the few layers that ran on the same tokens.
+"""What a scorer sees at one pruning stage: the kept tokens, and the attention paid by the prompt's last tokens.
 
-Axes: B batch, N living tokens, D hidden size, H heads, w queries.
+That attention can be computed in the layer to come, or read in the few layers that ran since the last cut: their cached
+keys belong to the same tokens.
+
+Axes: B batch, N kept tokens, D hidden size, H heads, G key-value heads, w query tokens.
+
+Example: T = 10, a cut before layer 4 keeps 6 tokens, and the next stage is layer 7. There ``hidden_states`` is
+(1, 6, D), ``positions`` [0, 1, 4, 7, 8, 9], and ``before`` has layers 4, 5 and 6 with their cached keys (1, G, 6, d).
+Layer 3 is not among them: its keys are of all ten tokens.
 """
 
 from __future__ import annotations
@@ -19,14 +25,15 @@ from sdtp_lib.architectures.attention_weights import attention_from_cached_keys,
 from sdtp_lib.config import PruningNotSupported
 
 LAYERS_AT_HAND = 4  # layers since the last cut whose attention a scorer may ask for
-ASKING_TOKENS = 16  # the prompt's last tokens, whose attention says what is asked for
-LAYERS_BACK = 3  # the presets prune every third layer, so that every layer from the first stage on is looked at
+ASKING_TOKENS = 16  # query tokens: the prompt's last ones, whose attention shows what is asked for
+LAYERS_BACK = 3  # layers that a stage reads; presets prune every third, so each from the first stage on is read once
 
 
 def looked_back(stages: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """For each of ``stages`` (layers before which tokens are dropped) the `LAYERS_BACK` layers before it.
+    """For each of ``stages`` (layers before which tokens are dropped) the earlier layers whose attention it reads.
 
-    None before the stage in front, which ran on other tokens; where there are fewer, the first of them counts again.
+    They are the `LAYERS_BACK` layers in front of it, but none from before the previous stage, which ran on other
+    tokens; where there are fewer, the first of them counts again: stages 4 and 6 read (1, 2, 3) and (4, 4, 5).
     """
     found, last = {}, 0
     for stage in sorted(stages):
@@ -48,7 +55,7 @@ class Scorer(Protocol):
 
 
 def refuse_uncalled(scorer: Any) -> None:
-    """Refuse what makes scorers and is none: ``scorers.attention`` instead of ``scorers.attention(8)``, or a class.
+    """Refuse a function that makes scorers (``scorers.attention`` instead of ``scorers.attention(8)``), or a class.
 
     Raises
     ------
@@ -100,7 +107,7 @@ class LayerBefore:
 
 @dataclass(frozen=True)
 class Stage:
-    """The tokens that are alive before one decoder layer of a prefill.
+    """The kept tokens before one decoder layer of a prefill.
 
     Attributes
     ----------
@@ -121,11 +128,11 @@ class Stage:
     prompt_lengths : Tensor (B,) of int64
         Prompt tokens of each row, before any pruning.
     before : Mapping
-        The last layers that have run on these very tokens, by index, where their keys are in the cache.
+        Layers since the last cut, by index, whose cached keys match the kept tokens.
     read : dict
         Attention that was read already, by layer and window: the parts of a score may ask for the same.
     carried : dict
-        What a scorer leaves for the stages after, (B, N) tensors by name; what is left of them here.
+        State that a scorer passes to its later stages, (B, N) tensors by name; cut to the kept tokens.
     padded : bool
         Whether there may be padding at all, known without asking the device.
     past : (Tensor, Tensor) or None
@@ -134,7 +141,7 @@ class Stage:
     keys : Tensor (B, G, N, d), optional
         This layer's own cached keys, where it has run already (for a KV budget).
     asking : int or None
-        Where these are a chunk of a prompt and its last tokens behind it: how many of those.
+        Where these are a chunk of a prompt with the query tokens behind it: how many of those.
     """
 
     layer_index: int

@@ -1,7 +1,20 @@
 """Pruning simulated by masking keys out of attention (paper, section 3.3), so that gradients reach the pruners.
 
-A training row holds prompt and response, and no token leaves it: who lives at a stage is a mask. Axes: B batch, T
-tokens, K columns that hold the living tokens of a row.
+A training row holds prompt and response, and no token leaves it: which tokens a stage has kept is a mask.
+Axes: B batch, T tokens, K columns that hold the kept tokens of a row, D hidden size, A attention inputs.
+
+Example: a prompt of 10 tokens and a response of 4 in one row, T = 14. Stages at layers 4 and 7; the first keeps columns
+0, 1, 4, 7, 8, 9.
+
+- Layer 4: all prompt tokens are left. Hidden states (1, 14, D) are gathered to (1, 10, D), scored (1, 10), and the
+  scores put back to (1, 14). The soft cut gives ``keep`` (1, 14): 1 at what stays, at protected tokens and in the
+  response, ``keep_floor`` at columns 2, 3, 5 and 6. From this layer on ``log keep`` is added to the attention scores of
+  each key: a dropped token is still there, but next to nothing of it is seen.
+- Layer 7: six columns are left. They are gathered to (1, 6, D), so that column 4 has 1 and 7 as neighbours, as in the
+  engine, and scored (1, 6). The bias is now the sum of both stages' ``log keep``.
+
+With ``straight_through``, ``keep`` has hard values, as in the engine, and the soft cut's gradient, which tells each
+score which way to go.
 """
 
 from __future__ import annotations
@@ -47,7 +60,7 @@ def simulated_pruning(
     Raises
     ------
     ValueError
-        For a blend that asks with another window than the one that training reads.
+        For a blend whose window of query tokens is not the one that training reads.
     """
     run = _Simulation(pruners, prompt_mask, keep_ratio, config)
     architecture = describe(model)
