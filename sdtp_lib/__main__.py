@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": ("sdtp_lib.commands.compare", "every score and method on your prompts: KL, answers, prefill time"),
     "bench": ("sdtp_lib.commands.bench", "prefill and decode time by preset and prompt length"),
     "pruners": ("sdtp_lib.commands.pruners", "trained pruners at hand, and for which weights"),
+    "verify": ("sdtp_lib.commands.verify", "whether pruning is exact on this very model"),
 }
 # Programs of their own, named in the help.
 PROGRAMS = {

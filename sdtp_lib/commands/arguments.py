@@ -36,6 +36,7 @@ def add_model(parser: argparse.ArgumentParser, *, optional: str = "") -> None:
                         "float32, bfloat16, float16")  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     parser.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, ...; default: transformers' choice")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that lies beside the weights")
 
 
 def load(given: argparse.Namespace) -> tuple[Any, Any]:
@@ -43,8 +44,9 @@ def load(given: argparse.Namespace) -> tuple[Any, Any]:
     from sdtp_lib.models import load_model
 
     return load_model(
-        given.model, dtype=given.dtype, device=given.device, attn_implementation=given.attn_implementation
-    )
+        given.model, dtype=given.dtype, device=given.device, attn_implementation=given.attn_implementation,
+        trust_remote_code=given.trust_remote_code,
+    )  # fmt: skip
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

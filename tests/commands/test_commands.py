@@ -191,6 +191,24 @@ def test_bench_times_presets_and_lengths_and_goes_on_where_it_stopped(folder, ca
     assert said(capsys, *arguments) == text and (tmp_path / "sdtp-bench" / "bench.jsonl").read_bytes() == rows
 
 
+def test_verify_tells_the_differences_and_what_rounding_explains(folder, capsys):
+    text = said(capsys, "verify", folder, "--repeats", 3)
+    assert re.match(r"LlamaForCausalLM with sdpa: (not )?in this release's list .*transformers 5", text)
+    figures = re.search(r"difference (\S+) in prefill and (\S+) in decode, .* (\S+) \(", text).groups()
+    prefill, decode, most = map(float, figures)
+    assert 0 < max(prefill, decode) < most and re.search(r"^median of 3: \d\.\d\d s", text, re.M)
+
+
+def test_verify_refuses_a_model_whose_dropped_tokens_are_still_seen(folder, capsys, monkeypatch):
+    from sdtp_lib.pruning import verify
+
+    given = verify.masked_forward
+    monkeypatch.setattr(verify, "masked_forward", lambda model, tokens, _kept, *rest, **more: given(
+        model, tokens, {3: verify.torch.arange(tokens.shape[1])}, *rest, **more))  # fmt: skip
+    assert main(["verify", str(folder)]) == 2
+    assert "did not pass the check that pruning is exact" in capsys.readouterr().err
+
+
 def test_pruners_says_what_is_at_hand_and_for_which_weights(folder, own_folder, capsys):
     from sdtp_lib import load_model
 
