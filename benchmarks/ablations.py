@@ -37,7 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=180, help="labelled prompts to train on")
     parser.add_argument("--epochs", type=float, default=10.0)
     parser.add_argument("--samples", type=int, default=6, help="held-out prompts per test set")
-    parser.add_argument("--cells", nargs="+", default=["text", "needle", "multi_doc_qa", "instructions"])
+    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+",
+                        default=["text", "needle", "multi_doc_qa", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--settings", nargs="+", default=["r=0.8"])
     parser.add_argument("--fewshot", default=None, help="folder of the 5-shot tasks")
     parser.add_argument("--limit", type=int, default=100, help="items a 5-shot task")

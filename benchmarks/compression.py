@@ -32,7 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scorer", type=scorer_named, default="SDTP", help="SDTP, SDTP=DIR, attention, recency, ...")
     parser.add_argument("--presets", nargs="+", default=["keep09"])
     parser.add_argument("--kv", type=float, default=0.4, help="share of the cached tokens that a press keeps")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "multi_key", "instructions"])
+    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+", choices=CELLS,
+                        default=["text", "needle", "multi_key", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--samples", type=int, default=4, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,7 @@
 """Which label is right: rank agreement with removing tokens for real, and KL where the label itself is the score.
 
     python benchmarks/labels.py                    # about 15 minutes on 2 cores
-    python benchmarks/labels.py --cells text needle --samples 8 --layers 4 13 22
+    python benchmarks/labels.py --test-sets text needle --samples 8 --layers 4 13 22
     python benchmarks/labels.py --tables           # only print what the rows hold
 
 The gold check removes blocks of neighbouring tokens from a layer on, one block at a time, and takes the KL of the
@@ -30,7 +30,8 @@ from sdtp_lib.training.oracles import oracle_methods
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "instructions"])
+    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+",
+                        choices=CELLS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--samples", type=int, default=3, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))

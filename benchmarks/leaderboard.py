@@ -51,7 +51,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speedups", type=float, nargs="+", default=[2.0, 1.5, 3.0], help="by prefill FLOPs")
     parser.add_argument("--method", "--methods", dest="methods", nargs="+", default=None, metavar="NAME",
                         help="default: all, and the training-free score")  # fmt: skip
-    parser.add_argument("--cells", nargs="*", choices=CELLS, default=list(plan.KL_CELLS), help="KL test sets")
+    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="*",
+                        choices=CELLS, default=list(plan.KL_CELLS), help="KL test sets")  # fmt: skip
     parser.add_argument("--tasks", nargs="*", default=["ruler"], metavar="NAME", help="RULER's tasks or sets of them")
     parser.add_argument("--texts", nargs="+", default=[ruler_texts.EMBEDDED], help="places of RULER's essays: hub, "
                         "a folder, embedded")  # fmt: skip

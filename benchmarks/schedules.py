@@ -36,7 +36,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("what", choices=("first", "stages", "search"))
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--scorer", type=scorer_named, default="SDTP", help="SDTP, SDTP=DIR, attention, recency, ...")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle", "instructions"])
+    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+",
+                        choices=CELLS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--samples", type=int, default=6, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--speedup", type=float, default=2.2, help="wanted ratio of causal prefill FLOPs")

@@ -5,7 +5,7 @@ One command, one row per test set, sample, setting and scorer, resumable, determ
     python benchmarks/scorers.py --quick            # about 10 minutes on 2 cores
     python benchmarks/scorers.py                    # 32 prompts per test set, 1,024 and 2,048 tokens: hours on 2 cores
     python benchmarks/scorers.py --pruners SDTP=smollm2-135m-instruct --pruners paper=DIR
-    python benchmarks/scorers.py --scores SDTP --cells needle --prompts 500 --lengths 512 --settings r=0.9 --run-dir DIR
+    python benchmarks/scorers.py --scores SDTP --test-sets needle --prompts 500 --lengths 512 --settings r=0.9
     python benchmarks/scorers.py --tables           # only print what the rows hold
     torchrun --nproc-per-node 4 benchmarks/scorers.py           # samples shared among GPUs or, without one, cores
 
@@ -48,7 +48,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--oracle-prompts", type=int, default=8, help="of these, how many for the oracles")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="prompt tokens")
     parser.add_argument("--settings", nargs="+", choices=list(PRESETS), default=list(PRESETS))
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+",
+                        choices=CELLS, default=list(CELLS), help="test sets")  # fmt: skip
     parser.add_argument("--oracles", nargs="*", default=["gradient_x_hidden", "removal"], help="labels of saliency")
     parser.add_argument("--scores", nargs="+", default=None, metavar="NAME", help="only these scores; default all")
     parser.add_argument("--recency-weight", type=float, default=None, help="of attention + recency; default: tuned")
