@@ -98,6 +98,16 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
     run_parts(options, path, share, model, tokenizer, parts)
 
 
+def two_questions_table(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Scores x 100 of the first and of the second answer, by length and variant."""
+    asked = frame.dropna(subset=["first_score"])
+    fields = {"first": "first_score", "second": "score", "tau": "compression_ratio"}
+    means = {name: (field, "mean") for name, field in fields.items()}
+    found = asked.groupby(["target_tokens", "variant"], sort=False).agg(items=("item", "count"), **means)
+    found[["first", "second"]] *= 100
+    return found.rename(columns={"first": "first question", "second": "second question", "tau": "1/tau"}).reset_index()
+
+
 def draw_needles(frame: pandas.DataFrame, path: Path) -> None:
     """The needle map of each variant, side by side, beside the rows."""
     needles = frame[frame.dataset.isin(ruler.SETS["niah"]) & frame.answer_depth.notna()]
@@ -142,6 +152,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not official.empty:
         print(f"\nRULER: mean over tasks ({len(ruler.TASKS)} make the whole benchmark)\n")
         print(markdown(means_over_tasks(official, against=FULL, solved_from=options.solved_from), digits=2))
+    if "first_score" in done:
+        print("\nThe question by which the prompt was pruned, and another one on the same cache\n")
+        print(markdown(two_questions_table(done), digits=1))
     for source, part in done.dropna(subset=["text_source"]).groupby("text_source", sort=False):
         print(f"texts of {', '.join(part.dataset.unique())}: {source}")
     draw_needles(done, path)

@@ -34,7 +34,8 @@ def records(name: str, length: int, count: int, tokenizer: Any, *, seed: int = 0
     Returns
     -------
     list of records ``dataset, _id, prompt, answers, length, max_new_tokens, answer_depth, follow_up``; ``follow_up``
-    is a second user turn, whose answer is the one that counts, or None.
+    is a second user turn, whose answer is the one that counts, or None. Where there is one ``first_answers`` are those
+    of the first.
 
     Raises
     ------
@@ -140,7 +141,8 @@ def _copy(tokenizer: Any, prompt: str, answer: str) -> dict[str, Any]:
 
 def _two_questions(draw: random.Random, tokenizer: Any, room: int) -> dict[str, Any]:
     question, _, facts = tasks.needles("test", draw, 2)
-    what, code = re.fullmatch(r"The (.+) is (\d+)\.", facts[1]).groups()
+    told = re.compile(r"The (.+) is (\d+)\.")
+    (_, first), (what, code) = (told.fullmatch(fact).groups() for fact in facts)
     later = f"One more question about the text.\n\nQuestion: What is the {what}?"
     new_tokens = tasks.MOST_NEW_TOKENS["needle"]
     used = sum(_tokens(tokenizer, text) for text in (*facts, question, later))
@@ -151,7 +153,7 @@ def _two_questions(draw: random.Random, tokenizer: Any, room: int) -> dict[str, 
         sentences.insert(draw.randrange(len(sentences) + 1), fact)
     prompt = tasks.TEMPLATES["needle"].format(context=" ".join(sentences), input=question)
     return {"prompt": prompt, "answers": [code], "max_new_tokens": new_tokens, "follow_up": later,
-            "answer_depth": prompt.find(facts[1]) / len(prompt)}  # fmt: skip
+            "first_answers": [first], "answer_depth": prompt.find(facts[1]) / len(prompt)}  # fmt: skip
 
 
 def _running_text(draw: random.Random, tokenizer: Any, room: int) -> list[str]:

@@ -65,7 +65,7 @@ def run_items(
     A row has ``dataset, item, variant, prompt_tokens, was_cut, prediction, score, new_tokens, batch, prefill_seconds``
     (the time to the first token), ``generate_seconds`` (end to end; both of the row's whole batch), ``tokens_per_layer,
     compression_ratio``, for pruned variants ``dropped_at`` (see `token_fates`), and the item's labels. An item with a
-    second turn has ``first_prediction`` too, and its end-to-end time is that of both turns.
+    second turn has ``first_prediction`` and ``first_score`` too, and its end-to-end time is that of both turns.
 
     ``batch_size`` prompts of like lengths and equal rules are answered together, padded on the left; a batch that
     fails is tried again item by item.
@@ -179,6 +179,8 @@ def _answered(model: Any, tokenizer: Any, items: Sequence[Item], variant: Varian
         new_from = longest
         if follow_up:
             first = {"first_prediction": tokenizer.decode(output.sequences[0, longest:], skip_special_tokens=True)}
+            if items[0].first_score is not None:
+                first["first_score"] = items[0].first_score(first["first_prediction"])
             ids = _next_turn(output.sequences, follow_up)
             new_from = ids.shape[1]
             settings |= cache_argument(model, cache_in(output))

@@ -31,6 +31,8 @@ class Item:
         Whether the middle of the prompt was cut out to fit.
     follow_up_ids
         A second turn, appended to the first answer on the same cache; then the second answer is the one that counts.
+    first_score
+        Scores the first answer where there is a second turn.
     labels
         What else rows say of the item: ``target_tokens, text_source, answer_depth`` and the like.
     """
@@ -43,6 +45,7 @@ class Item:
     stop_ids: tuple[int, ...] = ()
     cut: bool = False
     follow_up_ids: tuple[int, ...] = ()
+    first_score: Callable[[str], float] | None = None
     labels: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -115,6 +118,12 @@ def copying_items(records: Iterable[Mapping[str, Any]], tokenizer: Any) -> Itera
             max_new_tokens=record["max_new_tokens"],
             score=lambda prediction, record=record: copying.score(record, prediction),
             follow_up_ids=tuple(copying.follow_up_ids(record, tokenizer)),
+            first_score=_first_score(record),
             labels={"target_tokens": record["length"], "answers": record["answers"], "text_source": "embedded"}
             | {"answer_depth": record["answer_depth"], "chat": bool(getattr(tokenizer, "chat_template", None))},
         )
+
+
+def _first_score(record: Mapping[str, Any]) -> Callable[[str], float] | None:
+    answers = record.get("first_answers")
+    return None if answers is None else lambda prediction: copying.score({**record, "answers": answers}, prediction)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib.pruning.stage import Scorer
-from sdtp_lib.scorers import simple
+from sdtp_lib.scorers.found import NAMED
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.shipped import pruners_folder
 
-SIMPLE = ("random", "recency", "hidden_norm", "attention")
+SIMPLE = ("random", "recency", "hidden_norm", "attention", "attention_unasked")
 # What a name alone means, such as SDTP.
 DEFAULT_PRUNERS = "smollm2-135m-instruct"
 
@@ -35,7 +35,7 @@ class NamedScorer:
     def load(self, model: Any) -> Scorer:
         """The scorer, on the model's device."""
         if self.folder is None:
-            return getattr(simple, self.name)()
+            return NAMED[self.name]()
         return TokenPruners.from_pretrained(str(self.folder)).to(model.device).eval()
 
     def layers(self, scorer: Scorer, num_layers: int) -> list[int]:

@@ -23,6 +23,7 @@ NAMED = {
     "hidden_norm": simple.hidden_norm,
     "attention": lambda: simple.attention(8),
     "attention_pooled": lambda: simple.attention(8, kernel=7),
+    "attention_unasked": lambda: simple.attention(kernel=7, query="none"),
     "attention_recency": lambda: simple.weighted([(simple.attention(8), 1.0), (simple.recency(), 0.5)]),
 }
 # The best simple score on running text (LOG.md, "Held-out quality").

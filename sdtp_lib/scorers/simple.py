@@ -32,16 +32,24 @@ def hidden_norm() -> Scorer:
     return _HiddenNorm()
 
 
-def attention(window: int = 8, kernel: int = 1) -> Scorer:
+def attention(window: int = 8, kernel: int = 1, *, query: str = "last") -> Scorer:
     """Attention that the last ``window`` tokens pay at that layer, mean over heads (LazyLLM, arXiv 2407.14057).
 
-    ``kernel`` > 1 (odd) takes the maximum over that many neighbours, as SnapKV does (arXiv 2404.14469).
+    Parameters
+    ----------
+    kernel
+        Above 1 (odd): the maximum over that many neighbours, as SnapKV does (arXiv 2404.14469).
+    query
+        ``"none"``: nobody asks. What counts is the attention that all later tokens pay to a token, each in units of an
+        even share of what it sees, mean over them: for a document that is pruned once and asked many questions.
     """
+    if query not in ("last", "none"):
+        raise ValueError(f"query={query!r} is unknown: give 'last' (the prompt's last tokens) or 'none'.")
     if window < 1:
         raise ValueError(f"window={window} is not a number of tokens: give 1 or more.")
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel={kernel} is not an odd number of neighbours: give 1 (no pooling), 3, 5, 7, ...")
-    return _Attention(int(window), int(kernel))
+    return _Attention(int(window), int(kernel)) if query == "last" else _Unasked(int(kernel))
 
 
 def given(scores: Mapping[int, torch.Tensor]) -> Scorer:
@@ -112,6 +120,25 @@ class _Attention:
         if self.kernel > 1:
             return strongest_neighbour(probabilities.sum(dim=2), self.kernel).mean(dim=1)
         return probabilities.mean(dim=(1, 2))
+
+    def check(self, model: Any, config: Any) -> None:
+        refuse_unreadable(model, config.layers)
+
+
+@dataclass(frozen=True)
+class _Unasked:
+    kernel: int
+    asking_tokens: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:
+        return "attention, nobody asks"
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        tokens = stage.positions.shape[1]
+        # Token i sees i + 1 tokens: a weight that rises from 1 to N makes an even share 1 for each.
+        received = strongest_neighbour(stage.attention_received(rise=tokens), self.kernel).mean(dim=1)
+        return received / torch.arange(tokens, 0, -1, device=received.device)
 
     def check(self, model: Any, config: Any) -> None:
         refuse_unreadable(model, config.layers)

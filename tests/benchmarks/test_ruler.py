@@ -53,6 +53,8 @@ def test_all_variants_answer_the_same_items_and_a_stopped_run_goes_on(run, tmp_p
     assert f"| niah_single_1 | {LENGTH} | recency keep09 | 2 |" in printed and "solved items" in printed
     assert f"| {LENGTH} | full | 1 | 2 |" in printed, "the mean is over RULER's own tasks"
     assert "texts of second_question: embedded" in printed
+    assert f"| {LENGTH} | recency keep09 | 2 |" in printed.partition("and another one on the same cache")[2]
+    assert {row.get("first_score") for row in rows if row["dataset"] == "second_question"} <= {0.0, 1.0}
     made = json.loads((tmp_path / "needle_map.json").read_text())
     assert made["items"] == 4 and (tmp_path / "needle_map.png").stat().st_size > 5000
     run("--tables")

@@ -40,6 +40,8 @@ def test_the_second_question_asks_for_another_fact_than_the_first(tiny_tokenizer
     turn = tiny_tokenizer.decode(copying.follow_up_ids(record, tiny_tokenizer))
     assert turn.startswith("<|im_end|>") and turn.endswith("<|im_start|>assistant\n") and record["follow_up"] in turn
     assert copying.score(record, f"It is {record['answers'][0]}.") == 1.0
+    (asked,) = record["first_answers"]
+    assert asked != record["answers"][0] and f"{first.partition('the ')[2].rstrip('?')} is {asked}" in record["prompt"]
     assert copying.score(record, f"It is 1{record['answers'][0]}.") == 0.0, "a part of a number is another number"
 
 

@@ -14,6 +14,7 @@ ALL = {
     "hidden norm": scorers.hidden_norm(),
     "attention": scorers.attention(window=4),
     "attention, pooled": scorers.attention(window=4, kernel=5),
+    "attention, nobody asks": scorers.attention(query="none"),
 }
 
 
@@ -57,6 +58,19 @@ def test_attention_scores_are_the_attention_weights_that_the_model_itself_report
         reported = model(input_ids=prompt, output_attentions=True).attentions[2]
     trace = _run(model, scorers.attention(window=4), prompt)
     torch.testing.assert_close(trace.scores[2], reported[:, :, -4:].mean(dim=(1, 2)), rtol=1e-4, atol=1e-6)
+
+
+def test_where_nobody_asks_all_later_tokens_count_alike(tiny_model):
+    """Token i sees i + 1 tokens: in even shares of that, the mean over all that see a token."""
+    model, prompt = tiny_model(attn_implementation="eager"), torch.arange(3, 63)[None]
+    with torch.no_grad():
+        paid = model(input_ids=prompt, output_attentions=True).attentions[2].mean(dim=1)[0]
+    even = paid * torch.arange(1, 61)[:, None]
+    expected = torch.stack([even[place:, place].mean() for place in range(60)])
+    trace = _run(model, scorers.attention(query="none"), prompt)
+    torch.testing.assert_close(trace.scores[2][0], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="query='all' is unknown"):
+        scorers.attention(query="all")
 
 
 def test_reading_attention_leaves_no_name_behind_in_transformers_registries(tiny_model):
