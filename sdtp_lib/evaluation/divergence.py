@@ -32,6 +32,7 @@ def continuation_logits(
     scorer: Scorer | None = None,
     *,
     prefilled: Callable[[Any], None] | None = None,
+    chunk: int | None = None,
 ) -> tuple[Tensor, PruningTrace | None]:
     """Logits that predict each continuation token, read from the (pruned) cache of one prefill of the prompt.
 
@@ -43,6 +44,8 @@ def continuation_logits(
         How to prune the prompt; both None for the unpruned model. An entry of `sdtp_lib.methods` brings its scorer.
     prefilled
         Called with the prompt's cache once it is full: for a clock, and for the bytes that it holds.
+    chunk
+        Hand the prompt over in chunks of so many tokens.
 
     Returns
     -------
@@ -59,8 +62,15 @@ def continuation_logits(
     given = torch.tensor([list(continuation_ids)[:-1]], device=model.device)
     with contextlib.ExitStack() as stack:
         trace = None if config is None else stack.enter_context(token_pruning(model, config, scorer))
-        first = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-        logits = first.logits[:, -1:]
+        if chunk is None:
+            first = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+            logits = first.logits[:, -1:]
+        else:
+            first = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), prefill_chunk_size=chunk, max_new_tokens=1,
+                do_sample=False, return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+            logits = first.logits[0][:, None]
         if prefilled is not None:
             prefilled(cache_in(first))
         if given.shape[1]:

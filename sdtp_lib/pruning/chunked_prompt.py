@@ -118,8 +118,8 @@ class ChunkedPrompt:
         ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         if ids is None or ids.shape[1] != end - start or not torch.equal(ids, self.ids[:, start:end]):
             raise PruningNotSupported(
-                "prefill_chunk_size: the forward is over other tokens than the next chunk of the prompt (before "
-                "transformers 5.2x a cached prefix was fed again): leave prefill_chunk_size out."
+                "prefill_chunk_size: the forward is over other tokens than the next chunk of the prompt (some releases "
+                "of transformers feed a cached prefix again): leave prefill_chunk_size out."
             )
         if mask is not None and (not torch.is_tensor(mask) or mask.dim() != 2):
             raise PruningNotSupported(

@@ -67,6 +67,7 @@ def token_pruning(
     Notes
     -----
     Inside, logits have the last layer's K columns, in order, rows padded on the left: ``[:, -1]`` is the last token.
+    ``generate(prefill_chunk_size=C)`` cuts each chunk before the next comes, by the whole prompt's budget (`chunks`).
     Leaving the ``with``, also by an exception, leaves the model as it was.
     """
     architecture = describe(model)

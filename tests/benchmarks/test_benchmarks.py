@@ -340,3 +340,39 @@ def test_pruners_trained_on_other_data_are_not_taken_for_an_ablations_own(tmp_pa
     module.main(arguments)
     with pytest.raises(SystemExit, match=r"paper holds pruners trained with epochs 10.0 \(asked: 3.0\): give this run"):
         module.main([*arguments, "--epochs", "3"])
+
+
+def test_chunks_are_held_against_one_shot_and_their_memory_is_read_in_a_process_of_its_own(
+    model_folder, tmp_path, capsys, monkeypatch
+):
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--preset", "keep07", "--scorers", "recency"]
+    arguments += ["--cells", "text", "--samples", "1", "--prompt-tokens", "200", "--chunks", "64"]
+    chunks = script("chunks")
+    chunks.main([*arguments, "--parts", "quality"])
+    rows = read_rows(tmp_path / "quality.jsonl")
+    assert [row["chunk"] for row in rows] == [0, 64]
+    assert rows[0]["kl_to_one_shot_nats"] < 1e-9 < rows[1]["kl_to_one_shot_nats"]
+    assert rows[0]["tokens_per_layer"] == rows[1]["tokens_per_layer"]
+    assert "| recency | one-shot | 1 |" in capsys.readouterr().out
+    told = {}
+    for variant, size in (("unpruned", "0"), ("one-shot", "0"), ("pruned", "128"), ("unpruned", "128")):
+        chunks.main(["--child", "random", "500", variant, size])
+        told[variant, size] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["unpruned", "0"]["kv_mb"] == told["unpruned", "128"]["kv_mb"] > told["pruned", "128"]["kv_mb"]
+    assert told["one-shot", "0"]["tokens_in_last_layer"] == told["pruned", "128"]["tokens_in_last_layer"]
+
+    def ran(command, **_):
+        key = command[-3], command[-2], command[-1]
+        broken = key[2] == "64"
+        return subprocess.CompletedProcess(command, int(broken), json.dumps(told["pruned", "128"]), "no room")
+
+    monkeypatch.setattr(chunks.subprocess, "run", ran)
+    arguments = ["--run-dir", str(tmp_path), "--memory", "random:500", "--memory-chunks", "128", "64"]
+    chunks.main([*arguments, "--parts", "memory"])
+    rows = read_rows(tmp_path / "memory.jsonl")
+    assert [(row["kind"], row["variant"], row["chunk"]) for row in rows] == [
+        ("chunk memory", "unpruned", 0), ("chunk memory", "one-shot", 0), ("chunk memory", "pruned", 128),
+        ("failure", "pruned", 64), ("chunk memory", "unpruned", 128), ("failure", "unpruned", 64),
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "| random | 500 | one-shot | none |" in printed and "failed: random pruned 64: no room" in printed

@@ -1,0 +1,181 @@
+"""A prompt in chunks (``prefill_chunk_size``), each cut before the next: what it costs in quality, saves in memory.
+
+    python benchmarks/chunks.py                                   # both parts
+    python benchmarks/chunks.py --parts quality --samples 2
+    python benchmarks/chunks.py --parts memory --memory embedded:8192 random:65536
+
+Quality: KL of the answers' tokens to one-shot pruning and to the unpruned model, by chunk size, on samples of
+``--cells``. Memory: growth of the resident set (GPU: of the allocator's peak) over one prefill, each measured in a
+process of its own that has loaded the model and run a short prompt. ``random`` is a Llama of four layers with random
+weights. One row per measurement; a run that was stopped goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import torch
+from tqdm import tqdm
+
+from sdtp_lib import PruningConfig, load_model, scorers, token_pruning
+from sdtp_lib.data.test_sets import CELLS, cell_samples
+from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence
+from sdtp_lib.evaluation.tables import markdown
+from sdtp_lib.latency.memory import MemoryWatch
+from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.scorers.by_name import scorer_named
+
+RANDOM = {
+    "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 1 << 20,
+}  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("quality", "memory"), default=["quality", "memory"])
+    parser.add_argument("--model", default="embedded", help="of the quality part: embedded, a folder or a Hub id")
+    parser.add_argument("--scorers", nargs="+", type=scorer_named, default=["SDTP", "attention"], metavar="NAME[=DIR]")
+    parser.add_argument("--preset", default="keep08")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle"])
+    parser.add_argument("--samples", type=int, default=4, help="per cell")
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, 512], help="sizes of the quality part")
+    parser.add_argument("--memory", nargs="+", default=["embedded:8192", "random:65536"], metavar="MODEL:TOKENS")
+    parser.add_argument("--memory-chunks", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "chunks")
+    parser.add_argument("--child", nargs=4, metavar=("MODEL", "TOKENS", "VARIANT", "CHUNK"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.scorers = [scorer_named(each) if isinstance(each, str) else each for each in options.scorers]
+    return options
+
+
+def quality(options: argparse.Namespace) -> None:
+    model, tokenizer = load_model(options.model)
+    config = PruningConfig.preset(options.preset, model.config.num_hidden_layers)
+    named = [(each.name, each.load(model)) for each in options.scorers]
+    stamp = passport(model, model_name=options.model, config=config, seed=options.seed)
+    with RowWriter(options.run_dir / "quality.jsonl", stamp) as writer:
+        writer.scored_by(dict(named))
+        for cell in options.cells:
+            samples = cell_samples(
+                cell, tokenizer, prompt_tokens=options.prompt_tokens, count=options.samples, seed=options.seed
+            )
+            for sample in tqdm(samples, desc=cell, mininterval=5):
+                prompt, response = sample["prompt_ids"], sample["response_ids"]
+                keys = {(name, size): f"{cell}|{sample['id']}|{name}|{size}" for name, _ in named
+                        for size in (0, *options.chunks)}  # fmt: skip
+                if all(map(writer.done, keys.values())):
+                    continue
+                full, _ = continuation_logits(model, prompt, response)
+                for name, scorer in named:
+                    whole, _ = continuation_logits(model, prompt, response, config, scorer)
+                    for size in (0, *options.chunks):
+                        if writer.done(keys[name, size]):
+                            continue
+                        chunk = size or len(prompt)  # one chunk: the same as one shot, to the bit
+                        found, trace = continuation_logits(model, prompt, response, config, scorer, chunk=chunk)
+                        writer.add(
+                            keys[name, size], kind="chunks", cell=cell, sample=sample["id"], scorer=name,
+                            chunk=size, prompt_tokens=len(prompt),
+                            kl_to_one_shot_nats=kl_divergence(whole, found), kl_nats=kl_divergence(full, found),
+                            tokens_per_layer=trace.tokens_per_layer, asking_tokens=trace.asking_tokens,
+                        )  # fmt: skip
+
+
+def memory(options: argparse.Namespace) -> None:
+    stamp = passport(seed=options.seed, pruning_preset=options.preset, threads=torch.get_num_threads())
+    with RowWriter(options.run_dir / "memory.jsonl", stamp) as writer:
+        for model, _, tokens in (each.partition(":") for each in options.memory):
+            cases = [("unpruned", 0), ("one-shot", 0)]
+            cases += [(kind, size) for kind in ("pruned", "unpruned") for size in options.memory_chunks]
+            for variant, size in cases:
+                key = f"{model}|{tokens}|{variant}|{size}"
+                if writer.done(key):
+                    continue
+                command = [sys.executable, __file__, "--preset", options.preset, "--seed", str(options.seed)]
+                command += ["--child", model, tokens, variant, str(size)]
+                ran = subprocess.run(command, capture_output=True, text=True, check=False)
+                labels = {"measured": model, "prompt_tokens": int(tokens), "variant": variant, "chunk": size}
+                if ran.returncode:
+                    reason = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
+                    writer.add(key, kind="failure", **labels, error=reason)
+                    continue
+                row = json.loads(ran.stdout.splitlines()[-1])
+                writer.add(key, kind="chunk memory", **labels, **row)
+                print(f"{key}: {row['memory_growth_mb']:.0f} MB in {row['seconds']:.0f} s", flush=True)
+
+
+def child(options: argparse.Namespace) -> None:
+    """One prefill in this process, told as JSON on the last line."""
+    name, tokens, variant, size = options.child[0], int(options.child[1]), options.child[2], int(options.child[3])
+    if name == "random":
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(options.seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **RANDOM)).eval()
+        scorer, config = scorers.attention(8), PruningConfig((1, 2, 3), 0.5)
+    else:
+        model, _ = load_model(name)
+        scorer, config = scorer_named("SDTP").load(model) if name == "embedded" else scorers.attention(8), None
+    config = config or PruningConfig.preset(options.preset, model.config.num_hidden_layers)
+    ids = torch.randint(3, 1000, (1, tokens), generator=torch.Generator().manual_seed(options.seed)).to(model.device)
+    settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+
+    def prefill(prompt: torch.Tensor) -> tuple[object, list[int]]:
+        given = settings | ({"prefill_chunk_size": size} if size else {}) | {"attention_mask": torch.ones_like(prompt)}
+        if variant == "unpruned":
+            return model.generate(prompt, **given), [prompt.shape[1]]
+        with token_pruning(model, config, scorer) as trace:
+            return model.generate(prompt, **given), trace.tokens_per_layer
+
+    prefill(ids[:, :300])
+    watch, start = MemoryWatch(model.device), time.perf_counter()
+    output, counts = prefill(ids)
+    seconds = time.perf_counter() - start
+    cache = getattr(output, "cache", None) or output.past_key_values
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 1e6
+    print(json.dumps(watch.read_mb() | {"kv_mb": kept, "seconds": seconds, "tokens_in_last_layer": counts[-1]}))
+
+
+def tables(options: argparse.Namespace) -> None:
+    if (path := options.run_dir / "quality.jsonl").exists():
+        rows = read_frame(path)
+        found = rows[rows.kind == "chunks"].groupby(["scorer", "chunk"], sort=True).agg(
+            samples=("sample", "count"), to_one_shot=("kl_to_one_shot_nats", "mean"), to_unpruned=("kl_nats", "mean")
+        ).reset_index()  # fmt: skip
+        found["chunk"] = found.chunk.map(lambda size: size or "one-shot")
+        print(f"\nKL (nats per token) at {int(rows.prompt_tokens.max()):,} tokens, {options.preset}, by chunk size\n")
+        print(markdown(found, digits=4))
+    if (path := options.run_dir / "memory.jsonl").exists():
+        rows = read_frame(path)
+        for row in rows[rows.kind == "failure"].itertuples():
+            print(f"failed: {row.measured} {row.variant} {row.chunk}: {row.error}")
+        rows = rows[rows.kind == "chunk memory"]
+        print("\nPeak memory of one prefill beyond what the model takes (MB), of it the cache at the end\n")
+        names = ["measured", "prompt_tokens", "variant", "chunk", "memory_growth_mb", "kv_mb", "tokens_in_last_layer"]
+        names.append("seconds")
+        table: pandas.DataFrame = rows[names].copy()
+        table["chunk"] = table.chunk.map(lambda size: size or "none")
+        print(markdown(table, digits=0))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.child:
+        child(options)
+        return
+    for part in options.parts:
+        {"quality": quality, "memory": memory}[part](options)
+    tables(options)
+
+
+if __name__ == "__main__":
+    main()
