@@ -27,13 +27,16 @@ class _Alias(str):
 
 
 @contextlib.contextmanager
-def own_attention(config: Any, function: Callable, backend: str) -> Iterator[None]:
-    """Let the layers that read ``config`` call ``function`` where they would call ``backend``'s; its masks stay."""
+def own_attention(config: Any, function: Callable, backend: str, masks: Callable | None = None) -> Iterator[None]:
+    """Let the layers that read ``config`` call ``function`` where they would call ``backend``'s.
+
+    Its masks stay, unless ``masks`` makes them in its place.
+    """
     name = _Alias(backend)
     ALL_ATTENTION_FUNCTIONS.register(name, function)
     # Without an entry here (in the class-wide table: only that one is looked at) transformers would hand out no mask at
     # all, and padded batches would be silently wrong.
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, masks or ALL_MASK_ATTENTION_FUNCTIONS[backend])
     try:
         with backend_named(config, name):
             yield

@@ -17,6 +17,7 @@ from torch import nn
 
 from sdtp_lib.architectures.attention_interface import own_attention
 from sdtp_lib.architectures.layers import attention_module
+from sdtp_lib.architectures.row_masks import RowMask
 from sdtp_lib.config import PruningNotSupported
 
 # Families whose attention is exactly: input_layernorm, q_proj / k_proj, perhaps a norm per head, rotary, plain softmax.
@@ -119,6 +120,8 @@ def attention_from_cached_keys(
     if not _is_split(attention):
         return None
     query = _rotated(attention, layer.input_layernorm(last_hidden), "q", position_embeddings)
+    if rows is None and valid is None and getattr(attention, "is_causal", True):
+        return _causal_weights(query, keys, float(attention.scaling))
     rows = _visible(attention, rows, last_hidden.shape[1], keys, valid)
     return _plain_weights(query, keys, float(attention.scaling), rows)
 
@@ -130,6 +133,8 @@ def mask_rows(mask: Any, window: int, tokens: int) -> torch.Tensor | None:
     """Rows (B, 1 or H, w, N) of the last ``window`` queries of a mask in any backend's form; None where it is None."""
     if mask is None:
         return None
+    if isinstance(mask, RowMask):
+        return mask.written_out(window, tokens)
     if torch.is_tensor(mask) and mask.dim() == 4:
         return mask[:, :, -window:, -tokens:]
     if torch.is_tensor(mask) and mask.dim() == 2:  # flash attention: padding only, causal by itself
@@ -182,6 +187,17 @@ def _plain_weights(query: torch.Tensor, key: torch.Tensor, scale: float, added: 
     groups, tokens = key.shape[1:3]
     query = (query * scale).reshape(rows, groups, heads // groups * window, size)
     logits = (query @ key.transpose(-1, -2)).reshape(rows, heads, window, tokens) + added
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+
+
+def _causal_weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """`_plain_weights` of the last tokens without padding: of all their keys only the last few may be hidden."""
+    rows, heads, window, size = query.shape
+    groups, tokens = key.shape[1:3]
+    query = (query * scale).reshape(rows, groups, heads // groups * window, size)
+    logits = (query @ key.transpose(-1, -2)).reshape(rows, heads, window, tokens)
+    later = torch.ones(window, window, dtype=torch.bool, device=query.device).triu(1)
+    logits[..., -window:].masked_fill_(later, torch.finfo(logits.dtype).min)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
 
 

@@ -9,6 +9,7 @@ B batch, T tokens, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -183,8 +184,18 @@ def num_layers(model: nn.Module) -> int:
 def layer_signature(layer: nn.Module) -> tuple[str, ...]:
     """Argument names of the layer's forward, without ``self`` and ``**kwargs``."""
     # The class's own forward: accelerate replaces the instance's by a wrapper without names.
-    parameters = list(inspect.signature(type(layer).forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    return _signature_of(type(layer))[0]
+
+
+@functools.cache
+def _signature_of(kind: type) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Argument names of a layer class's forward, and which of them are a cache; read once, for layers by the dozen.
+
+    A cache is annotated as one, or has a name that was always one's.
+    """
+    parameters = list(inspect.signature(kind.forward).parameters.values())
+    named = tuple(p.name for p in parameters[1:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    return named, frozenset(p.name for p in parameters if "Cache" in str(p.annotation) or p.name in _CACHE_NAMES)
 
 
 def missing_from_signature(layer: nn.Module) -> str:
@@ -194,17 +205,11 @@ def missing_from_signature(layer: nn.Module) -> str:
         return f"takes {names[0] if names else 'nothing'!r} first instead of 'hidden_states'"
     if "attention_mask" not in names:
         return "takes no 'attention_mask'"
-    caches = _cache_parameters(layer)
+    caches = _signature_of(type(layer))[1]
     if not caches:
         return "takes no cache (an argument annotated as one, or called past_key_values)"
     unknown = [name for name in names if name not in _KNOWN_ARGUMENTS and name not in caches]
     return f"takes the unknown argument(s) {', '.join(unknown)}" if unknown else ""
-
-
-def _cache_parameters(layer: nn.Module) -> set[str]:
-    """Arguments of the layer's forward that are a cache: annotated as one, or with a name that was always one's."""
-    parameters = inspect.signature(type(layer).forward).parameters.values()
-    return {p.name for p in parameters if "Cache" in str(p.annotation) or p.name in _CACHE_NAMES}
 
 
 def named_arguments(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

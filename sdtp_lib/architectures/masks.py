@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sdtp_lib.architectures.row_masks import RowMask
 from sdtp_lib.config import PruningNotSupported
 
 
@@ -37,7 +38,8 @@ def cut_mask(
     ----------
     mask
         What transformers made for the unpruned layer: None (the backend is then causal by itself); booleans (True:
-        seen) or numbers to add, (B or 1, H or 1, Q or 1, N); (B, N) for flash attention; a ``BlockMask`` for flex.
+        seen) or numbers to add, (B or 1, H or 1, Q or 1, N); (B, N) for flash attention; a ``BlockMask`` for flex; a
+        `RowMask`.
     queries : Tensor (B or 1, q) or None
         Rows that remain, -1 for padding, None for all of them. They count from the first new token.
     keys : Tensor (B or 1, n)
@@ -56,6 +58,8 @@ def cut_mask(
     """
     if mask is None:
         return _mask_where_none_was(query_count, keys, backend, dtype) if padded else None
+    if isinstance(mask, RowMask):
+        return mask.cut(queries, keys)
     if torch.is_tensor(mask) and mask.dim() == 2:
         cut = _columns(mask, keys)
         return cut * (keys >= 0).to(cut.dtype) if padded else cut
@@ -70,8 +74,10 @@ def cut_mask(
     )
 
 
-def last_rows(mask: Any, count: int) -> torch.Tensor | None:
-    """The rows of the last ``count`` queries of a 4-D mask; None where the mask has another form."""
+def last_rows(mask: Any, count: int) -> torch.Tensor | RowMask | None:
+    """The rows of the last ``count`` queries of a 4-D mask, a `RowMask` itself; None where it has another form."""
+    if isinstance(mask, RowMask):
+        return mask
     return mask[:, :, -count:] if torch.is_tensor(mask) and mask.dim() == 4 else None
 
 

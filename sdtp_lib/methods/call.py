@@ -77,7 +77,7 @@ def token_pruning(
     PruningNotSupported
         For models, caches, attention backends and uses that cannot be pruned correctly, before any compute.
     """
-    num_layers = len(describe(model).layers)
+    architecture = describe(model)
     around = None
     if inspect.isclass(budget) or inspect.isroutine(budget):
         raise ValueError(f"budget={budget.__name__} makes budgets and is none itself: call it, {budget.__name__}(...).")
@@ -90,9 +90,9 @@ def token_pruning(
     if isinstance(scorer, str):
         named = scorer in registry.names()
         scorer = registry.get(scorer).scorer_for(model) if named else scorer_called(scorer, model)
-    wanted, scorer = _resolved(model, num_layers, budget, scorer)
+    wanted, scorer = _resolved(model, len(architecture.layers), budget, scorer)
     with contextlib.ExitStack() as stack:
-        trace = stack.enter_context(engine.token_pruning(model, wanted, scorer, protect=protect, verify=verify))
+        trace = stack.enter_context(engine.token_pruning(architecture, wanted, scorer, protect=protect, verify=verify))
         if around is not None:
             stack.enter_context(around(model, trace))
         yield trace

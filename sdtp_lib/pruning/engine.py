@@ -34,14 +34,19 @@ _ACTIVE_LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def token_pruning(
-    model: nn.Module, budget: Budget, scorer: Scorer, *, protect: torch.Tensor | None = None, verify: str = "auto"
+    model: nn.Module | Architecture,
+    budget: Budget,
+    scorer: Scorer,
+    *,
+    protect: torch.Tensor | None = None,
+    verify: str = "auto",
 ) -> Iterator[PruningTrace]:
     """Prune the prompt tokens of every prefill that ``model`` runs inside the ``with`` (arXiv 2504.04514, section 3.3).
 
     Parameters
     ----------
     model
-        A decoder-only causal LM of transformers in eval mode, also wrapped by PEFT.
+        A decoder-only causal LM of transformers in eval mode, also wrapped by PEFT; or its `Architecture`.
     budget : PruningConfig
         Before which layers, and how much stays; or a `budget.SpeedupBudget`, which decides by the prompt's length.
     scorer
@@ -71,6 +76,7 @@ def token_pruning(
     Leaving the ``with``, also by an exception, leaves the model as it was.
     """
     architecture = describe(model)
+    model = architecture.model
     config = _checked_config(architecture, budget, scorer, model)
     check_on_entry(model, token_pruning, architecture.model_type, architecture.backend, verify)
     session = Session(architecture, config, budget, scorer, _checked_protection(protect))
@@ -83,6 +89,8 @@ def token_pruning(
         cleanup.callback(stack.register_forward_pre_hook(session.before_stack, with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_hook(session.after_stack, always_call=True).remove)
         cleanup.enter_context(before_layers(architecture, range(len(architecture.layers)), session.before_layer))
+        cleanup.callback(architecture.layers[-1].register_forward_hook(session.after_last_layer).remove)
+        cleanup.callback(session.end_forward)
         if (norm := architecture.fixed_length_norm()) is not None:
             cleanup.callback(norm.register_forward_hook(session.after_final_norm).remove)
         cleanup.enter_context(guarded_generate(model, session.in_chunks))

@@ -12,20 +12,22 @@ scorer sees hidden states (1, 10, D), and the columns ``[0, 1, 4, 7, 8, 9]`` are
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sdtp_lib import budget
-from sdtp_lib.architectures.caches import cache_of, cached_keys, cached_past, cached_tokens, kv_bytes, without_cache
+from sdtp_lib.architectures.caches import cache_of, cached_keys, cached_past, kv_bytes, without_cache
 from sdtp_lib.architectures.layers import Architecture
 from sdtp_lib.architectures.masks import last_rows
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.continuation import ForwardPass
+from sdtp_lib.pruning.cut_record import Segment, record_of
 from sdtp_lib.pruning.kv_budget import KVBudget, cut_cache
 from sdtp_lib.pruning.plan import Budget, on_device, tokens_plan
-from sdtp_lib.pruning.pruned_cache import CacheRecord, remember
+from sdtp_lib.pruning.pruned_cache import remember
 from sdtp_lib.pruning.selection import count_for_mass, gather_tokens, protected_tokens, select_positions
 from sdtp_lib.pruning.stage import LAYERS_AT_HAND, LayerBefore, Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
@@ -86,9 +88,11 @@ class Prefill(ForwardPass):
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
         self.last_inputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of the layers since the last cut
         self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the kept tokens
-        self.segments: list[tuple[int, torch.Tensor, bool]] = []  # first layer, its columns, whether any is padding
+        self.segments: list[Segment] = []
         self._not_finite: list[tuple[int, torch.Tensor]] = []
         self.before: torch.Tensor | None = None  # tokens of each row in each layer of a first pass
+        # Where no stage can drop anything, nothing needs a score unless somebody reads it.
+        self.keeps_all = plan[-1] == plan[0] and config.keep_mass is None
         self._begin_trace()
 
     def _planned(
@@ -112,21 +116,30 @@ class Prefill(ForwardPass):
                 given = self._shortened(index, {**arguments, "hidden_states": hidden})
         if self.kv is not None and self.cache is not None:
             self.ran = (index, layer, dict(given))
-        if any(index < stage <= index + LAYERS_AT_HAND for stage in self.stages):
+        if self._is_looked_back_at(index):
             # A copy: a view would keep the whole tensor in memory.
             last = given["hidden_states"][:, -LAST_TOKENS:].clone()
             self.last_inputs[index] = (last, last_rows(given.get("attention_mask"), LAST_TOKENS))
         return given
+
+    def _is_looked_back_at(self, index: int) -> bool:
+        return any(index < stage <= index + LAYERS_AT_HAND for stage in self.stages)
 
     def cut_tokens(self, index: int, layer: nn.Module, given: dict[str, Any]) -> torch.Tensor | None:
         """Score the kept tokens before layer ``index``, drop the worst: hidden states (B, K, D), None if all stay."""
         hidden = given["hidden_states"]
         self.positions = self.positions.to(hidden.device)
         positions, valid = self.positions, self.positions >= 0
+        known = {"before": self._layers_before(index, hidden.device), "past": self._past(index)}
+        if self.keeps_all and not hidden.is_inference():
+            self.trace.scored_positions[index] = self.trace.kept_positions[index] = positions
+            read = partial(self._score_when_read, index, layer, given, known, hidden._version)
+            self.trace.scored_when_read.append(read)
+            return None
+        hidden = self._by_rows(hidden)
         stage = self._stage(
-            index, layer, given, before=self._layers_before(index, hidden),
+            index, layer, {**given, "hidden_states": hidden}, **known,
             carried={name: values.to(hidden.device) for name, values in self.carried.items()},
-            past=self._past(index),
         )  # fmt: skip
         scores = self._checked_scores(index, self.scorer(stage), valid)
         self.carried = stage.carried
@@ -159,6 +172,33 @@ class Prefill(ForwardPass):
         """For the trace: positions before the cut at ``index``, their scores, positions after it."""
         trace = self.trace
         trace.scored_positions[index], trace.scores[index], trace.kept_positions[index] = positions, scores, kept
+
+    @torch.no_grad()
+    def _score_when_read(
+        self, index: int, layer: nn.Module, given: dict[str, Any], known: dict[str, Any], version: int
+    ) -> None:
+        """The scores before layer ``index``, asked for after the prefill that dropped nothing; stages in their order.
+
+        Raises
+        ------
+        PruningNotSupported
+            Where the model has changed the layer's input since.
+        """
+        if given["hidden_states"]._version != version:
+            raise PruningNotSupported(
+                f"the scores at layer {index} were not needed, since nothing could be dropped, and cannot be told now: "
+                f"{self.architecture.model_type} writes into its hidden states. Run the prefill under "
+                "torch.inference_mode(), where scores are computed at once."
+            )
+        given = {**given, "hidden_states": self._by_rows(given["hidden_states"])}
+        stage = self._stage(index, layer, given, carried=dict(self.carried), **known)
+        self.trace.scores[index] = self._checked_scores(index, self.scorer(stage), stage.valid)
+        self.carried = stage.carried
+        self.check_scores()
+
+    def _by_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, N, D) as a scorer sees them."""
+        return hidden
 
     def _stage(self, index: int, layer: nn.Module, given: dict[str, Any], **known: Any) -> Stage:
         hidden = given["hidden_states"]
@@ -205,12 +245,12 @@ class Prefill(ForwardPass):
         self.plan[index:] = [counts] * (len(self.plan) - index)
         return counts
 
-    def _layers_before(self, index: int, hidden: torch.Tensor) -> dict[int, LayerBefore]:
+    def _layers_before(self, index: int, device: torch.device) -> dict[int, LayerBefore]:
         found = {}
         for earlier in range(max(0, index - LAYERS_AT_HAND), index):
-            keys = cached_keys(self.cache, earlier, self._held_before(earlier) + hidden.shape[1])
+            keys = cached_keys(self.cache, earlier, self._held_before(earlier) + self.positions.shape[1])
             # On another device a device_map splits the model between the two.
-            if keys is not None and earlier in self.last_inputs and keys.device == hidden.device:
+            if keys is not None and earlier in self.last_inputs and keys.device == device:
                 found[earlier] = LayerBefore(self.architecture.layers[earlier], keys, *self.last_inputs[earlier])
         return found
 
@@ -260,49 +300,16 @@ class Prefill(ForwardPass):
         self.trace.kv_bytes_per_layer = kv_bytes(self.cache)
         if not self.segments and not self.keys_kept:
             return
-        layers = range(len(self.plan))
-        nothing = (0, None, False)
-        ends = [next((s for s in reversed(self.segments) if s[0] <= layer), nothing) for layer in layers]
-        held = [cached_tokens(self.cache, layer) for layer in layers]
-        before, joined = self.record, {}
-        kept = [self._all_kept(layer, ends[layer][1], joined) for layer in layers]
-        if kept[0] is not None:  # a second pass cut layer 0, which answers with all that was seen from now on
-            held[0] = self.seen + self.columns
-        expected = [held[0] if columns is None or not layer else columns.shape[1] for layer, columns in enumerate(kept)]
-        record = CacheRecord(
-            columns=held[0],
-            rows=len(self.lengths),
-            kept=kept,
-            padded=[ends[layer][2] or (before is not None and before.padded[layer]) for layer in layers],
-            any_padding=min(self.lengths) < self.columns or (before is not None and before.any_padding),
-            held=held,
-            compressed=held != expected or (not self.seen and held[0] != self.columns),
-            compact=self.compact,
-            backend=self.architecture.backend,
-        )
+        record = record_of(
+            self.cache, self.record, self.segments, self.seen, self.columns, self.lengths, len(self.plan),
+            self.architecture.backend, self.compact,
+        )  # fmt: skip
         cut_cache(self.cache, record, self.keys_kept)
         if self.keys_kept:
             kept_keys = {layer: columns.shape[-1] for layer, columns in self.keys_kept.items()}
-            self.trace.keys_per_layer = [kept_keys.get(layer, max(self.plan[layer])) for layer in layers]
+            self.trace.keys_per_layer = [kept_keys.get(layer, max(counts)) for layer, counts in enumerate(self.plan)]
         remember(self.cache, record)
         self.trace.kv_bytes_per_layer = kv_bytes(self.cache)
-
-    def _all_kept(self, layer: int, new: torch.Tensor | None, joined: dict[Any, torch.Tensor]) -> torch.Tensor | None:
-        """Columns (B, n) that ``layer`` holds now: what it held before this prefill, and what it kept of it.
-
-        Example: a prefix of 3 columns that all layers hold, 5 new ones of which 0, 3, 4 stayed: 0, 1, 2, 3, 6, 7.
-        """
-        old = None if self.record is None else self.record.kept[layer]
-        if not self.seen or (new is None and old is None):
-            return new
-        if (id(old), id(new)) not in joined:
-            device = (new if new is not None else old).device
-            covered = 0 if old is None else self.record.columns
-            fresh = torch.arange(self.columns, device=device)[None] if new is None else new
-            parts = [torch.arange(covered, self.seen, device=device)[None], fresh.where(fresh < 0, fresh + self.seen)]
-            parts = parts if old is None else [old.to(device), *parts]
-            joined[id(old), id(new)] = torch.cat([part.expand(len(self.lengths), -1) for part in parts], dim=1)
-        return joined[id(old), id(new)]
 
     def check_scores(self) -> None:
         """Refuse scores that were not finite. Reads the device, so the engine asks when nothing is under way."""

@@ -18,11 +18,13 @@ from torch import nn
 
 from sdtp_lib.architectures.caches import cache_of, refuse_cache, tokens_seen, without_cache
 from sdtp_lib.architectures.layers import Architecture, layer_signature, named_arguments
+from sdtp_lib.architectures.row_attention import masks_by_rows, serves_rows
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.chunked_prompt import ChunkedPrompt, prompt_in_chunks
 from sdtp_lib.pruning.chunks import ChunkPrefill
 from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.kv_budget import KVBudget
+from sdtp_lib.pruning.packed_prefill import PackedPrefill
 from sdtp_lib.pruning.plan import Budget, prompt_lengths, tokens_plan
 from sdtp_lib.pruning.prefill import Prefill
 from sdtp_lib.pruning.pruned_cache import PrunedCache, remembered
@@ -59,6 +61,7 @@ class Session:
         self._thread: int | None = None
         self._lock = threading.Lock()
         self._said: set[str] = set()
+        self._for_this_forward = contextlib.ExitStack()
         self._not_pruned = ""
 
     def before_model(self, names: tuple[str, ...]):
@@ -139,7 +142,10 @@ class Session:
             given = (self.architecture, self.budget, self.scorer, self.trace, lengths, columns, device)
             protected = self._protection(rows, seen, columns)
             if self.two_passes is None or columns < 2 or seen:
-                self._pass = Prefill(*given, cache, protected, kv=None if seen else self.kv)
+                kv = None if seen else self.kv
+                uneven = rows > 1 and min(lengths) < columns
+                packs = uneven and kv is None and serves_rows(self.architecture, arguments)
+                self._pass = (PackedPrefill if packs else Prefill)(*given, cache, protected, kv=kv)
                 self._warn_if_nothing_goes(self._pass.plan)
             else:
                 first = Prefill(*given, None, protected)
@@ -157,6 +163,8 @@ class Session:
             self._say_once("prefix", f"nothing is pruned: {self._not_pruned}.")
         if isinstance(cache, PrunedCache):
             cache.inside = True
+        if isinstance(self._pass, PackedPrefill):  # at the very end: nothing may fail between here and `after_stack`
+            self._pass.masks = self._for_this_forward.enter_context(masks_by_rows(self.architecture.config))
         return changed
 
     def _begin_chunk(self, arguments: dict[str, Any], rows: int, cache: Any) -> dict[str, Any]:
@@ -169,6 +177,14 @@ class Session:
         if not whole.number:
             self._warn_if_nothing_goes(whole.plan())
         return longer
+
+    def end_forward(self) -> None:
+        """Take back what was put in for one forward, also where that ended early."""
+        self._for_this_forward.close()
+
+    def after_last_layer(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
+        """The hook on the last layer's output, which is packed where its inputs were."""
+        return self._pass.after_last_layer(output) if isinstance(self._pass, PackedPrefill) else None
 
     def _run_first_pass(self, stack: nn.Module, first: Prefill, arguments: dict[str, Any]) -> None:
         """Run ``first`` over the prompt: hooks on the layers alone, a cache of its own, as far as is needed."""
@@ -219,6 +235,7 @@ class Session:
                 return None  # a refused second thread must not end the first one's pass
             finished, self._pass = self._pass, None
             self._thread = None
+        self.end_forward()
         if finished is None:
             return None
         if isinstance(finished.cache, PrunedCache):

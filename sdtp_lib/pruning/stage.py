@@ -95,14 +95,14 @@ class LayerBefore:
         Its cached keys.
     last_hidden : Tensor (B, w, D)
         Its inputs for the last w tokens.
-    mask_rows : Tensor (B or 1, 1 or H, w, N) or None
-        The last w rows of its mask; None where it had none.
+    mask_rows : Tensor (B or 1, 1 or H, w, N), RowMask or None
+        The last w rows of its mask, or what they can be had from; None where it had none.
     """
 
     layer: nn.Module
     keys: torch.Tensor
     last_hidden: torch.Tensor
-    mask_rows: torch.Tensor | None = None
+    mask_rows: Any = None
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class Stage:
             return None
         if (layer, window) not in self.read:
             last = before.last_hidden[:, -window:]
-            rows = None if before.mask_rows is None else before.mask_rows[:, :, -last.shape[1] :]
+            rows = mask_rows(before.mask_rows, last.shape[1], before.keys.shape[2])
             paid = attention_from_cached_keys(
                 before.layer, last, before.keys, self.position_embeddings, rows, self._hidden_padding
             )

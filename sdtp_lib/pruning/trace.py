@@ -38,7 +38,8 @@ class PruningTrace:
     scored_positions : dict[int, Tensor (B, N)]
         Configured layer -> positions of the tokens left before the cut there.
     scores : dict[int, Tensor (B, N)]
-        Configured layer -> the scores of ``scored_positions``, -inf for padding.
+        Configured layer -> the scores of ``scored_positions``, -inf for padding. Those of a prefill that could drop
+        nothing are computed when they are first read.
     prompt_lengths : list[int]
         Prompt tokens of each row.
     tokens_per_row : Tensor (L, B)
@@ -57,13 +58,14 @@ class PruningTrace:
         The name of what scored.
     model : callable
         Gives the model, or None once it is gone; asked for FLOPs by ``print``.
+    scored_when_read : list of callables
+        What computes scores that nobody has read yet.
     not_pruned : str
         Why nothing was pruned of what the ``with`` saw last; empty where something was, or nothing was seen.
     """
 
     kept_positions: dict[int, torch.Tensor] = field(default_factory=dict)
     scored_positions: dict[int, torch.Tensor] = field(default_factory=dict)
-    scores: dict[int, torch.Tensor] = field(default_factory=dict)
     prompt_lengths: list[int] = field(default_factory=list)
     tokens_per_row: torch.Tensor | None = None
     kv_bytes_per_layer: list[int] = field(default_factory=list)
@@ -74,10 +76,20 @@ class PruningTrace:
     scorer: str = ""
     model: Callable[[], Any] = field(default=_no_model, compare=False)
     not_pruned: str = ""
+    scored_when_read: list[Callable[[], None]] = field(default_factory=list, compare=False)
+    _scores: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[int, torch.Tensor]:
+        """Configured layer -> scores (B, N)."""
+        waiting, self.scored_when_read = self.scored_when_read, []
+        for score in waiting:
+            score()
+        return self._scores
 
     def begin(self, prompt_lengths: list[int], tokens_per_row: torch.Tensor) -> None:
         """Forget the previous prefill (called by the engine)."""
-        self.kept_positions, self.scored_positions, self.scores = {}, {}, {}
+        self.kept_positions, self.scored_positions, self._scores, self.scored_when_read = {}, {}, {}, []
         self.kv_bytes_per_layer, self.keys_per_layer, self.passes = [], [], [tokens_per_row]
         self.prompt_lengths, self.tokens_per_row = list(prompt_lengths), tokens_per_row
         self.not_pruned, self.asking_tokens = "", 0
@@ -142,7 +154,7 @@ class PruningTrace:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: a trace outlives its model."""
-        return {**self.__dict__, "model": _no_model}
+        return {**self.__dict__, "_scores": self.scores, "scored_when_read": [], "model": _no_model}
 
     def _counts(self) -> torch.Tensor:
         if self.tokens_per_row is None:

@@ -130,7 +130,7 @@ class StagePruner(nn.Module):
         queries, keys = (each.unflatten(-1, (self.heads, -1)) for each in (queries, keys))
         # The token axis comes last, so that the sum over the few query tokens runs along contiguous memory.
         products = torch.einsum("bqhr,bnhr->bhqn", queries / math.sqrt(keys.shape[-1]), keys)
-        products = products.masked_fill(~asks[:, None, :, None], -torch.inf)
+        products = products.masked_fill_(~asks[:, None, :, None], -torch.inf)
         count = asks.sum(-1).clamp(min=1).float().log()[:, None, None]
         pooled = products.logsumexp(2) - count
         return torch.where(torch.isfinite(pooled), pooled, torch.zeros_like(pooled))

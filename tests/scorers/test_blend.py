@@ -85,8 +85,9 @@ def test_what_training_reads_in_one_forward_is_what_a_prefill_shows(tiny_model, 
         model(input_ids=whole, attention_mask=mask, **places)
     for index, row in enumerate(rows):
         scorer = _Masses(back)
-        with torch.no_grad(), token_pruning(model, CONFIG.replace(keep_ratio=1.0), scorer):
+        with torch.no_grad(), token_pruning(model, CONFIG.replace(keep_ratio=1.0), scorer) as trace:
             model(input_ids=row[None])
+            assert sorted(trace.scores) == sorted(CONFIG.layers)  # where nothing is dropped, reading is what scores
         for stage in CONFIG.layers:
             heads = model.config.num_attention_heads
             assert scorer.seen[stage].shape == (1, len(row), 3 * heads)
