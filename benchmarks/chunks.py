@@ -5,7 +5,7 @@
     python benchmarks/chunks.py --parts memory --memory embedded:8192 random:65536
 
 Quality: KL of the answers' tokens to one-shot pruning and to the unpruned model, by chunk size, on samples of
-``--cells``. Memory: growth of the resident set (GPU: of the allocator's peak) over one prefill, each measured in a
+``--test-sets``. Memory: growth of the resident set (GPU: of the allocator's peak) over one prefill, each measured in a
 process of its own that has loaded the model and run a short prompt. ``random`` is a Llama of four layers with random
 weights. One row per measurement; a run that was stopped goes on with the same command.
 """
@@ -43,8 +43,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", help="of the quality part: embedded, a folder or a Hub id")
     parser.add_argument("--scorers", nargs="+", type=scorer_named, default=["SDTP", "attention"], metavar="NAME[=DIR]")
     parser.add_argument("--preset", default="keep08")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["text", "needle"])
-    parser.add_argument("--samples", type=int, default=4, help="per cell")
+    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+", choices=CELLS, default=["text", "needle"])
+    parser.add_argument("--samples", type=int, default=4, help="per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, 512], help="sizes of the quality part")
     parser.add_argument("--memory", nargs="+", default=["embedded:8192", "random:65536"], metavar="MODEL:TOKENS")

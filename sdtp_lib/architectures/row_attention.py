@@ -53,7 +53,7 @@ def _foreign_hooks(module: nn.Module) -> bool:
 
 
 class MasksMade:
-    """Which masks a forward made: all by rows, or some that rows cannot say."""
+    """Which masks a forward made: all as `RowMask`, or some that it cannot describe."""
 
     def __init__(self) -> None:
         self.others = False
@@ -61,7 +61,7 @@ class MasksMade:
 
 @contextlib.contextmanager
 def masks_by_rows(config: Any) -> Iterator[MasksMade]:
-    """Inside, transformers makes a `RowMask` where it can be said so, and layers that read ``config`` attend by it."""
+    """Inside, transformers makes a `RowMask` where that describes the mask, and layers that read ``config`` use it."""
     made, usual = MasksMade(), ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
     def make(*args: Any, **arguments: Any) -> Any:

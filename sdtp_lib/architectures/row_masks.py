@@ -1,8 +1,8 @@
-"""A mask for rows of different length that nobody writes out: who sees whom, as columns, padding and a window.
+"""`RowMask`: the mask of rows of different length, described by columns, padding and a window instead of a tensor.
 
-Where transformers would make booleans of all tokens x all tokens, a `RowMask` stands in their place, and a layer that
-meets one attends to each row by itself, without its padding (`row_attention`). Part of the door to transformers'
-internals. Only plain causal attention and sliding windows can be said so; anything else is made as ever.
+It takes the place of the (B, 1, T, T) booleans that transformers would make, and a layer that gets one attends to each
+row by itself, without its padding (`row_attention`). Part of the door to transformers'
+internals. Only plain causal attention and sliding windows can be described so; any other mask is made as usual.
 
 Axes: B rows, C columns seen (cached ones included), Q queries and N keys of one layer, both in columns of C.
 

@@ -74,7 +74,7 @@ class PackedPrefill(Prefill):
             return RowsCache(value, self.alive, self.positions.shape[1])
         if not isinstance(value, RowMask) and not (name in _TABLES and torch.is_tensor(value)):
             return value
-        # Layers share tables and masks: each is packed once per stage. The value is kept, so that its id stays its own.
+        # Layers share tables and masks: each is packed once per stage. Keep a reference: a freed id could be reused.
         if (id(value), "packed") not in self._cut:
             packed = value.packed(self.alive) if isinstance(value, RowMask) else pack(value, self.alive)
             self._cut[id(value), "packed"] = (value, packed)

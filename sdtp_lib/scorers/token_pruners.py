@@ -2,8 +2,8 @@
 
 Knows hidden states and positions, not how its scores are used nor how they were learned. The paper's pruner is
 ``W2 GELU(W1 x)``, ``W1: D -> D/4``, on the token's hidden state. Four optional inputs, all cheap, tell a token what
-its own hidden state cannot: how far from the end it is, what the last tokens ask for, which heads of the layers before
-have just looked at it, and how it scored a stage earlier.
+its own hidden state cannot: how far from the end it is, what the last tokens ask for, how much attention each head
+of the layers before just paid to it, and how it scored a stage earlier.
 Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention inputs.
 """
 
@@ -40,15 +40,16 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         Inner width, default D / 4.
     features
         Inputs: ``"hidden"`` always; ``"distance"`` adds the distance to the prompt's end, ``"query"`` a low-rank
-        query-key product with the last ``query_window`` tokens, ``"attention"`` what each head of the layers before
-        paid to the token (`looked_back`), the strongest of ``attention_kernel`` neighbours, ``"memory"`` the
-        standardised score of the stage before (0 at the first): heads that look for an answer sit in few layers.
+        query-key product with the last ``query_window`` tokens, ``"attention"`` the attention that each head of
+        the layers before paid to the token (`looked_back`), the strongest of ``attention_kernel`` neighbours,
+        ``"memory"`` the standardised score of the stage before (0 at the first): heads that look for an answer sit in
+        few layers.
     query_rank, query_heads, query_window
         Size of the query-key term: R dimensions in all, split over H heads.
     attention_heads
         Attention heads of the model; needed by ``"attention"``.
     passage_tokens
-        Odd: query and attention inputs also as means over so many living neighbours, since an answer's whole passage
+        Odd: query and attention inputs also as means over so many kept neighbours, since an answer's whole passage
         matters and not the words alone that the question repeats; 0: not.
     blend
         Fields of `Blend`: how the learned score is smoothed and mixed with attention and recency when
@@ -207,7 +208,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
 
     @torch.no_grad()
     def forward(self, stage: Any) -> Tensor:
-        """Scores (B, n) of the tokens alive at ``stage``, higher is more important; float32."""
+        """Scores (B, n) of the kept tokens at ``stage``, higher is more important; float32."""
         network = self.stages[str(stage.layer_index)]
         # Under a device_map each decoder layer has its own device: its pruner moves there once.
         network.to(stage.hidden_states.device)
