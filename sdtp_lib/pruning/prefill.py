@@ -67,8 +67,8 @@ class Prefill(ForwardPass):
         self.stages = config.layers
         if config.keep_mass is not None and len(lengths) > 1:
             raise PruningNotSupported(
-                f"keep_mass={config.keep_mass} with a batch of {len(lengths)}: rows would keep numbers that only the "
-                "scores tell: use batch 1 or keep_ratio."
+                f"keep_mass={config.keep_mass} with a batch of {len(lengths)}: rows would keep different numbers of "
+                "tokens, known only from the scores: use batch 1 or keep_ratio."
             )
         if self.compact and len(lengths) > 1:
             raise PruningNotSupported(
@@ -267,7 +267,7 @@ class Prefill(ForwardPass):
         if past is None:
             raise PruningNotSupported(
                 f"prune='every' on past_key_values={type(self.cache).__name__}, whose keys cannot be read, and scores "
-                "share out attention over them: use a dynamic cache."
+                "need the attention that goes to them: use a dynamic cache."
             )
         return past
 

@@ -81,7 +81,7 @@ class Session:
             keep = arguments.get("logits_to_keep", 0)
             if torch.is_tensor(keep):
                 raise PruningNotSupported(
-                    "logits_to_keep as a tensor names columns that pruning moves: give an int, the last so many."
+                    "logits_to_keep as a tensor names columns, which pruning moves: give an int, counted from the end."
                 )
             lengths = prompt_lengths(arguments.get("attention_mask"), rows, columns)
             last = max(tokens_plan(self.budget, len(self.architecture.layers), lengths)[-1])

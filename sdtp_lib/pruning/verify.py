@@ -141,7 +141,7 @@ def verify_pruning(model: nn.Module, prune: Prune, *, backend: str | None = None
         except PruningNotSupported:
             raise
         except NoReference as unknown:
-            known[key] = f"nothing to hold it against, since {unknown}"
+            known[key] = f"there is no reference to compare it with, since {unknown}"
         except Exception as error:
             known[key] = f"it ended in {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if isinstance(found := known[key], str):
