@@ -1,4 +1,4 @@
-"""What the last tokens attend to at each layer of a forward under way, read by hooks and without a graph.
+"""Attention of the last tokens in each layer of a forward under way, read by hooks and without a graph.
 
 Part of the door to transformers' internals (`architectures`); how one layer is asked, `attention_weights` knows.
 Axes: B batch, T tokens, H heads, D hidden size.
@@ -74,10 +74,10 @@ def attention_looked_back_at(
     looked_back
         Stage -> the earlier layers whose attention it reads.
     window
-        The prompt's last tokens that ask.
+        Query tokens: the last of the prompt's kept ones.
     living
-        Layer -> the prompt's tokens that live there, (B, T) bool. Asked before the layer runs, and after what its own
-        stage is shown has been filled in, except in families that show a stage its own layer.
+        Layer -> the prompt's tokens kept there, (B, T) bool. Called before the layer runs, and after the attention that
+        its own stage reads was filled in, except in families that show a stage its own layer.
     """
     architecture = describe(model)
     # As at a stage: families whose queries cannot be had apart show the stage's own layer in place of all others.
@@ -116,7 +116,7 @@ def _before_layers(
 
 
 def _mass_in_prompts(layer: nn.Module, arguments: Mapping[str, Any], window: int, living: torch.Tensor) -> torch.Tensor:
-    """(B, T, H) attention that the last ``window`` living tokens of each row pay to its others; 0 where none live."""
+    """(B, T, H) attention paid by each row's last ``window`` kept tokens, summed; 0 at tokens that are not kept."""
     hidden = arguments["hidden_states"]
     tokens, mass, whole = hidden.shape[1], [], without_cache(arguments)
     for row, alive in enumerate(living.to(hidden.device)):
@@ -137,7 +137,7 @@ def attention_received(
 ) -> torch.Tensor:
     """(B, H, N) attention that the last ``windows[row]`` ``valid`` tokens of a row pay at ``layer``, summed by chunks.
 
-    Queries in the middle are had by asking for the last ones of a shorter prompt: attention is causal. ``rise``
+    Queries in the middle are the last ones of a shorter prompt, since attention is causal. ``rise``
     weighs the queries linearly from 1 for the first to ``rise`` for the last.
     """
     rows, tokens = hidden.shape[:2]
@@ -164,7 +164,7 @@ def attention_received(
 
 
 def _cut(name: str, value: Any, shape: tuple[int, int], row: int, alive: torch.Tensor) -> Any:
-    """One argument of a layer for the ``alive`` tokens of one row only."""
+    """One argument of a layer for the ``alive`` (kept) tokens of one row only."""
     rows, tokens = shape
     if isinstance(value, (tuple, list)):
         return type(value)(_cut(name, each, shape, row, alive) for each in value)

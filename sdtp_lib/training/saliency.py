@@ -63,7 +63,7 @@ def compute_saliency(
         Where the labels are kept, default the user's cache. What is there already is not computed again.
     store_hidden
         Also keep the other inputs of pruners at ``layers``, in bfloat16, so that they train without the model: hidden
-        states of the prompt, and what the layers before each paid to its tokens (`pruning.stage.looked_back`).
+        states of the prompt, and the attention paid to its tokens in the layers before (`pruning.stage.looked_back`).
     share
         ``(i, n)``: label only every n-th sample, from the i-th; n processes share the work so, and whoever comes
         after them with the whole reads all.
@@ -120,7 +120,7 @@ def stored_inputs(
 ) -> dict[str, Tensor]:
     """What ``store_hidden`` kept of a sample's prompt, by name; nothing if it was not kept for these very layers.
 
-    ``hidden`` (S, P, D) enters each of ``layers``. With ``back``, the layers that each stage looks back at, also
+    ``hidden`` (S, P, D) enters each of ``layers``. With ``back``, the earlier layers that each stage reads, also
     ``attention`` (S, P, A), what `Stage.attention_mass` shows there. bfloat16; the file is opened once.
     """
     if not Path(file).exists():

@@ -79,9 +79,9 @@ class LivingTokens:
     Attributes
     ----------
     alive
-        (B, T) bool; who drops tokens, replaces it.
+        (B, T) bool: the kept tokens. Whoever drops some replaces it.
     order, left
-        Set by `score`: columns (B, K) of the living tokens, in order and first, and which of them (B, K) do live.
+        Set by `score`: columns (B, K) of the kept tokens, in order and first, and which (B, K) of them are no filler.
     """
 
     def __init__(self, pruners: TokenPruners, prompt_mask: Tensor) -> None:
@@ -97,6 +97,8 @@ class LivingTokens:
 
         ``paid`` is shared among the living if it was paid to the ``whole`` prompt. ``blend`` mixes the score.
         """
+        # alive [1, 1, 0, 0, 1, 0, 0, 1, 1, 1]: a stable sort by "dropped" puts columns 0, 1, 4, 7, 8, 9 first, and the
+        # longest row's K = 6 cuts off the rest.
         self.order = (~self.alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(self.alive.sum(-1).max())]
         self.left = self.alive.gather(1, self.order)
         mass = None if paid is None else gather_tokens(paid, self.order)
@@ -121,12 +123,12 @@ class LivingTokens:
         return torch.tensor(free, device=self.alive.device)
 
     def put_back(self, values: Tensor) -> Tensor:
-        """``values`` (B, K) of the living at their columns: (B, T), 0 elsewhere."""
+        """``values`` (B, K) of the kept tokens at their columns: (B, T), 0 elsewhere."""
         return torch.zeros_like(self.alive, dtype=values.dtype).scatter(1, self.order, values)
 
 
 class _Simulation:
-    """One forward under simulated pruning: who is alive so far, and how little of a token each stage has left."""
+    """One forward under simulated pruning: which tokens are kept so far, and ``log keep`` of each stage, summed."""
 
     def __init__(self, pruners: TokenPruners, prompt_mask: Tensor, keep_ratio: float, config: TrainingConfig) -> None:
         self.pruners, self.keep_ratio, self.config = pruners, keep_ratio, config
@@ -146,8 +148,8 @@ class _Simulation:
         self.paid: dict[int, Tensor] = {}
 
     def living(self, index: int) -> Tensor:
-        """(B, T) who lives at layer ``index``; asked for by whoever reads attention there."""
-        # What the stage is shown is complete by then, so its cut comes before others look at this layer.
+        """(B, T) the tokens kept at layer ``index``; called by the hook that reads attention there."""
+        # The stage's own inputs are complete by then, so it cuts before later stages' attention is read in this layer.
         if index in self.paid:
             self._cut(index)
         return self.tokens.alive
@@ -158,7 +160,7 @@ class _Simulation:
         return None if self.log_keep is None else self.log_keep.to(key.device, key.dtype)
 
     def _cut(self, index: int) -> None:
-        # A recomputed forward would ask again; the stages of one forward come once each, in order.
+        # Called twice per layer, and again where a forward is recomputed: each stage cuts once, in order.
         if index not in self.pruners.layers or index in self.keeps:
             return
         config, tokens = self.config, self.tokens

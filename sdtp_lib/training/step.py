@@ -136,7 +136,7 @@ class Collator:
     """Left-padded batches. Labels are put beside the very tokens that they were computed for."""
 
     def __init__(self, layers: tuple[int, ...], back: Mapping[int, Sequence[int]] | None = None) -> None:
-        """``back``: the layers whose attention the pruners look back at (`TokenPruners.looked_back`)."""
+        """``back``: stage -> the earlier layers whose attention it reads (`TokenPruners.looked_back`)."""
         self.layers, self.back = layers, dict(back or {})
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
