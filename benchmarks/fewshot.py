@@ -40,6 +40,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pruners", nargs="*", type=scorer_named, default=None, metavar="NAME[=DIR]",
                         help="learned pruners; default SDTP, the shipped set; no value: none")  # fmt: skip
     parser.add_argument("--scorers", nargs="*", default=[], choices=SIMPLE)
+    parser.add_argument("--method", nargs="+", default=[], metavar="NAME",
+                        help="published methods too, as NAME (its paper's budget) or NAME@2x")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "fewshot")
     parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
@@ -52,12 +54,13 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     pruners = [scorer_named("SDTP")] if options.pruners is None else options.pruners
     named = [*pruners, *map(scorer_named, options.scorers)]
     chosen = {each.name: each.load(model) for each in named}
-    if not chosen:
-        raise SystemExit("neither --pruners nor --scorers: name one of them.")
+    if not chosen and not options.method:
+        raise SystemExit("neither --pruners nor --scorers nor --method: name one of them.")
     models = {"full": SDTPLM(**shared)}
     for preset in options.presets:
         config = PruningConfig.preset(preset, num_layers=model.config.num_hidden_layers)
         models |= {f"{name} {preset}": SDTPLM(**shared, pruning=config, scorer=s) for name, s in chosen.items()}
+    models |= {name: SDTPLM(**shared, method=name) for name in options.method}
     with RowWriter(path, passport(model, model_name=options.model)) as writer:
         for name in options.tasks:
             try:

@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--presets", nargs="*", default=["keep09", "keep08", "keep07"], help="of SDTP")
     run.add_argument("--alternatives", nargs="*", default=[], metavar="PRESET",
                      help="also time everything else at the prefill FLOPs of these presets")  # fmt: skip
+    run.add_argument("--method", nargs="+", default=[], metavar="NAME",
+                     help="published methods too, as NAME (its paper's budget) or NAME@2x")  # fmt: skip
     run.add_argument("--identity", action="store_true", help="also time SDTP at keep ratio 1.0")
     quality = command("quality", run_quality, "KL and prefill time of every method on held-out texts")
     quality.add_argument("--prompt-tokens", type=int, default=1024)
@@ -99,7 +101,8 @@ def run_latency(options: argparse.Namespace) -> int:
         if options.identity:
             whole = PruningConfig.preset("keep09", model.config.num_hidden_layers, keep_ratio=1.0)
             found.insert(1, latency_methods.sdtp(model, whole, scorer, "keep1.0"))
-        return found + latency_run.alternatives(model, scorer, tokens, options.alternatives)
+        found += latency_run.alternatives(model, scorer, tokens, options.alternatives)
+        return found + latency_run.named(model, options.method, tokens, scorer)
 
     with threads(options.threads), writer, tqdm(unit=" run") as bar:
         latency_run.run(

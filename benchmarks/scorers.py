@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, evaluation, load_model, plots
+from sdtp_lib import PruningConfig, evaluation, load_model, methods, plots
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
@@ -52,6 +52,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         choices=CELLS, default=list(CELLS), help="test sets")  # fmt: skip
     parser.add_argument("--oracles", nargs="*", default=["gradient_x_hidden", "removal"], help="labels of saliency")
     parser.add_argument("--scores", nargs="+", default=None, metavar="NAME", help="only these scores; default all")
+    parser.add_argument("--method", nargs="+", choices=methods.names(), default=[], metavar="NAME",
+                        help="published methods too, at the FLOPs of each setting")  # fmt: skip
     parser.add_argument("--recency-weight", type=float, default=None, help="of attention + recency; default: tuned")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "scorers")
@@ -110,6 +112,9 @@ def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
         *evaluation.baseline_methods(ModelShape.from_model(model), recency_weight=weight or 1.0),
         *learned_methods(options, model),
     ]
+    known = [method.name for method in deployable]
+    more = [name for name in options.method if name not in known]
+    deployable += evaluation.published_methods(ModelShape.from_model(model), more)
     deployable = wanted(deployable, options.scores)
     oracles = oracle_methods(options.oracles)
     # Sample by sample over all cells: a run that is stopped has some of everything.

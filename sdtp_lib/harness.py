@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from sdtp_lib import scorers
+from sdtp_lib import methods, scorers
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.architectures.layers import pad_left
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.extras import MissingExtra, extra
+from sdtp_lib.methods.call import token_pruning
 from sdtp_lib.models import load_model
-from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.scorers.token_pruners import TokenPruners
 
@@ -60,6 +60,8 @@ class SDTPLM(HFLM):
         A model (then give ``tokenizer`` too), or a name for `load_model`: ``"embedded"``, a folder, a Hub id.
     pruning : PruningConfig, optional
         What to prune; or ``preset``, by name; neither runs unpruned.
+    method
+        Instead of both: an entry of `sdtp_lib.methods`, or its name (``fastkv``, ``lazyllm@2x``).
     scorer
         Any scorer, or the name of one without training (``recency``); or ``pruners``, a folder of `TokenPruners`.
     kwargs
@@ -75,12 +77,16 @@ class SDTPLM(HFLM):
         preset: str | None = None,
         scorer: Any = None,
         pruners: str | None = None,
+        method: methods.Method | str | None = None,
         **kwargs: Any,
     ) -> None:
         if pruning is not None and preset is not None:
             raise ValueError(f"preset={preset!r} and pruning={pruning} exclude each other: give one of them.")
         if scorer is not None and pruners is not None:
             raise ValueError(f"scorer={scorer!r} and pruners={pruners!r} exclude each other: give one of them.")
+        if method is not None and (pruning, preset, scorer, pruners) != (None,) * 4:
+            raise ValueError(f"method={method!r} brings its budget and its scorer: give no preset, scorer or pruners.")
+        method = methods.named(method) if isinstance(method, str) else method
         if isinstance(scorer, str) and scorer not in _SIMPLE:
             raise ValueError(f"scorer={scorer!r} is unknown: choose one of {', '.join(_SIMPLE)}, or give pruners=DIR.")
         if isinstance(pretrained, str):
@@ -99,7 +105,7 @@ class SDTPLM(HFLM):
             scorer = _SIMPLE[scorer]()
         if (pruning is None) != (scorer is None):
             raise ValueError("pruning needs both: what to prune (pruning or preset) and a scorer (scorer or pruners).")
-        self.pruning, self.scorer = pruning, scorer
+        self.pruning, self.scorer = (method, method.scorer_for(self.model)) if method else (pruning, scorer)
         self.last_trace: PruningTrace | None = None
         self._rolling = False
 
@@ -220,6 +226,7 @@ Any task of lm-evaluation-harness on a model whose prompts are pruned. Of --mode
   preset=PRESET              keep09, keep08, keep07 or paper-low; without it nothing is pruned
   pruners=DIR                trained pruners: a folder, a Hub id, or a set that ships; or instead
   scorer=NAME                {scorers}
+  method=NAME                instead of these: a published method (fastkv), or at a prefill speed-up (lazyllm@2x)
   {loader}
                              as load_model takes them; all else (max_length, add_bos_token, ...) is HFLM's
 

@@ -150,3 +150,13 @@ def test_help_is_ours_and_tells_what_model_args_may_hold(arguments, capsys):
     assert told == parameters
     assert all(name in text for name in (*harness._LOADER_OPTIONS, *harness._SIMPLE))
     assert "run --help" in text
+
+
+def test_a_published_method_brings_its_budget_and_its_scorer(tiny_model, tiny_tokenizer):
+    model = tiny_model()
+    ours = SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=1, method="lazyllm@1.5x")
+    ours.loglikelihood(requests()[:1], disable_tqdm=True)
+    assert ours.last_trace.tokens_per_layer[-1] < ours.last_trace.tokens_per_layer[0]
+    assert ours.scorer.name == "lazyllm"
+    with pytest.raises(ValueError, match="brings its budget"):
+        SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, method="lazyllm", scorer="recency")

@@ -111,6 +111,23 @@ def add_budget(parser: argparse.ArgumentParser, default: str = "2x") -> None:
                         "keeps (0.8)")  # fmt: skip
 
 
+METHOD_HELP = (
+    "NAME or NAME@SPEEDUP: a published method with its paper's budget, or scaled to a prefill speed-up by FLOPs "
+    "(fastkv, lazyllm@2x); see sdtp_lib.methods"
+)
+
+
+def method_of(text: str) -> str:
+    """For ``type=``: a method that exists, at a speed-up that it can have; as it was typed."""
+    from sdtp_lib import methods
+
+    try:
+        methods.named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def budget_of(text: str) -> str | float:
     """What `token_pruning` takes for what was typed."""
     return float(text) if re.fullmatch(r"\d*\.?\d+", text) else text

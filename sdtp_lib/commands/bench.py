@@ -16,6 +16,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     shared.add_model(parser)
     parser.add_argument("--presets", nargs="+", default=["keep09", "keep08", "keep07"], metavar="PRESET",
                         help="keep09, keep08, keep07, paper-low")  # fmt: skip
+    parser.add_argument("--method", type=shared.method_of, nargs="+", default=[], metavar="NAME",
+                        help="timed too, in turn with the presets: " + shared.METHOD_HELP)  # fmt: skip
     parser.add_argument("--lengths", type=shared.count, nargs="+", default=[1024, 2048, 4096], metavar="T",
                         help="prompt tokens")  # fmt: skip
     parser.add_argument("--new-tokens", type=shared.count, default=64, help="generated, the prefill's included")
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     writer = RowWriter(given.out / "bench.jsonl", passport(model, model_name=given.model, seed=0, threads=threads))
     with writer, tqdm(unit=" run") as bar:
         run.run(
-            model, writer, lambda _tokens: run.presets(model, scorer, given.presets), given.lengths,
+            model, writer,
+            lambda tokens: run.presets(model, scorer, given.presets) + run.named(model, given.method, tokens, scorer),
+            given.lengths,
             new_tokens=given.new_tokens, repeats=given.repeats, progress=run.progress_on(bar),
         )  # fmt: skip
     print(report.markdown(read_rows(writer.path)))

@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     shared.add_model(parser)
     shared.add_prompts(parser)
     shared.add_budget(parser)
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of all choices these; default: all")
+    parser.add_argument("--only", "--method", dest="only", nargs="+", default=[], metavar="NAME",
+                        help="of all choices these; default: all")  # fmt: skip
     parser.add_argument("--new-tokens", type=shared.count, default=32, help="longest answer")
     parser.add_argument("--repeats", type=shared.count, default=3, help="timed prefills of each choice, in turn")
     parser.add_argument("--answers", action="store_true", help="print every answer that differs")

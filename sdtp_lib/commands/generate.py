@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     parser.add_argument("--scorer", metavar="NAME", help="a training-free score (attention_pooled, recency, ...), or "
                         "a folder or Hub id of pruners; default: pruners made for this model, else "
                         "attention_pooled")  # fmt: skip
+    parser.add_argument("--method", type=shared.method_of, metavar="NAME", help="instead of --budget: "
+                        + shared.METHOD_HELP)  # fmt: skip
     parser.add_argument("--new-tokens", type=shared.count, default=128, help="longest answer")
     given = parser.parse_intermixed_args(arguments)  # files may stand after options
     prompts = shared.prompts_of(given)
@@ -30,10 +32,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
 
     import torch
 
+    from sdtp_lib import methods
     from sdtp_lib.latency.generation import end_tokens, prefill_and_decode
     from sdtp_lib.methods.call import token_pruning
 
     ends = end_tokens(model)
+    budget = methods.named(given.method) if given.method else given.budget
     first = torch.tensor([next(iter(ids_of.values()))[:64]], device=model.device)
     prefill_and_decode(model, first, 2)  # what only a process's first forward pays
     for name, ids in ids_of.items():
@@ -41,9 +45,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
         print(f"== {name}: {len(ids):,} tokens")
         full = prefill_and_decode(model, input_ids, given.new_tokens, ends=ends)
         print(f"-- unpruned: {_cost(full)}\n{tokenizer.decode(full.token_ids[0], skip_special_tokens=True)}")
-        with token_pruning(model, given.budget, given.scorer) as trace:
+        with token_pruning(model, budget, given.scorer) as trace:
             pruned = prefill_and_decode(model, input_ids, given.new_tokens, ends=ends)
-        print(f"-- pruned: {_cost(pruned)}\n{tokenizer.decode(pruned.token_ids[0], skip_special_tokens=True)}")
+        answer = tokenizer.decode(pruned.token_ids[0], skip_special_tokens=True)
+        print(f"-- {given.method or 'pruned'}: {_cost(pruned)}\n{answer}")
         print(f"-- {trace}\n", flush=True)
     return 0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sdtp_lib import methods
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.answers import FULL, Variant, run_items
 from sdtp_lib.evaluation.items import Item
@@ -51,9 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser, run: str, *, presets: Sequenc
     parser.add_argument("--presets", nargs="*", default=list(presets))
     parser.add_argument("--scorers", nargs="+", type=scorer_named, default=None, metavar="NAME[=DIR]",
                         help=f"SDTP (default), NAME=DIR, {', '.join(SIMPLE)}")  # fmt: skip
+    parser.add_argument("--method", nargs="+", type=_method, default=[], metavar="NAME",
+                        help="published methods too, as NAME (its paper's budget) or NAME@2x")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=1, help="prompts per batch; times are then of whole batches")
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / run)
     parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
+
+
+def _method(text: str) -> tuple[str, methods.Method]:
+    try:
+        return text, methods.named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def load(options: argparse.Namespace, share: Share) -> tuple[Any, Any]:
@@ -64,14 +74,14 @@ def load(options: argparse.Namespace, share: Share) -> tuple[Any, Any]:
 
 
 def variants(options: argparse.Namespace, model: Any) -> list[Variant]:
-    """The unpruned model, then each preset with each score."""
+    """The unpruned model, then each preset with each score, then the published methods."""
     layers = model.config.num_hidden_layers
     chosen = [(named.name, named.load(model)) for named in options.scorers or [scorer_named("SDTP")]]
     return [Variant(FULL)] + [
         Variant(f"{name} {preset}", PruningConfig.preset(preset, num_layers=layers), scorer)
         for preset in options.presets
         for name, scorer in chosen
-    ]
+    ] + [Variant(name, method, method.scorer_for(model)) for name, method in options.method]
 
 
 def run_parts(

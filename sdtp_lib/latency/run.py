@@ -64,6 +64,15 @@ def alternatives(model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence
     return found
 
 
+def named(model: Any, names: Sequence[str], prompt_tokens: int, scorer: Scorer) -> list[Timed]:
+    """Methods as they are typed (`sdtp_lib.methods.named`), less those that cannot be so fast at this length."""
+    found = []
+    for text in names:
+        with contextlib.suppress(catalogue.SpeedupOutOfReach):
+            found.append(methods.published(model, catalogue.named(text), prompt_tokens, text, scorer))
+    return found
+
+
 def every_method(model: Any, scorer: Scorer, names: Sequence[str], prompt_tokens: int) -> list[Timed]:
     """`presets` and `alternatives` together."""
     return presets(model, scorer, names) + alternatives(model, scorer, prompt_tokens, names)

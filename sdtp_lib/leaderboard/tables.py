@@ -178,18 +178,19 @@ def unreached(frame: pandas.DataFrame, length: int, speedup: float) -> dict[str,
 def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
     """One line per length, speed-up and method, for the picture.
 
-    ``length, speedup, method, kl_nats`` (the mean over the KL test sets, each weighing alike), ``kl_items, lost``
-    (RULER points on items that the unpruned model solves), ``lost_items``.
+    ``length, speedup, method, measured`` (speed-up to the first token), ``kl_nats`` (the mean over the KL test sets,
+    each weighing alike), ``kl_items, lost`` (RULER points on items that the unpruned model solves), ``lost_items``.
     """
     lines = []
     for length, speedup in places(frame):
         part = at(frame, length, speedup)
-        kl, ruler = kl_by_cell(part), answers(part)
+        kl, ruler, cost = kl_by_cell(part), answers(part), costs(part)
         for name in methods_in(part):
             own = [values[name] for values in kl.values() if name in values]
             solved = ruler.get(name, {}).get("solved")
             lines.append({
                 "length": length, "speedup": speedup, "method": name,
+                "measured": cost[name]["speedup"] if name in cost else None,
                 "kl_nats": sum(each.value for each in own) / len(own) if len(own) == len(kl) and own else None,
                 "kl_items": min((each.items for each in own), default=0),
                 "lost": 100 - solved.value if solved else None, "lost_items": solved.items if solved else 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from typing import Any
 
 from sdtp_lib.methods.asl import ASL
@@ -34,6 +35,23 @@ _METHODS = {
 def names() -> list[str]:
     """The names of all methods."""
     return list(_METHODS)
+
+
+def named(text: str) -> Method:
+    """A method as a person types it: ``fastkv`` with its paper's budget, ``fastkv@1.5x`` at a prefill speed-up.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or what is no speed-up.
+    """
+    name, at, speedup = text.partition("@")
+    method = get(name)
+    if not at:
+        return method
+    if re.fullmatch(r"\d+(?:\.\d+)?x", speedup) is None:
+        raise ValueError(f"method={text!r}: {speedup!r} is no speed-up: give {name}@1.5x, or {name} alone.")
+    return method.at_speedup(float(speedup[:-1]))
 
 
 def get(name: str, **changes: Any) -> Method:

@@ -14,6 +14,7 @@ with extra("study"):
 
 from sdtp_lib.plots import readings
 from sdtp_lib.plots.cost import memory_over_length, speedup_over_length, stacked_time
+from sdtp_lib.plots.leaderboard import quality_lost
 from sdtp_lib.plots.needles import needle_map
 from sdtp_lib.plots.results import (
     loss_curves,
@@ -46,6 +47,7 @@ __all__ = [
     "one_legend",
     "pareto",
     "pareto_front",
+    "quality_lost",
     "quality_over_flops",
     "readings",
     "recall_by_layer",

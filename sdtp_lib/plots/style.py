@@ -46,6 +46,7 @@ _FIXED = {
     "removal": ("purple", "*"),
     "attention": ("orange", "s"),
     "attention, pooled": ("orange", "P", "--"),
+    "attention_pooled": ("green", "P", ":"),
     "attention + recency": ("black", "h"),
     "paper's pruner": ("yellow", "d"),
     "recency": ("green", "^"),

@@ -268,3 +268,27 @@ def test_a_fault_of_ours_is_not_hidden(folder, monkeypatch):
     monkeypatch.setattr(generate, "main", lambda *_: {}["missing"])
     with pytest.raises(KeyError):
         main(["generate", str(folder)])
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_answers_with_a_published_method_at_its_own_budget_or_a_speedup(folder, prompts, capsys):
+    text = said(capsys, "generate", folder, prompts[0], "--method", "lazyllm@1.5x", "--new-tokens", "3")
+    assert "-- lazyllm@1.5x: prefill" in text and "scorer: lazyllm" in text and "(1.5" in text
+    own = said(capsys, "generate", folder, prompts[0], "--method", "fastkv", "--new-tokens", "3")
+    assert "-- fastkv: prefill" in own and "scorer: fastkv" in own
+
+
+@pytest.mark.parametrize("text", ["fastkvv", "fastkv@fast", "snapkv@2x"])
+def test_a_method_that_is_not_there_or_cannot_be_so_fast_is_refused_before_a_model_is_loaded(text, prompts, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "no/such/model", prompts[0], "--method", text])
+    assert "--method" in capsys.readouterr().err
+
+
+def test_bench_times_a_published_method_in_turn_with_the_presets(folder, tmp_path, capsys):
+    arguments = ["--presets", "keep09", "--method", "lazyllm@1.5x", "--lengths", "64", "--repeats", "1"]
+    arguments += ["--new-tokens", "2", "--scorer", "recency", "--out", tmp_path / "b"]
+    text = said(capsys, "bench", folder, *arguments)
+    assert "lazyllm@1.5x" in text and "keep09" in text

@@ -1,0 +1,97 @@
+"""The leaderboard's command on tiny models: measured, stopped, gone on, reported; random weights by a YAML file."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from sdtp_lib.leaderboard import committed
+from sdtp_lib.records import project_root, read_rows
+
+sys.path.insert(0, str(project_root() / "benchmarks"))
+
+import leaderboard
+import leaderboard_report
+
+
+@pytest.fixture
+def arguments(tiny_model, tiny_tokenizer, tmp_path):
+    tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    return ["--model", str(tmp_path / "model"), "--run-dir", str(tmp_path / "run"), "--lengths", "200", "--items", "2",
+            "--tasks", "--cells", "text", "--speedups", "1.5", "--method", "lazyllm", "gemfilter"]  # fmt: skip
+
+
+def test_a_run_that_is_stopped_goes_on_and_is_reported_with_page_rows_and_picture(arguments, tmp_path, capsys):
+    path = tmp_path / "run" / "leaderboard.jsonl"
+    with pytest.raises(SystemExit, match="no rows"):
+        leaderboard.main([*arguments, "--hours", "1e-9"])
+    assert "hours" in capsys.readouterr().err
+    leaderboard.main(arguments)
+    rows = read_rows(path)
+    assert sorted({row["sample"] for row in rows if row["sort"] == "kl"}) != [] and len(rows) == 2 * 3 + 3
+    text = capsys.readouterr().out
+    assert "1.5x at 200 tokens" in text and "lazyllm" in text
+    leaderboard.main(arguments)
+    assert read_rows(path) == rows, "nothing is measured twice"
+    leaderboard_report.write_report(rows, text, tmp_path)
+    assert committed.read_committed(tmp_path / "docs" / "leaderboard.jsonl")[0]["key"] == rows[0]["key"]
+    assert json.loads((tmp_path / "figures" / "leaderboard.json").read_text())["prompt_tokens"] == 200
+    assert (tmp_path / "figures" / "leaderboard.png").stat().st_size > 5000
+
+
+def test_a_run_goes_on_from_committed_rows_of_the_same_model(arguments, tmp_path, monkeypatch, capsys):
+    leaderboard.main(arguments)
+    path = tmp_path / "run" / "leaderboard.jsonl"
+    rows = read_rows(path)
+    committed.write_committed(tmp_path / "kept.jsonl", rows)
+    monkeypatch.setattr(leaderboard, "COMMITTED", str(tmp_path / "kept.jsonl"))
+    path.unlink()
+    leaderboard.main(arguments)
+    assert "goes on from 9 committed rows" in capsys.readouterr().err
+    assert [row["key"] for row in read_rows(path)] == [row["key"] for row in rows]
+
+
+def test_random_weights_of_a_yaml_files_sizes_are_timed_and_rows_say_so(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(
+        "model: tiny, random weights\nlengths: [96]\nitems: [2]\nspeedups: [1.5]\nmethods: [sdtp, lazyllm]\n"
+        f"run_dir: {tmp_path / 'run'}\n"
+        "config: {model_type: llama, vocab_size: 128, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 18,\n"
+        "         num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256}\n"
+    )
+    leaderboard.main(["--params", str(tmp_path / "tiny.yaml")])
+    rows = read_rows(tmp_path / "run" / "leaderboard.jsonl")
+    assert {row["weights"] for row in rows} == {"random, true sizes"} and not any("kl_nats" in row for row in rows)
+    timed = [row for row in rows if row["sort"] == "time" and row["method"] == "sdtp"]
+    assert len(timed) == 2 and timed[0]["scorer"] == "learned" and timed[0]["flops_speedup"] >= 1.5
+    assert "Random weights of the true sizes" in capsys.readouterr().out
+
+
+def test_gpu_parameter_sets_have_the_true_numbers_of_parameters():
+    import yaml
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    billions = {"gpu-qwen2.5-7b": 7.6, "gpu-qwen3-8b": 8.2, "gpu-llama3.1-8b": 8.0}
+    assert {path.stem for path in leaderboard.PARAMS.glob("gpu-*.yaml")} == set(billions)
+    for name, expected in billions.items():
+        fields = yaml.safe_load((leaderboard.PARAMS / f"{name}.yaml").read_text())["config"]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+        assert sum(each.numel() for each in model.parameters()) / 1e9 == pytest.approx(expected, abs=0.06), name
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [(["--params", "nowhere"], "nowhere"), (["--tasks", "niah"], None), (["--tasks", "niahh"], "niahh"),
+     (["--speedups", "0.5"], "more than 1")],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(given, told, capsys):
+    if told is None:
+        assert len(leaderboard.parse(given).tasks) == 8
+        return
+    with pytest.raises(SystemExit):
+        leaderboard.parse(given)
+    assert told in capsys.readouterr().err

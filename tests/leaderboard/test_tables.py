@@ -1,0 +1,124 @@
+"""The leaderboard's tables and sentences say what their rows say, whichever way these turn out."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdtp_lib.leaderboard import page, plan, tables, words
+
+STAMP = {
+    "utc": "2026-01-02T03:04:05+00:00", "commit": "abc", "model": "m", "weights": "w", "device": "cpu", "dtype": "d",
+}  # fmt: skip
+FREE = "attention_pooled"
+
+
+def kl_rows(values: dict[str, float], cell: str = "text", count: int = 8, speedup: float = 2.0) -> list[dict]:
+    """``count`` items by methods of these mean KLs, the items spread evenly about them."""
+    return [
+        {**STAMP, "kind": "item", "sort": plan.KL, "cell": cell, "length": 64, "sample": f"{cell}{n}", "method": name,
+         "speedup": speedup, "scorer": "learned" if name == "sdtp" else name, "kl_nats": value * (0.9 + n / 35),
+         "answer": n % 2 == 0, "answer_full": n < 4, "prefill_ms": 60.0, "unpruned_prefill_ms": 90.0, "kv_bytes": 1,
+         "unpruned_kv_bytes": 2, "flops_speedup": speedup}
+        for n in range(count) for name, value in values.items()
+    ]  # fmt: skip
+
+
+def ruler_rows(scores: dict[str, list[float]], unpruned: list[float], task: str = "niah_single_1") -> list[dict]:
+    return [
+        {**STAMP, "kind": "item", "sort": plan.RULER, "cell": task, "length": 64, "sample": f"{task}{n}",
+         "method": name, "speedup": 2.0, "scorer": name, "score": score, "unpruned_score": unpruned[n],
+         "prefill_ms": 30.0, "unpruned_prefill_ms": 90.0, "kv_bytes": 1, "unpruned_kv_bytes": 2, "flops_speedup": 2.0}
+        for name, values in scores.items() for n, score in enumerate(values)
+    ]  # fmt: skip
+
+
+def framed(*rows: list[dict]):
+    return tables.frame_of([row for part in rows for row in part])
+
+
+def test_a_method_that_loses_less_is_named_with_its_interval_and_its_count():
+    frame = framed(kl_rows({"sdtp": 0.2, "lazyllm": 0.1, "gemfilter": 0.4}))
+    (sentence,) = words.better_elsewhere(frame)
+    assert sentence.startswith("text at 2x and 64 tokens: `lazyllm` is better: KL -0.1") and "(8)" in sentence
+    verdicts = {line["method"]: line["verdict"] for line in tables.kl_differences(frame)}
+    assert verdicts == {"lazyllm": "better", "gemfilter": "worse"}
+    assert words.goals(frame)[0].startswith("MISSED: lowest KL on text at 2x")
+
+
+def test_where_none_is_ahead_the_goal_is_met_and_no_sentence_stands():
+    frame = framed(kl_rows({"sdtp": 0.1, "lazyllm": 0.2}))
+    assert words.better_elsewhere(frame) == [] and words.goals(frame)[0].startswith("met: lowest KL on text at 2x")
+    assert "In no cell is another method's mean lower" in page.page(frame.to_dict("records"))
+
+
+def test_under_six_items_no_verdict_is_given():
+    frame = framed(kl_rows({"sdtp": 0.2, "lazyllm": 0.1}, count=5))
+    assert tables.kl_differences(frame)[0]["verdict"] == "too few"
+    assert "too few items" in words.better_elsewhere(frame)[0]
+
+
+def test_an_item_that_a_running_command_has_not_finished_does_not_count():
+    rows = kl_rows({"sdtp": 0.2, "lazyllm": 0.1})[:-1]
+    values = tables.kl_by_cell(tables.at(framed(rows), 64, 2.0))["text"]
+    assert {name: value.items for name, value in values.items()} == {"sdtp": 7, "lazyllm": 7}
+
+
+def test_an_item_on_which_one_method_failed_still_counts_for_the_others():
+    rows = kl_rows({"sdtp": 0.2, "lazyllm": 0.1})
+    rows[-1] |= {"kind": "failure", "kl_nats": None, "error": "out of memory"}
+    values = tables.kl_by_cell(tables.at(framed(rows), 64, 2.0))["text"]
+    assert {name: value.items for name, value in values.items()} == {"sdtp": 8, "lazyllm": 7}
+
+
+def test_ruler_is_told_of_all_items_and_of_those_that_the_unpruned_model_solves():
+    frame = framed(ruler_rows({"sdtp": [1, 1, 0, 1], "lazyllm": [0, 1, 0, 0]}, [1, 1, 0, 0.5]))
+    found = tables.answers(tables.at(frame, 64, 2.0))
+    assert found["sdtp"]["all"] == 75 and found["sdtp"]["unpruned"] == pytest.approx(62.5)
+    assert found["sdtp"]["lost"].value == pytest.approx(-12.5) and found["sdtp"]["solved"].value == 100
+    assert found["lazyllm"]["solved"].value == 50 and found["lazyllm"]["solved_items"] == 2
+    assert words.goals(frame) == [
+        "met: at most 1 point lost on RULER's items that the unpruned model solves, 2x, 64 tokens: 0.0 [0.0, 0.0] "
+        "(n = 2)."
+    ]
+
+
+def test_answers_that_are_right_unpruned_are_counted_when_they_stay_right():
+    kept = tables.answers_kept(tables.at(framed(kl_rows({"sdtp": 0.1})), 64, 2.0))["sdtp"]
+    assert (kept.value, kept.items) == (50, 4)
+
+
+def test_the_best_method_without_training_is_found_by_rank_and_learned_ones_do_not_compete():
+    frame = framed(
+        kl_rows({"sdtp": 0.01, FREE: 0.3, "lazyllm": 0.1}),
+        kl_rows({"sdtp": 0.01, FREE: 0.1, "lazyllm": 0.2}, "needle"),
+        kl_rows({"sdtp": 0.01, FREE: 0.2, "lazyllm": 0.1}, "instructions"),
+    )  # fmt: skip
+    assert [name for name, *_ in words.training_free(frame)] == ["lazyllm", FREE]
+    assert "`lazyllm` is best by rows: mean rank 1.3" in words.best_training_free(frame)
+
+
+def test_the_page_says_how_much_was_run_who_is_out_of_reach_and_what_was_not_run():
+    reach = {**STAMP, "kind": "out of reach", "method": "snapkv", "length": 64, "speedup": 2.0, "error": "cache only"}
+    rows = [*kl_rows({"sdtp": 0.1, "lazyllm": 0.2}), *ruler_rows({"sdtp": [1.0], "lazyllm": [0.0]}, [1.0]), reach]
+    text = page.page(rows)
+    assert "64 tokens, 2x: 8 to 8 items per KL test set, 1 to 1 items of 1 RULER tasks, 2 methods" in text
+    assert "- `snapkv`: cache only" in text and "LongBench (no data at hand" in text and "needle, instructions" in text
+    assert "| niah_single_1 | 1 | 100 | 100 | 0 |" in text
+    assert "nan" not in text
+
+
+def test_the_readmes_lines_are_the_best_ten_by_kl_and_name_their_count_and_origin():
+    names = {"sdtp": 0.1} | {f"m{n:02d}": 0.2 + n / 10 for n in range(12)}
+    table = page.readme_table(kl_rows(names))
+    assert len(table["body"]) == 10 and table["body"][0][0] == "**sdtp**" and table["body"][0][-1] == "8"
+    assert table["header"][2] == "KL text" and "measured 2026-01-02" in table["note"]
+    assert page.readme_table(kl_rows(names, speedup=1.5)) is None
+
+
+def test_random_weights_give_costs_and_no_word_on_quality():
+    rows = [
+        {**row, "sort": plan.TIME, "cell": "time", "kl_nats": None}
+        for row in kl_rows({"sdtp": 0.1, "lazyllm": 0.2}) if row["sample"] != "x"
+    ]  # fmt: skip
+    text = page.page(rows)
+    assert "Random weights" in text and "| lazyllm | 1.50x" in text and "## In words" not in text
