@@ -54,7 +54,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         "drawn_at": passport()["commit"],
     }  # fmt: skip
     with plots.use_style():
-        figure, axes = plt.subplots(1, 2, figsize=(10.5, 5.2), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.6), layout="constrained")
         plots.quality_lost(found[found.length == length], axes, ours=OURS)
         figure.suptitle(f"Quality lost over prefill speed-up, {length:,} tokens", x=0.01, ha="left", weight="bold")
         saved = plots.save(figure, path, made)

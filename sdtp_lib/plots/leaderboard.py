@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from sdtp_lib.plots.style import lines_by, need_columns, one_legend
+from sdtp_lib.plots.style import lines_by, need_columns, short
 
 
 def quality_lost(frame: pd.DataFrame, axes: Sequence[Axes], *, ours: str) -> Sequence[Axes]:
@@ -21,7 +22,7 @@ def quality_lost(frame: pd.DataFrame, axes: Sequence[Axes], *, ours: str) -> Seq
     frame
         One row per method and budget: ``method, measured`` (speed-up), ``kl_nats, kl_items, lost, lost_items``.
     axes
-        Two; they get one legend under them.
+        Two, side by side; the second has the legend of both beside it.
     ours
         The method whose line is drawn last and thickest.
 
@@ -50,5 +51,11 @@ def quality_lost(frame: pd.DataFrame, axes: Sequence[Axes], *, ours: str) -> Seq
         ax.set_xlabel("measured prefill speed-up, scoring included")
         ax.xaxis.set_major_formatter(lambda value, _place: f"{value:g}x")
     axes[0].set_yscale("log")
-    one_legend(axes, columns=5)
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter(lambda value, _place: short(value))
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
+    low, high = axes[1].get_ylim()
+    axes[1].set_ylim(min(-5, low), max(105, high))
+    entries = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    axes[1].legend(entries.values(), entries, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
     return axes
