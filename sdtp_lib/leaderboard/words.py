@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sdtp_lib.leaderboard.entrants import LEARNED, OURS
+from sdtp_lib.data.ruler import TASKS
+from sdtp_lib.leaderboard.entrants import LEARNED, OURS, TRAINING_FREE
 from sdtp_lib.leaderboard.plan import KL_CELLS
 from sdtp_lib.leaderboard.tables import (
     answers,
@@ -93,7 +94,7 @@ def training_free(frame: Any) -> list[tuple[str, float, float, int]]:
             free = {
                 name: value.value
                 for name, value in values.items()
-                if name not in LEARNED or used.get(name) == used.get("attention_pooled")
+                if name not in LEARNED or used.get(name) == used.get(TRAINING_FREE)
             }
             for rank, name in enumerate(sorted(free, key=free.get), start=1):
                 ranks.setdefault(name, []).append(rank)
@@ -112,10 +113,29 @@ def best_training_free(frame: Any) -> str:
     name, rank, kl, count = lines[0]
     others = ", ".join(f"`{other}` {r:.1f} ({k:.3f})" for other, r, k, _ in lines[1:4])
     rest = f" Then: {others}." if others else ""
+    used = scored_by(frame).get(name, name)
+    how = f" (scored by {used})" if used != name else ""
     return (
-        f"Of the methods that need no training, `{name}` is best by rows: mean rank {rank:.1f}, geometric mean KL "
+        f"Of the methods that need no training, `{name}`{how} is best by rows: mean rank {rank:.1f}, geometric mean KL "
         f"{kl:.3f}, over {count} test sets by length and speed-up.{rest}"
     )
+
+
+def against_the_default(frame: Any) -> list[str]:
+    """Where the best method without training is not the default: both, paired, place by place."""
+    lines = training_free(frame)
+    if not lines or lines[0][0] == TRAINING_FREE:
+        return []
+    found = []
+    for length, speedup in places(frame):
+        part = at(frame, length, speedup)
+        for line in kl_differences(part, TRAINING_FREE):
+            if line["method"] == lines[0][0]:
+                found.append(
+                    f"{line['cell']} at {speedup:g}x and {length:,} tokens: `{line['method']}` minus the default "
+                    f"`{TRAINING_FREE}` {line['difference'].text(sign=True)}, {line['verdict']}."
+                )
+    return found
 
 
 def extent(frame: Any) -> str:
@@ -126,14 +146,18 @@ def extent(frame: Any) -> str:
         kl = kl_by_cell(part)
         counts = [value.items for values in kl.values() for value in values.values()]
         ruler = answers(part)
-        said = [f"{min(counts)} to {max(counts)} items per KL test set"] if counts else []
+        said = [f"{_span(counts)} per KL test set"] if counts else []
         if ruler:
-            items = [each["items"] for each in ruler.values()]
-            tasks = max(each["tasks"] for each in ruler.values())
-            said.append(f"{min(items)} to {max(items)} items of {tasks} RULER tasks")
+            items, tasks = ([each[name] for each in ruler.values()] for name in ("items", "tasks"))
+            said.append(f"{_span(items)} of RULER ({max(tasks)} of its {len(TASKS)} tasks)")
         if said:
             parts.append(f"{length:,} tokens, {speedup:g}x: {', '.join(said)}, {len(methods_in(part))} methods")
     return "; ".join(parts) + "."
+
+
+def _span(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{high} item{'s' * (high != 1)}" if low == high else f"{low} to {high} items"
 
 
 def fastest(frame: Any) -> list[str]:

@@ -95,13 +95,16 @@ def test_the_best_method_without_training_is_found_by_rank_and_learned_ones_do_n
     )  # fmt: skip
     assert [name for name, *_ in words.training_free(frame)] == ["lazyllm", FREE]
     assert "`lazyllm` is best by rows: mean rank 1.3" in words.best_training_free(frame)
+    first, second, _ = words.against_the_default(frame)
+    assert "text at 2x and 64 tokens: `lazyllm` minus the default `attention_pooled` -0.2" in first
+    assert first.endswith("better.") and second.endswith("worse.")
 
 
 def test_the_page_says_how_much_was_run_who_is_out_of_reach_and_what_was_not_run():
     reach = {**STAMP, "kind": "out of reach", "method": "snapkv", "length": 64, "speedup": 2.0, "error": "cache only"}
     rows = [*kl_rows({"sdtp": 0.1, "lazyllm": 0.2}), *ruler_rows({"sdtp": [1.0], "lazyllm": [0.0]}, [1.0]), reach]
     text = page.page(rows)
-    assert "64 tokens, 2x: 8 to 8 items per KL test set, 1 to 1 items of 1 RULER tasks, 2 methods" in text
+    assert "64 tokens, 2x: 8 items per KL test set, 1 item of RULER (1 of its 13 tasks), 2 methods" in text
     assert "- `snapkv`: cache only" in text and "LongBench (no data at hand" in text and "needle, instructions" in text
     assert "| niah_single_1 | 1 | 100 | 100 | 0 |" in text
     assert "nan" not in text
