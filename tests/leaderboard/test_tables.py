@@ -48,7 +48,7 @@ def test_a_method_that_loses_less_is_named_with_its_interval_and_its_count():
 def test_where_none_is_ahead_the_goal_is_met_and_no_sentence_stands():
     frame = framed(kl_rows({"sdtp": 0.1, "lazyllm": 0.2}))
     assert words.better_elsewhere(frame) == [] and words.goals(frame)[0].startswith("met: lowest KL on text at 2x")
-    assert "In no cell is another method's mean lower" in page.page(frame.to_dict("records"))
+    assert "On no test set is another method's mean lower" in page.page(frame.to_dict("records"))
 
 
 def test_under_six_items_no_verdict_is_given():
