@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from sdtp_lib import scorers
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import tasks
+from sdtp_lib.evaluation.answer_run import add_arguments, variants
 from sdtp_lib.evaluation.answer_tables import answers_table, means_over_tasks
 from sdtp_lib.evaluation.answers import FULL, Variant, _next_turn, run_items, token_fates
 from sdtp_lib.evaluation.items import Item, longbench_items, synthetic_items
@@ -327,3 +329,15 @@ def test_answers_of_another_scorer_or_prompt_are_refused_and_failures_tried_agai
         answer(tiny_model(), an_item(0, tokens=80), scorers.random())
     with pytest.raises(OtherProvenance, match="row 'multi_news|i0|learned keep09': holds rows made with sample_hash"):
         answer(tiny_model(), an_item(0, tokens=60))
+
+
+def test_published_methods_are_variants_by_the_names_that_were_typed(tiny_model, capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, "x", presets=[])
+    options = parser.parse_args(["--scorers", "recency", "--method", "lazyllm@1.5x", "gemfilter"])
+    found = variants(options, tiny_model())
+    assert [variant.name for variant in found] == [FULL, "lazyllm@1.5x", "gemfilter"]
+    assert found[1].config.speedup == 1.5 and found[2].config.speedup is None and found[1].scorer.name == "lazyllm"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--method", "lazzyllm"])
+    assert "did you mean 'lazyllm'" in capsys.readouterr().err
