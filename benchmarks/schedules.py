@@ -5,6 +5,8 @@
     python benchmarks/schedules.py search --speedup 2.2    # the best of a grid, chosen on training-side samples, then
                                                            # measured on held-out ones beside the even schedule
     python benchmarks/schedules.py first --scorer attention
+    python benchmarks/schedules.py pairs --cells text needle multi_news --speedups 1.5 2
+                                                           # which training-free score with which first layer
 
 A schedule is a list of layers with one keep ratio each. The learned score has only its own layers to choose from; the
 simple ones take any. ``--speedup`` is the ratio of causal prefill FLOPs (`sdtp_lib.budget.speedup_limit`). One row
@@ -14,18 +16,23 @@ per sample and schedule; runs resume. Writes a picture beside the rows.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, budget, evaluation, load_model, plots
+from sdtp_lib import PruningConfig, budget, evaluation, load_model, plots, scorers
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.pruning.stage import Stage, looked_back
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.scorers.blend import strongest_neighbour
 from sdtp_lib.scorers.by_name import scorer_named
+from sdtp_lib.training.recipes import NEGLIGIBLE_NATS
 
 # How unevenly stages drop: the share that a stage drops, relative to the first, falls or rises linearly to this.
 PROFILES = {"even": 1.0, "early": 0.25, "late": 4.0}
@@ -33,14 +40,17 @@ PROFILES = {"even": 1.0, "early": 0.25, "late": 4.0}
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("first", "stages", "search"))
+    parser.add_argument("what", choices=("first", "stages", "search", "pairs"))
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
     parser.add_argument("--scorer", type=scorer_named, default="SDTP", help="SDTP, SDTP=DIR, attention, recency, ...")
     parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+",
                         choices=CELLS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--samples", type=int, default=6, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--speedup", type=float, default=2.2, help="wanted ratio of causal prefill FLOPs")
+    parser.add_argument("--scores", nargs="+", choices=list(training_free()), help="of `pairs`: only these")
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0], help="of `pairs`")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="keep ratios of `first`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "schedules")
@@ -106,6 +116,62 @@ def grid(shape: ModelShape, layers: list[int], tokens: int, speedup: float) -> d
     return found
 
 
+def training_free() -> dict[str, Any]:
+    """The candidates for the score that a model gets without pruners."""
+    pooled, recency = scorers.attention(8, kernel=7), (scorers.recency(), 0.5)
+    return {
+        "recency": scorers.recency(),
+        "attention": scorers.attention(8),
+        "pooled": pooled,
+        "pooled, earlier layers": earlier_layers,
+        "pooled + recency": scorers.weighted([(pooled, 1.0), recency]),
+        "pooled, earlier layers + recency": scorers.weighted([(earlier_layers, 1.0), recency]),
+    }
+
+
+def earlier_layers(stage: Stage) -> torch.Tensor:
+    """Pooled attention of the last 8 tokens, the most over the layers since the stage before."""
+    paid = stage.attention_paid(looked_back([stage.layer_index])[stage.layer_index], 8)
+    pooled = [strongest_neighbour(each.sum(dim=2), 7).mean(dim=1) for each in paid]
+    return torch.stack(pooled).amax(dim=0)
+
+
+def first_layers(depth: int) -> dict[str, int]:
+    """Where a schedule of every third layer may begin: the presets' layer 4, a third of the depth, half of it."""
+    return {"layer 4": 4, "a third": max(1, depth // 3), "half": depth // 2}
+
+
+def pairs_at(shape: ModelShape, tokens: int, speedups: Sequence[float]) -> dict[str, PruningConfig]:
+    """``"1.5x, a third"`` -> that schedule at that speed-up; those that cannot be so fast are left out."""
+    found = {}
+    for speedup in speedups:
+        for name, first in first_layers(shape.num_layers).items():
+            config = at_budget(shape, range(first, shape.num_layers, 3), tokens, speedup)
+            if config is not None:
+                found[f"{speedup:g}x, {name}"] = config
+    return found
+
+
+def pair_tables(path: Path, configs: Sequence[str], suffix: str) -> dict[str, Any]:
+    """Speed-up -> mean KL by (schedule, score) and cell, best geometric mean over cells first.
+
+    Each cell's mean counts from `NEGLIGIBLE_NATS` on, so that needles at 0.0001 or 0.0002 do not decide.
+    """
+    import numpy
+
+    frame = read_frame(path)
+    frame = frame[(frame.kind == "scorer") & frame.setting.isin(list(configs)) & frame.cell.str.endswith(suffix)]
+    frame = frame.assign(cell=frame.cell.str.partition("|")[0])
+    frame[["speedup", "first cut"]] = frame.setting.str.split(", ", n=1, expand=True)
+    tables = {}
+    for speedup, part in frame.groupby("speedup", sort=False):
+        wide = part.pivot_table(index=["first cut", "scorer"], columns="cell", values="kl_nats", sort=False)
+        wide["geometric mean"] = numpy.exp(numpy.log(wide + NEGLIGIBLE_NATS).mean(axis=1))
+        wide.insert(0, "items", part.groupby(["first cut", "scorer"])["sample"].count())
+        tables[speedup] = wide.sort_values("geometric mean").reset_index()
+    return tables
+
+
 def summary_of(path: Path, settings: Sequence[str], split: str, scorer: str):
     """Mean KL by schedule and test set, and the geometric mean over test sets."""
     import numpy
@@ -122,7 +188,7 @@ def summary_of(path: Path, settings: Sequence[str], split: str, scorer: str):
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
     shape = ModelShape.from_model(model)
     scorer = options.scorer.load(model)
     layers = options.scorer.layers(scorer, shape.num_layers)
@@ -131,13 +197,26 @@ def main(arguments: list[str] | None = None) -> None:
     method = evaluation.Compared(name, scorer)
     stamp = passport(model, model_name=options.model, seed=options.seed)
 
-    def measure(configs: dict[str, PruningConfig], split: str) -> None:
+    def measure(configs: dict[str, PruningConfig], split: str, methods: Sequence[evaluation.Compared] = ()) -> None:
         sizes = {"prompt_tokens": tokens, "count": options.samples, "seed": options.seed, "split": split}
-        plan = [(cell, sample) for cell in options.cells for sample in cell_samples(cell, tokenizer, **sizes)]
+        cells = {cell: cell_samples(cell, tokenizer, **sizes) for cell in options.cells}
+        # Cells in turn: a run that is stopped has some of each.
+        turns = itertools.zip_longest(*([(cell, sample) for sample in some] for cell, some in cells.items()))
+        plan = [item for turn in turns for item in turn if item is not None]
         with RowWriter(path, stamp) as writer, torch.inference_mode(False):
             for cell, sample in tqdm(plan, unit="sample", desc=split):
-                evaluation.compare_scorers(model, [sample], configs, [method], writer, cell=f"{cell}|{split}|{tokens}")
+                where = f"{cell}|{split}|{tokens}"
+                evaluation.compare_scorers(model, [sample], configs, methods or [method], writer, cell=where)
 
+    if options.what == "pairs":
+        configs = pairs_at(shape, tokens, options.speedups)
+        found = {name: score for name, score in training_free().items() if name in (options.scores or training_free())}
+        measure(configs, "heldout", [evaluation.Compared(name, score) for name, score in found.items()])
+        for speedup, table in pair_tables(path, configs, f"heldout|{tokens}").items():
+            print(f"\n### {speedup} by FLOPs, prompts of {tokens} tokens: KL to the unpruned model, nats per token\n")
+            print(evaluation_tables.markdown(table, digits=4))
+        print(f"\nrows: {path}")
+        return
     if options.what == "search":
         target = f"x{options.speedup}"
         candidates = {f"{target}: {k}": c for k, c in grid(shape, layers, tokens, options.speedup).items()}

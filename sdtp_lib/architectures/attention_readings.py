@@ -80,9 +80,7 @@ def attention_looked_back_at(
         its own stage reads was filled in, except in families that show a stage its own layer.
     """
     architecture = describe(model)
-    # As at a stage: families whose queries cannot be had apart show the stage's own layer in place of all others.
-    apart = all(map(queries_come_apart, architecture.layers))
-    sources = {stage: tuple(layers) if apart else (stage,) * len(layers) for stage, layers in looked_back.items()}
+    sources = sources_of(architecture, looked_back)
     paid: dict[int, torch.Tensor] = {}
     found: dict[int, torch.Tensor] = {}
 
@@ -94,6 +92,26 @@ def attention_looked_back_at(
 
     with _before_layers(architecture, sorted({layer for layers in sources.values() for layer in layers}), read):
         yield found
+
+
+def sources_of(
+    model: nn.Module | Architecture, looked_back: Mapping[int, Sequence[int]]
+) -> dict[int, tuple[int, ...]]:
+    """Stage -> the layers whose attention it is shown in a prefill with a cache when it asks for these.
+
+    As in `Stage.attention_mass`: families whose queries cannot be had apart, and layers whose cache holds a window,
+    show the stage's own layer in place of all others. Where all that are shown see a window only, the last layer before
+    the stage that sees all tokens stands for the first of them.
+    """
+    architecture = describe(model)
+    apart, windowed = all(map(queries_come_apart, architecture.layers)), architecture.windowed_layers()
+    found = {}
+    for stage, layers in looked_back.items():
+        kept = apart and all(architecture.sliding_window(layer) is None for layer in layers)
+        shown = tuple(layers) if kept else (stage,) * len(layers)
+        far = [layer for layer in range(stage) if layer not in windowed]
+        found[stage] = (far[-1], *shown[1:]) if far and windowed.issuperset(shown) else shown
+    return found
 
 
 @contextlib.contextmanager

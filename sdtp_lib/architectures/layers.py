@@ -27,6 +27,8 @@ _CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
 _ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
 # Their stacks end in ``hidden_states.view(-1, prompt length, D)``.
 _RESHAPE_OUTPUT = ("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "codegen")
+# Values of ``layer_types`` whose layers see the tokens near a query only.
+_WINDOWED = ("sliding_attention", "chunked_attention")
 # Arguments of decoder layers that `pruning.continuation` shortens, or that may stay as they are.
 _KNOWN_ARGUMENTS = {
     "hidden_states", "attention_mask", "position_ids", "position_embeddings", "alibi", "use_cache", "output_attentions",
@@ -79,6 +81,16 @@ class Architecture:
         if window is None or (layer_types is not None and layer_types[layer_index] != "sliding_attention"):
             return None
         return int(window)
+
+    def windowed_layers(self) -> frozenset[int]:
+        """Layers that see only tokens near the query, in families where other layers see all; empty elsewhere.
+
+        Gemma 3 has five with a window for each without. Where every layer has one, none sees more than another.
+        """
+        kinds = list(getattr(self.config, "layer_types", None) or ())
+        if "full_attention" not in kinds:
+            return frozenset()
+        return frozenset(index for index, kind in enumerate(kinds) if kind in _WINDOWED)
 
     def fixed_length_norm(self) -> nn.Module | None:
         """The final norm where the stack reshapes its output to the prompt's length (GPT-2 and its kin), else None."""

@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
         f"model's answer of up to {given.new_tokens} tokens; prefill medians of {given.repeats}, in turn.\n\n{shown}\n"
     )
     left_out = compared.refusals(rows)
+    ran = [choice for choice in found if choice.name not in left_out]
+    remarks = [f"\n{choice.name}: {choice.remark}." for choice in ran if choice.remark]
+    text += "".join(remarks) + ("\n" if remarks else "")
     text += "".join(f"\nLeft out: {name}: {reason}" for name, reason in left_out.items()) + ("\n" if left_out else "")
     print(text)
     if given.answers:

@@ -44,12 +44,15 @@ class Choice:
         Prompt tokens -> the budget that `token_pruning` takes.
     scorer
         What it takes for a scorer.
+    remark
+        What a table must say of it.
     """
 
     name: str
     kind: str
     budget_for: Callable[[int], Any]
     scorer: Any = None
+    remark: str = ""
 
 
 def choices(model: Any, budget: str | float) -> list[Choice]:
@@ -70,7 +73,10 @@ def choices(model: Any, budget: str | float) -> list[Choice]:
         return speedup or round(counting.speedup_limit(ModelShape.from_model(model), config, tokens, pruner_width=0), 3)
 
     return found + [
-        Choice(name, "method", lambda tokens, name=name: methods.get(name).at_speedup(speedup_at(tokens)))
+        Choice(
+            name, "method", lambda tokens, name=name: methods.get(name).at_speedup(speedup_at(tokens)),
+            remark=methods.get(name).remark,
+        )  # fmt: skip
         for name in methods.names()
         if name not in _OURS
     ]

@@ -63,6 +63,11 @@ class Method:
     paper: ClassVar[str]
     speedup: float | None = None
 
+    @property
+    def remark(self) -> str:
+        """What a table must say beside the name, where this is not the paper's method as it stands; else empty."""
+        return ""
+
     def config(self, layers: int) -> PruningConfig:
         """The paper's budget for a model of ``layers`` layers."""
         raise NotImplementedError

@@ -54,6 +54,12 @@ class SpecPrefill(Method):
     kernel: int = 13
     own_depth: float = 0.25
 
+    @property
+    def remark(self) -> str:
+        if self.draft is not None:
+            return ""
+        return "without a draft model, which is not the paper's method: the model's own first layers stand in for it"
+
     def config(self, layers: int) -> PruningConfig:
         how = {"keep_mass": 1.0} if self.speedup is None else {"keep_ratio": self.keep}
         return PruningConfig(

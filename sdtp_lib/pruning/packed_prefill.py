@@ -52,6 +52,7 @@ class PackedPrefill(Prefill):
         if self._is_looked_back_at(index):
             last = self._by_rows(given["hidden_states"], LAST_TOKENS)
             self.last_inputs[index] = (last, last_rows(given["attention_mask"], LAST_TOKENS))
+        self._look_far(index, layer, given)
         return {name: self._packed(name, value) for name, value in given.items()}
 
     def after_last_layer(self, output: Any) -> Any:

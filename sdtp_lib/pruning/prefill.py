@@ -25,11 +25,12 @@ from sdtp_lib.architectures.masks import last_rows
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.cut_record import Segment, record_of
+from sdtp_lib.pruning.far_sight import FarSight
 from sdtp_lib.pruning.kv_budget import KVBudget, cut_cache
 from sdtp_lib.pruning.plan import Budget, on_device, tokens_plan
 from sdtp_lib.pruning.pruned_cache import remember
 from sdtp_lib.pruning.selection import count_for_mass, gather_tokens, protected_tokens, select_positions
-from sdtp_lib.pruning.stage import LAYERS_AT_HAND, LayerBefore, Scorer, Stage
+from sdtp_lib.pruning.stage import LAYERS_AT_HAND, LayerBefore, Scorer, Stage, real_scores
 from sdtp_lib.pruning.trace import PruningTrace
 
 LAST_TOKENS = 128  # of each layer's input, kept for scorers that read the attention of the last tokens in it
@@ -87,6 +88,7 @@ class Prefill(ForwardPass):
         if self.padded:
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
         self.last_inputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of the layers since the last cut
+        self.windowed, self.far = architecture.windowed_layers(), None  # the last `FarSight`, where others see a window
         self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the kept tokens
         self.segments: list[Segment] = []
         self._not_finite: list[tuple[int, torch.Tensor]] = []
@@ -120,7 +122,15 @@ class Prefill(ForwardPass):
             # A copy: a view would keep the whole tensor in memory.
             last = given["hidden_states"][:, -LAST_TOKENS:].clone()
             self.last_inputs[index] = (last, last_rows(given.get("attention_mask"), LAST_TOKENS))
+        self._look_far(index, layer, given)
         return given
+
+    def _look_far(self, index: int, layer: nn.Module, given: dict[str, Any]) -> None:
+        if self.windowed and index not in self.windowed and any(index < stage for stage in self.stages):
+            # For stages to come, whose layers see a window. A copy: some families write into their hidden states.
+            hidden = self._by_rows(given["hidden_states"]).clone()
+            valid = (self.positions >= 0).to(hidden.device) if self.padded else None
+            self.far = FarSight(index, layer, hidden, without_cache(given), valid, self._past(index))
 
     def _is_looked_back_at(self, index: int) -> bool:
         return any(index < stage <= index + LAYERS_AT_HAND for stage in self.stages)
@@ -130,7 +140,7 @@ class Prefill(ForwardPass):
         hidden = given["hidden_states"]
         self.positions = self.positions.to(hidden.device)
         positions, valid = self.positions, self.positions >= 0
-        known = {"before": self._layers_before(index, hidden.device), "past": self._past(index)}
+        known = {"before": self._layers_before(index, hidden.device), "past": self._past(index), "far": self.far}
         if self.keeps_all and not hidden.is_inference():
             self.trace.scored_positions[index] = self.trace.kept_positions[index] = positions
             read = partial(self._score_when_read, index, layer, given, known, hidden._version)
@@ -158,6 +168,7 @@ class Prefill(ForwardPass):
         self.kept_padded = self.padded
         self.carried = {name: gather_tokens(values, chosen) for name, values in self.carried.items()}
         self._cut, self.last_inputs = {}, {}
+        self.far = None if self.far is None else self.far.after_cut(chosen)
         self.segments.append((index, self.kept, self.padded))
         self._note(index, positions, scores, self.positions)
         return gather_tokens(hidden, chosen)
@@ -206,7 +217,7 @@ class Prefill(ForwardPass):
         return Stage(
             layer_index=index, layer=layer, hidden_states=hidden, positions=positions, valid=positions >= 0,
             layer_arguments=without_cache(given), prompt_lengths=self.prompt_lengths.to(hidden.device),
-            padded=self.padded, **known,
+            padded=self.padded, windowed=self.windowed, **known,
         )  # fmt: skip
 
     def _score_keys(self) -> None:
@@ -249,8 +260,9 @@ class Prefill(ForwardPass):
         found = {}
         for earlier in range(max(0, index - LAYERS_AT_HAND), index):
             keys = cached_keys(self.cache, earlier, self._held_before(earlier) + self.positions.shape[1])
-            # On another device a device_map splits the model between the two.
-            if keys is not None and earlier in self.last_inputs and keys.device == device:
+            # Neither across the devices of a device_map, nor from a window's cache, which holds the last keys only.
+            whole = keys is not None and self.architecture.sliding_window(earlier) is None
+            if whole and earlier in self.last_inputs and keys.device == device:
                 found[earlier] = LayerBefore(self.architecture.layers[earlier], keys, *self.last_inputs[earlier])
         return found
 
@@ -272,15 +284,7 @@ class Prefill(ForwardPass):
         return past
 
     def _checked_scores(self, index: int, scores: Any, valid: torch.Tensor) -> torch.Tensor:
-        if not torch.is_tensor(scores) or scores.shape != valid.shape or scores.is_complex():
-            found = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
-            raise ValueError(
-                f"the scorer returned {found} at layer {index}: return a tensor of shape {tuple(valid.shape)}, one "
-                "real score per kept token."
-            )
-        scores = scores.detach().to(valid.device)
-        if not scores.is_floating_point():
-            scores = scores.to(torch.float32)
+        scores = real_scores(index, scores, valid)
         # Read on the host when nothing is under way, so that no device waits here.
         self._not_finite.append((index, (~torch.isfinite(scores) & valid).any()))
         return scores.masked_fill(~valid, -torch.inf) if self.padded else scores

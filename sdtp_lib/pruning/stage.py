@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from torch import nn
 from sdtp_lib.architectures.attention_readings import attention_received
 from sdtp_lib.architectures.attention_weights import attention_from_cached_keys, attention_from_last, mask_rows
 from sdtp_lib.config import PruningNotSupported
+
+if TYPE_CHECKING:
+    from sdtp_lib.pruning.far_sight import FarSight
 
 LAYERS_AT_HAND = 4  # layers since the last cut whose attention a scorer may ask for
 ASKING_TOKENS = 16  # query tokens: the prompt's last ones, whose attention shows what is asked for
@@ -68,6 +71,24 @@ def refuse_uncalled(scorer: Any) -> None:
     returns = getattr(scorer, "__annotations__", {}).get("return") if inspect.isroutine(scorer) else None
     if returns is Scorer or str(returns).rpartition(".")[2] == "Scorer":
         raise ValueError(f"scorer={name} makes a scorer and is none itself: call it, {name}(...).")
+
+
+def real_scores(layer_index: int, scores: Any, valid: torch.Tensor) -> torch.Tensor:
+    """What a scorer returned before a layer, detached, as floating-point numbers where ``valid`` (B, N) is.
+
+    Raises
+    ------
+    ValueError
+        For what is not one real number per token.
+    """
+    if not torch.is_tensor(scores) or scores.shape != valid.shape or scores.is_complex():
+        found = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+        raise ValueError(
+            f"the scorer returned {found} at layer {layer_index}: return a tensor of shape {tuple(valid.shape)}, one "
+            "real score per kept token."
+        )
+    scores = scores.detach().to(valid.device)
+    return scores if scores.is_floating_point() else scores.to(torch.float32)
 
 
 def name_of(scorer: Any) -> str:
@@ -128,7 +149,7 @@ class Stage:
     prompt_lengths : Tensor (B,) of int64
         Prompt tokens of each row, before any pruning.
     before : Mapping
-        Layers since the last cut, by index, whose cached keys match the kept tokens.
+        Layers since the last cut, by index, whose cached keys are all there and match the kept tokens.
     read : dict
         Attention that was read already, by layer and window: the parts of a score may ask for the same.
     carried : dict
@@ -142,6 +163,10 @@ class Stage:
         This layer's own cached keys, where it has run already (for a KV budget).
     asking : int or None
         Where these are a chunk of a prompt with the query tokens behind it: how many of those.
+    windowed : frozenset of int
+        Layers that see a window only, in families where others see all tokens.
+    far : FarSight or None
+        In such families, the last layer that saw all tokens and has run.
     """
 
     layer_index: int
@@ -158,6 +183,8 @@ class Stage:
     past: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     keys: torch.Tensor | None = None
     asking: int | None = None
+    windowed: frozenset[int] = frozenset()
+    far: FarSight | None = field(default=None, repr=False)
 
     @property
     def position_embeddings(self) -> Any:
@@ -170,7 +197,10 @@ class Stage:
         return self.layer_arguments.get("alibi")
 
     def attention_from_last(self, window: int) -> torch.Tensor:
-        """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed."""
+        """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed.
+
+        A layer with a window among layers without says nothing about tokens further back: it says so.
+        """
         self._refuse_asking_more(window)
         if self.keys is not None:
             mask = mask_rows(self.layer_arguments.get("attention_mask"), window, self.positions.shape[1])
@@ -188,7 +218,7 @@ class Stage:
         """Attention (B, H, w, N) that the last ``window`` tokens paid one layer earlier, from the keys cached there.
 
         Costs no key projection. Where those keys are not at hand (a first layer, a cache that holds others, families
-        with one fused projection): `attention_from_last`.
+        with one fused projection, a layer with a window): `attention_from_last`.
         """
         paid = self._paid_at(self.layer_index - 1, window)
         return self.attention_from_last(window) if paid is None else paid
@@ -196,8 +226,8 @@ class Stage:
     def attention_paid(self, layers: Sequence[int], window: int) -> list[torch.Tensor]:
         """For each of earlier ``layers`` the attention (B, H, w, N) that the last ``window`` tokens paid there.
 
-        Where a layer's keys are not at hand (more than `LAYERS_AT_HAND` back, before a cut, fused projections), this
-        stage's own layer stands for all of them.
+        Where a layer's keys are not at hand (more than `LAYERS_AT_HAND` back, before a cut, fused projections, a
+        window), this stage's own layer stands for all of them.
         """
         paid = [self._paid_at(layer, window) for layer in layers]
         if any(each is None for each in paid):
@@ -222,14 +252,19 @@ class Stage:
     def attention_mass(self, layers: Sequence[int], window: int) -> torch.Tensor:
         """(B, N, H x layers): what each head of earlier ``layers`` paid to a token, summed over the ``window`` askers.
 
-        Where a layer's keys are not at hand, this stage's own layer stands for all of them. Where keys of ``past`` get
-        their share too, all is scaled by keys over tokens: an even share is 1 / N of it with a past as without.
+        Where a layer's keys are not at hand, this stage's own layer stands for all of them. Where each of them sees a
+        window only, in a family with layers that see all tokens, the last such layer that has run (``far``) stands for
+        the first of them: learned scores then tell near from far, which a single window cannot. Where keys of ``past``
+        get their share too, all is scaled by keys over tokens: an even share is 1 / N of it with a past as without.
         """
-        paid, tokens = self.attention_paid(layers, window), self.positions.shape[1]
+        paid, tokens, asked = self.attention_paid(layers, window), self.positions.shape[1], list(layers)
         held = [self.before[layer].keys.shape[2] if self._paid_at(layer, window) is not None else 0 for layer in layers]
         if not all(held):
-            held = [tokens + (0 if self.past is None else self.past[0].shape[2])] * len(layers)
+            past = 0 if self.past is None else self.past[0].shape[2]
+            held, asked = [tokens + past] * len(layers), [self.layer_index]
         mass = [each.sum(dim=2) * (keys / tokens) for each, keys in zip(paid, held, strict=True)]
+        if self.far is not None and self.windowed.issuperset(asked):
+            mass[0] = self.far.mass(window).to(mass[0].device)
         return torch.cat(mass, dim=1).transpose(1, 2)
 
     @property

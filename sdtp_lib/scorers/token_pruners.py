@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from sdtp_lib.architectures.attention_readings import refuse_unreadable
 from sdtp_lib.provenance import content_id, fingerprint
 from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
 from sdtp_lib.scorers.blend import Blend, standardised
@@ -180,6 +181,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         ------
         ValueError
             Naming both sizes, or both lists of layers.
+        PruningNotSupported
+            For a model whose attention cannot be read, if these pruners or their blend look at it.
         """
         lacking = [layer for layer in config.layers if layer not in self.layers]
         if lacking:
@@ -198,6 +201,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
                     f"{field}={own} of these pruners (base model {self.base_model}) does not fit the model's {other}: "
                     "load pruners that were trained on this model, or train some."
                 )
+        if self.looked_back or (self.blend is not None and self.blend.attention):
+            refuse_unreadable(model, config.layers)
         own, other = self.weights_fingerprint, weights_fingerprint(model)
         if own is not None and other is not None and own != other:
             warnings.warn(

@@ -39,7 +39,7 @@ class TrainingConfig:
     straight_through
         Simulate with a hard cut whose gradient is the soft one's; False: a soft cut.
     sink_tokens, local_ratio, min_local_tokens
-        Protected tokens, as in `PruningConfig`; they take part in no loss.
+        Protected tokens, as in `PruningConfig`; they take part in no loss, nor do those that a sample protects.
     eval_share, patience, eval_ratio
         Share of samples held out by id, evaluations without improvement before training stops (0: never), and the keep
         ratio of the held-out measure.

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sdtp_lib.architectures.attention_readings import attention_looked_back_at, refuse_unreadable
+from sdtp_lib.architectures.attention_readings import attention_looked_back_at, refuse_unreadable, sources_of
 from sdtp_lib.architectures.layers import Architecture, describe, layer_inputs, pad_left
 from sdtp_lib.extras import extra
 from sdtp_lib.models import cache_directory
@@ -53,7 +53,8 @@ def compute_saliency(
     samples
         Dicts with ``id`` and either ``prompt_ids`` and ``response_ids`` or ``prompt`` and ``response`` (texts, which
         need ``tokenizer``); see `sdtp_lib.data`. A sample with ``prompt_ids`` and ``own_tokens`` has no response: the
-        model answers greedily with at most so many tokens, up to where it begins to repeat itself.
+        model answers greedily with at most so many tokens, up to where it begins to repeat itself. ``protect`` (one
+        boolean per prompt token, `pruning.protection`) goes along to training, where no stage drops these tokens.
     label
         One of `LABELS`, or several, computed together.
     loss_on
@@ -72,12 +73,14 @@ def compute_saliency(
     -------
     datasets.Dataset
         A row for each labelled sample: ``sample_id, category, input_ids, prompt_length``, ``layer_<l>`` (one number a
-        prompt token, of the first label), ``layer_<l>_<label>`` for further labels, ``file`` (where hidden states are).
+        prompt token, of the first label), ``layer_<l>_<label>`` for further labels, ``file`` (where hidden states are),
+        ``protect`` if a sample has it.
 
     Raises
     ------
     ValueError
-        For an unknown label or loss, a sample without prompt or response, or two samples of one id.
+        For an unknown label or loss, a sample without prompt or response, one whose ``protect`` does not fit its
+        prompt, or two samples of one id.
     PruningNotSupported
         For families that cannot have the label (`saliency_of`).
     """
@@ -90,11 +93,14 @@ def compute_saliency(
     ids = [sample["id"] for sample in tokenised]
     if len(set(ids)) != len(ids):
         raise ValueError("samples: two of them share an id, and labels are keyed by id; make the ids unique.")
+    protect = _protection(samples, tokenised)
     architecture = describe(model)
     labels = checked_labels(architecture, layers, label)
     if store_hidden:
         refuse_unreadable(architecture, layers)
     about = {"model": fingerprint(model), "layers": layers, "labels": labels, "loss_on": loss_on, "schema": 2}
+    if architecture.windowed_layers():
+        about["attention"] = sources_of(architecture, looked_back(layers))
     if (adapters := adapters_fingerprint(model)) is not None:
         about["adapters"] = adapters
     folder = Path(cache_dir or cache_directory()) / "saliency" / _digest(about)
@@ -112,6 +118,8 @@ def compute_saliency(
                     save_file(tensors, str(temporary), metadata=meta)
                 bar.update()
     rows = [_row(files[name], layers, labels) for name in ids if files[name].exists()]
+    if protect:
+        rows = [{**row, "protect": protect[row["sample_id"]]} for row in rows]
     return Dataset.from_list(rows)
 
 
@@ -222,6 +230,23 @@ def _tokenised(sample: dict[str, Any], tokenizer: Any | None) -> dict[str, Any]:
         raise ValueError(f"sample {sample.get('id')!r} has an empty prompt or response.")
     keep = ("id", "category", "prompt_ids", "response_ids", "own_tokens")
     return {name: sample[name] for name in keep if name in sample}
+
+
+def _protection(samples: Sequence[Mapping[str, Any]], tokenised: Sequence[Mapping[str, Any]]) -> dict[str, list[bool]]:
+    """Sample id -> ``protect`` for each sample, all False where it has none; empty if none has any."""
+    if not any(sample.get("protect") is not None for sample in samples):
+        return {}
+    found = {}
+    for sample, known in zip(samples, tokenised, strict=True):
+        given, length = sample.get("protect"), len(known["prompt_ids"])
+        given = [False] * length if given is None else torch.as_tensor(given).flatten().tolist()
+        if len(given) != length or not all(isinstance(each, bool) for each in given):
+            raise ValueError(
+                f"protect of sample {known['id']!r} has {len(given)} entries for a prompt of {length} tokens: give one "
+                "boolean per prompt token."
+            )
+        found[known["id"]] = given
+    return found
 
 
 def _digest(value: Any) -> str:

@@ -45,6 +45,7 @@ def simulated_pruning(
     prompt_mask: Tensor,
     keep_ratio: float,
     config: TrainingConfig,
+    protect: Tensor | None = None,
 ) -> Iterator[dict[int, Tensor]]:
     """Pruning by attention masking inside one forward, each stage scored on what the earlier stages left.
 
@@ -56,13 +57,15 @@ def simulated_pruning(
     ----------
     prompt_mask
         (B, T) bool: the prompt's tokens; padding and response never count as dropped.
+    protect
+        (B, T) bool: tokens of the prompt that no stage drops, as in `token_pruning`.
 
     Raises
     ------
     ValueError
         For a blend whose window of query tokens is not the one that training reads.
     """
-    run = _Simulation(pruners, prompt_mask, keep_ratio, config)
+    run = _Simulation(pruners, prompt_mask, keep_ratio, config, protect)
     architecture = describe(model)
     bias_route(architecture)  # found before the hooks below are on, for it runs the model
     with (
@@ -76,6 +79,8 @@ def simulated_pruning(
 class LivingTokens:
     """The prompt tokens of a batch that are left at a stage, scored side by side as in the engine.
 
+    ``protect`` (B, T): tokens that no stage drops, besides the first and the last of each row.
+
     Attributes
     ----------
     alive
@@ -84,26 +89,22 @@ class LivingTokens:
         Set by `score`: columns (B, K) of the kept tokens, in order and first, and which (B, K) of them are no filler.
     """
 
-    def __init__(self, pruners: TokenPruners, prompt_mask: Tensor) -> None:
-        self.pruners, self.alive = pruners, prompt_mask
+    def __init__(self, pruners: TokenPruners, prompt_mask: Tensor, protect: Tensor | None = None) -> None:
+        self.pruners, self.alive, self.protect = pruners, prompt_mask, protect
         self.positions = (prompt_mask.long().cumsum(-1) - 1).masked_fill(~prompt_mask, -1)
         self.lengths = prompt_mask.sum(-1)
         self.memory: Tensor | None = None  # (B, T), the pruner's own scores at the stage before
 
-    def score(
-        self, layer: int, hidden: Tensor, paid: Tensor | None, blend: Blend | None = None, whole: bool = False
-    ) -> Tensor:
+    def score(self, layer: int, hidden: Tensor, paid: Tensor | None, blend: Blend | None = None) -> Tensor:
         """Scores (B, K) of the living tokens, from what the whole row (B, T, D) and (B, T, A) shows at ``layer``.
 
-        ``paid`` is shared among the living if it was paid to the ``whole`` prompt. ``blend`` mixes the score.
+        What of ``paid`` went to tokens dropped since then is shared among the living. ``blend`` mixes the score.
         """
         # alive [1, 1, 0, 0, 1, 0, 0, 1, 1, 1]: a stable sort by "dropped" puts columns 0, 1, 4, 7, 8, 9 first, and the
         # longest row's K = 6 cuts off the rest.
         self.order = (~self.alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(self.alive.sum(-1).max())]
         self.left = self.alive.gather(1, self.order)
-        mass = None if paid is None else gather_tokens(paid, self.order)
-        if whole and mass is not None:
-            mass = share_of_living(mass, self.left)
+        mass = None if paid is None else share_of_living(gather_tokens(paid, self.order), self.left, paid.sum(dim=1))
         own = mass if self.pruners.looked_back else None
         places = self.positions.gather(1, self.order)
         memory = None if self.memory is None else self.memory.gather(1, self.order)
@@ -115,11 +116,16 @@ class LivingTokens:
         heads = None if mass is None else mass.chunk(LAYERS_BACK, dim=-1)[-1].transpose(1, 2)
         return blend.mixed(scores, self.left, places, heads)
 
-    def kept(self, keep_ratio: float, config: TrainingConfig) -> Tensor:
-        """(B,) how many unprotected tokens a cut leaves: the ratio is that of all tokens, counted as in a prefill."""
-        counts = self.alive.sum(-1).tolist()
+    def open_to_cut(self, config: TrainingConfig) -> Tensor:
+        """(B, T) the living tokens that this stage may drop."""
+        free = losses.scorable(self.alive, config.sink_tokens, config.local_ratio, config.min_local_tokens)
+        return free if self.protect is None else free & ~self.protect
+
+    def kept(self, keep_ratio: float, open_to_cut: Tensor) -> Tensor:
+        """(B,) how many tokens ``open_to_cut`` a cut leaves: the ratio is that of all living ones, as in a prefill."""
         # T = 1,024 at 0.7: 716 stay, 107 of them protected, so 609 of the 917 others (not 0.7 of those).
-        free = [max(0, budget.share_of(n, keep_ratio) - budget.protected_count(n, config)) for n in counts]
+        counts = zip(self.alive.sum(-1).tolist(), open_to_cut.sum(-1).tolist(), strict=True)
+        free = [max(0, budget.share_of(alive, keep_ratio) - (alive - cut)) for alive, cut in counts]
         return torch.tensor(free, device=self.alive.device)
 
     def put_back(self, values: Tensor) -> Tensor:
@@ -130,7 +136,14 @@ class LivingTokens:
 class _Simulation:
     """One forward under simulated pruning: which tokens are kept so far, and ``log keep`` of each stage, summed."""
 
-    def __init__(self, pruners: TokenPruners, prompt_mask: Tensor, keep_ratio: float, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        pruners: TokenPruners,
+        prompt_mask: Tensor,
+        keep_ratio: float,
+        config: TrainingConfig,
+        protect: Tensor | None,
+    ) -> None:
         self.pruners, self.keep_ratio, self.config = pruners, keep_ratio, config
         self.back = pruners.looked_back
         if pruners.blend is not None and pruners.blend.attention:
@@ -140,7 +153,7 @@ class _Simulation:
                     "blend."
                 )
             self.back = self.back or looked_back(pruners.layers)
-        self.tokens = LivingTokens(pruners, prompt_mask)
+        self.tokens = LivingTokens(pruners, prompt_mask, protect)
         self.keeps: dict[int, Tensor] = {}
         self.log_keep: Tensor | None = None  # (B, T), the sum over the stages so far
         # Filled by the forward: what enters each layer, and what was just attended to.
@@ -165,10 +178,8 @@ class _Simulation:
             return
         config, tokens = self.config, self.tokens
         scores = tokens.put_back(tokens.score(index, self.seen[index], self.paid.get(index), self.pruners.blend))
-        open_to_cut = tokens.alive & losses.scorable(
-            tokens.alive, config.sink_tokens, config.local_ratio, config.min_local_tokens
-        )
-        kept = tokens.kept(self.keep_ratio, config)
+        open_to_cut = tokens.open_to_cut(config)
+        kept = tokens.kept(self.keep_ratio, open_to_cut)
         soft = losses.soft_keep(scores, open_to_cut, kept, config.temperature, config.keep_floor)
         hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
         keep = losses.straight_through(soft, hard) if config.straight_through else soft
@@ -177,7 +188,7 @@ class _Simulation:
         self.log_keep = keep.log() if self.log_keep is None else self.log_keep + keep.log()
 
 
-def share_of_living(mass: Tensor, left: Tensor) -> Tensor:
-    """Attention (B, K, A) paid by `ASKING_TOKENS` askers, as if what they paid to dropped tokens went to the living."""
+def share_of_living(mass: Tensor, left: Tensor, total: Tensor) -> Tensor:
+    """Attention (B, K, A), as if all that was paid, ``total`` (B, A), went to the living and nothing to the dropped."""
     mass = mass * left[..., None]
-    return mass * (ASKING_TOKENS / mass.sum(dim=1, keepdim=True).clamp_min(1e-6))
+    return mass * (total[:, None] / mass.sum(dim=1, keepdim=True).clamp_min(1e-6))

@@ -42,11 +42,13 @@ class PrunerLoss(nn.Module):
         labels: Tensor,
         hidden: Tensor | None = None,
         attention: Tensor | None = None,
+        protect_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses of one batch.
 
         ``labels`` (B, S, T) are saliency by stage; ``hidden`` (B, S, T, D) and ``attention`` (B, S, T, A) the pruners'
-        other inputs where they were stored with it.
+        other inputs where they were stored with it. ``protect_mask`` (B, T) are tokens that no stage drops; they take
+        part in no loss.
         """
         config = self.settings
         language_model, architecture = self._frozen
@@ -70,9 +72,9 @@ class PrunerLoss(nn.Module):
             by_layer = dict(zip(self.layers, zip(hidden.unbind(dim=1), paid, strict=True), strict=True))
         parts: dict[str, Tensor] = {}
         if config.needs_labels:
-            parts |= self._label_losses(by_layer, prompt_mask, labels, keep_ratio)
+            parts |= self._label_losses(by_layer, prompt_mask, labels, keep_ratio, protect_mask)
         if config.simulates_pruning:
-            with simulated_pruning(architecture, self.pruners, prompt_mask, keep_ratio, config):
+            with simulated_pruning(architecture, self.pruners, prompt_mask, keep_ratio, config, protect_mask):
                 student, targets = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)
             if config.lm_weight:
                 parts["lm"] = F.cross_entropy(student.float(), targets)
@@ -89,15 +91,20 @@ class PrunerLoss(nn.Module):
         return low + (high - low) * torch.rand((), generator=self.draws).item()
 
     def _label_losses(
-        self, by_layer: dict[int, tuple[Tensor, Tensor | None]], prompt_mask: Tensor, labels: Tensor, keep_ratio: float
+        self,
+        by_layer: dict[int, tuple[Tensor, Tensor | None]],
+        prompt_mask: Tensor,
+        labels: Tensor,
+        keep_ratio: float,
+        protect_mask: Tensor | None,
     ) -> dict[str, Tensor]:
-        config, tokens = self.settings, LivingTokens(self.pruners, prompt_mask)
+        config, tokens = self.settings, LivingTokens(self.pruners, prompt_mask, protect_mask)
         found: dict[str, list[Tensor]] = {name: [] for name in ("mse", "rank", "drop")}
         for stage, layer in enumerate(self.layers):
-            scores = tokens.score(layer, *by_layer[layer], whole=True)
+            scores = tokens.score(layer, *by_layer[layer])
             saliency = labels[:, stage].gather(1, tokens.order)
-            counted = losses.scorable(tokens.left, config.sink_tokens, config.local_ratio, config.min_local_tokens)
-            kept = tokens.kept(keep_ratio, config)
+            counted = tokens.open_to_cut(config).gather(1, tokens.order)
+            kept = tokens.kept(keep_ratio, counted)
             if config.mse_weight:
                 found["mse"].append(losses.masked_mse(scores, losses.log_saliency(saliency, counted), counted))
             if config.rank_weight:
@@ -153,9 +160,13 @@ class Collator:
             stored = [{}] * len(rows)
         for name, kept in stored[0].items():
             batch[name] = torch.zeros(len(rows), len(self.layers), width, kept.shape[-1])
+        if any("protect" in row for row in rows):
+            batch["protect_mask"] = torch.zeros(len(rows), width, dtype=torch.bool)
         for index, row in enumerate(rows):
             start, prompt = width - len(row["input_ids"]), row["prompt_length"]
             batch["prompt_mask"][index, start : start + prompt] = True
+            if "protect" in row:
+                batch["protect_mask"][index, start : start + prompt] = torch.tensor(row["protect"])
             for stage, layer in enumerate(self.layers):
                 batch["labels"][index, stage, start : start + prompt] = torch.tensor(row[f"layer_{layer}"])
             for name, kept in stored[index].items():

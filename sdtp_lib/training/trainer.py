@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from sdtp_lib.extras import extra
+from sdtp_lib.provenance import content_id, fingerprint
 from sdtp_lib.records import write_json
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training.config import TrainingConfig
@@ -27,6 +29,8 @@ from sdtp_lib.training.step import Collator, PrunerLoss
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_RUN_FILE = "run.json"  # beside the checkpoints: which run they are of
 
 
 def train_pruners(
@@ -58,7 +62,8 @@ def train_pruners(
         Pruners to go on with; default new ones, made with ``pruner_options`` (``features=...``).
     output_dir
         Checkpoints, at the end the pruners under ``output_dir/pruners`` and the logged losses in ``history.json``. A
-        checkpoint found there is resumed. Under `accelerate launch` or `notebook_launcher` one process writes.
+        checkpoint found there is resumed if ``resume``, and only by a run of the same config, layers, pruners, model
+        and samples. Under `accelerate launch` or `notebook_launcher` one process writes.
 
     Returns
     -------
@@ -68,7 +73,8 @@ def train_pruners(
     Raises
     ------
     ValueError
-        For no samples, samples without labels at a wanted layer, or mixed precision without a GPU.
+        For no samples, samples without labels at a wanted layer, mixed precision without a GPU, or checkpoints in
+        ``output_dir`` of another run (naming what differs).
     """
     with extra("train"):  # before any compute; the trainer itself needs accelerate
         importlib.import_module("accelerate")
@@ -99,6 +105,10 @@ def train_pruners(
         pruners = TokenPruners.for_model(model, layers, **{"notes": {"label": label}, **pruner_options})
     train, held_out = split_by_id(labelled, config)
     output_dir = Path(output_dir)
+    last = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    run = _run_of(model, pruners, layers, config, labelled)
+    if last and resume:
+        _refuse_another_run(output_dir, run)
     trainer = _PrunerTrainer(
         model=PrunerLoss(pruners, model, layers, config),
         args=_arguments(config, output_dir, held_out is not None, progress),
@@ -109,7 +119,8 @@ def train_pruners(
     )
     # Without a progress bar it would print every logged step; they are in `.history`.
     trainer.remove_callback(PrinterCallback)
-    last = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if trainer.is_world_process_zero():
+        write_json(output_dir / _RUN_FILE, run)
     trainer.train(resume_from_checkpoint=str(last[-1]) if last and resume else None)
     pruners.history = trainer.state.log_history
     pruners.eval()
@@ -117,6 +128,35 @@ def train_pruners(
         write_json(output_dir / "history.json", pruners.history)
         pruners.save_pretrained(output_dir / "pruners")
     return pruners
+
+
+def _run_of(
+    model: nn.Module, pruners: TokenPruners, layers: Sequence[int], config: TrainingConfig, labelled: Dataset
+) -> dict[str, Any]:
+    """What a checkpoint belongs to, field by field, in plain JSON types."""
+    return {
+        **config.to_dict(),
+        "layers": list(layers),
+        "pruners": {name: list(value.shape) for name, value in pruners.state_dict().items()},
+        "weights": fingerprint(model),
+        "samples": content_id(sorted(labelled["sample_id"]), *(labelled[f"layer_{layer}"][0] for layer in layers)),
+    }
+
+
+def _refuse_another_run(output_dir: Path, run: dict[str, Any]) -> None:
+    file = output_dir / _RUN_FILE
+    if not file.is_file():
+        return
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if differing := [name for name in run if run[name] != known.get(name)]:
+        shown = ", ".join(
+            f"{name}={known.get(name)!r} there and {run[name]!r} here" if len(repr(run[name])) < 40 else name
+            for name in differing
+        )
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds checkpoints of another run ({shown}): give another folder, or "
+            "resume=False to begin anew."
+        )
 
 
 def split_by_id(labelled: Dataset, config: TrainingConfig) -> tuple[Dataset, Dataset | None]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
+from sdtp_lib import PruningConfig, PruningNotSupported, TokenPruners, scorers, token_pruning
 from sdtp_lib.architectures.attention_readings import attention_in_forward, attention_looked_back_at
 from sdtp_lib.training.labels import saliency_of
 
@@ -96,6 +96,9 @@ def test_families_that_show_nothing_are_refused_by_name_before_any_compute(model
         token_pruning(model, CONFIG, scorers.attention(4)),
     ):
         calls.append(model(PROMPT))
+    pruners = TokenPruners.for_model(model, CONFIG.layers, features=("hidden", "attention"))
+    with pytest.raises(PruningNotSupported, match="attention cannot be read"), token_pruning(model, CONFIG, pruners):
+        calls.append(model(PROMPT))  # pruners that look at attention were refused at their first stage only
     assert not calls
     with pytest.raises(PruningNotSupported, match="attention cannot be read"):
         saliency_of(model, PROMPT, torch.ones_like(PROMPT), torch.ones_like(PROMPT), [1], "attention_entropy")

@@ -205,6 +205,23 @@ def test_schedules_are_compared_at_the_budget_that_was_asked_for(model_folder, t
         assert chosen in held_out and len(held_out) <= 2
 
 
+def test_training_free_scores_are_compared_in_pairs_with_schedules_at_equal_flops(model_folder, tmp_path, capsys):
+    arguments = ["pairs", "--model", str(model_folder), "--cells", "text", "needle", "--samples", "1"]
+    arguments += ["--prompt-tokens", "200", "--speedups", "1.2", "1.8", "--run-dir", str(tmp_path)]
+    arguments += ["--scores", "recency", "pooled", "pooled, earlier layers + recency"]
+    command("schedules")(arguments)
+    rows = read_rows(tmp_path / "schedules.jsonl")
+    assert {row["kind"] for row in rows} == {"scorer"}
+    first = {row["setting"] for row in rows}
+    assert {"1.2x, a third", "1.2x, half", "1.8x, a third"} <= first
+    assert "1.8x, layer 4" not in first, "of six layers, two cannot save so much"
+    for row in rows:
+        assert abs(row["prefill_flops_share"] * float(row["setting"].partition("x")[0]) - 1) < 0.03
+    assert {row["scorer"] for row in rows} == set(arguments[-3:]) and len(rows) == 2 * len(first) * 3
+    printed = capsys.readouterr().out
+    assert "### 1.2x by FLOPs" in printed and "### 1.8x by FLOPs" in printed and "geometric mean" in printed
+
+
 def test_ablations_train_what_is_missing_and_compare_all_of_them(tmp_path, monkeypatch):
     module, calls = script("ablations"), []
     monkeypatch.setattr(module, "call", lambda name, *arguments: calls.append((name, *map(str, arguments))))

@@ -139,6 +139,7 @@ def test_compare_makes_one_table_and_one_picture_of_everything_at_hand(folder, o
     }  # fmt: skip
     assert all(int(line["KV cache"].rstrip("%")) < 100 for name, line in table.items() if name in ("recency", "random"))
     assert "-- report.txt, unpruned:" in text
+    assert "\nspecprefill: without a draft model, which is not the paper's method" in text
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == [
         "compare.json", "compare.md", "compare.png", "rows.json",
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdtp_lib import PruningConfig, TokenPruners, token_pruning
+from sdtp_lib import PruningConfig, TokenPruners, methods, token_pruning
 from sdtp_lib.architectures.attention_readings import attention_looked_back_at
 from sdtp_lib.pruning.stage import looked_back
 from sdtp_lib.scorers.blend import Blend, average_of_neighbours, standardised
@@ -70,9 +70,19 @@ class _Masses:
         return stage.positions.float()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "phi3", "gpt2", "bloom"])
-def test_what_training_reads_in_one_forward_is_what_a_prefill_shows(tiny_model, family):
-    model, back = tiny_model(family), looked_back(CONFIG.layers)
+# Layer 1 sees all tokens, the others the last 12: stage 2 is right behind it, stage 4 is not.
+WINDOWS = {"sliding_window": 12, "layer_types": [*["sliding_attention", "full_attention"], *["sliding_attention"] * 4]}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [(family, {}) for family in ("llama", "qwen3", "smollm3", "phi3", "gpt2", "bloom", "mistral")]
+    + [(family, WINDOWS) for family in ("gemma3_text", "gemma2", "gpt_oss")]
+    + [("qwen3", {**WINDOWS, "use_sliding_window": True}), ("mistral", {"sliding_window": 12})],
+)
+def test_what_training_reads_in_one_forward_is_what_a_prefill_shows(tiny_model, family, more):
+    model = tiny_model(family, **more)
+    back = looked_back(CONFIG.layers)
     rows = [torch.arange(3, 63), torch.arange(20, 60)]
     response = torch.arange(70, 75)
     whole, mask = torch.zeros(2, 65, dtype=torch.long), torch.zeros(2, 65, dtype=torch.long)
@@ -96,6 +106,53 @@ def test_what_training_reads_in_one_forward_is_what_a_prefill_shows(tiny_model, 
             )
             assert paid[stage][index, 60:].abs().max() == 0
     assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize(("family", "more"), [("gemma3_text", {}), ("qwen3", {"use_sliding_window": True})])
+def test_where_layers_see_a_window_the_last_that_saw_all_tells_of_tokens_far_back(tiny_model, family, more):
+    """Stages 4, 7, 10, 13 and 16 of Gemma 3 all have windows: no input of a pruner knew of what came before them."""
+    model, prompt = tiny_model(family, attn_implementation="eager", **WINDOWS, **more), torch.arange(3, 63)[None]
+    with torch.no_grad():
+        reported = model(input_ids=prompt, output_attentions=True).attentions[1][0, :, -4:]
+    masses = _Masses(looked_back(CONFIG.layers))
+    with torch.no_grad(), token_pruning(model, CONFIG, masses) as trace:
+        model(input_ids=prompt)
+    far, *near = masses.seen[2][0].chunk(3, dim=-1)
+    torch.testing.assert_close(far, reported.sum(dim=1).T, rtol=1e-4, atol=1e-6)
+    left = trace.scored_positions[4][0]
+    assert len(left) == 30 and left[9] < 60 - 12 - 4, "ten tokens beyond every window"
+    far, *near = masses.seen[4][0].chunk(3, dim=-1)
+    assert all(each[:10].abs().max() == 0 for each in near), "layers that see the last 12 tokens"
+    shares = reported[..., left]
+    torch.testing.assert_close(far, (shares / shares.sum(-1, keepdim=True)).sum(dim=1).T, rtol=1e-4, atol=1e-6)
+
+
+def test_under_padding_and_two_cuts_each_row_reads_its_own_far_attention(tiny_model):
+    model, config = tiny_model("gemma3_text", **WINDOWS), CONFIG.replace(layers=(2, 3, 5))
+    back = looked_back(config.layers)
+    rows = [torch.arange(3, 63), torch.arange(20, 60)]
+    batch, mask = torch.zeros(2, 60, dtype=torch.long), torch.zeros(2, 60, dtype=torch.long)
+    for index, row in enumerate(rows):
+        batch[index, -len(row) :], mask[index, -len(row) :] = row, 1
+    together = _Masses(back)
+    with torch.no_grad(), token_pruning(model, config, together):
+        model(input_ids=batch, attention_mask=mask)
+    for index, row in enumerate(rows):
+        alone = _Masses(back)
+        with torch.no_grad(), token_pruning(model, config, alone):
+            model(input_ids=row[None])
+        kept = alone.seen[5].shape[1]
+        torch.testing.assert_close(together.seen[5][index, -kept:], alone.seen[5][0], rtol=1e-4, atol=1e-6)
+        assert together.seen[5][index, :-kept].abs().sum() == 0
+
+
+def test_a_second_pass_without_stages_runs_where_layers_have_windows(tiny_model):
+    """`compare` on Gemma 3 ended in an IndexError: the pass that runs on the chosen tokens has no stage."""
+    model = tiny_model("gemma3_text", **WINDOWS)
+    method = methods.get("specprefill", keep=0.3, chunk=16)
+    with torch.no_grad(), token_pruning(model, method) as trace:
+        model(input_ids=torch.arange(3, 103)[None], logits_to_keep=1)
+    assert 0 < trace.tokens_per_row[-1, 0] < 100
 
 
 def test_reading_it_projects_no_key_twice(tiny_model):

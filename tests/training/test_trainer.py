@@ -138,8 +138,9 @@ def test_staged_training_leaves_as_many_tokens_as_a_prefill(ratio, last):
     generator = torch.Generator().manual_seed(0)
     for layer in layers:
         scores = torch.rand(1, 1024, generator=generator)
-        open_to_cut = tokens.alive & losses.scorable(tokens.alive, 4, config.local_ratio, config.min_local_tokens)
-        tokens.alive = tokens.alive & ~(open_to_cut & ~losses.highest(scores, open_to_cut, tokens.kept(ratio, config)))
+        open_to_cut = tokens.open_to_cut(config)
+        kept = tokens.kept(ratio, open_to_cut)
+        tokens.alive = tokens.alive & ~(open_to_cut & ~losses.highest(scores, open_to_cut, kept))
         assert int(tokens.alive.sum()) == expected[layer]
     assert int(tokens.alive.sum()) == last
 
@@ -148,10 +149,25 @@ def test_attention_stored_of_the_whole_prompt_is_shared_among_the_living():
     mass = torch.rand(1, 10, 2, generator=torch.Generator().manual_seed(0))
     mass = mass * (ASKING_TOKENS / mass.sum(dim=1, keepdim=True))
     left = torch.arange(10)[None] < 6
-    shared = share_of_living(mass, left)
+    shared = share_of_living(mass, left, mass.sum(dim=1))
     assert torch.allclose(shared.sum(dim=1), torch.full((1, 2), float(ASKING_TOKENS)))
     assert torch.equal(shared[0, 6:], torch.zeros(4, 2))
     torch.testing.assert_close(shared[0, 0] / shared[0, 1], mass[0, 0] / mass[0, 1])
+
+
+def test_a_run_of_another_config_does_not_go_on_from_a_checkpoint(tiny_model, labelled, tmp_path):
+    """It did: a checkpoint of 2 epochs at one learning rate was the beginning of a run at another."""
+    model = tiny_model()
+    train_pruners(model, labelled, QUICK, output_dir=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"checkpoints of another run \(learning_rate=0.01 there and 0.02 here\)"):
+        train_pruners(model, labelled, QUICK.replace(learning_rate=0.02), output_dir=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"another run \(weights="):
+        train_pruners(tiny_model(seed=1), labelled, QUICK, output_dir=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"another run \(pruners\)"):
+        train_pruners(model, labelled, QUICK, output_dir=tmp_path, progress=False, width=5)
+    anew = QUICK.replace(epochs=1, learning_rate=0.02)
+    again = train_pruners(model, labelled, anew, output_dir=tmp_path, progress=False, resume=False)
+    assert [entry["step"] for entry in again.history if "loss" in entry][0] == 1
 
 
 def test_two_processes_train_one_set_from_shared_labels(tiny_model, tmp_path):
@@ -247,12 +263,19 @@ def test_the_pruned_models_loss_reaches_every_stage_of_the_pruners_and_no_weight
     assert all(p.grad is None for p in model.parameters())
 
 
+# Layer 0 sees all tokens, the others the last 12.
+_WINDOWS = {"sliding_window": 12, "layer_types": ["full_attention", *["sliding_attention"] * 5]}
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", {}), ("gemma3_text", _WINDOWS)])
 @pytest.mark.parametrize("features", [("hidden", "distance"), ("hidden", "distance", "query", "attention", "memory")])
 @pytest.mark.parametrize(
     "blend", [None, {"learned": 2.0, "attention": 1.0, "recency": 0.2, "floor": 0, "smoothing": 3}]
 )
-def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_predicts(tiny_model, features, blend):
-    model = tiny_model(dtype=torch.float64)
+def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_predicts(
+    tiny_model, features, blend, family, more
+):
+    model = tiny_model(family, dtype=torch.float64, **more)
     torch.manual_seed(3)
     passage = 5 if "query" in features else 0
     pruners = TokenPruners(32, LAYERS, features=features, attention_heads=4, passage_tokens=passage, blend=blend)
@@ -267,6 +290,48 @@ def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_pred
         alive &= keep[layer][0] > 0.5
         assert alive.nonzero().flatten().tolist() == trace.kept_positions[layer][0].tolist()
     torch.testing.assert_close(simulated, pruned, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.7, 0.3])
+def test_what_a_sample_protects_no_stage_of_training_drops_and_the_budget_counts_it(tiny_model, ratio):
+    """``protect`` reached the engine only: training dropped what inference keeps, and ranked it."""
+    model = tiny_model(dtype=torch.float64)
+    torch.manual_seed(3)
+    pruners = TokenPruners(32, LAYERS, features=("hidden", "distance"))
+    ids = torch.tensor([samples(1, 60)[0]["prompt_ids"]])
+    protect = torch.zeros_like(ids, dtype=torch.bool)
+    protect[0, 10:30] = True  # at 0.3 more than the budget would keep
+    config = TrainingConfig(min_local_tokens=4, keep_floor=1e-6)
+    cut = PruningConfig(LAYERS, ratio, min_local_tokens=4)
+    with token_pruning(model, cut, pruners, protect=protect) as trace, torch.no_grad():
+        model(ids)
+    whole = torch.ones_like(ids, dtype=torch.bool)
+    with simulated_pruning(model, pruners, whole, ratio, config, protect) as keep:
+        model(ids, use_cache=False)
+    alive = torch.ones(ids.shape[1], dtype=torch.bool)
+    for layer in LAYERS:
+        alive &= keep[layer][0] > 0.5
+        assert alive.nonzero().flatten().tolist() == trace.kept_positions[layer][0].tolist()
+        assert alive[10:30].all()
+
+
+def test_protection_of_samples_travels_with_their_labels_into_the_losses(tiny_model, tmp_path):
+    model, some = tiny_model(), samples(3)
+    some[1]["protect"] = [5 <= place < 25 for place in range(len(some[1]["prompt_ids"]))]
+    rows = compute_saliency(model, some, LAYERS, cache_dir=tmp_path, progress=False, store_hidden=True)
+    batch = Collator(LAYERS)([rows[index] for index in range(3)])
+    assert batch["protect_mask"].sum(dim=1).tolist() == [0, 20, 0]
+    assert (batch["protect_mask"] <= batch["prompt_mask"]).all()
+    torch.manual_seed(0)
+    step = PrunerLoss(TokenPruners.for_model(model, LAYERS), model, LAYERS, QUICK).eval()
+    other = {**batch, "labels": batch["labels"].clone()}
+    other["labels"].transpose(1, 2)[batch["protect_mask"]] *= 50
+    assert torch.equal(step(**batch)["loss"], step(**other)["loss"]), "their labels teach nothing"
+    del other["protect_mask"]
+    assert not torch.equal(step(**batch)["loss"], step(**other)["loss"])
+    some[0]["protect"] = [True]
+    with pytest.raises(ValueError, match=r"protect of sample 's0' has 1 entries for a prompt of 40 tokens"):
+        compute_saliency(model, some, LAYERS, cache_dir=tmp_path, progress=False)
 
 
 def test_a_blend_of_another_window_is_refused_in_training(tiny_model):
