@@ -177,6 +177,18 @@ def test_a_word_means_the_same_to_contributors_and_to_users():
     assert {word: ours[word] for word in both} == {word: theirs[word] for word in both}
 
 
+def test_a_rate_says_per():
+    what = r"(nats|FLOPs|bytes|one (row|line|number|score|span|file)|prompts|samples|items)"
+    rate = re.compile(rf"\b{what} an? (token|layer|second|row|prompt|sample|item|task|method|cell|test set)\b")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in tracked("*.py", "*.md")
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if rate.search(line)
+    ]
+    assert not found, "nats per token, one row per prompt"
+
+
 def test_the_tree_names_every_folder_and_no_other():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     tree = text[text.index("## What is where") :].split("```")[1]

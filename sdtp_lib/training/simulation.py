@@ -1,6 +1,6 @@
 """Pruning simulated by masking keys out of attention (paper, section 3.3), so that gradients reach the pruners.
 
-A training row holds prompt and response, and no token leaves it: which tokens a stage has kept is a mask.
+A training row holds prompt and response, and no token leaves it: which of them are kept is a mask.
 Axes: B batch, T tokens, K columns that hold the kept tokens of a row, D hidden size, A attention inputs.
 
 Example: a prompt of 10 tokens and a response of 4 in one row, T = 14. Stages at layers 4 and 7; the first keeps columns
