@@ -97,11 +97,13 @@ def attention_looked_back_at(
 def sources_of(
     model: nn.Module | Architecture, looked_back: Mapping[int, Sequence[int]]
 ) -> dict[int, tuple[int, ...]]:
-    """Stage -> the layers whose attention it is shown in a prefill with a cache when it asks for these.
+    """Stage -> the layers whose attention it really reads in a prefill with a cache, when it wants to read these.
 
-    As in `Stage.attention_mass`: families whose queries cannot be had apart, and layers whose cache holds a window,
-    show the stage's own layer in place of all others. Where all that are shown see a window only, the last layer before
-    the stage that sees all tokens stands for the first of them.
+    As in `Stage.attention_mass`: in families whose queries cannot be computed apart from the keys, and where a layer's
+    cache holds a window only, the stage's own layer stands for all others. If all of those see a window only, the last
+    layer before the stage that sees all tokens stands for the first of them.
+
+    Example, Gemma 3, whose layers 5, 11, .. see all tokens: stage 10 wants 7, 8, 9 and reads 5, 10, 10.
     """
     architecture = describe(model)
     apart, windowed = all(map(queries_come_apart, architecture.layers)), architecture.windowed_layers()

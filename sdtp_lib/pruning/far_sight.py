@@ -1,4 +1,4 @@
-"""Attention over all tokens, for stages whose own layers see a window only: that of the last layer which saw them all.
+"""Attention over all tokens, for stages whose layers see a window only: that of the last layer which saw all tokens.
 
 Knows one layer, what it ran on, and which of these tokens are left; not which families have windows (`architectures`)
 nor who asks (`stage`). Axes: B rows, M tokens that the layer ran on, N of them left, K after a further cut, H heads, w
@@ -22,8 +22,8 @@ from sdtp_lib.pruning.selection import gather_tokens
 class FarSight:
     """The last layer that attended to all tokens, in a family whose other layers see a window only (Gemma 3).
 
-    Before layer 10 of Gemma 3, layers 7, 8 and 9 tell of the last 512 tokens; layer 5 told of all, and what it paid
-    to the tokens that are left says more about those far back. It ran before a cut, so its shares are cut as well.
+    Before layer 10 of Gemma 3, layers 7, 8 and 9 attend to the last 512 tokens only; layer 5 attended to all, and says
+    more about tokens far back. It ran before a cut: what it paid to dropped tokens is shared among those left.
 
     Attributes
     ----------

@@ -27,7 +27,7 @@ from sdtp_lib.config import PruningNotSupported
 if TYPE_CHECKING:
     from sdtp_lib.pruning.far_sight import FarSight
 
-LAYERS_AT_HAND = 4  # layers since the last cut whose attention a scorer may ask for
+LAYERS_AT_HAND = 4  # layers since the last cut whose attention a scorer may read
 ASKING_TOKENS = 16  # query tokens: the prompt's last ones, whose attention shows what is asked for
 LAYERS_BACK = 3  # layers that a stage reads; presets prune every third, so each from the first stage on is read once
 
@@ -106,7 +106,7 @@ def asking_tokens(scorer: Any) -> int:
 
 @dataclass(frozen=True)
 class LayerBefore:
-    """What a layer that has just run leaves behind.
+    """What is kept of a layer that has just run, so that its attention can still be read.
 
     Attributes
     ----------
@@ -117,7 +117,7 @@ class LayerBefore:
     last_hidden : Tensor (B, w, D)
         Its inputs for the last w tokens.
     mask_rows : Tensor (B or 1, 1 or H, w, N), RowMask or None
-        The last w rows of its mask, or what they can be had from; None where it had none.
+        The last w rows of its mask, or a `RowMask` that gives them; None where it had none.
     """
 
     layer: nn.Module
@@ -250,12 +250,12 @@ class Stage:
         return attention_received(self.layer, self.hidden_states, self.layer_arguments, self.valid, windows, rise)
 
     def attention_mass(self, layers: Sequence[int], window: int) -> torch.Tensor:
-        """(B, N, H x layers): what each head of earlier ``layers`` paid to a token, summed over the ``window`` askers.
+        """(B, N, H x layers): attention to each token in each head of earlier ``layers``, from ``window`` query tokens.
 
         Where a layer's keys are not at hand, this stage's own layer stands for all of them. Where each of them sees a
         window only, in a family with layers that see all tokens, the last such layer that has run (``far``) stands for
         the first of them: learned scores then tell near from far, which a single window cannot. Where keys of ``past``
-        get their share too, all is scaled by keys over tokens: an even share is 1 / N of it with a past as without.
+        get attention too, all is scaled by keys over tokens, so that an even share is 1 / N with a past as without.
         """
         paid, tokens, asked = self.attention_paid(layers, window), self.positions.shape[1], list(layers)
         held = [self.before[layer].keys.shape[2] if self._paid_at(layer, window) is not None else 0 for layer in layers]

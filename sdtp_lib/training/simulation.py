@@ -96,9 +96,10 @@ class LivingTokens:
         self.memory: Tensor | None = None  # (B, T), the pruner's own scores at the stage before
 
     def score(self, layer: int, hidden: Tensor, paid: Tensor | None, blend: Blend | None = None) -> Tensor:
-        """Scores (B, K) of the living tokens, from what the whole row (B, T, D) and (B, T, A) shows at ``layer``.
+        """Scores (B, K) of the kept tokens at ``layer``, from a row's hidden states (B, T, D) and attention (B, T, A).
 
-        What of ``paid`` went to tokens dropped since then is shared among the living. ``blend`` mixes the score.
+        The part of ``paid`` that went to tokens dropped since then is shared among the kept ones. ``blend`` mixes the
+        score with attention and recency.
         """
         # alive [1, 1, 0, 0, 1, 0, 0, 1, 1, 1]: a stable sort by "dropped" puts columns 0, 1, 4, 7, 8, 9 first, and the
         # longest row's K = 6 cuts off the rest.
@@ -117,12 +118,12 @@ class LivingTokens:
         return blend.mixed(scores, self.left, places, heads)
 
     def open_to_cut(self, config: TrainingConfig) -> Tensor:
-        """(B, T) the living tokens that this stage may drop."""
+        """(B, T) the kept tokens that this stage may drop."""
         free = losses.scorable(self.alive, config.sink_tokens, config.local_ratio, config.min_local_tokens)
         return free if self.protect is None else free & ~self.protect
 
     def kept(self, keep_ratio: float, open_to_cut: Tensor) -> Tensor:
-        """(B,) how many tokens ``open_to_cut`` a cut leaves: the ratio is that of all living ones, as in a prefill."""
+        """(B,) how many tokens ``open_to_cut`` stay: the keep ratio counts all kept tokens, as in a prefill."""
         # T = 1,024 at 0.7: 716 stay, 107 of them protected, so 609 of the 917 others (not 0.7 of those).
         counts = zip(self.alive.sum(-1).tolist(), open_to_cut.sum(-1).tolist(), strict=True)
         free = [max(0, budget.share_of(alive, keep_ratio) - (alive - cut)) for alive, cut in counts]
@@ -189,6 +190,6 @@ class _Simulation:
 
 
 def share_of_living(mass: Tensor, left: Tensor, total: Tensor) -> Tensor:
-    """Attention (B, K, A), as if all that was paid, ``total`` (B, A), went to the living and nothing to the dropped."""
+    """Attention (B, K, A) as if its whole sum, ``total`` (B, A), went to the kept tokens (``left``)."""
     mass = mass * left[..., None]
     return mass * (total[:, None] / mass.sum(dim=1, keepdim=True).clamp_min(1e-6))
