@@ -168,6 +168,8 @@ def attention_received(
         queries = min(windows[row], count)
         weights = torch.linspace(1.0, rise, queries, device=hidden.device)
         total = None
+        # 10 tokens, all of them queries, by chunks of 4: queries 6 to 9 of the whole prompt, 2 to 5 of its first 6
+        # tokens, 0 and 1 of its first 2. Each chunk needs (chunk, end) weights only.
         for end in range(count, count - queries, -chunk):
             size = min(chunk, end - (count - queries))
             alive = torch.zeros(tokens, dtype=torch.bool, device=hidden.device)
@@ -185,6 +187,8 @@ def attention_received(
 
 def _cut(name: str, value: Any, shape: tuple[int, int], row: int, alive: torch.Tensor) -> Any:
     """One argument of a layer for the ``alive`` (kept) tokens of one row only."""
+    # Of 10 tokens 6 kept: alibi (B * H, 1, 10) -> (1, H, 1, 6), a mask (B or 1, 1, 10, 10) -> (1, 1, 6, 6), tables
+    # (B or 1, 10, d) -> (1, 6, d). What has no token axis stays.
     rows, tokens = shape
     if isinstance(value, (tuple, list)):
         return type(value)(_cut(name, each, shape, row, alive) for each in value)

@@ -221,7 +221,7 @@ class Prefill(ForwardPass):
         )  # fmt: skip
 
     def _score_keys(self) -> None:
-        """Choose what the layer that ran last keeps in the cache. It is cut when all have run: scorers read it."""
+        """Choose what the layer that ran last keeps in the cache; it is cut at the end only, since scorers read it."""
         ran, self.ran = self.ran, None
         if ran is None or self.architecture.sliding_window(ran[0]) is not None:
             return  # a layer with a window holds no more than that anyway
@@ -231,7 +231,7 @@ class Prefill(ForwardPass):
             keys = cached_keys(self.cache, index, given["hidden_states"].shape[1])
             scores = self.kv.scorer(self._stage(index, layer, given, keys=keys))
             windows = any(self.architecture.sliding_window(each) is not None for each in range(len(self.plan)))
-            # Heads that hold tokens of their own share no mask, and no bias by position either.
+            # If heads keep different tokens, no one mask or position bias fits them: only where none is needed.
             by_head = given.get("alibi") is None and not (
                 self.padded or windows or min(self.lengths) < self.columns or len(set(counts)) > 1
             )
@@ -253,6 +253,7 @@ class Prefill(ForwardPass):
             else alive
             for alive, length, at_least in zip(self.alive, self.lengths, least, strict=True)
         ]
+        # Later layers compute these tokens, until the next stage plans anew from what is then left.
         self.plan[index:] = [counts] * (len(self.plan) - index)
         return counts
 

@@ -97,6 +97,7 @@ def saliency_of(
     asks = targets[:, first:]
 
     def entropy_share(attention: Tensor) -> Tensor:
+        # attention (B, H, R, T): each key's term of -sum p log p, mean over heads, then over the row's response tokens.
         asking = asks.to(attention.device)
         share = -torch.xlogy(attention, attention).mean(1) * asking[..., None]
         return share.sum(1) / asking.sum(-1, keepdim=True)

@@ -127,6 +127,7 @@ class PrunerLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(N, V) logits that predict the response tokens, and these tokens (N,)."""
         response = attention_mask.bool() & ~prompt_mask
+        # 14 tokens, the last 4 the response: logits at 9 .. 13, and without the last those that predict 10 .. 13.
         first = int(response.any(0).nonzero()[0])
         logits = language_model(
             input_ids=input_ids,
