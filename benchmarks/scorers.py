@@ -77,7 +77,7 @@ def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Compa
 
 
 def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share, path: Path, stamp: dict) -> float:
-    """Recency's weight beside attention, chosen on training-side samples that the measure never sees."""
+    """Recency's weight beside attention, chosen on training-side samples, never on those that are measured."""
     config = {name: configs[name] for name in list(configs)[:1]}
     samples = [s for cell in ("text", "needle") for s in cell_samples(
         cell, tokenizer, prompt_tokens=length, count=2, seed=seed, split="train")]  # fmt: skip

@@ -1,6 +1,6 @@
 """Train the pruners that ship for the embedded model: ``python benchmarks/train_embedded.py --dolly PATH``.
 
-The recipe, its prompts and the measure at the end are the library's (`sdtp_lib.training`); this is
+The recipe, its prompts and the comparison at the end are the library's (`sdtp_lib.training`); this is
 ``python -m sdtp_lib train embedded`` with the study's folders, and with the set that ships as a possible target:
 
     accelerate launch --num_processes 2 benchmarks/train_embedded.py --dolly PATH --labels-only

@@ -141,7 +141,7 @@ class PrunerLoss(nn.Module):
 
 
 class Collator:
-    """Left-padded batches. Labels are put beside the very tokens that they were computed for."""
+    """Left-padded batches. Labels are padded like the tokens that they were computed for."""
 
     def __init__(self, layers: tuple[int, ...], back: Mapping[int, Sequence[int]] | None = None) -> None:
         """``back``: stage -> the earlier layers whose attention it reads (`TokenPruners.looked_back`)."""
