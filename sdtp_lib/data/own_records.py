@@ -18,14 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdtp_lib.data.record_fields import ANSWERED, CHATS, UnusableRecord, asked_in, first_of
 from sdtp_lib.data.samples import chat_prompt, fill_up, response_ids, stable_number, tokenise_prompt
 from sdtp_lib.data.texts import json_lines
 
-_ASKED = ("instruction", "prompt", "question", "query", "input")
-_CONTEXT = ("context", "document", "passage", "input")
-_ANSWERED = ("response", "completion", "output", "answer", "answers", "summary")
-_CHATS = ("messages", "conversations")
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 SHORT_TOKENS = 256  # a shorter prompt has next to nothing to prune: it is put among other texts
 
 
@@ -94,11 +90,11 @@ def own_samples(
             turns, context, response = _turns(record)
             identifier = f"{stable_number('own', turns, context, response):016x}"
             if identifier in seen:
-                raise _Unusable("the same as an earlier one")
+                raise UnusableRecord("the same as an earlier one")
             prompt_ids, how = _prompt_ids(
                 tokenizer, turns, context, fillers, tokens, random.Random(stable_number("own", seed, identifier))
             )
-        except _Unusable as reason:
+        except UnusableRecord as reason:
             found.left_out[str(reason)] += 1
             continue
         seen.add(identifier)
@@ -126,47 +122,24 @@ def own_samples(
     return found
 
 
-class _Unusable(Exception):
-    """Why a record makes no sample."""
-
-
 def _turns(record: Any) -> tuple[list[dict[str, str]], str, str]:
     """(turns up to the one to answer, context or "", response) of a record in any of the forms."""
     if not isinstance(record, Mapping):
-        raise _Unusable("not an object with fields by name")
-    chat = next((record[name] for name in _CHATS if record.get(name)), None)
-    asked = next((name for name in _ASKED if record.get(name)), None)
-    answered = next((record[name] for name in _ANSWERED if record.get(name)), None)
-    if chat is not None:
-        turns = _chat(chat)
+        raise UnusableRecord("not an object with fields by name")
+    turns, context = asked_in(record)
+    if first_of(record, CHATS) is not None:
         while turns and turns[-1]["role"] != "assistant":
             turns = turns[:-1]
         if len(turns) < 2:
-            raise _Unusable("a chat without an answer")
+            raise UnusableRecord("a chat without an answer")
         return turns[:-1], "", turns[-1]["content"]
-    if asked is None:
-        raise _Unusable(f"no prompt (fields: {', '.join(sorted(map(str, record))) or 'none'})")
-    if isinstance(answered, list) and answered:
-        answered = answered[-1]["content"] if isinstance(answered[-1], Mapping) else answered[0]
-    response = str(answered or "").strip()
-    if not response:
-        raise _Unusable("no response")
-    if isinstance(record[asked], list):
-        return _chat(record[asked]), "", response
-    context = next((str(record[name]) for name in _CONTEXT if name != asked and record.get(name)), "")
-    return [{"role": "user", "content": str(record[asked])}], context.strip(), response
-
-
-def _chat(turns: Any) -> list[dict[str, str]]:
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise _Unusable("a chat that is not a list of turns")
-    found = []
-    for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(content, str):
-            raise _Unusable("a chat with a turn that is not text")
-        found.append({"role": _ROLES.get(str(role), str(role)), "content": content})
-    return found
+    answered = first_of(record, ANSWERED)
+    answer = record[answered] if answered else ""
+    if isinstance(answer, list):
+        answer = answer[-1]["content"] if isinstance(answer[-1], Mapping) else answer[0]
+    if not str(answer).strip():
+        raise UnusableRecord("no response")
+    return turns, context, str(answer).strip()
 
 
 def _prompt_ids(
@@ -180,7 +153,7 @@ def _prompt_ids(
     """Token ids of the prompt, and in which other form than its own it is used, if it is."""
     asked = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), None)
     if asked is None:
-        raise _Unusable("a chat without a user's turn")
+        raise UnusableRecord("a chat without a user's turn")
 
     text = turns[asked]["content"]
     if len(turns) == 1 and any(token in text for token in tokenizer.all_special_tokens):  # formatted already
@@ -191,7 +164,7 @@ def _prompt_ids(
         try:
             return chat_prompt(tokenizer, [*turns[:asked], {"role": "user", "content": content}, *turns[asked + 1 :]])
         except Exception as error:  # templates raise what they like
-            raise _Unusable(f"the model's chat format refuses it ({str(error)[:80]})") from error
+            raise UnusableRecord(f"the model's chat format refuses it ({str(error)[:80]})") from error
 
     bare = tokenise_prompt(tokenizer, build([], []), chat=True)
     if len(bare) >= SHORT_TOKENS or not fillers:

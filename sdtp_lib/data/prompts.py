@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdtp_lib.data.record_fields import UnusableRecord, asked_in
 from sdtp_lib.data.texts import json_lines
 
 STANDARD_INPUT = "standard input"
-_ASKED = ("prompt", "instruction", "question", "query", "text", "input")
-_CONTEXT = ("context", "document", "passage", "input")
 
 
 @dataclass(frozen=True)
@@ -84,26 +83,14 @@ def prompts_in(content: bytes, name: str) -> list[Prompt]:
 
 
 def _prompt(name: str, record: Mapping[str, Any]) -> Prompt:
-    chat = record.get("messages") or record.get("conversations")
-    if chat is not None:
-        return Prompt(name, _turns(name, chat))
-    asked = next((field for field in _ASKED if record.get(field)), None)
-    if asked is None:
-        raise ValueError(f"{name} has no prompt (fields: {', '.join(record) or 'none'}): give {', '.join(_ASKED[:3])} "
-                         "or messages.")  # fmt: skip
-    if isinstance(record[asked], list):
-        return Prompt(name, _turns(name, record[asked]))
-    context = next((str(record[field]) for field in _CONTEXT if field != asked and record.get(field)), "")
-    return Prompt.of_text(name, "\n\n".join(part for part in (context.strip(), str(record[asked]).strip()) if part))
-
-
-def _turns(name: str, chat: Any) -> tuple[Mapping[str, str], ...]:
     try:
-        turns = [{"role": str(turn["role"]), "content": turn["content"]} for turn in chat]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{name}: messages are objects with role and content.") from error
+        turns, context = asked_in(record)
+    except UnusableRecord as error:
+        raise ValueError(f"{name}: {error}.") from error
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
-    if not turns or not all(isinstance(turn["content"], str) for turn in turns):
-        raise ValueError(f"{name}: messages need a turn to answer, and text in each.")
-    return tuple(turns)
+    if not turns:
+        raise ValueError(f"{name}: messages need a turn to answer.")
+    if len(turns) > 1 or turns[0]["role"] != "user":
+        return Prompt(name, tuple(turns))
+    return Prompt.of_text(name, "\n\n".join(part for part in (context, turns[0]["content"].strip()) if part))
