@@ -21,7 +21,8 @@ from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
 from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.harness import SDTPLM
 from sdtp_lib.records import RowWriter, passport, project_root, read_frame
-from sdtp_lib.scorers.by_name import SIMPLE, scorer_named
+from sdtp_lib.scorers.by_name import scorer_named
+from sdtp_lib.scorers.simple import NAMED
 
 # Table 3 of arXiv 2504.04514, full -> SDTP; printed only beside the same model.
 PAPER = {"Llama-2-7b": (58.62, 59.88), "Mistral-7B": (71.39, 71.24), "bloom-7b1": (54.03, 53.90)}
@@ -39,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", default=["keep09"])
     parser.add_argument("--pruners", nargs="*", type=scorer_named, default=None, metavar="NAME[=DIR]",
                         help="learned pruners; default SDTP, the shipped set; no value: none")  # fmt: skip
-    parser.add_argument("--scorers", nargs="*", default=[], choices=SIMPLE)
+    parser.add_argument("--scorers", nargs="*", default=[], choices=tuple(NAMED))
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME",
                         help="published methods too, as NAME (its paper's budget) or NAME@2x")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=1)

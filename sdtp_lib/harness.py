@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from sdtp_lib import methods, scorers
+from sdtp_lib import methods
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.architectures.layers import pad_left
 from sdtp_lib.config import PruningConfig
@@ -30,6 +30,7 @@ from sdtp_lib.extras import MissingExtra, extra
 from sdtp_lib.methods.call import token_pruning
 from sdtp_lib.models import load_model
 from sdtp_lib.pruning.trace import PruningTrace
+from sdtp_lib.scorers.simple import NAMED
 from sdtp_lib.scorers.token_pruners import TokenPruners
 
 try:
@@ -43,10 +44,6 @@ except MissingExtra as missing:
     sys.exit(2)
 
 _LOGGER = logging.getLogger(__name__)
-_SIMPLE = {
-    "random": scorers.random, "recency": scorers.recency, "hidden_norm": scorers.hidden_norm,
-    "attention": scorers.attention,
-}  # fmt: skip
 _LOADER_OPTIONS = ("dtype", "device", "device_map", "attn_implementation", "trust_remote_code", "revision")
 
 
@@ -87,8 +84,8 @@ class SDTPLM(HFLM):
         if method is not None and (pruning, preset, scorer, pruners) != (None,) * 4:
             raise ValueError(f"method={method!r} brings its budget and its scorer: give no preset, scorer or pruners.")
         method = methods.named(method) if isinstance(method, str) else method
-        if isinstance(scorer, str) and scorer not in _SIMPLE:
-            raise ValueError(f"scorer={scorer!r} is unknown: choose one of {', '.join(_SIMPLE)}, or give pruners=DIR.")
+        if isinstance(scorer, str) and scorer not in NAMED:
+            raise ValueError(f"scorer={scorer!r} is unknown: choose one of {', '.join(NAMED)}, or give pruners=DIR.")
         if isinstance(pretrained, str):
             options = {name: kwargs.pop(name) for name in _LOADER_OPTIONS if name in kwargs}
             if options.get("device_map") is not None:
@@ -102,7 +99,7 @@ class SDTPLM(HFLM):
         if pruners is not None:
             scorer = TokenPruners.from_pretrained(str(pruners)).to(self.device).eval()
         elif isinstance(scorer, str):
-            scorer = _SIMPLE[scorer]()
+            scorer = NAMED[scorer]()
         if (pruning is None) != (scorer is None):
             raise ValueError("pruning needs both: what to prune (pruning or preset) and a scorer (scorer or pruners).")
         self.pruning, self.scorer = (method, method.scorer_for(self.model)) if method else (pruning, scorer)
@@ -241,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
-        print(_HELP.format(scorers=", ".join(_SIMPLE), loader=", ".join(_LOADER_OPTIONS)))
+        print(_HELP.format(scorers=", ".join(NAMED), loader=", ".join(_LOADER_OPTIONS)))
         return
     if arguments is not None:
         sys.argv[1:] = given

@@ -148,7 +148,7 @@ def test_help_is_ours_and_tells_what_model_args_may_hold(arguments, capsys):
     parameters = set(inspect.signature(SDTPLM).parameters) - {"tokenizer", "pruning", "kwargs"}
     told = set(re.findall(r"^  (\w+)=", text, re.M))
     assert told == parameters
-    assert all(name in text for name in (*harness._LOADER_OPTIONS, *harness._SIMPLE))
+    assert all(name in text for name in (*harness._LOADER_OPTIONS, *harness.NAMED))
     assert "run --help" in text
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from sdtp_lib import budget, methods, scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.scorers.simple import NAMED
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ def baseline_methods(shape: ModelShape, *, recency_weight: float = 0.5) -> list[
     """
     mixed = scorers.weighted([(scorers.attention(8), 1.0), (scorers.recency(), recency_weight)])
     return [
-        Compared("random", scorers.random(0)),
-        Compared("recency", scorers.recency()),
-        Compared("hidden norm", scorers.hidden_norm()),
-        Compared("attention", scorers.attention(8)),
-        Compared("attention, pooled", scorers.attention(8, kernel=7)),
+        Compared("random", NAMED["random"]()),
+        Compared("recency", NAMED["recency"]()),
+        Compared("hidden norm", NAMED["hidden_norm"]()),
+        Compared("attention", NAMED["attention"]()),
+        Compared("attention, pooled", NAMED["attention_pooled"]()),
         *published_methods(shape, ("lazyllm", "gemfilter", "fastkv")),
         Compared("attention + recency", mixed),
     ]

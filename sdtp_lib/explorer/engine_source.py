@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from sdtp_lib import budget, scorers
+from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.explorer.prompts import check_length, example_prompts, typed_prompt
 from sdtp_lib.explorer.state import Outcome, Prompt, Scored
@@ -24,6 +24,7 @@ from sdtp_lib.models import load_model
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.token_fates import TokenFates
 from sdtp_lib.records import project_root
+from sdtp_lib.scorers.simple import NAMED
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.shipped import pruners_folder
 from sdtp_lib.views.tokens import display_tokens
@@ -228,12 +229,7 @@ def default_scorers(pruners: str | Path | None = PRUNERS) -> dict[str, Any]:
     folder = pruners_folder(pruners, project_root())
     if folder is not None:
         found["learned"] = TokenPruners.from_pretrained(folder)
-    return found | {
-        "attention": scorers.attention(),
-        "recency": scorers.recency(),
-        "hidden_norm": scorers.hidden_norm(),
-        "random": scorers.random(),
-    }
+    return found | {name: NAMED[name]() for name in ("attention", "recency", "hidden_norm", "random")}
 
 
 def fitting_scorers(model: Any, pruners: str | Path | None = PRUNERS) -> tuple[dict[str, Any], list[str]]:

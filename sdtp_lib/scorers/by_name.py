@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib.pruning.stage import Scorer
-from sdtp_lib.scorers.found import NAMED
+from sdtp_lib.scorers.simple import NAMED
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.shipped import pruners_folder
 
-SIMPLE = ("random", "recency", "hidden_norm", "attention", "attention_unasked")
 # What a name alone means, such as SDTP.
 DEFAULT_PRUNERS = "smollm2-135m-instruct"
 
@@ -53,12 +52,12 @@ def scorer_named(text: str) -> NamedScorer:
         If there are no such pruners.
     """
     name, _, folder = text.partition("=")
-    if name in SIMPLE and not folder:
+    if name in NAMED and not folder:
         return NamedScorer(name, None)
     path = pruners_folder(folder or DEFAULT_PRUNERS)
     if not name or path is None:
         raise argparse.ArgumentTypeError(
             f"{text!r}: no pruners in {folder}; give NAME=DIR with pruners of this model, or one of "
-            f"{', '.join(SIMPLE)}."
+            f"{', '.join(NAMED)}."
         )
     return NamedScorer(name, path)

@@ -12,20 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib.pruning.stage import Scorer
-from sdtp_lib.scorers import simple
+from sdtp_lib.scorers.simple import NAMED
 from sdtp_lib.scorers.token_pruners import TokenPruners, weights_fingerprint
 from sdtp_lib.shipped import about, pruner_folders, pruners_folder
 
-# Scores that need no training, as a person names them.
-NAMED = {
-    "random": simple.random,
-    "recency": simple.recency,
-    "hidden_norm": simple.hidden_norm,
-    "attention": lambda: simple.attention(8),
-    "attention_pooled": lambda: simple.attention(8, kernel=7),
-    "attention_unasked": lambda: simple.attention(kernel=7, query="none"),
-    "attention_recency": lambda: simple.weighted([(simple.attention(8), 1.0), (simple.recency(), 0.5)]),
-}
 # The best simple score on running text (LOG.md, "Held-out quality").
 TRAINING_FREE = "attention_pooled"
 

@@ -6,7 +6,7 @@ Axes: B batch, N kept tokens, H heads, w query tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -187,3 +187,15 @@ class _Weighted:
         for scorer, _ in self.parts:
             if hasattr(scorer, "check"):
                 scorer.check(model, config)
+
+
+# Scores that need no training, as a person names them; one registry for every command line and argument.
+NAMED: dict[str, Callable[[], Scorer]] = {
+    "random": random,
+    "recency": recency,
+    "hidden_norm": hidden_norm,
+    "attention": attention,
+    "attention_pooled": lambda: attention(kernel=7),
+    "attention_unasked": lambda: attention(kernel=7, query="none"),
+    "attention_recency": lambda: weighted([(attention(), 1.0), (recency(), 0.5)]),
+}
