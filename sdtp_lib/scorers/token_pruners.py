@@ -1,9 +1,10 @@
 """`TokenPruners`: one small network per stage that says how much each prompt token matters (paper, section 3.2).
 
 Knows hidden states and positions, not how its scores are used nor how they were learned. The paper's pruner is
-``W2 GELU(W1 x)``, ``W1: D -> D/4``, on the token's hidden state. Four optional inputs, all cheap, tell a token what
-its own hidden state cannot: how far from the end it is, what the last tokens ask for, how much attention each head
-of the layers before just paid to it, and how it scored a stage earlier.
+``W2 GELU(W1 x)``, ``W1: D -> D/4``, on the token's hidden state; here with one output, since of the paper's two (drop,
+keep) only the difference ranks tokens. Four optional inputs, all cheap, tell a token what its own hidden state cannot:
+how far from the end it is, what the last tokens ask for, how much attention each head of the layers before just paid to
+it, and how it scored a stage earlier.
 Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention inputs.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -264,6 +266,24 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         return f"layers={list(self.layers)}, features={self.features}, base={self.base_model!r}"
 
 
+_FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
 def weights_fingerprint(model: nn.Module) -> str | None:
-    """`provenance.fingerprint`; None where accelerate has offloaded weights (they are on ``meta`` between forwards)."""
-    return None if any(parameter.is_meta for parameter in model.parameters()) else fingerprint(model)
+    """`provenance.fingerprint`; None where accelerate has offloaded weights (they are on ``meta`` between forwards).
+
+    Each `with` asks for it, so it is read once per model object, and again where a parameter was replaced, moved or
+    written to. A write through ``.data`` goes unseen; what result rows say is read anew each time.
+    """
+    weights = list(model.parameters())
+    if any(weight.is_meta for weight in weights):
+        return None
+    try:
+        state = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
+    except RuntimeError:  # tensors of inference mode count no writes, wrapped ones have no address
+        return fingerprint(model)
+    known = _FINGERPRINTS.get(model)
+    # The id of a weight that is gone may be another one's by now.
+    if known is None or known[0] != state or not all(weight() is not None for weight in known[1]):
+        known = _FINGERPRINTS[model] = state, [weakref.ref(weight) for weight in weights], fingerprint(model)
+    return known[2]

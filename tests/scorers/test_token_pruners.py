@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from safetensors import safe_open
 
 from sdtp_lib.config import PruningConfig
+from sdtp_lib.provenance import fingerprint
 from sdtp_lib.pruning.engine import token_pruning
+from sdtp_lib.scorers import token_pruners
 from sdtp_lib.scorers.blend import average_of_neighbours, standardised
 from sdtp_lib.scorers.stage_network import StageInputs
 from sdtp_lib.scorers.token_pruners import TokenPruners
@@ -203,6 +207,26 @@ def test_another_model_is_refused_and_other_weights_are_warned_of(tiny_model):
             parameter.add_(0.1)
     with pytest.warns(UserWarning, match="other weights"):
         pruners.check(model, config)
+
+
+def test_the_fingerprint_is_read_once_and_again_after_a_change_and_keeps_no_model_alive(tiny_model, monkeypatch):
+    model, read = tiny_model(), []
+    monkeypatch.setattr(token_pruners, "fingerprint", lambda model: read.append(1) or fingerprint(model))
+    first = token_pruners.weights_fingerprint(model)
+    assert token_pruners.weights_fingerprint(model) == first == fingerprint(model) and len(read) == 1
+    weight = next(p for p in model.parameters() if p.ndim == 2)
+    with torch.no_grad():
+        weight.mul_(2)
+    changed = token_pruners.weights_fingerprint(model)
+    model.get_input_embeddings().weight = torch.nn.Parameter(torch.ones_like(model.get_input_embeddings().weight))
+    assert len({first, changed, token_pruners.weights_fingerprint(model)}) == 3
+    with torch.inference_mode():
+        made_inside = tiny_model()
+    assert token_pruners.weights_fingerprint(made_inside) == fingerprint(made_inside)
+    alive = weakref.ref(model)
+    del model, weight
+    gc.collect()
+    assert alive() is None
 
 
 def test_scores_of_a_prompt_do_not_depend_on_what_stands_after_it():
