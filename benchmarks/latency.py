@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdtp_lib.latency import report as latency_report
-from sdtp_lib.records import RowWriter, atomic_write, passport, project_root, read_rows, write_json
+from sdtp_lib.records import RowWriter, atomic_write, markdown_table, passport, project_root, read_rows, write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -247,12 +247,14 @@ def write_report(options: argparse.Namespace) -> int:
 
 def print_comparison(options: argparse.Namespace) -> int:
     found = latency_report.compare(read_rows(options.before), read_rows(options.after))
-    print("| prompt | method | what | before ms | after ms | after / before | verdict |\n" + "|---" * 7 + "|")
+    body = []
     for entry in found:
         numbers = [f"{entry[name]:,.1f}" if entry[name] else "-" for name in ("before_ms", "after_ms")]
         ratio = f"{entry['ratio']:.3f}" if entry["ratio"] else "-"
-        print(f"| {entry['prompt_tokens']} | {entry['method']} | {entry['field'].removesuffix('_ms')} | {numbers[0]} "
-              f"| {numbers[1]} | {ratio} | {entry['verdict']} |")  # fmt: skip
+        what = entry["field"].removesuffix("_ms")
+        body.append((str(entry["prompt_tokens"]), entry["method"], what, *numbers, ratio, entry["verdict"]))
+    header = ("prompt", "method", "what", "before ms", "after ms", "after / before", "verdict")
+    print(markdown_table(header, body))
     return int(any(entry["verdict"] == "slower" for entry in found))
 
 

@@ -31,7 +31,7 @@ _REMEDY = "give this run a folder of its own, or move the file away"
 
 __all__ = [
     "SCHEMA_VERSION", "OtherProvenance", "RowWriter", "atomic_write", "commit", "content_id", "join_rows", "lock_path",
-    "passport", "project_root", "read_frame", "read_rows", "write_json",
+    "markdown_table", "passport", "project_root", "read_frame", "read_rows", "write_json",
 ]  # fmt: skip
 
 
@@ -190,6 +190,12 @@ class RowWriter:
         if "scorer_id" in row:
             self._scorers[_scorer_name(row)] = row["scorer_id"], self.path.name
         return row
+
+
+def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]], rule: str = "---") -> str:
+    """A Markdown table of text cells, whose own ``|`` are escaped; ``rule`` stands under each column of the header."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *body)]
+    return "\n".join([lines[0], "|" + f"{rule}|" * len(header), *lines[1:]])
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

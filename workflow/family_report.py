@@ -20,7 +20,7 @@ from family_models import BACKENDS
 from family_subject import ERROR, REFUSED, RIGHT, UNASKED, UNBUILT, UNPROVEN, WRONG
 from result_tables import Table
 
-from sdtp_lib.records import project_root, write_json
+from sdtp_lib.records import markdown_table, project_root, write_json
 
 WORKS = "works"
 # A family is what its worst row makes of it, in this order; the first four are the counts of the sweep.
@@ -139,13 +139,13 @@ class Report:
     def matrix(self, swept: dict[str, dict[str, Any]]) -> str:
         """The page with a line for each family and variant."""
         self._notes = {}
-        lines = [_HEAD, *_table(COUNTED, _counts(swept)), _LEGEND]
+        lines = [_HEAD, markdown_table(COUNTED, _counts(swept)), _LEGEND]
         body = []
         for (name,), rows in sorted(_grouped(self.rows, "family").items()):
             pruning = self._pruning(rows)
             of_kept = [self._cell(rows, names, pruning.startswith(REFUSED)) for names in (("attention",), LABEL_NAMES)]
             body.append((name, pruning, *of_kept, self._cell(rows, ("flops",))))
-        lines += _table(("model", "pruning", "attention score", "labels", "FLOPs"), body)
+        lines.append(markdown_table(("model", "pruning", "attention score", "labels", "FLOPs"), body))
         lines += ["", *(f"{number}. {reason}" for reason, number in self._notes.items())]
         return "\n".join(lines) + "\n"
 
@@ -186,10 +186,6 @@ def _counts(swept: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], ...]:
 
 def _by_version(values: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(values.items(), key=lambda item: tuple(map(int, item[0].split(".")))))
-
-
-def _table(header: tuple[str, ...], body: Iterable[tuple[str, ...]]) -> list[str]:
-    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *("| " + " | ".join(b) + " |" for b in body)]
 
 
 def _worst(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

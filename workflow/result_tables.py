@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdtp_lib.records import passport, read_rows
+from sdtp_lib.records import markdown_table, passport, read_rows
 
 # What says where a row comes from, and so never is a result.
 ORIGIN = {
@@ -44,10 +44,7 @@ class Table:
         """GitHub's Markdown, the note under it; the note alone where there are no columns."""
         if not self.header:
             return self.note
-        rows = [self.header, *self.body]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        lines.insert(1, "|" + "---|" * len(self.header))
-        return "\n".join([*lines, "", self.note])
+        return "\n".join([markdown_table(self.header, self.body), "", self.note])
 
     def html(self) -> str:
         """A heading, a table and its note, escaped."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from sdtp_lib.evaluation.statistics import paired_bootstrap
 from sdtp_lib.extras import extra
+from sdtp_lib.records import markdown_table
 
 with extra("train"):
     import pandas
@@ -137,12 +138,10 @@ def markdown(frame: pandas.DataFrame, *, digits: int = 3, bold_lowest: Sequence[
         if value is None or value != value:
             return "-"
         text = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-        return f"**{text}**" if name in lowest and value == lowest[name] else text.replace("|", "\\|")
+        return f"**{text}**" if name in lowest and value == lowest[name] else text
 
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for row in frame.itertuples(index=False):
-        lines.append("| " + " | ".join(cell(name, value) for name, value in zip(columns, row, strict=True)) + " |")
-    return "\n".join(lines)
+    body = [list(map(cell, columns, row)) for row in frame.itertuples(index=False)]
+    return markdown_table(columns, body, rule=" --- ")
 
 
 def _common_samples(part: pandas.DataFrame) -> pandas.DataFrame:

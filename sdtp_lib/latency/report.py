@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sdtp_lib.records import markdown_table
+
 UNPRUNED = "unpruned"
 PIPELINE = ("filter pass", "pruned pass", "prefill", "second pass", "cache cut")
 _TIMES = ("prefill_ms", "decode_ms", "end_to_end_ms")
@@ -105,26 +107,32 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "Medians of repetitions taken in turn; speed-ups are medians of paired ratios; "
         "in brackets the share of the FLOPs limit.",
         "",
-        "| prompt | method | prefill ms | speed-up | decode ms | speed-up | end to end ms | speed-up |",
-        "|" + "---|" * 8,
     ]
-    for row in table:
-        if row["status"] != "ok":
-            lines.append(f"| {row['prompt_tokens']} | {row['method']} | out of memory |" + " |" * 5)
-            continue
-        lines.append(
-            f"| {row['prompt_tokens']} | {row['method']} | {_number(row['prefill_ms'])} | {_gain(row, 'prefill')} "
-            f"| {_number(row.get('decode_ms'))} | {_gain(row, 'decode')} | {_number(row['end_to_end_ms'])} "
-            f"| {_gain(row, 'end_to_end')} |"
-        )
-    lines += ["", "| prompt | method | TFLOPs | 1/tau | KV MB | peak MB |", "|" + "---|" * 6]
-    lines += [
-        f"| {row['prompt_tokens']} | {row['method']} | {row['tflops']:.3f} | {row['compression_ratio']:.2f} "
-        f"| {row['kv_bytes'] / 1e6:.1f} | {_number(row.get('peak_memory_mb'))} |"
-        for row in table
-        if row["status"] == "ok"
-    ]
+    header = ["prompt", "method"]
+    for part in ("prefill", "decode", "end to end"):
+        header += [f"{part} ms", "speed-up"]
+    lines.append(markdown_table(header, [_times_of(row) for row in table]))
+    # Joules only where the device counts them.
+    energy = any(row.get("energy_j") is not None for row in table)
+    costs = [_costs_of(row, energy) for row in table if row["status"] == "ok"]
+    header = ["prompt", "method", "TFLOPs", "1/tau", "KV MB", "peak MB", *(["energy J"] if energy else [])]
+    lines += ["", markdown_table(header, costs)]
     return "\n".join(lines) + "\n"
+
+
+def _times_of(row: Mapping[str, Any]) -> list[str]:
+    cells = [str(row["prompt_tokens"]), row["method"]]
+    if row["status"] != "ok":
+        return [*cells, "out of memory", *[""] * 5]
+    for name in ("prefill", "decode", "end_to_end"):
+        cells += [_number(row.get(f"{name}_ms")), _gain(row, name)]
+    return cells
+
+
+def _costs_of(row: Mapping[str, Any], energy: bool) -> list[str]:
+    cells = [str(row["prompt_tokens"]), row["method"], f"{row['tflops']:.3f}", f"{row['compression_ratio']:.2f}"]
+    cells += [f"{row['kv_bytes'] / 1e6:.1f}", _number(row.get("peak_memory_mb"))]
+    return [*cells, _number(row.get("energy_j"), 1)] if energy else cells
 
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -194,10 +202,8 @@ def equal_quality_table(found: Sequence[Mapping[str, Any]]) -> str:
     texts = {entry["text"]: entry for entry in found}
     names = [f"{text}: {_number(entry['reference_ms'])} ms, KL {entry['kl_nats']:.3f}" for text, entry in texts.items()]
     families = dict.fromkeys(entry["family"] for entry in found)
-    lines = [(f"as good as {found[0]['reference'] if found else '-'}", *names)]
-    lines += [(family, *(words(by.get((family, text))) for text in texts)) for family in families]
-    table = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([table[0], "|" + "---|" * (1 + len(texts)), *table[1:]])
+    header = (f"as good as {found[0]['reference'] if found else '-'}", *names)
+    return markdown_table(header, [(family, *(words(by.get((family, text))) for text in texts)) for family in families])
 
 
 def quality_points(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -255,8 +261,8 @@ def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry.get(name) for name in names}
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
+def _number(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def _gain(row: Mapping[str, Any], name: str) -> str:
