@@ -258,22 +258,29 @@ def _check_layers(shape: ModelShape, per_layer: Sequence[int]) -> None:
         raise ValueError(f"{len(per_layer)} entries for {shape.num_layers} layers: give the tokens of every layer.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def counting_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """A command line that needs no model, only its sizes: ``--model``, ``--prompt-tokens`` and ``--dtype``."""
     parser = argparse.ArgumentParser(
-        prog="python -m sdtp_lib.budget",
-        description="Count what pruning saves in a prefill: FLOPs, their ratio (the limit of the speed-up), KV bytes. "
-        "Nothing is measured and no weights are loaded.",
+        prog=f"python -m sdtp_lib.{module}", description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    )  # fmt: skip
     parser.add_argument("--model", default="Mistral-7B-Instruct-v0.2", metavar="NAME",
                         help=f"{', '.join(MODEL_FIELDS)}, or a folder or Hub id whose config is read")  # fmt: skip
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[4096, 32768, 131072], metavar="T",
                         help="prompt lengths in tokens")  # fmt: skip
+    parser.add_argument("--dtype", default="bfloat16", help="number type of weights and KV cache")
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = counting_parser(
+        "budget", "Count what pruning saves in a prefill: FLOPs, their ratio (the limit of the speed-up), KV bytes. "
+        "Nothing is measured and no weights are loaded.",
+    )  # fmt: skip
     parser.add_argument("--presets", nargs="+", default=["keep09", "keep08", "keep07"], metavar="PRESET",
                         help="presets of PruningConfig, for their layers and ratios")  # fmt: skip
     parser.add_argument("--keep-ratio", type=float, default=None, metavar="R",
                         help="share kept per stage, instead of each preset's own")  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16", help="number type of the KV cache")
     return parser
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 PRESETS = ("keep09", "keep08", "keep07", "paper-low")
@@ -202,31 +202,27 @@ def _checked_layers(layers: Any) -> tuple[int, ...]:
 
 
 def _checked_tokens(keep_tokens: Any, stages: int) -> int | tuple[int, ...]:
-    one_for_all = isinstance(keep_tokens, str) or not isinstance(keep_tokens, Iterable)
-    counts = tuple(_whole("keep_tokens", count) for count in ((keep_tokens,) if one_for_all else keep_tokens))
-    if any(count < 1 for count in counts):
-        raise ValueError(f"keep_tokens={keep_tokens!r} keeps no token: give 1 or more.")
-    if one_for_all:
-        return counts[0]
-    if len(counts) != stages:
-        raise ValueError(
-            f"keep_tokens={list(counts)} has {len(counts)} entries for {stages} layers: give one, or one for each."
-        )
-    return counts
+    fault = "keeps no token: give 1 or more."
+    return _per_stage("keep_tokens", keep_tokens, stages, _whole, lambda count: count >= 1, fault)
 
 
 def _checked_ratio(keep_ratio: Any, stages: int) -> float | tuple[float, ...]:
-    one_for_all = isinstance(keep_ratio, str) or not isinstance(keep_ratio, Iterable)
-    ratios = tuple(_real("keep_ratio", ratio) for ratio in ((keep_ratio,) if one_for_all else keep_ratio))
-    for ratio in ratios:
-        if not 0 < ratio <= 1:
-            raise ValueError(
-                f"keep_ratio={keep_ratio!r} is outside (0, 1]: 0.9 keeps 90 % of the tokens at each stage."
-            )
+    fault = "is outside (0, 1]: 0.9 keeps 90 % of the tokens at each stage."
+    return _per_stage("keep_ratio", keep_ratio, stages, _real, lambda ratio: 0 < ratio <= 1, fault)
+
+
+def _per_stage(
+    field: str, value: Any, stages: int, number: Callable[[str, Any], Any], fits: Callable[[Any], bool], fault: str
+) -> Any:
+    """One number for all stages, or a tuple of one for each."""
+    one_for_all = isinstance(value, str) or not isinstance(value, Iterable)
+    numbers = tuple(number(field, each) for each in ((value,) if one_for_all else value))
+    if not all(map(fits, numbers)):
+        raise ValueError(f"{field}={value!r} {fault}")
     if one_for_all:
-        return ratios[0]
-    if len(ratios) != stages:
+        return numbers[0]
+    if len(numbers) != stages:
         raise ValueError(
-            f"keep_ratio={list(ratios)} has {len(ratios)} entries for {stages} layers: give one, or one for each."
+            f"{field}={list(numbers)} has {len(numbers)} entries for {stages} layers: give one, or one for each."
         )
-    return ratios
+    return numbers

@@ -18,7 +18,7 @@ from typing import Any
 from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.layer_shape import LayerShape
-from sdtp_lib.model_shape import MODEL_FIELDS, ModelShape, element_bytes
+from sdtp_lib.model_shape import ModelShape, element_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,20 +242,13 @@ def _step_launches(shape: ModelShape) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdtp_lib.latency.cost_model",
-        description="Predict what pruning saves on a GPU: milliseconds of prefill and decode, memory. Nothing is "
-        "measured; the rates of a GPU are its peaks times an efficiency.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", default="Mistral-7B-Instruct-v0.2", metavar="NAME",
-                        help=f"{', '.join(MODEL_FIELDS)}, or a folder or Hub id whose config is read")  # fmt: skip
+    parser = budget.counting_parser(
+        "latency.cost_model", "Predict what pruning saves on a GPU: milliseconds of prefill and decode, memory. "
+        "Nothing is measured; the rates of a GPU are its peaks times an efficiency.",
+    )  # fmt: skip
     parser.add_argument("--hardware", nargs="+", choices=HARDWARE, default=list(HARDWARE), help="GPUs to predict for")
     parser.add_argument("--preset", default="keep09", help="preset of PruningConfig, for its layers and ratio")
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[4096, 32768, 131072], metavar="T",
-                        help="prompt lengths in tokens")  # fmt: skip
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens generated after the prompt")
-    parser.add_argument("--dtype", default="bfloat16", help="number type of weights and cache")
     return parser
 
 

@@ -7,14 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from sdtp_lib.config import PruningConfig
-from sdtp_lib.methods.method import Method, depth
+from sdtp_lib.methods.method import OneCut
 from sdtp_lib.methods.votes import votes
-from sdtp_lib.pruning.stage import LAYERS_AT_HAND, Scorer, Stage
+from sdtp_lib.pruning.stage import LAYERS_AT_HAND, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLAA(Method):
+class CLAA(OneCut):
     """One cut half way; a token's score is its best over the last four layers, since single layers may misjudge.
 
     Attributes
@@ -29,14 +28,6 @@ class CLAA(Method):
     keep: float = 0.2
     window: int = 8
     kernel: int = 7
-
-    def config(self, layers: int) -> PruningConfig:
-        return PruningConfig(
-            (depth(self.cut_depth, layers),), self.keep, sink_tokens=0, local_ratio=0.0, min_local_tokens=self.window
-        )
-
-    def scorer(self, _layers: int) -> Scorer:
-        return self._score
 
     def _score(self, stage: Stage) -> torch.Tensor:
         behind = range(max(0, stage.layer_index - LAYERS_AT_HAND), stage.layer_index)

@@ -8,16 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from sdtp_lib.config import PruningConfig
-from sdtp_lib.methods.method import Method, depth
+from sdtp_lib.methods.method import OneCut
 from sdtp_lib.methods.votes import by_group, votes
 from sdtp_lib.pruning.engine import kv_budget
 from sdtp_lib.pruning.kv_budget import KVBudget
-from sdtp_lib.pruning.stage import Scorer, Stage
+from sdtp_lib.pruning.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastKV(Method):
+class FastKV(OneCut):
     """After layer 15 of 32 a fifth of the tokens goes on, by the pooled attention of the last 8 there.
 
     Attributes
@@ -39,14 +38,6 @@ class FastKV(Method):
     kv: float | None = 0.1
     window: int = 8
     kernel: int = 7
-
-    def config(self, layers: int) -> PruningConfig:
-        return PruningConfig(
-            (depth(self.cut_depth, layers),), self.keep, sink_tokens=0, local_ratio=0.0, min_local_tokens=self.window
-        )
-
-    def scorer(self, _layers: int) -> Scorer:
-        return self._score
 
     def _score(self, stage: Stage) -> torch.Tensor:
         return votes(stage.attention_just_paid(self.window), self.kernel).sum(dim=1)

@@ -136,6 +136,17 @@ class Method:
         return contextlib.nullcontext()
 
 
+class OneCut(Method):
+    """A method of one stage: at ``cut_depth`` the share ``keep`` goes on by ``_score``, the last ``window`` always."""
+
+    def config(self, layers: int) -> PruningConfig:
+        at = (depth(self.cut_depth, layers),)
+        return PruningConfig(at, self.keep, sink_tokens=0, local_ratio=0.0, min_local_tokens=self.window)
+
+    def scorer(self, _layers: int) -> Scorer:
+        return self._score
+
+
 @dataclass(frozen=True, eq=False)
 class MethodScorer:
     """A method's score under the method's name; rows tell it by the method's settings."""

@@ -130,6 +130,8 @@ class LayerBefore:
 class Stage:
     """The kept tokens before one decoder layer of a prefill.
 
+    What is shown is fixed, but for two dictionaries that are state: ``read`` and ``carried`` are written to.
+
     Attributes
     ----------
     layer_index : int
@@ -151,7 +153,7 @@ class Stage:
     before : Mapping
         Layers since the last cut, by index, whose cached keys are all there and match the kept tokens.
     read : dict
-        Attention that was read already, by layer and window: the parts of a score may ask for the same.
+        State: attention that was read already, by layer and window, since the parts of a score may ask for the same.
     carried : dict
         State that a scorer passes to its later stages, (B, N) tensors by name; cut to the kept tokens.
     padded : bool
