@@ -113,11 +113,15 @@ def cause_of(error: BaseException) -> Cause | None:
     return next((cause for cause in CAUSES if any(map(cause.tells, _chain(error)))), None)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def sentence(error: BaseException, otherwise: str) -> str:
     """``(what the error says): what helps``, in one line; ``otherwise`` helps against what the table does not know."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
     cause = cause_of(error)
-    return f"({first_line}): {cause.remedy if cause else otherwise}."
+    return f"({first_line(error).rstrip('.: ')}): {cause.remedy if cause else otherwise}."
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

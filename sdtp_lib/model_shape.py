@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtp_lib.layer_shape import LayerShape, count_layer, held_parameters, linear_size, matmul_parts
+from sdtp_lib.load_failures import first_line
 
 _BYTES_PER_ELEMENT = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1,
@@ -152,7 +153,7 @@ class ModelShape:
         except Exception as error:
             raise ValueError(
                 f"model_type={kind!r}: transformers builds no causal language model from this "
-                f"configuration ({str(error).splitlines()[0][:200]}): give the model to ModelShape.from_model."
+                f"configuration ({first_line(error)[:200]}): give the model to ModelShape.from_model."
             ) from error
         return cls.from_model(model)
 
@@ -174,7 +175,7 @@ class ModelShape:
             config = AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise ValueError(f"model={model!r} is neither one of {', '.join(MODEL_FIELDS)} nor a folder or Hub id with "
-                             f"a configuration ({str(error).splitlines()[0]}).") from error  # fmt: skip
+                             f"a configuration ({first_line(error)}).") from error  # fmt: skip
         return cls.from_config(config)
 
     @property

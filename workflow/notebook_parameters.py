@@ -9,19 +9,22 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import math
 import tokenize
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import yaml
 
 import sdtp_lib
 from sdtp_lib.config import PRESETS, PruningConfig
 from sdtp_lib.data.tasks import TASKS
+from sdtp_lib.load_failures import first_line
 from sdtp_lib.shipped import shipped_pruners
 from sdtp_lib.training.config import TrainingConfig
 
@@ -29,6 +32,8 @@ from sdtp_lib.training.config import TrainingConfig
 KNOWN_LAYERS = {"embedded": 30}
 # A notebook with this parameter trains, and `TrainingConfig` checks what it has of its fields.
 TRAINING = {"epochs"}
+# What an annotation may be made of.
+_TYPES = {each.__name__: each for each in (int, float, str, bool, list, tuple, dict)} | {"Any": Any, "Literal": Literal}
 PRUNING_FIELDS = tuple(field.name for field in dataclasses.fields(PruningConfig))
 
 
@@ -120,42 +125,20 @@ def _comments(source: str) -> dict[int, str]:
 
 def matches(value: Any, annotation: str) -> bool:
     """Whether a value out of YAML or JSON fits a parameter's annotation; lists stand for tuples there."""
-    return _fits(value, ast.parse(annotation, mode="eval").body)
-
-
-def _fits(value: Any, node: ast.expr) -> bool:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _fits(value, node.left) or _fits(value, node.right)
-    if isinstance(node, ast.Constant):
-        return value == node.value and type(value) is type(node.value)
-    if isinstance(node, ast.Subscript):
-        return _fits_generic(value, ast.unparse(node.value), node.slice)
-    plain = {
-        "int": lambda: isinstance(value, int) and not isinstance(value, bool),
-        "float": lambda: isinstance(value, (int, float)) and not isinstance(value, bool),
-        "str": lambda: isinstance(value, str),
-        "bool": lambda: isinstance(value, bool),
-        "list": lambda: isinstance(value, (list, tuple)),
-        "tuple": lambda: isinstance(value, (list, tuple)),
-        "dict": lambda: isinstance(value, dict),
-        "Any": lambda: True,
-    }.get(ast.unparse(node))
-    if plain is None:
-        raise ParameterError(f"the annotation `{ast.unparse(node)}` is not one that can be checked.")
-    return plain()
-
-
-def _fits_generic(value: Any, outer: str, inner: ast.expr) -> bool:
-    parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-    if outer == "Literal":
-        return any(_fits(value, part) for part in parts)
-    if outer == "dict":
-        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
-    if outer not in {"list", "tuple"} or not isinstance(value, (list, tuple)):
+    try:
+        # As JSON, whose lists pydantic takes for tuples too; strictly, so that a text is no number and a flag no count.
+        _adapter(annotation).validate_json(json.dumps(value), strict=True)
+    except (TypeError, pydantic.ValidationError):
         return False
-    if outer == "tuple" and not (len(parts) == 2 and isinstance(parts[1], ast.Constant) and parts[1].value is ...):
-        return len(parts) == len(value) and all(_fits(item, part) for item, part in zip(value, parts, strict=True))
-    return all(_fits(item, parts[0]) for item in value)
+    return True
+
+
+@functools.cache
+def _adapter(annotation: str) -> pydantic.TypeAdapter:
+    try:
+        return pydantic.TypeAdapter(eval(annotation, {"__builtins__": {}}, _TYPES))
+    except (NameError, TypeError, SyntaxError, pydantic.errors.PydanticUserError):
+        raise ParameterError(f"the annotation `{annotation}` is not one that can be checked.") from None
 
 
 def read_value(path: Path, name: str, text: str) -> Any:
@@ -169,7 +152,7 @@ def read_value(path: Path, name: str, text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ParameterError(f"{name}={text!r} is not a value as YAML writes one ({reason}): quote it.") from None
     annotation = parameters_of(path)[name].annotation if name in parameters_of(path) else "Any"
     meant_as_text = not matches(value, annotation) and matches(text, annotation) and (value is not None or not text)

@@ -14,6 +14,7 @@ from torch import nn
 from sdtp_lib.architectures.attention_interface import backend_named
 from sdtp_lib.architectures.layers import Architecture
 from sdtp_lib.config import PruningNotSupported
+from sdtp_lib.load_failures import first_line
 
 _PROBE_TOKENS = 12
 
@@ -26,7 +27,7 @@ def first_that_proves_right(model: nn.Module, architecture: Architecture, routes
         try:
             problem = probe.problem_of(route, check_odds=name == "mask")
         except Exception as error:  # whatever a family's own code raises here, it means: not this way
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            problem = f"{type(error).__name__}: {first_line(error)}"
         if problem is None:
             return name
         problems.append(f"through the {name}: {problem}")
