@@ -92,19 +92,26 @@ def lock_path(path: str | os.PathLike[str]) -> Path:
     return path.with_name(path.name + ".lock")
 
 
+def locked(descriptor: int) -> bool:
+    """Whether this process holds the lock of an open file now; the kernel drops it with the last holder of the file."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def take_lock(path: Path) -> int:
     """An open descriptor that holds the lock of ``path``; the kernel drops it when the process dies."""
     lock = lock_path(path)
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not locked(descriptor):
             owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise RuntimeError(
                 f"{path.name} is being written by {owner}: wait for it, or give this run a folder of its own."
-            ) from None
+            )
         try:
             ours = os.fstat(descriptor).st_ino == os.stat(lock).st_ino
         except FileNotFoundError:

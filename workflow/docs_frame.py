@@ -13,27 +13,40 @@ from pathlib import Path
 
 import nbformat
 
-STYLE = """
+# What the study's pages and a run's report share: colours for light and dark, tables of numbers, notes, code.
+BASE_STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent);
   --soft: color-mix(in srgb, currentColor 6%, transparent); --link: light-dark(#0b5cad, #7db8f0); }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem; }
-nav { display: flex; flex-wrap: wrap; gap: .2rem .9rem; padding: .8rem 0; border-bottom: 1px solid var(--line); }
-nav a { text-decoration: none; } nav a[aria-current] { font-weight: 700; color: inherit; }
-p, li { max-width: 60rem; } a { color: var(--link); }
-h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top: 2rem; }
-img, svg { max-width: 100%; height: auto; } img { background: white; border-radius: 6px; padding: 4px; }
-.wide, .output_area, .output_subarea, .text_cell_render { overflow-x: auto; max-width: 100%; }
+* { box-sizing: border-box; } a { color: var(--link); }
 table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; border: 0; margin: .6rem 0; }
 th, td { padding: .25rem .6rem; border: 0; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; } .note, footer { opacity: .75; font-size: .9em; }
-pre { overflow-x: auto; background: var(--soft); padding: .6rem .8rem; border-radius: 6px; font-size: .85em;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-code { font-size: .92em; } p code, li code { background: var(--soft); padding: 0 .25em; border-radius: 3px; }
-pre code { font-size: 1em; background: none; padding: 0; }
-.highlight pre { margin: .4rem 0; } .prompt, .jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none; }
-footer { border-top: 1px solid var(--line); margin-top: 3rem; padding-top: .6rem; }
+.wide { overflow-x: auto; max-width: 100%; } img, svg { max-width: 100%; height: auto; }
+pre { overflow-x: auto; font-size: .85em; }
 """
+STYLE = f"""{BASE_STYLE}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem; }}
+nav {{ display: flex; flex-wrap: wrap; gap: .2rem .9rem; padding: .8rem 0; border-bottom: 1px solid var(--line); }}
+nav a {{ text-decoration: none; }} nav a[aria-current] {{ font-weight: 700; color: inherit; }}
+p, li {{ max-width: 60rem; }} img {{ background: white; border-radius: 6px; padding: 4px; }}
+h1 {{ font-size: 1.7rem; line-height: 1.25; }} h2 {{ font-size: 1.3rem; margin-top: 2rem; }}
+.output_area, .output_subarea, .text_cell_render {{ overflow-x: auto; max-width: 100%; }}
+pre {{ background: var(--soft); padding: .6rem .8rem; border-radius: 6px; white-space: pre-wrap;
+  overflow-wrap: anywhere; }}
+code {{ font-size: .92em; }} p code, li code {{ background: var(--soft); padding: 0 .25em; border-radius: 3px; }}
+pre code {{ font-size: 1em; background: none; padding: 0; }}
+.highlight pre {{ margin: .4rem 0; }} .prompt, .jp-InputPrompt, .jp-OutputPrompt, .anchor-link {{ display: none; }}
+footer {{ border-top: 1px solid var(--line); margin-top: 3rem; padding-top: .6rem; }}
+"""
+
+
+def head(title: str, style: str) -> str:
+    """The head of a page of one file: its title, and a style sheet that loads nothing."""
+    return (
+        f'<head><meta charset="utf-8"><title>{html.escape(title)}</title><meta name="viewport" '
+        'content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f'<link rel="icon" href="data:,"><style>{style}</style></head>'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +63,7 @@ class Frame:
             for file, text in self.navigation
         )
         return (
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-            '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" '
-            f'content="light dark"><link rel="icon" href="data:,"><style>{STYLE}{code_colours()}</style></head><body>'
+            f'<!doctype html>\n<html lang="en">{head(title, STYLE + code_colours())}<body>'
             f"<nav>{links}</nav><main>{body}</main>\n<footer>Rendered by <code>make docs</code> from "
             f"{html.escape(self.made)}.</footer></body></html>\n"
         )

@@ -17,23 +17,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from docs_frame import Frame, notebook_html
+from docs_frame import BASE_STYLE, Frame, head, notebook_html
 from notebook_parameters import words
 from result_tables import latency_table, origin, other_tables, rows_of, scorer_table, stamps_of
 
 from sdtp_lib.records import atomic_write, passport, project_root
 
-STYLE = """
-h1 { line-height: 1.2; } figure { display: inline-block; max-width: 100%; border-radius: 8px; padding: 6px; }
-figure img { max-width: 100%; height: auto; display: block; } a { color: light-dark(#0b5cad, #7db8f0); }
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent); }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-table { font-size: .9em; } th, td { padding: .25rem .55rem; border-bottom: 1px solid var(--line); text-align: right; }
-td { white-space: nowrap; } td.values { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-.wide { overflow-x: auto; } .note { opacity: .75; font-size: .9em; } svg { max-width: 100%; height: auto; }
-figure { margin: 1rem 0; background: white; } pre { overflow-x: auto; font-size: .85em; }
+STYLE = f"""{BASE_STYLE}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ line-height: 1.2; }} figure {{ display: inline-block; max-width: 100%; border-radius: 8px; padding: 6px;
+  margin: 1rem 0; background: white; }} figure img {{ display: block; }}
+td {{ white-space: nowrap; }} td.values {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
+th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
 """
 
 
@@ -52,8 +47,7 @@ def page(run: Path) -> str:
     picture = pareto_svg(rows)
     title = f"SDTP sweep: {run.name}"
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>",
-        f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+        f'<!doctype html>\n<html lang="en">{head(title, STYLE)}<body><h1>{html.escape(title)}</h1>',
         f"<p>{len(rows):,} rows of {len(stamps)} notebook runs. {html.escape(origin(rows))}</p>",
         "<h2>What ran</h2>",
         runs_table(run, stamps),
@@ -62,7 +56,7 @@ def page(run: Path) -> str:
         parts += ["<h2>Quality against cost</h2>", f"<figure>{picture}</figure>"]
     parts += pictures(run)
     parts += ["<h2>Results</h2>", *(table.html() for table in tables), "<h2>Provenance</h2>", provenance(rows)]
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts) + "\n</body></html>\n"
 
 
 def pictures(run: Path) -> list[str]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ from notebook_parameters import (
     words,
 )
 
+from sdtp_lib.files import locked
 from sdtp_lib.records import commit, project_root, write_json
 
 ORPHANED = 3
@@ -177,16 +177,12 @@ def _alone(lock: Path) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
         deadline = time.monotonic() + WAIT_FOR_PREDECESSOR_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(
-                        f"{lock.stem} is running in {lock.parent.parent.name} already: wait, or name another run."
-                    ) from None
-                time.sleep(0.5)
+        while not locked(file.fileno()):
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{lock.stem} is running in {lock.parent.parent.name} already: wait, or name another run."
+                )
+            time.sleep(0.5)
         yield
 
 

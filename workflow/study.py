@@ -6,7 +6,6 @@ Keeps a second run of the same checkout out, clears what a killed one left locke
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import sweep
 from notebook_parameters import ParameterError
 from run_notebook import failure_path
 
+from sdtp_lib.files import locked
 from sdtp_lib.records import project_root
 
 HERE = Path(__file__).resolve().parent
@@ -105,9 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     state = Path(".snakemake")
     state.mkdir(exist_ok=True)
     with (state / "study.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not locked(lock.fileno()):
             print("REFUSED  a study is running in this checkout already: wait for it or stop it.", file=sys.stderr)
             return 2
         if sends_jobs:
