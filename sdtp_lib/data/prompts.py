@@ -86,7 +86,7 @@ def _prompt(name: str, record: Mapping[str, Any]) -> Prompt:
     try:
         turns, context = asked_in(record)
     except UnusableRecord as error:
-        raise ValueError(f"{name}: {error}.") from error
+        raise ValueError(f"{name} has {error}.") from error
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns:

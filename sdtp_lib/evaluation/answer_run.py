@@ -22,7 +22,8 @@ from sdtp_lib.evaluation.items import Item
 from sdtp_lib.models import load_model
 from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root
-from sdtp_lib.scorers.by_name import SIMPLE, scorer_named
+from sdtp_lib.scorers.by_name import scorer_named
+from sdtp_lib.scorers.simple import NAMED
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, run: str, *, presets: Sequenc
     parser.add_argument("--device-map", default=None)
     parser.add_argument("--presets", nargs="*", default=list(presets))
     parser.add_argument("--scorers", nargs="+", type=scorer_named, default=None, metavar="NAME[=DIR]",
-                        help=f"SDTP (default), NAME=DIR, {', '.join(SIMPLE)}")  # fmt: skip
+                        help=f"SDTP (default), NAME=DIR, {', '.join(NAMED)}")  # fmt: skip
     parser.add_argument("--method", nargs="+", type=_method, default=[], metavar="NAME",
                         help="published methods too, as NAME (its paper's budget) or NAME@2x")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=1, help="prompts per batch; times are then of whole batches")

@@ -25,7 +25,8 @@ from sdtp_lib.latency.measure import Stopwatch
 from sdtp_lib.latency.methods import plain_step_all
 from sdtp_lib.methods.call import config_of, speedup_in, token_pruning
 from sdtp_lib.model_shape import ModelShape
-from sdtp_lib.scorers.found import NAMED, every_pruners_for
+from sdtp_lib.scorers.found import every_pruners_for
+from sdtp_lib.scorers.simple import NAMED
 
 UNPRUNED = "unpruned"
 # This project's own: the pruners at hand and the training-free scores are its lines.
