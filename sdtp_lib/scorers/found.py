@@ -25,8 +25,8 @@ _loaded: weakref.WeakKeyDictionary[Any, dict[tuple[str, float], TokenPruners]] =
 def training_free_layers(num_layers: int) -> tuple[int, ...]:
     """The stages of `TRAINING_FREE` where nothing else fixes them: every third layer from a third of the depth on.
 
-    30 layers: 10, 13, 16, 19, 22, 25, 28. Measured with pooled attention at equal FLOPs, a first cut at layer 4 is as good
-    over two models and two speed-ups (`benchmarks/schedules.py pairs`), a third of the depth better on Gemma 3 at 1.5x.
+    30 layers: 10, 13, 16, 19, 22, 25, 28. At equal FLOPs a first cut at layer 4 was as good over two models and two
+    speed-ups (`benchmarks/schedules.py pairs`; LOG.md, "Which training-free score and schedule").
     """
     return tuple(range(max(1, num_layers // 3), num_layers, 3))
 
