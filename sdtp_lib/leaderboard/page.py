@@ -167,7 +167,8 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
                 solved.text(1) if solved else "-", f"{100 - solved.value:.1f}" if solved else "-",
             ])  # fmt: skip
         first = next(iter(ruler.values()))
-        lines += [f"RULER, scores x 100, mean of tasks; unpruned {first['unpruned']:.1f}.", "",
+        lines += [f"RULER, scores x 100, mean of tasks; unpruned {first['unpruned']:.1f}. With fewer than six items "
+                  "per task the interval of the points lost resamples tasks.", "",
                   *_markdown(header, body), ""]  # fmt: skip
         lines += ["By task:", "", *_task_table(tables.by_task(part), names), ""]
     longbench = tables.by_task(part, tables.LONGBENCH)
@@ -215,7 +216,7 @@ def _method_of_the_table(frame: Any) -> list[str]:
         "ratios, not the third digit.",
         f"- Not run: lengths and speed-ups other than {', '.join(f'{s:g}x at {n:,}' for n, s in have)}"
         + (f"; {', '.join(missing)}" if missing else "")
-        + ("" if (frame.sort == tables.LONGBENCH).any() else "; LongBench (no data at hand: `--longbench FOLDER`)")
+        + ("" if (frame.sort == tables.LONGBENCH).any() else "; LongBench (`--longbench FOLDER` names its files)")
         + ". `make leaderboard` goes on from the committed rows.",
     ]
     return said

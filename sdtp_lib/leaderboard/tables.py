@@ -60,8 +60,7 @@ def at(frame: pandas.DataFrame, length: int, speedup: float) -> pandas.DataFrame
     """
     here = frame[(frame.length == length) & (frame.speedup == speedup) & frame["sample"].notna()]
     tried = here.groupby(["sort", "cell", "sample"]).method.transform("nunique")
-    whole = here.groupby(["sort", "cell"]).method.transform("nunique")
-    return here[(tried == whole) & (here.kind == "item")]
+    return here[(tried == here.method.nunique()) & (here.kind == "item")]
 
 
 def methods_in(frame: pandas.DataFrame) -> list[str]:
@@ -121,9 +120,14 @@ def answers(part: pandas.DataFrame, sort: str = RULER) -> dict[str, dict[str, An
         line = means_over_tasks(pandas.concat([base, own]), against=UNPRUNED, by=("length",))
         line = line[line.variant == name].iloc[0]
         count, solved = int(line["items"]), own[own.unpruned_score.astype(float) >= 1.0]
+        lost = Mean(0.0 - line.difference, 0.0 - line.high, 0.0 - line.low, count)
+        if own.groupby("cell").size().min() < FEWEST_PAIRS:
+            # One item resampled within its task is always itself: so few per task say only how tasks differ.
+            tasks = own.assign(gap=100 * (own.unpruned_score.astype(float) - own.score)).groupby("cell").gap.mean()
+            lost = Mean(*paired_bootstrap(tasks, [0.0] * len(tasks)), count)
         found[name] = {
             "all": line.score,
-            "lost": Mean(0.0 - line.difference, 0.0 - line.high, 0.0 - line.low, count),
+            "lost": lost,
             "unpruned": line.score - line.difference,
             "solved": Mean(*paired_bootstrap(100 * solved.score, [0.0] * len(solved)), len(solved)) if len(solved)
             else None,

@@ -61,6 +61,8 @@ def test_an_item_that_a_running_command_has_not_finished_does_not_count():
     rows = kl_rows({"sdtp": 0.2, "lazyllm": 0.1})[:-1]
     values = tables.kl_by_cell(tables.at(framed(rows), 64, 2.0))["text"]
     assert {name: value.items for name, value in values.items()} == {"sdtp": 7, "lazyllm": 7}
+    begun = ruler_rows({"sdtp": [1.0]}, [1.0])  # the first item of a task, by the first method alone
+    assert tables.answers(tables.at(framed(rows, begun), 64, 2.0)) == {}
 
 
 def test_an_item_on_which_one_method_failed_still_counts_for_the_others():
@@ -80,6 +82,15 @@ def test_ruler_is_told_of_all_items_and_of_those_that_the_unpruned_model_solves(
         "met: at most 1 point lost on RULER's items that the unpruned model solves, 2x, 64 tokens: 0.0 [0.0, 0.0] "
         "(n = 2)."
     ]
+
+
+def test_one_item_per_task_gives_an_interval_over_tasks_and_not_one_without_width():
+    rows = [
+        row for n, score in enumerate([1, 0, 1, 0])
+        for row in ruler_rows({"sdtp": [score]}, [1], task=f"task{n}")
+    ]  # fmt: skip
+    lost = tables.answers(tables.at(framed(rows), 64, 2.0))["sdtp"]["lost"]
+    assert lost.value == 50 and lost.low < 50 < lost.high and lost.items == 4
 
 
 def test_answers_that_are_right_unpruned_are_counted_when_they_stay_right():
@@ -105,7 +116,7 @@ def test_the_page_says_how_much_was_run_who_is_out_of_reach_and_what_was_not_run
     rows = [*kl_rows({"sdtp": 0.1, "lazyllm": 0.2}), *ruler_rows({"sdtp": [1.0], "lazyllm": [0.0]}, [1.0]), reach]
     text = page.page(rows)
     assert "64 tokens, 2x: 8 items per KL test set, 1 item of RULER (1 of its 13 tasks), 2 methods" in text
-    assert "- `snapkv`: cache only" in text and "LongBench (no data at hand" in text and "needle, instructions" in text
+    assert "- `snapkv`: cache only" in text and "LongBench (`--longbench" in text and "needle, instructions" in text
     assert "| niah_single_1 | 1 | 100 | 100 | 0 |" in text
     assert "nan" not in text
 
