@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import DYNAMIC_CACHE_IMPLEMENTATIONS, GenerationMode
@@ -25,6 +26,7 @@ from sdtp_lib.config import PruningNotSupported
 
 # input ids, attention mask, cache, chunk size -> a `with` that yields the size to use
 InChunks = Callable[[Any, Any, Any, int], contextlib.AbstractContextManager[int]]
+CHUNKS_FROM = (5, 24)  # the first release whose own chunks were seen equal to the whole prompt
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 _FROM_THE_HUB = {
     GenerationMode.CONTRASTIVE_SEARCH: ("penalty_alpha",),
@@ -110,6 +112,12 @@ def refuse_generation(arguments: dict[str, Any], settings: GenerationConfig, for
             f"{settings.cache_implementation!r}: keys of the query tokens are taken out of the cache again, which "
             "one that quantises or offloads cannot do: use 'dynamic', or leave one of the two out."
         )
+    if settings.prefill_chunk_size is not None and _release() < CHUNKS_FROM:
+        raise PruningNotSupported(
+            f"prefill_chunk_size={settings.prefill_chunk_size} with transformers {transformers.__version__}: 5.2 gives "
+            "other logits by chunks than for the whole prompt, also unpruned; seen right from 5.24 on: update "
+            "transformers, or leave prefill_chunk_size out."
+        )
     assistant = arguments.get("assistant_model")
     mode = settings.get_generation_mode(assistant)
     given = {**settings.to_dict(), "assistant_model": type(assistant).__name__ if assistant is not None else None}
@@ -143,6 +151,10 @@ def _by_name(generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) 
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
     return named
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 def _named(settings: dict[str, Any], names: tuple[str, ...]) -> str:

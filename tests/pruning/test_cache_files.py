@@ -6,12 +6,15 @@ import copy
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from sdtp_lib import PruningConfig, PruningNotSupported, load_pruned_cache, save_pruned_cache, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in, cache_lengths
+from sdtp_lib.pruning.generate_guard import CHUNKS_FROM
 from tests.reference import louder
 
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < CHUNKS_FROM
 CONFIG = PruningConfig(layers=(1, 3, 4), keep_ratio=0.6, sink_tokens=2, min_local_tokens=4)
 FAMILIES = {
     "llama": {}, "mistral": {"sliding_window": 40}, "gemma3_text": {"sliding_window": 24}, "gpt2": {}, "bloom": {}
@@ -68,6 +71,8 @@ def test_rows_of_a_batch_compact_positions_and_chunks_go_to_disk_too(tiny_model,
     mask[0, :20] = 0
     cases = [(ids, CONFIG, {"attention_mask": mask}), (_tokens(80), CONFIG.replace(positions="compact"), {}),
              (_tokens(80), CONFIG, {"prefill_chunk_size": 30})]  # fmt: skip
+    if OLD:  # refused there
+        cases.pop()
     for number, (prompt, config, more) in enumerate(cases):
         sequence, cache = _document(model, prompt, config, **more)
         loaded = load_pruned_cache(save_pruned_cache(cache, tmp_path / f"{number}.safetensors", model), model)
