@@ -73,6 +73,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "falcon:alibi": {"alibi": True},
     "falcon:new": {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS},
     "falcon:multi_query": {"multi_query": True},
+    "llama4_text:chunks": {"attention_chunk_size": 24},
     "qwen2:window": {"use_sliding_window": True, "max_window_layers": 2},
     "doge:moe": {"is_moe": True},
     "falcon_h1": {"mamba_d_ssm": 64},

@@ -174,7 +174,9 @@ def refuse_cache(cache: Any) -> None:
         raise PruningNotSupported(
             f"past_key_values={type(cache).__name__} is not a transformers Cache: use DynamicCache(config=...)."
         )
-    static = any(getattr(layer, "is_compileable", False) for layer in layers or ())
+    # A layer with a state is of one size whatever it was given.
+    with_keys = [layer for layer in layers or () if not hasattr(layer, "update_recurrent_state")]
+    static = any(getattr(layer, "is_compileable", False) for layer in with_keys)
     if static or getattr(cache, "is_compileable", False):
         raise PruningNotSupported(
             f"past_key_values={type(cache).__name__} is a static cache, one length for all layers: use a dynamic cache "

@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtp_lib.architectures.unsupported import refuse_encoder, refuse_kind, refuse_object, refuse_own_windows
+from sdtp_lib.architectures.unsupported import (
+    refuse_encoder,
+    refuse_kind,
+    refuse_object,
+    refuse_own_windows,
+    state_layers,
+)
 from sdtp_lib.config import PruningNotSupported
 
 ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -33,6 +39,7 @@ _WINDOWED = ("sliding_attention", "chunked_attention")
 _KNOWN_ARGUMENTS = {
     "hidden_states", "attention_mask", "position_ids", "position_embeddings", "alibi", "use_cache", "output_attentions",
     "cache_position", "head_mask", "encoder_hidden_states", "encoder_attention_mask", "layer_idx",
+    "per_layer_input", "shared_kv_states",
 }  # fmt: skip
 
 
@@ -74,10 +81,17 @@ class Architecture:
         """Whether the kernel counts a sliding window in the keys it is given, instead of reading a mask."""
         return self.backend.startswith("flash_attention")
 
+    @functools.cached_property
+    def state_layers(self) -> frozenset[int]:
+        """Layers that keep a state of the tokens they were given in place of keys and values of each."""
+        return state_layers(self.config)
+
     def sliding_window(self, layer_index: int) -> int | None:
         """Tokens that layer ``layer_index`` sees at most (its own included), or None for full attention."""
         window = getattr(self.config, "sliding_window", None)
         layer_types = getattr(self.config, "layer_types", None)
+        if layer_types is not None and layer_types[layer_index] == "chunked_attention":
+            return getattr(self.config, "attention_chunk_size", None)
         if window is None or (layer_types is not None and layer_types[layer_index] != "sliding_attention"):
             return None
         return int(window)
@@ -91,6 +105,14 @@ class Architecture:
         if "full_attention" not in kinds:
             return frozenset()
         return frozenset(index for index, kind in enumerate(kinds) if kind in _WINDOWED)
+
+    @property
+    def counts_positions_up_to(self) -> int | None:
+        """How long a prompt may be for layers that count positions in the keys they hold; None where none counts.
+
+        Llama 4 scales the queries of some layers by the logarithm of how often a position holds ``floor_scale``.
+        """
+        return int(self.config.floor_scale) - 1 if getattr(self.config, "attn_temperature_tuning", False) else None
 
     def fixed_length_norm(self) -> nn.Module | None:
         """The final norm where the stack reshapes its output to the prompt's length (GPT-2 and its kin), else None."""
@@ -150,7 +172,7 @@ def _find_stack(model: nn.Module, config: Any) -> tuple[nn.Module, nn.ModuleList
     counts = {getattr(config, name, None) for name in ("num_hidden_layers", "decoder_layers")} - {None}
     for path, owner in model.named_modules():
         for child in owner.children():
-            if isinstance(child, nn.ModuleList) and len(child) in counts and _attention_of(child[0]) is not None:
+            if isinstance(child, nn.ModuleList) and len(child) in counts and any(map(_attention_of, child)):
                 return _takes_tokens(model, path), child
     raise PruningNotSupported(
         f"{type(model).__name__}: no list of {' or '.join(map(str, counts)) or 'so many'} decoder layers was found, "
@@ -176,7 +198,10 @@ def attention_module(layer: nn.Module) -> nn.Module:
     attention = _attention_of(layer)
     if attention is None:
         names = ", ".join(_ATTENTION_NAMES)
-        raise PruningNotSupported(f"{type(layer).__name__} has no attention module named {names}.")
+        raise PruningNotSupported(
+            f"{type(layer).__name__} has no attention module named {names}, so its attention cannot be read: prune "
+            "before layers that have one, or use a score that reads none, such as 'recency'."
+        )
     return attention
 
 
@@ -217,6 +242,8 @@ def missing_from_signature(layer: nn.Module) -> str:
         return f"takes {names[0] if names else 'nothing'!r} first instead of 'hidden_states'"
     if "attention_mask" not in names:
         return "takes no 'attention_mask'"
+    if hasattr(layer, "altup"):
+        return "carries several streams of hidden states at once (altup)"
     caches = _signature_of(type(layer))[1]
     if not caches:
         return "takes no cache (an argument annotated as one, or called past_key_values)"

@@ -21,6 +21,7 @@ from sdtp_lib.layer_shape import loops_of
 # Early releases of transformers make no cache layer of its own for these: there only the configuration tells.
 _KINDS_WITH_STATE = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid"}
 _KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_STATE = "LinearAttentionLayer"  # a state of what the layer was given, and nothing else: of kept tokens, if those are
 _REMEDY = "use a model whose layers all have full or sliding attention"
 
 
@@ -79,14 +80,13 @@ def refuse_kind(model: nn.Module) -> None:
             f"{name} runs its layers more than once per forward ({loops}): a token dropped before a layer would be "
             "missing where that layer begins again. Use a model that runs each layer once."
         )
-    if "chunked_attention" in kinds:
-        raise PruningNotSupported(
-            f"{name} uses chunked attention, whose chunks are not known over kept tokens: {_REMEDY}."
-        )
-    for index, cache_layer in enumerate(_cache_layers(text_config)):
+    cache_layers, with_state = _cache_layers(text_config), state_layers(text_config)
+    if cache_layers and len(with_state) == len(cache_layers):
+        _refuse_state(name)
+    for index, cache_layer in enumerate(cache_layers):
         _refuse_cache_layer(f"{name}: decoder layer {index}", kinds[index : index + 1], cache_layer)
     for index, kind in enumerate(kinds):
-        if kind in _KINDS_WITH_STATE:
+        if kind in _KINDS_WITH_STATE and index not in with_state:
             _refuse_state(f"{name}: decoder layer {index} ({kind})")
     if getattr(model, "_is_stateful", False) and not kinds:
         _refuse_state(name)
@@ -97,6 +97,14 @@ def refuse_kind(model: nn.Module) -> None:
             f"{name} is a multimodal model, whose image or audio tokens are not text: give its language model "
             "(a ...ForCausalLM of the text configuration)."
         )
+
+
+def state_layers(config: Any) -> frozenset[int]:
+    """Layers that keep one state of all tokens they were given, of any number (linear attention, Mamba, convolutions).
+
+    Given kept tokens only, such a layer computes what it would in a prompt of these tokens.
+    """
+    return frozenset(index for index, layer in enumerate(_cache_layers(config)) if type(layer).__name__ == _STATE)
 
 
 def _layer_kinds(config: Any) -> list[str]:
@@ -114,7 +122,7 @@ def _cache_layers(config: Any) -> list[Any]:
 def _refuse_cache_layer(where: str, kind: list[str], cache_layer: Any) -> None:
     """Refuse a layer whose cache holds anything but the keys and values of its own tokens."""
     held = type(cache_layer).__name__
-    if held in _KEYS_AND_VALUES:
+    if held in (*_KEYS_AND_VALUES, _STATE):
         return
     where = f"{where} ({kind[0] if kind else held})"
     if hasattr(cache_layer, "update_recurrent_state"):

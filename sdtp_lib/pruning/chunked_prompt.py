@@ -207,7 +207,7 @@ def prompt_in_chunks(
     for name, value in whole_only.items():
         if value is not None:
             raise PruningNotSupported(
-                f"prefill_chunk_size={size} with a method of {name}, which needs the whole prompt's tokens at once: "
+                f"prefill_chunk_size={size} with {name}, which need the whole prompt's tokens at once: "
                 "leave prefill_chunk_size out."
             )
     if config.keep_mass is not None:

@@ -54,8 +54,9 @@ class ForwardPass:
                 "before the prefill (num_return_sequences, num_beams do)."
             )
         # A decode step looks at the last layer only: it is run for every token.
-        added = self.seen - record.columns
-        layers = range(len(record.held)) if self.columns > 1 else [len(record.held) - 1]
+        added, with_state = self.seen - record.columns, self.architecture.state_layers
+        layers = [index for index in range(len(record.held)) if index not in with_state]  # a state has no length
+        layers = layers if self.columns > 1 else layers[-1:]
         for index in layers:
             held, expected = cached_tokens(self.cache, index), record.held[index]
             if added < 0 or held != expected + added:
@@ -91,6 +92,8 @@ class ForwardPass:
 
         In the last column two tokens were decoded before: the layer's keys are 0, 1, 4, 7, 8, 9, 10, 11 and 12.
         """
+        if index in self.architecture.state_layers:
+            return arguments if self.kept is None else self._for_a_state(index, arguments)
         # What earlier forwards cut is in the cache's record, what this one cut is in `kept`.
         recorded = self.record.kept[index] if self.record is not None else None
         cut = self.kept is not None or recorded is not None
@@ -114,6 +117,26 @@ class ForwardPass:
             self._refuse_windows_over_kept_tokens(index)
         return arguments
 
+    def _for_a_state(self, index: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What a layer with a state gets: its mask (B, T) tells padding among the new columns, and nothing else."""
+        arguments, mask = dict(arguments), arguments.get("attention_mask")
+        self._shorten_positions(arguments)
+        if mask is None and not self.kept_padded:
+            return arguments
+        if mask is not None and (not torch.is_tensor(mask) or mask.shape[1:] != (self.columns,)):
+            found = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
+            raise PruningNotSupported(
+                f"layer {index} keeps a state and got attention_mask {found} where (rows, {self.columns}) was "
+                "expected: give the 2-D mask of the tokenizer."
+            )
+        if (id(mask), "state") not in self._cut:
+            real = (self.kept >= 0).long()
+            if mask is not None:
+                real = real.to(mask.device, mask.dtype) * gather_tokens(mask, self.kept)
+            self._cut[id(mask), "state"] = (mask, real)
+        arguments["attention_mask"] = self._cut[id(mask), "state"][1]
+        return arguments
+
     def _shorten_positions(self, arguments: dict[str, Any]) -> None:
         if self.seen and self.architecture.counts_windows_itself and arguments.get("position_embeddings") is not None:
             # Flash attention takes position ids with gaps for packed sequences, as many keys as queries in each.
@@ -121,6 +144,8 @@ class ForwardPass:
         for name in ("position_embeddings", "position_ids"):
             if arguments.get(name) is not None:
                 arguments[name] = self._cut_tables(arguments[name])
+        if arguments.get("per_layer_input") is not None:  # a part of the embeddings for this layer alone (B, T, any)
+            arguments["per_layer_input"] = gather_tokens(arguments["per_layer_input"], self.kept)
         if arguments.get("cache_position") is not None:
             # transformers < 5.4: places in this layer's cache, which gets the kept tokens only.
             arguments["cache_position"] = arguments["cache_position"][: self.kept.shape[1]]
@@ -210,6 +235,13 @@ class ForwardPass:
         arguments["position_embeddings"], arguments["position_ids"] = self._cut[known]
 
     def _refuse_windows_over_kept_tokens(self, index: int) -> None:
+        longest = self.architecture.counts_positions_up_to
+        if longest is not None and self.seen + self.columns > longest:
+            raise PruningNotSupported(
+                f"{self.architecture.model_type} scales attention by position from {longest + 1} tokens on "
+                f"(attn_temperature_tuning), counted in kept tokens: prune prompts of at most {longest} tokens, answer "
+                f"included (these are {self.seen + self.columns})."
+            )
         window = self.architecture.sliding_window(index)
         if window is not None and self.seen + self.columns > window and self.architecture.counts_windows_itself:
             raise PruningNotSupported(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sdtp_lib.architectures.caches import cached_tokens
+from sdtp_lib.architectures.layers import Architecture
 from sdtp_lib.pruning.pruned_cache import CacheRecord
 
 # First layer, the new columns (B, K) that it and those after it were given, whether any of them is padding.
@@ -30,7 +31,7 @@ def record_of(
     columns: int,
     lengths: Sequence[int],
     num_layers: int,
-    backend: str,
+    architecture: Architecture,
     compact: bool,
 ) -> CacheRecord:
     """The record of ``cache`` after a prefill of ``columns`` columns on top of ``seen`` ones.
@@ -44,13 +45,15 @@ def record_of(
     lengths
         Real tokens of each row among the new columns.
     """
-    layers, joined = range(num_layers), {}
+    layers, joined, with_state = range(num_layers), {}, architecture.state_layers
     ends = [next((s for s in reversed(segments) if s[0] <= layer), (0, None, False)) for layer in layers]
-    held = [cached_tokens(cache, layer) for layer in layers]
+    answers = next(layer for layer in layers if layer not in with_state)  # where transformers asks for layer 0
+    held = [0 if layer in with_state else cached_tokens(cache, layer) for layer in layers]
     kept = [_all_held(before, layer, ends[layer][1], seen, columns, len(lengths), joined) for layer in layers]
-    if kept[0] is not None:  # a second pass cut layer 0, which answers with all that was seen from now on
-        held[0] = seen + columns
+    if kept[0] is not None or 0 in with_state:
+        held[0] = seen + columns  # what layer 0 answers from now on, also where a second pass cut it
     expected = [held[0] if known is None or not layer else known.shape[1] for layer, known in enumerate(kept)]
+    held = [expected[layer] if layer in with_state else count for layer, count in enumerate(held)]
     return CacheRecord(
         columns=held[0],
         rows=len(lengths),
@@ -60,7 +63,8 @@ def record_of(
         held=held,
         compressed=held != expected or (not seen and held[0] != columns),
         compact=compact,
-        backend=backend,
+        backend=architecture.backend,
+        answers=answers,
     )
 
 

@@ -5,6 +5,9 @@ transformers made for each layer; from a stage on it hides the keys of the dropp
 anything else a family puts into its masks stay as they are. It knows models and kept positions, nothing else.
 Axes: B rows (one here), T tokens of prompt and continuation, V vocabulary.
 
+A layer that keeps a state of what it was given (linear attention, Mamba, a convolution) has no mask to hide a token in:
+such a layer is run on the tokens that are not hidden, and on no others.
+
 Worked example: T = 10 of which 8 are the prompt, ``kept = {4: [0, 1, 5, 6, 7]}``. Layers 0 to 3 see their own mask;
 from layer 4 on nobody sees tokens 2, 3 and 4 any more (each of these still sees itself, so that no row of the mask is
 empty); tokens 8 and 9 came later and are seen by all after them.
@@ -22,6 +25,8 @@ from torch import nn
 
 # Masks of something other than self-attention over tokens.
 _OTHER_MASKS = ("head", "encoder", "cross", "expert", "padding")
+
+_WITH_STATE = ("linear_attention", "conv", "mamba", "mamba2", "recurrent")
 
 
 class NoReference(RuntimeError):
@@ -114,10 +119,54 @@ def changed_masks(model: nn.Module, change: Any) -> Iterator[None]:
         return replace
 
     handles = []
+    with_state = layers_with_state(model)
     for index, layer in enumerate(find_layers(model)):
+        if index in with_state:
+            continue
         parameters = list(inspect.signature(type(layer).forward).parameters.values())[1:]
         names = tuple(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
         handles.append(layer.register_forward_pre_hook(hook(index, names), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layers_with_state(model: nn.Module) -> list[int]:
+    """Layers without attention, by the configuration's word for each: what they see they take from a state."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    return [index for index, kind in enumerate(kinds) if kind in _WITH_STATE]
+
+
+@contextlib.contextmanager
+def shorter_states(model: nn.Module, hide_at: Any) -> Iterator[None]:
+    """Inside the ``with`` layers with a state run on the tokens that ``hide_at(index)`` (T,) does not hide."""
+    handles = []
+
+    def hooks(index: int):
+        def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+            hide = hide_at(index)
+            if args:
+                return (args[0][:, ~hide.to(args[0].device)], *args[1:]), kwargs
+            hidden = kwargs["hidden_states"]
+            return args, {**kwargs, "hidden_states": hidden[:, ~hide.to(hidden.device)]}
+
+        def after(_module: nn.Module, _args: tuple, output: Any):
+            seen = ~hide_at(index)
+            short = output[0] if isinstance(output, tuple) else output
+            whole = short.new_zeros(short.shape[0], len(seen), *short.shape[2:])
+            whole[:, seen.to(short.device)] = short
+            return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+        return before, after
+
+    layers = find_layers(model)
+    for index in layers_with_state(model):
+        before, after = hooks(index)
+        handles.append(layers[index].register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(layers[index].register_forward_hook(after))
     try:
         yield
     finally:
@@ -157,5 +206,8 @@ def masked_forward(
         hide = hidden_at(kept, prompt_tokens, tokens.shape[1], index).to(hidden.device)
         return hidden_keys(mask, hide, hidden.dtype)
 
-    with torch.no_grad(), full_attention_masks(model), changed_masks(model, change):
+    def hide_at(index: int) -> torch.Tensor:
+        return hidden_at(kept, prompt_tokens, tokens.shape[1], index)
+
+    with torch.no_grad(), full_attention_masks(model), changed_masks(model, change), shorter_states(model, hide_at):
         return model(input_ids=tokens, use_cache=False, return_dict=True, **arguments)

@@ -89,12 +89,12 @@ class Prefill(ForwardPass):
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
         self.last_inputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of the layers since the last cut
         self.windowed, self.far = architecture.windowed_layers(), None  # the last `FarSight`, where others see a window
+        self.near = self.windowed | architecture.state_layers
         self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the kept tokens
         self.segments: list[Segment] = []
         self._not_finite: list[tuple[int, torch.Tensor]] = []
         self.before: torch.Tensor | None = None  # tokens of each row in each layer of a first pass
-        # Where no stage can drop anything, nothing needs a score unless somebody reads it.
-        self.keeps_all = plan[-1] == plan[0] and config.keep_mass is None
+        self.keeps_all = plan[-1] == plan[0] and config.keep_mass is None  # then scores wait until somebody reads them
         self._begin_trace()
 
     def _planned(
@@ -119,15 +119,14 @@ class Prefill(ForwardPass):
         if self.kv is not None and self.cache is not None:
             self.ran = (index, layer, dict(given))
         if self._is_looked_back_at(index):
-            # A copy: a view would keep the whole tensor in memory.
-            last = given["hidden_states"][:, -LAST_TOKENS:].clone()
+            last = given["hidden_states"][:, -LAST_TOKENS:].clone()  # a view would keep the whole tensor in memory
             self.last_inputs[index] = (last, last_rows(given.get("attention_mask"), LAST_TOKENS))
         self._look_far(index, layer, given)
         return given
 
     def _look_far(self, index: int, layer: nn.Module, given: dict[str, Any]) -> None:
-        if self.windowed and index not in self.windowed and any(index < stage for stage in self.stages):
-            # For stages to come, whose layers see a window. A copy: some families write into their hidden states.
+        if self.windowed and index not in self.near and any(index < stage for stage in self.stages):
+            # For stages whose layers see a window. A copy: some families write into their hidden states.
             hidden = self._by_rows(given["hidden_states"]).clone()
             valid = (self.positions >= 0).to(hidden.device) if self.padded else None
             self.far = FarSight(index, layer, hidden, without_cache(given), valid, self._past(index))
@@ -223,8 +222,8 @@ class Prefill(ForwardPass):
     def _score_keys(self) -> None:
         """Choose what the layer that ran last keeps in the cache; it is cut at the end only, since scorers read it."""
         ran, self.ran = self.ran, None
-        if ran is None or self.architecture.sliding_window(ran[0]) is not None:
-            return  # a layer with a window holds no more than that anyway
+        if ran is None or ran[0] in self.architecture.state_layers or self.architecture.sliding_window(ran[0]):
+            return  # a layer with a state holds no keys, and one with a window no more than that
         index, layer, given = ran
         counts = [self.kv.count(alive, index, length) for alive, length in zip(self.alive, self.lengths, strict=True)]
         if counts != self.alive:
@@ -274,7 +273,7 @@ class Prefill(ForwardPass):
         return self.record.held[layer] + self.seen - self.record.columns
 
     def _past(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if not self.seen:
+        if not self.seen or index in self.architecture.state_layers:
             return None
         past = cached_past(self.cache, index)
         if past is None:
@@ -307,7 +306,7 @@ class Prefill(ForwardPass):
             return
         record = record_of(
             self.cache, self.record, self.segments, self.seen, self.columns, self.lengths, len(self.plan),
-            self.architecture.backend, self.compact,
+            self.architecture, self.compact,
         )  # fmt: skip
         cut_cache(self.cache, record, self.keys_kept)
         if self.keys_kept:

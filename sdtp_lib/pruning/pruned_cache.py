@@ -50,6 +50,8 @@ class CacheRecord:
         Whether kept tokens were renumbered.
     backend
         The attention backend that filled the cache.
+    answers
+        The first layer with keys, whose length transformers takes for that of layer 0.
     """
 
     columns: int
@@ -61,6 +63,7 @@ class CacheRecord:
     compressed: bool
     compact: bool
     backend: str
+    answers: int = 0
 
     def select_rows(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``, in that order, as the cache's own tensors do."""
@@ -107,7 +110,7 @@ class PrunedCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """As the cache's own; layer 0, which transformers asks how much was seen, counts what it gave up, too."""
         length = super().get_seq_length(layer_idx)
-        first = self.record.kept[0]
+        first = self.record.kept[self.record.answers]
         return length if layer_idx or first is None else length + self.record.columns - first.shape[1]
 
     def __reduce__(self) -> tuple:

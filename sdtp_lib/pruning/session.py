@@ -105,7 +105,8 @@ class Session:
         self._chunks = prompt_in_chunks(
             ids, mask, cache, size, wanted=self.budget, config=self.config, scorer=self.scorer,
             num_layers=len(self.architecture.layers), protection=self._protection,
-            whole_only={"two passes": self.two_passes, "a KV budget": self.kv},
+            whole_only={"a method of two passes": self.two_passes, "a method of a KV budget": self.kv,
+                        "layers that keep a state": self.architecture.state_layers or None},
         )  # fmt: skip
         try:
             yield size if self._chunks is None else self._chunks.size
