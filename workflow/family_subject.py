@@ -23,8 +23,8 @@ from sdtp_lib.pruning.masked_reference import NoReference, find_layers, layers_w
 RIGHT, REFUSED, WRONG, ERROR = "right", "refused", "silently wrong", "raw error"
 # No truth to hold it against; the plain model does not agree with itself (padding, cache), so there is none.
 UNPROVEN, UNASKED, UNBUILT = "not proven", "not asked", "not built"
-# Of the largest logit, by dtype: norms and rotary tables compute in float32 also in float64 models.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
+# Of the largest logit, by dtype: norms, rotary tables and eager softmax compute in float32 also in float64 models.
+TOLERANCES = {torch.float64: 3e-6, torch.float32: 1e-4}
 # Layers that keep a state compute it in float32 also in float64 models, and differently step by step and at once.
 STATE_TOLERANCE = 2e-5
 PROMPT, SHORTER, RESPONSE, DECODED, TURN = 64, 48, 8, 8, 5

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from sdtp_lib.architectures.attention_bias import attention_bias, attention_mask_out, bias_route
 from sdtp_lib.architectures.attention_readings import attention_in_forward, refuse_unreadable
 from sdtp_lib.architectures.layers import Architecture, describe, layer_inputs, position_argument
+from sdtp_lib.config import PruningNotSupported
 
 LABELS = (
     "gradient_x_hidden", "removal", "removal_by_head", "removal_joint", "removal_odds", "attention_entropy",
@@ -149,6 +150,12 @@ def checked_labels(
     depth = len(architecture.layers)
     if not layers or min(layers) < 0 or max(layers) >= depth:
         raise ValueError(f"layers={list(layers)}: name layers from 0 to {depth - 1} of this model.")
+    if architecture.state_layers:
+        # Removal is a bias on keys, which these layers do not have; a label without their part would mislead.
+        raise PruningNotSupported(
+            f"{type(architecture.model).__name__}: layers {sorted(architecture.state_layers)} keep a state instead of "
+            "keys, and what a token does to it is not in any label: prune it with a score that needs no training."
+        )
     if any(name.startswith("removal") for name in labels):
         bias_route(architecture)
     if "attention_entropy" in labels:

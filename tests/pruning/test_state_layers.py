@@ -15,6 +15,7 @@ from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
 from sdtp_lib.architectures import describe
 from sdtp_lib.architectures.caches import cache_in, tokens_seen
 from sdtp_lib.pruning.masked_reference import masked_forward
+from sdtp_lib.training.labels import checked_labels
 
 HYBRIDS = ("lfm2", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "jamba", "bamba")
 CONFIG = PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4, local_ratio=0.0)
@@ -91,6 +92,12 @@ def test_a_score_that_reads_attention_is_refused_before_a_layer_that_has_none():
         token_pruning(model, config, scorers.attention(4)),
     ):
         raise AssertionError("refused on entry")
+
+
+def test_labels_are_refused_since_a_state_is_in_none_of_them():
+    """MiniMax's gradient label was off by 2 % and nobody said so."""
+    with pytest.raises(PruningNotSupported, match=r"layers \[.*\] keep a state instead of keys.*in any label"):
+        checked_labels(_built("lfm2"), [1], "gradient_x_hidden")
 
 
 def test_chunks_are_refused_since_a_state_gives_no_query_tokens_back():
