@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, load_model, scorers, token_pruning
+from sdtp_lib.architectures.caches import cache_in
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence
 from sdtp_lib.evaluation.tables import markdown
@@ -140,7 +141,7 @@ def child(options: argparse.Namespace) -> None:
     watch, start = MemoryWatch(model.device), time.perf_counter()
     output, counts = prefill(ids)
     seconds = time.perf_counter() - start
-    cache = getattr(output, "cache", None) or output.past_key_values
+    cache = cache_in(output)
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 1e6
     print(json.dumps(watch.read_mb() | {"kv_mb": kept, "seconds": seconds, "tokens_in_last_layer": counts[-1]}))
 
