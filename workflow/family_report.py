@@ -199,7 +199,7 @@ def _reason(row: dict[str, Any]) -> str:
     text = re.sub(r"^[\w-]+ layer (\d+) \(\w+\)", r"layer \1", text)
     text = re.sub(r"^[A-Z]\w+(ForCausalLM|LMHeadModel|Generation|LM|Model|Layer|Block)\b:? (is )?", "", text)
     text = re.sub(r"(?<=layer \d) \([A-Z]\w+\)| by [\d.]+e[+-]\d+$", "", text)
-    text = re.split(r": (?:use|see|its FLOPs|give) |, so its inputs|\. Try ", text)[0].replace("|", "\\|")
+    text = re.split(r": (?:use|see|its FLOPs|give) |, so its inputs|\. Try ", text)[0]
     return text if len(text) <= SHOWN else f"{text[:SHOWN].rsplit(' ', 1)[0]} ..."
 
 
