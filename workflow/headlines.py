@@ -1,60 +1,44 @@
-"""What a run says in two sentences: how much faster, and at what cost. README and docs/index.html begin with them."""
+"""What a run says in two sentences: how much faster, and at what cost. README and docs/index.html begin with them.
+
+Views of the time table and the quality table (`result_tables`), so a sentence never says another number than its table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from result_tables import Table, origin
+from result_tables import Table
 
 
-def headline(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+def headline(latency: Table | None, scorers: Table | None) -> Table | None:
     """README's first lines, as a block of `tables`: a table without columns, whose note is the text."""
-    shown = [row for row in rows if row.get("kind") in ("latency", "scorer")]
+    shown = [table for table in (latency, scorers) if table]
     if not shown:
         return None
-    text = f"**How much faster:** {faster(rows)}\n\n**What it costs:** {cost(rows)}\n\n{origin(shown)}"
+    origins = dict.fromkeys(table.note.rpartition(". ")[2] for table in shown)
+    text = f"**How much faster:** {faster(latency)}\n\n**What it costs:** {cost(scorers)}\n\n{' '.join(origins)}"
     return Table("headline", "In two sentences", (), (), text)
 
 
-def faster(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Each preset's prefill speed-up at the longest prompt that was timed, beside its limit."""
-    import pandas
-
-    from sdtp_lib.latency.report import summary
-    from sdtp_lib.plots import readings
-
-    lines = summary(row for row in rows if row.get("kind") == "latency")
-    lines = [line for line in lines if line.get("prefill_speedup")]
-    if not lines:
+def faster(table: Table | None) -> str:
+    """Each preset's prefill speed-up at the longest prompt that was timed, beside what FLOPs allow."""
+    body = [row for row in table.body if row[3] and row[1] != "unpruned"] if table else []
+    if not body:
         return "not measured yet."
-    longest = max(line["prompt_tokens"] for line in lines)
-    said = [
-        f"{line['method']} **{line['prefill_speedup']:.2f}x** (FLOPs allow {line['prefill_limit']:.2f}x)"
-        for line in lines
-        if line["prompt_tokens"] == longest and line["method"] != "unpruned"
-    ]
-    text = f"time to the first token after {longest:,} tokens, {', '.join(said)}."
-    return " ".join(filter(None, [text, readings.busy(pandas.DataFrame(lines))]))
+    longest = max(int(row[0].replace(",", "")) for row in body)
+    said = [f"{row[1]} **{row[3]}** (FLOPs allow {row[4]})" for row in body if row[0] == f"{longest:,}"]
+    return f"time to the first token after {longest:,} tokens, {', '.join(said)}."
 
 
-def cost(rows: Sequence[Mapping[str, Any]]) -> str:
+def cost(table: Table | None) -> str:
     """KL to the unpruned model by test set: the first scorer's, and the best other one's."""
-    import pandas
-
-    from sdtp_lib.evaluation.tables import scorer_summary
-
-    rows = [row for row in rows if row.get("kind") == "scorer"]
-    if not rows:
+    if not table or not table.body:
         return "not measured yet."
+    own, *others = table.header[3:]
     said = []
-    lines = scorer_summary(pandas.DataFrame(rows))
-    for cell, part in lines.groupby("cell", sort=False):
-        own, others = part.iloc[0], part.iloc[1:]
-        other = others.loc[others.kl_nats.idxmin()]
-        said.append(f"{str(cell).replace('_', ' ')} {own.kl_nats:.3f} ({other.scorer} {other.kl_nats:.3f})")
-    first = lines.iloc[0]
+    for data, _, items, value, *rest in table.body:
+        known = [(cell.strip("*"), name) for cell, name in zip(rest, others, strict=True) if cell]
+        other = "" if not known else " ({1} {0}, n = {2})".format(*min(known), items)
+        said.append(f"{data.replace('_', ' ')} {value.strip('*')}{other}")
     return (
-        f"KL to the unpruned model's next-token distributions in nats per token, {first.scorer} at {first.setting} "
-        f"(and the best simple score): {'; '.join(said)}."
+        f"KL to the unpruned model's next-token distributions in nats per token, {own} at {table.body[0][1]} (and the "
+        f"best simple score): {'; '.join(said)}."
     )

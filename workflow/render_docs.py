@@ -23,7 +23,7 @@ import docs_reference
 from docs_frame import Frame, markdown_html, notebook_html
 from headlines import cost, faster
 from notebook_parameters import load_notebook, source_of
-from result_tables import rows_of
+from result_tables import latency_table, rows_of, scorer_table
 
 from sdtp_lib.provenance import commit, origin_line, project_root
 from sdtp_lib.records import atomic_write
@@ -110,8 +110,8 @@ def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[
         "least important ones: what follows computes on a shorter sequence and keeps a shorter KV cache. This library "
         "does it for causal models of `transformers` in one `with`; five notebooks measure what that saves and costs.",
         "",
-        f"- **How much faster:** {faster(rows)}",
-        f"- **What it costs:** {cost(rows)}",
+        f"- **How much faster:** {faster(latency_table(rows))}",
+        f"- **What it costs:** {cost(scorer_table(rows))}",
         f"- **On which model:** {origin_line(rows[0]) if rows else 'not measured yet'}. "
         "Larger ones: `make study PARAMS=gpu-qwen2-7b`.",
         f"- **Try it:** `make study` runs everything on a small real model, `make app` opens the explorer{explorer}.",

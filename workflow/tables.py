@@ -34,7 +34,8 @@ PICTURE = re.compile(r"(<!-- picture: (?P<name>[\w-]+) \| (?P<shows>[^>]+?) -->\
 def collect(run: Path) -> dict[str, Any]:
     """All tables of a run by name, as JSON."""
     rows = rows_of(run)
-    found = [table for table in (headline(rows), latency_table(rows), scorer_table(rows)) if table]
+    latency, scorers = latency_table(rows), scorer_table(rows)
+    found = [table for table in (headline(latency, scorers), latency, scorers) if table]
     found += other_tables(rows)
     return {table.name: table.to_dict() for table in found}
 

@@ -71,7 +71,7 @@ def test_a_study_becomes_pages_without_a_broken_link_or_a_request(run, tmp_path)
         assert not OTHER_HOST.search(text), path.name
         assert "commit " in text and re.search(r"\d{4}-\d\d-\d\d", text), "commit and date"
     index = (target / "index.html").read_text()
-    assert "SDTP at keep08" in index and "text 0.100 (recency 0.500)" in index and "01 · What?" in index
+    assert "SDTP at keep08" in index and "text 0.100 (recency 0.500, n = 1)" in index and "01 · What?" in index
     assert '<a href="slurm.html">clusters</a>' in (target / "method.html").read_text()
     page = (target / "01_saliency.html").read_text()
     assert "data:image/png;base64" in page
