@@ -25,7 +25,9 @@ def faster(table: Table | None) -> str:
         return "not measured yet."
     longest = max(int(row[0].replace(",", "")) for row in body)
     said = [f"{row[1]} **{row[3]}** (FLOPs allow {row[4]})" for row in body if row[0] == f"{longest:,}"]
-    return f"time to the first token after {longest:,} tokens, {', '.join(said)}."
+    beyond = any(float(row[5] or 0) > 1 for row in body if row[0] == f"{longest:,}")
+    scatter = " What is above that is the machine's scatter." if beyond else ""
+    return f"time to the first token after {longest:,} tokens, {', '.join(said)}.{scatter}"
 
 
 def cost(table: Table | None) -> str:
@@ -36,7 +38,7 @@ def cost(table: Table | None) -> str:
     said = []
     for data, _, items, value, *rest in table.body:
         known = [(cell.strip("*"), name) for cell, name in zip(rest, others, strict=True) if cell]
-        other = "" if not known else " ({1} {0}, n = {2})".format(*min(known), items)
+        other = "" if not known else " ({1} {0}, n = {2})".format(*min(known, key=lambda pair: float(pair[0])), items)
         said.append(f"{data.replace('_', ' ')} {value.strip('*')}{other}")
     return (
         f"KL to the unpruned model's next-token distributions in nats per token, {own} at {table.body[0][1]} (and the "

@@ -9,9 +9,11 @@ from sdtp_lib.leaderboard import tables, words
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS, TRAINING_FREE, UNPRUNED
 from sdtp_lib.leaderboard.plan import KL_CELLS
 from sdtp_lib.provenance import origin_line
+from sdtp_lib.records import markdown_table
 
 README_LINES = 10
 PICTURE = "../figures/leaderboard.png"
+RULE = " --- "
 
 
 def page(rows: Sequence[Mapping[str, Any]], *, picture: bool = True) -> str:
@@ -147,7 +149,7 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
             for name in names
         ]  # fmt: skip
         lines += ["KL to the unpruned model, nats per token, by test set; answers to far questions that are right "
-                  "unpruned and stay right.", "", *_markdown(header, body), ""]  # fmt: skip
+                  "unpruned and stay right.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
         header = ["method minus ours", *kl]
         body = [
             [name, *(f"{verdicts[cell, name]['difference'].text(sign=True)} {verdicts[cell, name]['verdict']}"
@@ -155,7 +157,7 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
             for name in names if name != OURS
         ]  # fmt: skip
         lines += ["Paired by item, method minus ours: above zero, ours loses less (`worse` says so of the method).",
-                  "", *_markdown(header, body), ""]  # fmt: skip
+                  "", markdown_table(header, body, RULE), ""]  # fmt: skip
     if ruler:
         header = ["method", "all items", "points lost, all", "items that unpruned solves", "points lost there"]
         body = []
@@ -169,7 +171,7 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
         first = next(iter(ruler.values()))
         lines += [f"RULER, scores x 100, mean of tasks; unpruned {first['unpruned']:.1f}. With fewer than six items "
                   "per task the interval of the points lost resamples tasks.", "",
-                  *_markdown(header, body), ""]  # fmt: skip
+                  markdown_table(header, body, RULE), ""]  # fmt: skip
         lines += ["By task:", "", *_task_table(tables.by_task(part), names), ""]
     longbench = tables.by_task(part, tables.LONGBENCH)
     if len(longbench):
@@ -183,7 +185,7 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
             for name, each in sorted(costs.items(), key=lambda pair: -pair[1]["speedup"])
         ]  # fmt: skip
         lines += ["Time to the first token against the unpruned run of the same turn, scoring included; cache and peak "
-                  "memory as shares of the unpruned ones.", "", *_markdown(header, body), ""]  # fmt: skip
+                  "memory as shares of the unpruned ones.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
     out = tables.unreached(frame, length, speedup)
     if out:
         lines += ["Out of reach:", "", *[f"- `{name}`: {_plain(why)}" for name, why in out.items()], ""]
@@ -197,7 +199,7 @@ def _task_table(table: Any, names: Sequence[str]) -> list[str]:
          *(f"{line[name]:.0f}" if line[name] == line[name] else "-" for name in columns)]
         for line in table.to_dict("records")
     ]  # fmt: skip
-    return _markdown(["task", "n", UNPRUNED, *columns], body)
+    return [markdown_table(["task", "n", UNPRUNED, *columns], body, RULE)]
 
 
 def _method_of_the_table(frame: Any) -> list[str]:
@@ -228,10 +230,6 @@ def _by_mean_kl(kl: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> li
         return sum(own) / len(own) if len(own) == len(kl) and own else float("inf")
 
     return sorted(names, key=mean)
-
-
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
 
 
 def _plain(text: str) -> str:
