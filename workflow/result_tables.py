@@ -79,9 +79,12 @@ class Table:
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    """All rows under a run's folder, each with the notebook and the folder (the sweep's cell) that it belongs to."""
+    """All rows of notebooks under a run's folder, each with its notebook and the folder (the sweep's cell) it lies in.
+
+    What a notebook's own tools write beside them (`heldout.jsonl` of a training run) has no number and is left out.
+    """
     rows = []
-    for path in sorted(run.rglob("*.jsonl")):
+    for path in sorted(run.rglob("[0-9][0-9]_*.jsonl")):
         folder = path.parent.relative_to(run).as_posix()
         rows += [{**row, "notebook": path.stem, "folder": "" if folder == "." else folder} for row in read_rows(path)]
     return rows

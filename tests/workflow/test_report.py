@@ -46,6 +46,10 @@ def run(tmp_path):
                 )  # fmt: skip
         for task, score in (("needle", 0.5), ("needle", 1.0), ("qa", 0.25), ("qa", 0.0)):
             rows.add(f"{task}/{score}", kind="task", task=task, score=score)
+    # What a training run wrote beside its notebook's rows is no notebook's: it stays out of every table.
+    with RowWriter(folder / "pruners" / "heldout.jsonl", ORIGIN) as rows:
+        rows.add("own", kind="scorer", cell="held out", setting="r=0.9", scorer="learned", sample="0", kl_nats=9.0,
+                 loss_full_nats=2.0, loss_nats=2.0, compression_ratio=1.5, prefill_flops_share=0.6)  # fmt: skip
     write_json(
         folder / "seed-3/.stamps/04_latency-0123456789ab.json",
         {
