@@ -4,6 +4,7 @@
     python benchmarks/leaderboard.py --hours 0.5 --threads 1      # what half an hour gives, balanced over methods
     python benchmarks/leaderboard.py --report                     # docs/leaderboard.md, figures, README from the rows
     python benchmarks/leaderboard.py --params gpu-llama3.1-8b     # or a YAML file of yours with these arguments
+    python benchmarks/leaderboard.py --model FOLDER --name gemma-3-270m --pruners FOLDER     # another model of yours
     accelerate launch --num_processes 4 benchmarks/leaderboard.py --params gpu-qwen3-8b
 
 The order is that of `sdtp_lib.leaderboard.plan`: item by item over all methods, 2x first. A fresh clone goes on from
@@ -33,9 +34,9 @@ from sdtp_lib.leaderboard.entrants import entrants
 from sdtp_lib.leaderboard.measure import Measurement
 from sdtp_lib.processes import Share
 from sdtp_lib.records import RowWriter, passport, project_root, read_rows
+from sdtp_lib.scorers.found import scorer_called
 
 PARAMS = Path(__file__).resolve().parent / "params"
-COMMITTED = "docs/leaderboard.jsonl"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,6 +44,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--params", metavar="NAME", help=f"of {', '.join(sorted(p.stem for p in PARAMS.glob('*')))}, "
                         "or a YAML file: arguments by their names, with _ for -")  # fmt: skip
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
+    parser.add_argument("--name", default=None, help="what rows, page and files call the model (default: as --model)")
+    parser.add_argument("--pruners", default=None, metavar="FOLDER", help="trained pruners for the methods that learn "
+                        "(default: those that are found for the weights)")  # fmt: skip
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="prompt tokens")
     parser.add_argument("--items", type=int, nargs="+", default=[24, 12], help="per KL test set, by length")
@@ -80,9 +84,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{path.name}: {unknown[0]!r} is no argument of this command: see --help.")
         parser.set_defaults(**values)
     options = parser.parse_args(arguments)
-    options.run_dir = options.run_dir or project_root() / "data" / "results" / "-".join(
-        ["leaderboard", *([Path(named).stem] if named and Path(named).stem != "embedded" else [])]
-    )
+    called = Path(named).stem if named else options.name or options.model
+    options.name = options.name or options.model
+    options.run_dir = options.run_dir or project_root() / "data" / "results" / f"leaderboard{committed.suffix(called)}"
     try:
         options.tasks = ruler.resolve(options.tasks)
     except ValueError as error:
@@ -140,9 +144,11 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             raise SystemExit(f"--lengths {max(options.lengths)}: the model has {known} positions.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # which method has no pruners of its own stands in its rows
-            found = entrants(model, options.methods, pruners=untrained_pruners(model) if random else None)
+            pruners = scorer_called(options.pruners, model) if options.pruners else None
+            pruners = untrained_pruners(model) if random else pruners
+            found = entrants(model, options.methods, pruners=pruners)
         stamp = passport(
-            model, model_name=options.model, seed=options.seed, weights="random, true sizes" if random else None,
+            model, model_name=options.name, seed=options.seed, weights="random, true sizes" if random else None,
             threads=threads if model.device.type == "cpu" else None,
         )  # fmt: skip
         start_from_committed(options, path, share, stamp)
@@ -179,7 +185,7 @@ def start_from_committed(options: argparse.Namespace, path: Path, share: Share, 
     """Lay down the repository's rows where this run has none yet and they are of this model and device."""
     if options.fresh or path.exists() or not share.is_first:
         return
-    rows = committed.read_committed(project_root() / COMMITTED)
+    rows = committed.read_committed(committed.path_of(options.name))
     same = ("model", "weights_fingerprint", "device", "dtype", "threads", "attn_implementation", "seed")
     if rows and all(rows[0].get(name) == stamp.get(name) for name in same):
         with RowWriter(path, {}) as writer:
@@ -197,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     from sdtp_lib.leaderboard import page
 
-    rows = read_rows(path) if path.exists() else committed.read_committed(project_root() / COMMITTED)
+    rows = read_rows(path) if path.exists() else committed.read_committed(committed.path_of(options.name))
     if not rows:
         raise SystemExit(f"there are no rows in {path}.")
     text = page.page(rows)
@@ -205,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.report or options.report_after:
         from leaderboard_report import write_report
 
-        write_report(rows, text)
+        write_report(rows)
     print(f"rows: {path}")
 
 

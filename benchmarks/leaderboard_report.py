@@ -1,6 +1,6 @@
-"""What the leaderboard writes into the repository: page, picture, rows, and README's block; all from rows.
+"""What the leaderboard writes into the repository: pages, picture, rows, and README's block; all from rows.
 
-Only the embedded model's rows are committed: those of a GPU model stay in their run's folder, with page and picture.
+Each model has its rows and its page; the picture shows all of them, README's block the embedded one.
 """
 
 from __future__ import annotations
@@ -12,29 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from sdtp_lib import plots
 from sdtp_lib.files import atomic_write
 from sdtp_lib.leaderboard import committed, page, tables
 from sdtp_lib.leaderboard.entrants import OURS
+from sdtp_lib.provenance import origin_line
 from sdtp_lib.records import passport, project_root, write_json
 
-PAGE, ROWS, PICTURE, STORE = (
-    "docs/leaderboard.md", "docs/leaderboard.jsonl", "figures/leaderboard.png", "figures/tables.json",
-)  # fmt: skip
+PICTURE, STORE = "figures/leaderboard.png", "figures/tables.json"
 ORIGIN = ("model", "weights", "device", "device_name", "dtype", "torch", "transformers", "host_cpus", "threads", "seed")
 
 
-def write_report(rows: Sequence[Mapping[str, Any]], text: str, root: Path | None = None) -> None:
-    """Write all four under ``root`` (default: the project's)."""
+def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) -> None:
+    """Write one model's rows, then pages, picture and README's block of all models, under ``root`` (default: the
+    project's)."""
     root = root or project_root()
-    draw(rows, root / PICTURE)
-    with atomic_write(root / PAGE) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    committed.write_committed(root / ROWS, rows)
+    path = committed.path_of(rows[0]["model"], root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    committed.write_committed(path, rows)
+    models = committed.every_committed(root)
+    shown = {suffix: each for suffix, each in models.items() if page.has_quality(each)}
+    if shown:
+        draw(list(shown.values()), root / PICTURE)
+    for suffix, each in models.items():
+        others = {str(other[0]["model"]): f"leaderboard{name}.md" for name, other in models.items() if name != suffix}
+        with atomic_write(root / "docs" / f"leaderboard{suffix}.md") as temporary:
+            temporary.write_text(page.page(each, others=others), encoding="utf-8")
     store = root / STORE
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    if table := page.readme_table(rows):
+    if table := page.readme_table(models.get("", ())):
         kept["leaderboard"] = table
         write_json(store, dict(sorted(kept.items())))
     if root == project_root():
@@ -42,21 +50,26 @@ def write_report(rows: Sequence[Mapping[str, Any]], text: str, root: Path | None
         import tables as readme  # workflow/tables.py
 
         readme.main(["--render-only"])
-    print(f"written: {PAGE}, {PICTURE}, {ROWS}")
+    pages = ", ".join(f"docs/leaderboard{suffix}.md" for suffix in models)
+    print(f"written: {path.relative_to(root)}, {pages}, {PICTURE}")
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """The picture of the rows at their shortest length."""
-    found = tables.summary(tables.frame_of(rows))
-    length = int(found.length.min())
+def draw(models: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """The picture: per model a line of panels, from its rows at their shortest length."""
+    rows = models[0]
     made = {name: rows[0].get(name) for name in ORIGIN} | {
-        "commit": ", ".join(sorted({row["commit"] for row in rows})), "rows": ROWS, "prompt_tokens": length,
-        "drawn_at": passport()["commit"],
+        "commit": ", ".join(sorted({row["commit"] for each in models for row in each})),
+        "drawn_at": passport()["commit"], "models": [str(each[0]["model"]) for each in models],
     }  # fmt: skip
     with plots.use_style():
-        figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.6), layout="constrained")
-        plots.quality_lost(found[found.length == length], axes, ours=OURS)
-        figure.suptitle(f"Quality lost over prefill speed-up, {length:,} tokens", x=0.01, ha="left", weight="bold")
+        figure = plt.figure(figsize=(11.5, 4.6 * len(models)), layout="constrained")
+        for part, each in zip(np.atleast_1d(figure.subfigures(len(models), 1)), models, strict=True):
+            found = tables.summary(tables.frame_of(each))
+            length = int(found.length.min())
+            made.setdefault("prompt_tokens", length)
+            plots.quality_lost(found[found.length == length], part.subplots(1, 2), ours=OURS)
+            title = f"{origin_line(each[0]).split(' · ')[0]}: quality lost over prefill speed-up, {length:,} tokens"
+            part.suptitle(title, x=0.01, ha="left", weight="bold")
         saved = plots.save(figure, path, made)
         plt.close(figure)
     return saved

@@ -1,18 +1,38 @@
 """Rows of a leaderboard as the repository keeps them: the fields that all share stand once, in the first line.
 
-A fresh clone reads its table from these and goes on measuring where they stop. Knows files and rows, nothing else.
+A fresh clone reads its table from these and goes on measuring where they stop. One file per model in docs/, the
+embedded model's without a name. Knows files and rows, nothing else.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sdtp_lib.files import atomic_write
+from sdtp_lib.provenance import project_root
 
 SHARED = "shared by all rows"
+
+
+def suffix(model: str) -> str:
+    """What a model's files are called beside the embedded one's: none for it, ``-gemma-3-270m`` for that name."""
+    plain = re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-.")
+    return "" if plain == "embedded" else f"-{plain}"
+
+
+def path_of(model: str, root: Path | None = None) -> Path:
+    """The file of a model's rows under ``root`` (default: the project's)."""
+    return (root or project_root()) / "docs" / f"leaderboard{suffix(model)}.jsonl"
+
+
+def every_committed(root: Path | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Suffix -> rows of every model that has some under ``root``, the embedded one first."""
+    paths = sorted(((root or project_root()) / "docs").glob("leaderboard*.jsonl"), key=lambda path: path.stem)
+    return {path.stem.removeprefix("leaderboard"): read_committed(path) for path in paths}
 
 
 def write_committed(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

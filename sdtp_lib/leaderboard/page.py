@@ -16,13 +16,21 @@ PICTURE = "../figures/leaderboard.png"
 RULE = " --- "
 
 
-def page(rows: Sequence[Mapping[str, Any]], *, picture: bool = True) -> str:
-    """The whole page, as Markdown."""
+def has_quality(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows say more than time, cache and memory."""
+    return any(row.get("sort") in (tables.KL, tables.RULER) for row in rows)
+
+
+def page(
+    rows: Sequence[Mapping[str, Any]], *, picture: bool = True, others: Mapping[str, str] | None = None
+) -> str:
+    """The whole page, as Markdown; ``others``: the name and the page of each other model."""
     frame = tables.frame_of(rows)
     done = [row for row in rows if row["kind"] == "item"]
     dates = sorted({row["utc"][:10] for row in done})
     commits = sorted({row["commit"] for row in done})
-    timing_only = not (frame.sort.isin([tables.KL, tables.RULER])).any()
+    timing_only = not has_quality(rows)
+    elsewhere = ", ".join(f"[{name}]({file})" for name, file in (others or {}).items())
     lines = [
         "# Leaderboard",
         "",
@@ -30,7 +38,7 @@ def page(rows: Sequence[Mapping[str, Any]], *, picture: bool = True) -> str:
         "`make leaderboard` and `benchmarks/leaderboard.py --report` from rows; no number is typed by hand.",
         "",
         f"Model: {origin_line(done[0])}. Measured {' to '.join(sorted({dates[0], dates[-1]}))}, commit "
-        f"{', '.join(commits)}.",
+        f"{', '.join(commits)}." + (f" Other models: {elsewhere}." if elsewhere else ""),
         "",
         f"**How much was run.** {words.extent(frame)} Items in brackets after each mean; intervals are 95 % bootstrap "
         "intervals.",
@@ -52,6 +60,8 @@ def page(rows: Sequence[Mapping[str, Any]], *, picture: bool = True) -> str:
 def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """README's block as `workflow/tables.py` keeps it: the best `README_LINES` methods at 2x by mean KL."""
     frame = tables.frame_of(rows)
+    if frame.empty:
+        return None
     at_goal = [place for place in tables.places(frame) if place[1] == words.GOAL_SPEEDUP]
     if not at_goal:
         return None

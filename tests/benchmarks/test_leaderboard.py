@@ -21,8 +21,9 @@ import leaderboard_report
 def arguments(tiny_model, tiny_tokenizer, tmp_path):
     tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    return ["--model", str(tmp_path / "model"), "--run-dir", str(tmp_path / "run"), "--lengths", "200", "--items", "2",
-            "--tasks", "--cells", "text", "--speedups", "1.5", "--method", "lazyllm", "gemfilter"]  # fmt: skip
+    return ["--model", str(tmp_path / "model"), "--name", "mine", "--run-dir", str(tmp_path / "run"),
+            "--lengths", "200", "--items", "2", "--tasks", "--cells", "text", "--speedups", "1.5",
+            "--method", "lazyllm", "gemfilter"]  # fmt: skip
 
 
 def test_a_run_that_is_stopped_goes_on_and_is_reported_with_page_rows_and_picture(arguments, tmp_path, capsys):
@@ -37,8 +38,18 @@ def test_a_run_that_is_stopped_goes_on_and_is_reported_with_page_rows_and_pictur
     assert "1.5x at 200 tokens" in text and "lazyllm" in text
     leaderboard.main(arguments)
     assert read_rows(path) == rows, "nothing is measured twice"
-    leaderboard_report.write_report(rows, text, tmp_path)
+    embedded = [{**row, "model": "embedded"} for row in rows]
+    leaderboard_report.write_report(embedded, tmp_path)
     assert committed.read_committed(tmp_path / "docs" / "leaderboard.jsonl")[0]["key"] == rows[0]["key"]
+    first = (tmp_path / "figures" / "leaderboard.png").stat().st_size
+    leaderboard_report.write_report(rows, tmp_path)
+    kept = committed.every_committed(tmp_path)
+    assert [(name, {row["model"] for row in each}) for name, each in kept.items()] == [
+        ("", {"embedded"}), ("-mine", {"mine"})
+    ], "each model has a file of its own"  # fmt: skip
+    assert "[mine](leaderboard-mine.md)" in (tmp_path / "docs" / "leaderboard.md").read_text()
+    assert json.loads((tmp_path / "figures" / "leaderboard.json").read_text())["models"] == ["embedded", "mine"]
+    assert (tmp_path / "figures" / "leaderboard.png").stat().st_size > first
     assert json.loads((tmp_path / "figures" / "leaderboard.json").read_text())["prompt_tokens"] == 200
     assert (tmp_path / "figures" / "leaderboard.png").stat().st_size > 5000
 
@@ -48,7 +59,7 @@ def test_a_run_goes_on_from_committed_rows_of_the_same_model(arguments, tmp_path
     path = tmp_path / "run" / "leaderboard.jsonl"
     rows = read_rows(path)
     committed.write_committed(tmp_path / "kept.jsonl", rows)
-    monkeypatch.setattr(leaderboard, "COMMITTED", str(tmp_path / "kept.jsonl"))
+    monkeypatch.setattr(committed, "path_of", {"mine": tmp_path / "kept.jsonl"}.get)
     path.unlink()
     leaderboard.main(arguments)
     assert "goes on from 9 committed rows" in capsys.readouterr().err
