@@ -6,7 +6,7 @@
                                                            # measured on held-out ones beside the even schedule
     python benchmarks/schedules.py first --scorer attention
     python benchmarks/schedules.py pairs --cells text needle multi_news --speedups 1.5 2
-                                                           # which training-free score with which first layer
+                                                           # which training-free score with which stages
 
 A schedule is a list of layers with one keep ratio each. The learned score has only its own layers to choose from; the
 simple ones take any. ``--speedup`` is the ratio of causal prefill FLOPs (`sdtp_lib.budget.speedup_limit`). One row
@@ -136,17 +136,18 @@ def earlier_layers(stage: Stage) -> torch.Tensor:
     return torch.stack(pooled).amax(dim=0)
 
 
-def first_layers(depth: int) -> dict[str, int]:
-    """Where a schedule of every third layer may begin: the presets' layer 4, a third of the depth, half of it."""
-    return {"layer 4": 4, "a third": max(1, depth // 3), "half": depth // 2}
+def stage_layers(depth: int) -> dict[str, range]:
+    """Every third layer from the presets' layer 4, a third of the depth or half of it; every fifth from layer 4."""
+    every_third = {"layer 4": 4, "a third": max(1, depth // 3), "half": depth // 2}
+    return {name: range(first, depth, 3) for name, first in every_third.items()} | {"every fifth": range(4, depth, 5)}
 
 
 def pairs_at(shape: ModelShape, tokens: int, speedups: Sequence[float]) -> dict[str, PruningConfig]:
     """``"1.5x, a third"`` -> that schedule at that speed-up; those that cannot be so fast are left out."""
     found = {}
     for speedup in speedups:
-        for name, first in first_layers(shape.num_layers).items():
-            config = at_budget(shape, range(first, shape.num_layers, 3), tokens, speedup)
+        for name, layers in stage_layers(shape.num_layers).items():
+            config = at_budget(shape, layers, tokens, speedup)
             if config is not None:
                 found[f"{speedup:g}x, {name}"] = config
     return found
@@ -162,10 +163,10 @@ def pair_tables(path: Path, configs: Sequence[str], suffix: str) -> dict[str, An
     frame = read_frame(path)
     frame = frame[(frame.kind == "scorer") & frame.setting.isin(list(configs)) & frame.cell.str.endswith(suffix)]
     frame = frame.assign(cell=frame.cell.str.partition("|")[0])
-    frame[["speedup", "first cut"]] = frame.setting.str.split(", ", n=1, expand=True)
+    frame[["speedup", "stages"]] = frame.setting.str.split(", ", n=1, expand=True)
     tables = {}
     for speedup, part in frame.groupby("speedup", sort=False):
-        wide = part.pivot_table(index=["first cut", "scorer"], columns="cell", values="kl_nats", sort=False)
+        wide = part.pivot_table(index=["stages", "scorer"], columns="cell", values="kl_nats", sort=False)
         wide["geometric mean"] = numpy.exp(numpy.log(wide + NEGLIGIBLE_NATS).mean(axis=1))
         wide.insert(0, "items", part.groupby(["first cut", "scorer"])["sample"].count())
         tables[speedup] = wide.sort_values("geometric mean").reset_index()
