@@ -31,7 +31,7 @@ export TORCH_INDEX
 .PHONY: help
 help:
 	@grep -hE '^(# --- |[a-z-]+:.*## )' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/^# -+ ([a-z ]+) -+$$/\n\1/' \
-	    | awk -F'\t' 'NF == 2 {printf "  make %-15s %s\n", $$1, $$2; next} {print}'
+	    | awk -F'\t' 'NF == 2 {printf "  make %-17s %s\n", $$1, $$2; next} {print}'
 	@echo; echo "PARAMS: $(basename $(notdir $(wildcard workflow/params/*.yaml))), or a YAML file of yours"
 	@echo "PROFILE: $(notdir $(wildcard workflow/profiles/*)); RUN: a folder of data/results"
 

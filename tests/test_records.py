@@ -173,11 +173,15 @@ def test_outside_git_the_commit_is_unknown(tmp_path, monkeypatch):
 def test_a_changed_tracked_file_shows_in_the_commit(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
     subprocess.run([*git, "init", "-q"], check=True)
-    (tmp_path / "a.txt").write_text("one")
-    subprocess.run([*git, "add", "a.txt"], check=True)
+    (tmp_path / "docs").mkdir()
+    for name in ("a.txt", "README.md", "docs/index.html"):
+        (tmp_path / name).write_text("one")
+    subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "one"], check=True)
     monkeypatch.setattr(provenance, "project_root", lambda: tmp_path)
     clean = records.commit()
+    for name in ("README.md", "docs/index.html"):
+        (tmp_path / name).write_text("what is made from rows is no change of the code that makes them")
     (tmp_path / "untracked.txt").write_text("results do not count as changes")
     assert len(clean) == 12 and records.commit() == clean
     (tmp_path / "a.txt").write_text("two")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import nbformat
 
+# A table with more columns than this is set small.
+MANY_COLUMNS = 12
 # What the study's pages and a run's report share: colours for light and dark, tables of numbers, notes, code.
 BASE_STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent);
@@ -25,7 +27,9 @@ th:first-child, td:first-child { text-align: left; } .note, footer { opacity: .7
 pre { overflow-x: auto; font-size: .85em; }
 """
 STYLE = f"""{BASE_STYLE}
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem;
+  overflow-wrap: break-word; }}
+.many table {{ font-size: .76em; }} .many th, .many td {{ padding: .25rem .3rem; }}
 nav {{ display: flex; flex-wrap: wrap; gap: .2rem .9rem; padding: .8rem 0; border-bottom: 1px solid var(--line); }}
 nav a {{ text-decoration: none; }} nav a[aria-current] {{ font-weight: 700; color: inherit; }}
 p, li {{ max-width: 60rem; }} img {{ background: white; border-radius: 6px; padding: 4px; }}
@@ -83,7 +87,15 @@ def markdown_html(text: str, *, explorer: bool = False) -> str:
     from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
     body = link_pages(markdown2html_mistune(text), explorer=explorer)
-    return body.replace("<table>", "<div class=wide><table>").replace("</table>", "</table></div>")
+    return re.sub(r"<table>.*?</table>", _in_a_box, body, flags=re.S)
+
+
+def _in_a_box(table: re.Match[str]) -> str:
+    """A table that scrolls by itself where it must; one of many columns is small, and its heads break after a ``_``."""
+    if table[0].count("<th>") <= MANY_COLUMNS:
+        return f"<div class=wide>{table[0]}</div>"
+    heads = re.sub(r"<th>.*?</th>", lambda head: head[0].replace("_", "_<wbr>"), table[0])
+    return f'<div class="wide many">{heads}</div>'
 
 
 def notebook_html(path: Path, *, explorer: bool = False) -> str:

@@ -14,7 +14,7 @@ import io
 import json
 import math
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from sdtp_lib.load_failures import first_line
 from sdtp_lib.shipped import shipped_pruners
 from sdtp_lib.training.config import TrainingConfig
 
+DTYPES = ("default", "auto", "float32", "bfloat16", "float16", "float64")
 # Layers of models that can be named without reading a file or asking a hub.
 KNOWN_LAYERS = {"embedded": 30}
 # A notebook with this parameter trains, and `TrainingConfig` checks what it has of its fields.
@@ -186,7 +187,9 @@ def check(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = parameters_of(path)
     given = {name: as_written(v, known[name].annotation) if name in known else v for name, v in given.items()}
-    faults = [f"{name} is no parameter of {path.stem}: {_meant(name, known)}" for name in given if name not in known]
+    faults = [
+        f"{name} is no parameter of {path.stem}: {meant(name, known, 'it has')}" for name in given if name not in known
+    ]
     for name, value in given.items():
         if name in known and not matches(value, known[name].annotation):
             faults.append(
@@ -195,15 +198,17 @@ def check(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: given.get(name, parameter.default) for name, parameter in known.items()}
     if not faults:
         wrong = [*impossible(values), *_missing_files(values, path.resolve().parents[1])]
-        faults = [f"{fault} ({path.stem})" for fault in wrong]
+        faults = list(wrong)
     if faults:
         raise ParameterError("\n".join(faults))
     return values
 
 
-def _meant(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}? It has {', '.join(known)}." if near else f"it has {', '.join(known)}."
+def meant(name: object, known: Iterable[str], then: str = "there are") -> str:
+    """What a misspelt name may have meant, and what there is: the end of every refusal of an unknown name."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {near[0]}? {then.capitalize()} {', '.join(known)}." if near else f"{then} {', '.join(known)}."
 
 
 def impossible(values: Mapping[str, Any]) -> list[str]:
@@ -219,7 +224,7 @@ def impossible(values: Mapping[str, Any]) -> list[str]:
     presets = values.get("presets", values.get("preset"))
     for preset in [presets] if isinstance(presets, str) else presets or []:
         if preset and preset not in PRESETS:
-            faults.append(f"preset={preset!r} is unknown: choose one of {', '.join(PRESETS)}.")
+            faults.append(f"preset={preset!r} is unknown: {meant(preset, PRESETS, 'choose one of')}")
     faults.extend(_unknown_names(values))
     faults.extend(_refused_by_config(values))
     if set(values) >= TRAINING:
@@ -228,12 +233,14 @@ def impossible(values: Mapping[str, Any]) -> list[str]:
 
 
 def _unknown_names(values: Mapping[str, Any]) -> list[str]:
-    """Names out of the library's lists: tasks, labels, inputs of the pruners."""
+    """Names out of the library's lists: tasks, labels, inputs of the pruners, recipes, dtypes."""
     known = {
         ("task", "tasks"): TASKS,
         ("label", "labels"): _constant("training/labels.py", "LABELS"),
         ("loss_on",): _constant("training/labels.py", "LOSS_ON"),
         ("features",): _constant("scorers/token_pruners.py", "FEATURES"),
+        ("recipe",): _constant("training/recipes.py", "RECIPES"),
+        ("dtype",): DTYPES,
     }
     faults = []
     for parameters, names in known.items():
@@ -241,17 +248,18 @@ def _unknown_names(values: Mapping[str, Any]) -> list[str]:
             given = values.get(parameter) or []
             for name in [given] if isinstance(given, str) else given:
                 if name not in names:
-                    near = difflib.get_close_matches(str(name), names, n=1)
-                    meant = f"did you mean {near[0]}? " if near else ""
-                    faults.append(f"{parameter}={name!r} is unknown: {meant}Choose among {', '.join(names)}.")
+                    faults.append(f"{parameter}={name!r} is unknown: {meant(name, names, 'choose among')}")
     return faults
 
 
-def _constant(module: str, name: str) -> tuple[str, ...]:
-    """A literal of a module of the library that would load torch, read from its text."""
+def _constant(module: str, name: str) -> Any:
+    """Names that a module of the library that would load torch lists, read from its text; of a table its keys."""
     tree = ast.parse((Path(sdtp_lib.__file__).parent / module).read_text(encoding="utf-8"))
     wanted = (node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name)
-    return ast.literal_eval(next(wanted).value)
+    value = next(wanted).value
+    if isinstance(value, ast.Dict):
+        return tuple(_constant(module, key.id) if isinstance(key, ast.Name) else key.value for key in value.keys)
+    return ast.literal_eval(value)
 
 
 def _missing_files(values: Mapping[str, Any], root: Path) -> list[str]:

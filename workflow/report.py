@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from docs_frame import BASE_STYLE, Frame, head, notebook_html
-from notebook_parameters import words
+from notebook_parameters import meant, words
 from result_tables import latency_table, origin, other_tables, rows_of, scorer_table, stamps_of
 
 from sdtp_lib.records import atomic_write, passport, project_root
@@ -163,8 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     run = results / options.run
     there = sorted({path.relative_to(results).parts[0] for path in results.glob("*/**/*.jsonl")})
     if options.run not in there:
-        known = f"there are {', '.join(there)} (make report RUN=...)" if there else "run `make study` first"
-        print(f"REFUSED  there are no rows under data/results/{options.run}: {known}.", file=sys.stderr)
+        known = f"{meant(options.run, there)} (make report RUN=...)" if there else "run `make study` first."
+        print(f"REFUSED  there are no rows under data/results/{options.run}: {known}", file=sys.stderr)
         return 2
     try:
         text = page(run)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import sweep
-from notebook_parameters import ParameterError
+from notebook_parameters import ParameterError, meant
 from run_notebook import failure_path
 
 from sdtp_lib.files import locked
@@ -84,15 +84,15 @@ def main(arguments: list[str] | None = None) -> int:
     os.chdir(root)
     options.profile = str(profile_folder(options.profile))
     if not (Path(options.profile) / "config.yaml").is_file():
-        profiles = ", ".join(sorted(folder.name for folder in (HERE / "profiles").iterdir()))
-        print(f"REFUSED  there is no profile {Path(options.profile).name}: there are {profiles}.", file=sys.stderr)
+        name, profiles = Path(options.profile).name, sorted(folder.name for folder in (HERE / "profiles").iterdir())
+        print(f"REFUSED  there is no profile {name}: {meant(name, profiles)}", file=sys.stderr)
         return 2
     params = Path(options.params)
     if not params.suffix:
         params = HERE / "params" / f"{options.params}.yaml"
     if not params.is_file():
-        sets = ", ".join(sorted(file.stem for file in (HERE / "params").glob("*.yaml")))
-        print(f"REFUSED  there is no parameter set {options.params}: there are {sets}.", file=sys.stderr)
+        sets = sorted(file.stem for file in (HERE / "params").glob("*.yaml"))
+        print(f"REFUSED  there is no parameter set {options.params}: {meant(options.params, sets)}", file=sys.stderr)
         return 2
     try:
         sends_jobs = on_slurm(options.profile)

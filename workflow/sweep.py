@@ -31,6 +31,7 @@ from notebook_parameters import (
     check,
     code_lines,
     load_notebook,
+    meant,
     parameters_of,
     source_of,
     tags_of,
@@ -116,7 +117,7 @@ def read_settings(path: Path, run: str | None = None) -> dict[str, Any]:
         raise ParameterError(f"{path.name} holds no sections: known are {sorted(SECTIONS)}.")
     unknown = sorted(set(map(str, settings)) - SECTIONS)
     if unknown:
-        raise ParameterError(f"{path.name}: unknown section(s) {unknown}; known are {sorted(SECTIONS)}.")
+        raise ParameterError(f"{path.name}: unknown section(s) {unknown}: {meant(unknown[0], sorted(SECTIONS))}")
     for section in sorted(SECTIONS - {"run"}):
         _refuse_other_than_names(settings.get(section), f"{path.name}: {section}")
     for notebook, values in (settings.get("notebooks") or {}).items():
@@ -151,7 +152,7 @@ def plan(settings: Mapping[str, Any], root: Path) -> list[Job]:
     given = {name: values or {} for name, values in (settings.get("notebooks") or dict.fromkeys(paths)).items()}
     missing = sorted(set(given) - set(paths))
     if missing:
-        raise ParameterError(f"there is no notebook {', '.join(missing)}: there are {', '.join(paths)}.")
+        raise ParameterError(f"there is no notebook {', '.join(missing)}: {meant(missing[0], paths)}")
     known = {name: set(parameters_of(paths[name])) for name in given}
     axes = _axes(settings.get("sweep") or {})
     open_to_axes = {name: known[name] - set(given[name]) for name in given}
@@ -212,9 +213,9 @@ def _refuse_unused(
     swept = {name for options in axes.values() for values in options.values() for name in values}
     for section, names in (("common", set(settings.get("common") or {})), ("sweep", swept)):
         if names - anywhere:
-            raise ParameterError(
-                f"{section}: {', '.join(sorted(names - anywhere))} is no parameter of any notebook that runs."
-            )
+            strange = sorted(names - anywhere)
+            told = meant(strange[0], sorted(anywhere))
+            raise ParameterError(f"{section}: {', '.join(strange)} is no parameter of any notebook that runs: {told}")
     if fixed := swept - set().union(*open_to_axes.values()):
         raise ParameterError(
             f"sweep: {', '.join(sorted(fixed))} is fixed by each notebook that has it: leave it out there or here."

@@ -120,6 +120,8 @@ PRUNING = (
     "tasks: list[str] = ['needle']  # tasks\n"
     "label: str = 'removal'  # label\n"
     "pruners: str = ''  # pruners\n"
+    "dtype: str = 'default'  # dtype\n"
+    "recipe: str = 'sdtp'  # recipe\n"
 )
 
 
@@ -135,7 +137,9 @@ PRUNING = (
         ({"layers": [0, 3]}, "layer 0"),
         ({"layers": [7, 4]}, "ascending"),
         ({"layers": [4, 30]}, "the model has 30 decoder layers"),
-        ({"preset": "keep06"}, "preset='keep06' is unknown: choose one of keep09"),
+        ({"preset": "keep06"}, "preset='keep06' is unknown: did you mean keep09[?] Choose one of keep09"),
+        ({"dtype": "flaot32"}, "dtype='flaot32' is unknown: did you mean float32[?]"),
+        ({"recipe": "spdt"}, "recipe='spdt' is unknown: did you mean sdtp[?] Choose among sdtp, paper"),
         ({"pause_s": -1.0}, "pause_s=-1.0 is negative"),
         ({"tasks": ["needel"]}, "tasks='needel' is unknown: did you mean needle[?] Choose among needle, multi_key"),
         ({"label": "removals"}, "label='removals' is unknown: did you mean removal[?]"),
@@ -329,6 +333,8 @@ def test_one_option_of_an_axis_may_set_several_parameters(stand_in_project):
         ({"common": {"sed": 1}}, "common: sed is no parameter of any notebook"),
         ({"sweep": {"keep_rato": [1]}}, "sweep: keep_rato is no parameter"),
         ({"notebooks": {"06_more": {}}}, "there is no notebook 06_more"),
+        ({"notebooks": {"05_longbnech": {}}}, "there is no notebook 05_longbnech: did you mean 05_longbench[?]"),
+        ({"sweep": {"keep_rato": [1]}}, "did you mean keep_ratio[?]"),
         ({"notebooks": {"05_longbench": {"sed": 1}}}, "05_longbench: sed is no parameter"),
         ({"sweep": {"keep_ratio": [0.9, 0.0]}}, r"05_longbench \[keep_ratio-0.0\]: keep_ratio=0.0 is outside"),
         ({"notebooks": {"05_longbench": {"pruners": "{02_training}/p"}}}, "builds on 02_training, which does not run"),
@@ -639,4 +645,5 @@ def snakemake_below(pid: int) -> int:
 
 def test_an_unknown_set_is_refused_with_the_known_ones():
     ended = study(ROOT, "--params", "embeded")
-    assert ended.returncode == 2 and "there is no parameter set embeded: there are embedded" in ended.stderr
+    assert ended.returncode == 2
+    assert "there is no parameter set embeded: did you mean embedded? There are embedded" in ended.stderr
