@@ -15,13 +15,23 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdtp_lib.data.texts import SPLITS, embedded_instructions, hub_records, json_lines, long_documents, stable_number
+from sdtp_lib.data.texts import (
+    SPLITS,
+    code_documents,
+    embedded_instructions,
+    hub_records,
+    json_lines,
+    long_documents,
+    reference_documents,
+    stable_number,
+)
 
 HELDOUT_OF_TEN = 2
 DOLLY = "databricks/databricks-dolly-15k"
 __all__ = [
-    "CONTEXT_CATEGORIES", "DOLLY", "SPLITS", "chat_prompt", "dolly_split", "load_instructions", "long_documents",
-    "pack_contexts", "record_id", "stable_number", "text_windows", "tokenise_prompt",
+    "CONTEXT_CATEGORIES", "DOLLY", "SPLITS", "chat_prompt", "code_documents", "dolly_split", "load_instructions",
+    "long_documents", "pack_contexts", "record_id", "reference_documents", "stable_number", "text_windows",
+    "tokenise_prompt",
 ]  # fmt: skip
 CONTEXT_CATEGORIES = ("closed_qa", "information_extraction", "summarization")
 
@@ -93,8 +103,11 @@ def pack_contexts(
     seed: int = 0,
     limit: int | None = None,
     response_tokens: int = 128,
+    asked_anywhere: bool = False,
 ) -> list[dict[str, Any]]:
     """Long prompts from short records: each record's own context among other records', then its instruction.
+
+    ``asked_anywhere``: the instruction stands first in a quarter of the prompts and in the middle in another one.
 
     The prompt's length is drawn from ``tokens`` (inclusive, chat format counted); where the own context stands among
     the others is drawn too. Records without a context, or with one that does not fit, are left out. Pass records of one
@@ -116,19 +129,28 @@ def pack_contexts(
             break
         draw = random.Random(stable_number("pack", seed, record["id"]))
         target = draw.randint(low, high)
+        place = random.Random(stable_number("asked", seed, record["id"])).choice((0.0, 0.5, 1.0, 1.0))
+        place = place if asked_anywhere else 1.0
         bare = _packed_prompt(tokenizer, [record["context"]], record["instruction"])
         if len(_prompt_ids(tokenizer, bare)) > target:
             continue
         own, asked = record["context"], record["instruction"]
 
-        def build(before: Sequence[str], after: Sequence[str], own: str = own, asked: str = asked) -> str:
-            return _packed_prompt(tokenizer, [*before, own, *after], asked)
+        def build(
+            before: Sequence[str], after: Sequence[str], own: str = own, asked: str = asked, place: float = place
+        ) -> str:
+            return _packed_prompt(tokenizer, [*before, own, *after], asked, place)
 
         prompt, prompt_ids = fill_up(build, contexts, tokenizer, target, draw, never=own, lengths=lengths)
         ids_of_response = response_ids(tokenizer, record["response"], response_tokens)
         samples.append(
             _sample(
-                record["id"], prompt, record["response"], "dolly-packed", record["category"], prompt_ids,
+                record["id"],
+                prompt,
+                record["response"],
+                "dolly-packed",
+                record["category"],
+                prompt_ids,
                 ids_of_response,
             )
         )
@@ -257,8 +279,11 @@ def response_ids(tokenizer: Any, response: str, most: int) -> list[int]:
     return (ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id])[:most]
 
 
-def _packed_prompt(tokenizer: Any, contexts: Sequence[str], instruction: str) -> str:
-    return chat_prompt(tokenizer, "\n\n".join([*contexts, instruction]))
+def _packed_prompt(tokenizer: Any, contexts: Sequence[str], instruction: str, place: float = 1.0) -> str:
+    """``place``: where the instruction stands among the contexts, 0 first, 1 last."""
+    parts = list(contexts)
+    parts.insert(round(place * len(parts)), instruction)
+    return chat_prompt(tokenizer, "\n\n".join(parts))
 
 
 def _first_tokens(tokenizer: Any, text: str, most: int) -> str:

@@ -32,7 +32,7 @@ TEMPLATES = {
     "fewshot_classification": "{context}\n{input}",
 }
 
-_NAMES = {
+NAMES = {
     "train": "Anna Bruno Carla Dmitri Elena Felix Greta Hugo Ingrid Jonas Katja Lorenzo Marta Nils Olga Pedro Rosa "
     "Stefan Tilda Ulrich Vera Walter Yvonne Zoltan Amir Bella Cyrus Dalia Emil Fiona",
     "test": "Agnes Boris Celine Dario Edith Farid Gloria Hector Irene Jasper Kamila Leonard Mirjam Norbert Oriana "
@@ -255,7 +255,7 @@ def _code(split: str, draw: random.Random) -> str:
 
 def needles(split: str, draw: random.Random, count: int) -> tuple[str, str, list[str]]:
     noun = draw.choice(_NOUNS[split])
-    names = draw.sample(_NAMES[split].split(), count)
+    names = draw.sample(NAMES[split].split(), count)
     codes = [_code(split, draw) for _ in names]
     facts = [f"The {noun} of {name} is {code}." for name, code in zip(names, codes, strict=True)]
     return f"What is the {noun} of {names[0]}?", codes[0], facts
@@ -277,7 +277,7 @@ def _variables(split: str, draw: random.Random) -> tuple[str, str, list[str]]:
 
 def _people(split: str, draw: random.Random) -> tuple[str, str, list[str]]:
     kinds = _FACTS[split]
-    names = draw.sample(_NAMES[split].split(), 5)
+    names = draw.sample(NAMES[split].split(), 5)
     values = {kind: draw.sample(options, 5) for kind, options in kinds.items()}
     facts = [
         " ".join(f"The {kind} of {name} is {values[kind][person]}." for kind in kinds)

@@ -1,7 +1,8 @@
 """The test sets of the benchmarks: which samples a comparison runs on, by name (``cell`` in rows) and prompt length.
 
-``text`` (held-out documents), the five synthetic tasks (test split), ``instructions`` (held-out Dolly items that have a
-context, packed; without the file the embedded records), ``multi_news`` (real LongBench, where its file is at hand).
+``text`` (held-out documents), ``reference`` (Python's language reference, a domain that training never sees), the five
+synthetic tasks (test split), ``instructions`` (held-out Dolly items that have a context, packed; without the file the
+embedded records), ``multi_news`` (real LongBench, where its file is at hand).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from sdtp_lib.data.samples import (
     load_instructions,
     long_documents,
     pack_contexts,
+    reference_documents,
     stable_number,
     text_windows,
 )
 from sdtp_lib.data.tasks import TASKS, as_sample, synthetic_tasks
 from sdtp_lib.records import project_root
 
-CELLS = ("text", *TASKS, "instructions", "multi_news")
+CELLS = ("text", "reference", *TASKS, "instructions", "multi_news")
 CONTINUATION_TOKENS = 128
 
 
@@ -47,9 +49,10 @@ def cell_samples(
     """
     if cell not in CELLS:
         raise ValueError(f"cell={cell!r} is no test set: choose among {', '.join(CELLS)}.")
-    if cell == "text":
+    if cell in ("text", "reference"):
+        unseen = reference_documents() if split == "heldout" else []
         return text_windows(
-            long_documents(split),
+            long_documents(split) if cell == "text" else unseen,
             tokenizer,
             prompt_tokens=prompt_tokens,
             continuation_tokens=CONTINUATION_TOKENS,

@@ -30,8 +30,9 @@ from sdtp_lib.training.config import TrainingConfig
 DEFAULT = "sdtp"
 # Below this many nats per token a difference matters to nobody: needles must not decide the blend by 0.0001 or 0.0002.
 NEGLIGIBLE_NATS = 0.003
-KIND_OF = {"digest": "summaries", "summary": "summaries", "text": "text", "own": "own", "closed_qa": "instructions",
-           "information_extraction": "instructions", "summarization": "instructions"}  # fmt: skip
+KIND_OF = {"digest": "summaries", "summary": "summaries", "text": "text", "code": "text", "own": "own",
+           **dict.fromkeys(("closed_qa", "information_extraction", "summarization", "chat", "two questions"),
+                           "instructions")}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

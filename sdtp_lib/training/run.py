@@ -69,6 +69,7 @@ def train_by_recipe(
     epochs: float | None = None,
     heldout: int = 24,
     layers: Sequence[int] | None = None,
+    start: str | Path | None = None,
     out: str | Path | None = None,
     force: bool = False,
     model_name: str | None = None,
@@ -100,6 +101,8 @@ def train_by_recipe(
         Held-out prompts per kind that the pruners are measured on; 0: not measured.
     layers
         Before which to prune, default ``range(4, L, 3)``.
+    start
+        Pruners to go on from, a folder or the name of shipped ones, of the recipe's inputs and sizes; default: anew.
     out, force
         Folder of the pruners, default the user's own (`shipped.folder_for`), where `token_pruning` finds them by the
         model's fingerprint; whether what is there may be replaced.
@@ -143,11 +146,12 @@ def train_by_recipe(
     logged = max(1, min(chosen.training.logging_steps, int(steps / 20)))
     chosen = dataclasses.replace(chosen, training=chosen.training.replace(seed=seed, logging_steps=logged))
     checked_labels(model, layers, chosen.labels)
+    begun = None if start is None else _begun(start, model, layers)
 
     train, held_out, told = choose_prompts(
         tokenizer, data, instructions, prompts, prompt_tokens, most_tokens, heldout, seed, say
     )
-    work = _work_folder(cache_dir, marks, model, layers, chosen, train)
+    work = _work_folder(cache_dir, marks, model, layers, chosen, train, begun)
     fast = _fast_copy(model)
     say(f"labels in {str(fast.dtype).removeprefix('torch.')}; what is done is kept in {work.parent.parent}")
     measured = sum(map(len, held_out.values()))
@@ -155,7 +159,7 @@ def train_by_recipe(
     del fast
     if labels_only:
         return None
-    pruners = _trained(model, labelled, layers, chosen, work, name, share, progress, seed)
+    pruners = _trained(model, labelled, layers, chosen, work, name, share, progress, seed, begun)
     provenance = passport(model, model_name=name, seed=seed, recipe=content_id(chosen.to_dict()))
     blends: dict[str, float] = {}
     if chosen.blends:
@@ -192,15 +196,38 @@ def train_by_recipe(
     return pruners
 
 
+def _begun(start: str | Path, model: nn.Module, layers: Sequence[int]) -> TokenPruners:
+    """Pruners to train further, without a blend: it is chosen anew.
+
+    Raises
+    ------
+    ValueError
+        If they are for other layers, or for a model of other sizes.
+    """
+    pruners = TokenPruners.from_pretrained(start)
+    pruners = TokenPruners.from_pretrained(start, blend=None, notes={"start": pruners.identity})
+    if pruners.layers != tuple(layers):
+        raise ValueError(f"start={str(start)!r} has layers {list(pruners.layers)}; wanted are {list(layers)}.")
+    pruners.check(model, PruningConfig(layers=tuple(layers)))
+    return pruners.to(model.device).train()
+
+
 def _silent(*_: Any, **__: Any) -> None:
     """Instead of `print`, in all processes of a launch but one."""
 
 
 def _work_folder(
-    cache_dir: Any, marks: str, model: nn.Module, layers: Sequence[int], recipe: Recipe, train: Sequence[dict]
+    cache_dir: Any,
+    marks: str,
+    model: nn.Module,
+    layers: Sequence[int],
+    recipe: Recipe,
+    train: Sequence[dict],
+    begun: TokenPruners | None,
 ) -> Path:
     """Where this very run keeps what it has done: another model, recipe or prompt is another run."""
     made_from = (
+        *(() if begun is None else (begun.identity,)),
         marks,
         adapters_fingerprint(model),
         layers,
@@ -268,15 +295,16 @@ def _trained(
     share: Share,
     progress: bool,
     seed: int,
+    begun: TokenPruners | None,
 ) -> TokenPruners:
-    """The pruners of the recipe, from where a killed run stopped."""
+    """The pruners of the recipe, or ``begun`` trained further, from where a killed run stopped."""
     options = recipe.pruner_options(model.config.get_text_config().hidden_size)
     notes = {"recipe": content_id(recipe.to_dict()), "labels": list(recipe.labels), "smoothing": recipe.smoothing,
              "prompts": len(labelled), "seed": seed}  # fmt: skip
+    made = {"base_model": name, "notes": notes, **options} if begun is None else {"pruners": begun}
     pruners = trainer.train_pruners(
-        model, labelled, recipe.training, layers=layers, output_dir=work, base_model=name, notes=notes,
-        progress=progress and share.is_first, **options,
-    )  # fmt: skip
+        model, labelled, recipe.training, layers=layers, output_dir=work, progress=progress and share.is_first, **made
+    )
     share.wait()
     return pruners
 

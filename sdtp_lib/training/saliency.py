@@ -53,8 +53,9 @@ def compute_saliency(
     samples
         Dicts with ``id`` and either ``prompt_ids`` and ``response_ids`` or ``prompt`` and ``response`` (texts, which
         need ``tokenizer``); see `sdtp_lib.data`. A sample with ``prompt_ids`` and ``own_tokens`` has no response: the
-        model answers greedily with at most so many tokens, up to where it begins to repeat itself. ``protect`` (one
-        boolean per prompt token, `pruning.protection`) goes along to training, where no stage drops these tokens.
+        model answers greedily with at most so many tokens, up to where it begins to repeat itself. ``loss_mask`` (one
+        boolean per response token): which of them the loss is over, all without it. ``protect`` (one boolean per prompt
+        token, `pruning.protection`) goes along to training, where no stage drops these tokens.
     label
         One of `LABELS`, or several, computed together.
     loss_on
@@ -166,7 +167,10 @@ def _label_batch(
     response = torch.zeros_like(mask)
     for index, sample in enumerate(batch):
         response[index, ids.shape[1] - len(sample["response_ids"]) :] = 1
-    target = mask if loss_on == "all" else response
+    target = mask if loss_on == "all" else response.clone()
+    for index, sample in enumerate(batch):
+        if loss_on == "response" and "loss_mask" in sample:
+            target[index, ids.shape[1] - len(sample["response_ids"]) :] = torch.tensor(sample["loss_mask"]).to(target)
     prompt_mask = (mask - response).bool()
     back = looked_back(layers) if store_hidden else {}
     with (
@@ -228,7 +232,11 @@ def _tokenised(sample: dict[str, Any], tokenizer: Any | None) -> dict[str, Any]:
         }
     if not sample["prompt_ids"] or not (sample.get("response_ids") or sample.get("own_tokens")):
         raise ValueError(f"sample {sample.get('id')!r} has an empty prompt or response.")
-    keep = ("id", "category", "prompt_ids", "response_ids", "own_tokens")
+    if len(sample.get("loss_mask", sample.get("response_ids", ()))) != len(sample.get("response_ids", ())):
+        raise ValueError(
+            f"loss_mask of sample {sample['id']!r} has {len(sample['loss_mask'])} entries: give one per response token."
+        )
+    keep = ("id", "category", "prompt_ids", "response_ids", "own_tokens", "loss_mask")
     return {name: sample[name] for name in keep if name in sample}
 
 

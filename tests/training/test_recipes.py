@@ -131,6 +131,16 @@ def test_the_old_form_takes_samples_and_a_config(tiny_model, tiny_tokenizer, tmp
     assert sdtp_lib.train_pruners(model, samples, config=config, tokenizer=tiny_tokenizer, **options).layers == (4,)
 
 
+def test_training_goes_on_from_given_pruners_and_refuses_those_of_other_layers(tiny_model, tiny_tokenizer, tmp_path):
+    model, first = tiny_model(max_position_embeddings=4096), tmp_path / "first"
+    options = {"heldout": 0, **SMALL, "recipe": RECIPES["paper"]}
+    anew = sdtp_lib.train_pruners(model, tiny_tokenizer, out=first, **options)
+    further = sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "second", start=first, **options)
+    assert further.notes["start"] == anew.identity != further.identity
+    with pytest.raises(ValueError, match=r"has layers \[4\]; wanted are \[5\]"):
+        sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "third", start=first, layers=[5], **options)
+
+
 @pytest.mark.parametrize(
     "record",
     [
@@ -173,13 +183,14 @@ def test_the_mix_is_the_same_each_time_holds_every_kind_and_shares_nothing_with_
     assert len(mix) == len({sample["id"] for sample in mix}) == 20
     for part in (mix[:10], mix[10:]):
         kinds = [recipes.kind_of(sample["category"]) for sample in part]
-        assert {kind: kinds.count(kind) for kind in kinds} == {"text": 2, "instructions": 4, "tasks": 2, "summaries": 2}
+        assert {kind: kinds.count(kind) for kind in kinds} == {"text": 3, "instructions": 3, "tasks": 3, "summaries": 1}
     held = [s for kind in training_mix.KINDS
             for s in training_mix.samples_of(kind, tiny_tokenizer, 4, summaries, "heldout", lengths)]  # fmt: skip
     assert not {sample["id"] for sample in held} & {sample["id"] for sample in mix}
     for sample in (*mix, *held):
         if recipes.kind_of(sample["category"]) == "instructions":
-            assert dolly_split(sample["id"]) == ("train" if sample in mix else "heldout")
+            record = sample["id"].removeprefix("chat-").removeprefix("second-")
+            assert dolly_split(record) == ("train" if sample in mix else "heldout")
     digest = next(sample for sample in mix if sample["category"] == "digest")
     assert digest["prompt"].count("Item") == digest["response"].count("A mill") > 1, "the answer draws on every text"
     assert all(len(sample["prompt_ids"]) <= 1200 for sample in mix)
