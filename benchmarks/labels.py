@@ -6,35 +6,40 @@
 
 The gold check removes blocks of neighbouring tokens from a layer on, one block at a time, and takes the KL of the
 response (`sdtp_lib.training.labels.block_effects`). A label's agreement is its Spearman correlation with that, its
-values summed by block. As an oracle a label is given to the engine as the score. One row per
-sample, layer and label, and one per sample, setting and label; runs resume.
+values summed by block. As an oracle a label is given to the engine as the score; ``--step-by-step`` computes it anew at
+each stage, on the prompt as it is cut by then, and ``--blocks`` shares each block's gold effect out among its tokens by
+the label. One row per sample, layer and label, and one per sample, setting and oracle; runs resume.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import pandas
 import torch
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, evaluation, load_model
+from sdtp_lib import PruningConfig, evaluation, load_model, scorers
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.records import RowWriter, content_id, passport, project_root, read_frame
 from sdtp_lib.training.labels import LABELS, block_effects, saliency_of
-from sdtp_lib.training.oracles import oracle_methods
+from sdtp_lib.training.oracles import oracle_methods, step_by_step
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
     parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+",
                         choices=CELLS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--samples", type=int, default=3, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--step-by-step", nargs="*", choices=LABELS, default=[], help="labels also made stage by stage")
+    parser.add_argument("--blocks", nargs="*", choices=LABELS, default=[], help="labels also within gold blocks")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16], help="of the gold check")
     parser.add_argument("--block-tokens", type=int, default=16, help="removed together in the gold check")
     parser.add_argument("--presets", nargs="*", default=["keep09", "keep07"], help="at which labels serve as oracles")
@@ -56,11 +61,10 @@ def agreement(model, sample: dict, options: argparse.Namespace, writer: RowWrite
     if all(writer.done(key, **made_from) for key in keys.values()):
         return
     prompt = len(sample["prompt_ids"])
-    ids = torch.tensor([[*sample["prompt_ids"], *sample["response_ids"]]], device=model.device)
-    response = (torch.arange(ids.shape[1], device=ids.device) >= prompt)[None].long()
+    ids, response = row_of(model, sample)
     found = saliency_of(model, ids, torch.ones_like(ids), response, options.layers, options.labels)
     for layer in options.layers:
-        gold = pandas.Series(block_effects(model, ids, response, layer, options.block_tokens).cpu().numpy())
+        gold = pandas.Series(gold_of(model, sample, layer, options.block_tokens).cpu().numpy())
         for label in options.labels:
             by_block = [part.sum().item() for part in found[label][layer][0, :prompt].split(options.block_tokens)]
             key = keys[layer, label]
@@ -71,18 +75,64 @@ def agreement(model, sample: dict, options: argparse.Namespace, writer: RowWrite
             )  # fmt: skip
 
 
+def row_of(model, sample: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt and response as one row (1, T), and where the response is."""
+    ids = torch.tensor([[*sample["prompt_ids"], *sample["response_ids"]]], device=model.device)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) >= len(sample["prompt_ids"]))[None].long()
+
+
+_GOLD: dict[tuple, torch.Tensor] = {}  # of the sample at hand: one check serves the agreement and the oracle
+
+
+def gold_of(model, sample: dict, layer: int, block_tokens: int) -> torch.Tensor:
+    """What removing each block from ``layer`` on costs, nats per response token: (blocks,)."""
+    key = (sample["id"], layer, block_tokens)
+    if key not in _GOLD:
+        for other in [other for other in _GOLD if other[0] != sample["id"]]:
+            del _GOLD[other]
+        ids, response = row_of(model, sample)
+        _GOLD[key] = block_effects(model, ids, response, layer, block_tokens)
+    return _GOLD[key]
+
+
+def within_blocks(label: str, layers: list[int], block_tokens: int) -> evaluation.Compared:
+    """An oracle: the gold effect of a token's block, shared out by ``label``; of the last of ``layers`` up to a stage."""
+
+    def from_sample(model, sample, stages):
+        ids, response = row_of(model, sample)
+        prompt = len(sample["prompt_ids"])
+        found = saliency_of(model, ids, torch.ones_like(ids), response, stages, label)
+        scores = {}
+        for stage in stages:
+            checked = max([layer for layer in layers if layer <= stage] or layers[:1])
+            gold = gold_of(model, sample, checked, block_tokens)
+            parts = found[stage][:, :prompt].split(block_tokens, dim=1)
+            shares = [part / part.sum().clamp(min=1e-30) * effect for part, effect in zip(parts, gold, strict=True)]
+            scores[stage] = torch.cat(shares, dim=1)
+        return scorers.given(scores)
+
+    return evaluation.Compared(f"oracle: {label}, within gold blocks", from_sample, block="oracle", from_sample=True)
+
+
 def measure(options: argparse.Namespace, path: Path) -> None:
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
     depth = model.config.num_hidden_layers
     configs = {preset: PruningConfig.preset(preset, num_layers=depth) for preset in options.presets}
     stamp = passport(model, model_name=options.model, seed=options.seed)
     sizes = {"prompt_tokens": options.prompt_tokens, "count": options.samples, "seed": options.seed}
-    plan = [(cell, sample) for cell in options.cells for sample in cell_samples(cell, tokenizer, **sizes)]
+    cells = {cell: cell_samples(cell, tokenizer, **sizes) for cell in options.cells}
+    # Test sets in turn: a run that is stopped has some of each.
+    turns = itertools.zip_longest(*([(cell, sample) for sample in some] for cell, some in cells.items()))
+    plan = [item for turn in turns for item in turn if item is not None]
     with RowWriter(path, stamp) as writer, torch.inference_mode(False):
         for cell, sample in tqdm(plan, unit="sample"):
             agreement(model, sample, options, writer, cell)
             oracles = oracle_methods(options.labels)
+            oracles += [within_blocks(label, sorted(options.layers), options.block_tokens) for label in options.blocks]
             evaluation.compare_scorers(model, [sample], configs, oracles, writer, cell=cell)
+            for preset, config in configs.items():
+                steps = [step_by_step(label, config) for label in options.step_by_step]
+                evaluation.compare_scorers(model, [sample], {preset: config}, steps, writer, cell=cell)
 
 
 def by_cell(rows: pandas.DataFrame, name: str, value: str) -> pandas.DataFrame:

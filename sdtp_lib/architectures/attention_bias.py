@@ -172,22 +172,30 @@ def bias_route(model: nn.Module | Architecture) -> str:
 
 @contextlib.contextmanager
 def attention_bias(
-    model: nn.Module | Architecture, layers: Iterable[int] | None = None, per_kv_head: bool = False
+    model: nn.Module | Architecture,
+    layers: Iterable[int] | None = None,
+    per_kv_head: bool = False,
+    keep: Mapping[int, torch.Tensor] | None = None,
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Zero biases on the keys of ``layers`` (default all) as leaves whose ``.grad`` is dL/db after a backward pass.
 
     Yields a dictionary filled by the forward: layer -> Tensor (B, T), or (B, G, T) with ``per_kv_head``. |dL/db_l[j]|
     summed over the layers from a stage on is the first-order effect of removing token j there (removal saliency).
+    With ``keep``, as in `attention_mask_out`, of a forward in which other tokens are gone already.
     """
     wanted = None if layers is None else set(layers)
     leaves: dict[int, torch.Tensor] = {}
+    lowered = _log_keep(keep or {})
 
     def bias_of(index: int, key: torch.Tensor) -> torch.Tensor | None:
+        less = lowered(index, key)
         if wanted is not None and index not in wanted:
-            return None
+            return less
         shape = key.shape[:3] if per_kv_head else (key.shape[0], key.shape[2])
         leaves[index] = torch.zeros(shape, dtype=key.dtype, device=key.device, requires_grad=True)
-        return leaves[index]
+        if less is None:
+            return leaves[index]
+        return leaves[index] + (less[:, None] if per_kv_head else less).to(key.dtype)
 
     with key_bias(model, bias_of):
         yield leaves
@@ -203,6 +211,12 @@ def attention_mask_out(model: nn.Module | Architecture, keep: Mapping[int, torch
         Stage layer -> Tensor (B, T) in [0, 1], differentiable. The bias at a layer is the sum of ``log keep`` over the
         stages up to it; values below `LOWEST_KEEP` count as `LOWEST_KEEP`, whose gradient is zero.
     """
+    with key_bias(model, _log_keep(keep)):
+        yield
+
+
+def _log_keep(keep: Mapping[int, torch.Tensor]) -> BiasOf:
+    """The bias of `attention_mask_out` at a layer; None before the first stage."""
     stages = sorted(keep)
     total: dict[int, torch.Tensor] = {}
     running = None
@@ -216,5 +230,4 @@ def attention_mask_out(model: nn.Module | Architecture, keep: Mapping[int, torch
         due = [layer for layer in stages if layer <= index]
         return total[due[-1]].to(key.device) if due else None
 
-    with key_bias(model, bias_of):
-        yield
+    return bias_of

@@ -8,6 +8,7 @@ T tokens, R response tokens, G key/value heads, L layers.
   first-order effect of what pruning does, which is to remove a token as a key from every later layer.
 - ``removal_by_head``: the same with one bias for each key/value head, absolute values before the sum.
 - ``removal_joint``: the absolute value after the sum over layers.
+- ``removal_raises``: only what raises the loss; removal counts also what lowers it.
 - ``removal_odds``: removal, of the response tokens' log-odds under random signs instead of their summed loss. A loss is
   flat where the model is sure of its answer, and effects on different response tokens cancel in a sum; log-odds are not
   flat, and random signs keep effects from cancelling.
@@ -17,7 +18,7 @@ T tokens, R response tokens, G key/value heads, L layers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ from sdtp_lib.architectures.layers import Architecture, describe, layer_inputs, 
 from sdtp_lib.config import PruningNotSupported
 
 LABELS = (
-    "gradient_x_hidden", "removal", "removal_by_head", "removal_joint", "removal_odds", "attention_entropy",
+    "gradient_x_hidden", "removal", "removal_by_head", "removal_joint", "removal_raises", "removal_odds",
+    "attention_entropy",
 )  # fmt: skip
 DEFAULT_LABEL = "removal"
 LOSS_ON = ("response", "all", "continuation")
@@ -44,6 +46,7 @@ def saliency_of(
     response_mask: Tensor,
     layers: Sequence[int],
     label: str | Sequence[str] = DEFAULT_LABEL,
+    keep: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Tensor] | dict[str, dict[int, Tensor]]:
     """Saliency of every token at each of ``layers`` for the loss over the tokens in ``response_mask``.
 
@@ -56,6 +59,8 @@ def saliency_of(
         0-based layers, ascending or not.
     label
         One of `LABELS`, or several, computed together.
+    keep
+        Stage -> (B, T), 0 at tokens that are gone from that layer on: the labels of a prompt that is cut there already.
 
     Returns
     -------
@@ -109,12 +114,14 @@ def saliency_of(
         entropy = stack.enter_context(
             attention_in_forward(architecture, entropy_at, input_ids.shape[1] - first, entropy_share)
         )
-        bias = stack.enter_context(attention_bias(architecture, biased, by_head)) if wants_bias else {}
+        bias = {}
+        if wants_bias or keep:
+            bias = stack.enter_context(attention_bias(architecture, biased, by_head, keep))
         logits = model(**forward).logits[:, -to_keep:-1].float()
         loss_at = F.cross_entropy(logits.transpose(1, 2), input_ids[:, first:], reduction="none")
         loss_at = loss_at * targets[:, first:]
         found = {}
-        needs_loss = {"gradient_x_hidden", "removal", "removal_by_head", "removal_joint"} & set(labels)
+        needs_loss = set(labels) - {"removal_odds", "attention_entropy"}
         needs_odds = "removal_odds" in labels
         if needs_loss:
             wanted = [*bias.values(), *([seen[layer] for layer in layers] if wants_hidden else [])]
@@ -178,6 +185,8 @@ def _removal(
             for name in found:
                 if name == "removal_by_head":
                     term = here.abs().sum(1)
+                elif name == "removal_raises":  # the loss falls as this key's bias rises
+                    term = (-joined).clamp(min=0)
                 else:
                     term = joined if name == "removal_joint" else joined.abs()
                 # Layers may live on different devices.

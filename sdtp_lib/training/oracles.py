@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdtp_lib import scorers
+from sdtp_lib import budget, scorers
+from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.methods import Compared
+from sdtp_lib.pruning.selection import select_positions
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.training.labels import saliency_of
 
@@ -29,8 +31,30 @@ def oracle_methods(labels: Sequence[str] = ("gradient_x_hidden", "removal")) -> 
     return [Compared(f"oracle: {label}", known(label), block="oracle", from_sample=True) for label in labels]
 
 
-def _labels(model: Any, sample: Mapping[str, Any], layers: Sequence[int], label: str) -> dict[int, Tensor]:
+def step_by_step(label: str, config: PruningConfig) -> Compared:
+    """A label computed anew at each stage of ``config``, on the prompt as the stages before have cut it: an oracle."""
+
+    def from_sample(model: Any, sample: Mapping[str, Any], _layers: Sequence[int]) -> Scorer:
+        tokens, found, keep = len(sample["prompt_ids"]), {}, {}
+        left = torch.arange(tokens)
+        for layer in config.layers:
+            found[layer] = _labels(model, sample, [layer], label, keep)[layer]
+            local = budget.local_count(len(left), config.local_ratio, config.min_local_tokens)
+            stay = budget.keep_count(len(left), layer, config)
+            scores = found[layer][:, left.to(found[layer].device)]
+            left = left[select_positions(scores, [len(left)], [stay], config.sink_tokens, [local])[0].cpu()]
+            keep[layer] = torch.ones(1, tokens + len(sample["response_ids"]), device=model.device)
+            keep[layer][:, :tokens] = 0
+            keep[layer][:, left] = 1
+        return scorers.given(found)
+
+    return Compared(f"oracle: {label}, step by step", from_sample, block="oracle", from_sample=True)
+
+
+def _labels(
+    model: Any, sample: Mapping[str, Any], layers: Sequence[int], label: str, keep: Mapping[int, Tensor] | None = None
+) -> dict[int, Tensor]:
     ids = torch.tensor([[*sample["prompt_ids"], *sample["response_ids"]]], device=model.device)
     response = torch.zeros_like(ids)
     response[:, len(sample["prompt_ids"]) :] = 1
-    return saliency_of(model, ids, torch.ones_like(ids), response, layers, label)
+    return saliency_of(model, ids, torch.ones_like(ids), response, layers, label, keep)

@@ -184,6 +184,9 @@ def test_labels_are_held_against_the_gold_check_and_a_second_run_adds_nothing(mo
     assert "| removal |" in capsys.readouterr().out
     command("labels")([*arguments, "--presets", "keep09"])
     assert read_rows(tmp_path / "labels.jsonl") == rows
+    command("labels")([*arguments, "--presets", "keep09", "--step-by-step", "removal", "--blocks", "removal"])
+    more = [row["scorer"] for row in read_rows(tmp_path / "labels.jsonl")[len(rows) :]]
+    assert sorted(more) == ["oracle: removal, step by step", "oracle: removal, within gold blocks"]
 
 
 @pytest.mark.parametrize("what", ["first", "stages", "search"])
