@@ -96,7 +96,7 @@ def gold_of(model, sample: dict, layer: int, block_tokens: int) -> torch.Tensor:
 
 
 def within_blocks(label: str, layers: list[int], block_tokens: int) -> evaluation.Compared:
-    """An oracle: the gold effect of a token's block, shared out by ``label``; of the last of ``layers`` up to a stage."""
+    """An oracle: the gold effect of a token's block, shared out by ``label``; of the last of ``layers`` so far."""
 
     def from_sample(model, sample, stages):
         ids, response = row_of(model, sample)
