@@ -51,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speedup", type=float, default=2.2, help="wanted ratio of causal prefill FLOPs")
     parser.add_argument("--scores", nargs="+", choices=list(training_free()), help="of `pairs`: only these")
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0], help="of `pairs`")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3], help="of `search`: use every n-th layer")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="keep ratios of `first`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "schedules")
@@ -103,11 +104,13 @@ def by_stages(shape: ModelShape, layers: list[int], tokens: int, speedup: float)
     return found
 
 
-def grid(shape: ModelShape, layers: list[int], tokens: int, speedup: float) -> dict[str, PruningConfig]:
+def grid(
+    shape: ModelShape, layers: list[int], tokens: int, speedup: float, steps: Sequence[int]
+) -> dict[str, PruningConfig]:
     """Candidates of a search: first layer, distance between stages and profile, all at equal FLOPs."""
     found = {}
     for start in range(min(4, len(layers))):
-        for step in (1, 2, 3):
+        for step in steps:
             for profile, last_share in PROFILES.items():
                 stages = layers[start::step]
                 config = at_budget(shape, stages, tokens, speedup, last_share)
@@ -220,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.what == "search":
         target = f"x{options.speedup}"
-        candidates = {f"{target}: {k}": c for k, c in grid(shape, layers, tokens, options.speedup).items()}
+        candidates = {f"{target}: {k}": c for k, c in grid(shape, layers, tokens, options.speedup, options.steps).items()}
         measure(candidates, "train")
         found, _ = summary_of(path, candidates, f"train|{tokens}", name)
         print(evaluation_tables.markdown(found.sort_values("geometric mean").reset_index(), digits=4))

@@ -38,7 +38,7 @@ def test_the_same_seed_gives_the_same_records_and_another_seed_others(task, tiny
 
 
 def test_train_and_test_share_no_name_noun_code_fact_label_or_frame(tiny_tokenizer):
-    assert not set(tasks._NAMES["train"].split()) & set(tasks._NAMES["test"].split())
+    assert not set(tasks.NAMES["train"].split()) & set(tasks.NAMES["test"].split())
     for table in (tasks._NOUNS, tasks._FACTS, tasks._CLASSES, tasks._FRAMES):
         assert not set(table["train"]) & set(table["test"])
     for kinds in (tasks._FACTS, tasks._CLASSES):

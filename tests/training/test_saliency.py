@@ -94,6 +94,37 @@ def test_removal_predicts_what_a_slightly_weakened_key_costs(tiny_model):
         assert abs(float(after - before)) / 1e-3 == pytest.approx(label[0, token].item(), rel=2e-2, abs=1e-4)
 
 
+def test_the_label_of_a_cut_prompt_predicts_what_a_weakened_key_costs_there(tiny_model):
+    model = tiny_model().double()
+    ids, mask, answers = inputs()
+    cut = {1: torch.ones(1, ids.shape[1], dtype=torch.float64)}
+    cut[1][:, 3:9] = 0
+    label = saliency_of(model, ids, mask, answers, (2,), "removal_joint", cut)[2]
+    with attention_mask_out(model, cut):
+        before = response_loss(model, ids, 20)
+    assert label[0, 3:9].max() < 1e-4 < label[0, 9:20].min(), "what is gone cannot be removed again"
+    for token in (0, 12, 19):
+        weak = torch.ones(1, ids.shape[1], dtype=torch.float64)
+        weak[:, token] = 1 - 1e-3
+        with attention_mask_out(model, {**cut, 2: weak}):
+            after = response_loss(model, ids, 20)
+        assert abs(float(after - before)) / 1e-3 == pytest.approx(label[0, token].item(), rel=2e-2, abs=1e-4)
+
+
+def test_a_loss_mask_leaves_response_tokens_out_of_the_label(tiny_model, tmp_path):
+    model = tiny_model()
+    ids, mask, answers = inputs()
+    answers[:, 21:24] = 0
+    expected = saliency_of(model, ids, mask, answers, LAYERS)
+    sample = {"id": "a", "prompt_ids": ids[0, :20].tolist(), "response_ids": ids[0, 20:].tolist()}
+    sample["loss_mask"] = [True, False, False, False, True]
+    (row,) = compute_saliency(model, [sample], LAYERS, cache_dir=tmp_path, progress=False)
+    for layer in LAYERS:
+        torch.testing.assert_close(torch.tensor(row[f"layer_{layer}"]), expected[layer][0, :20])
+    with pytest.raises(ValueError, match="loss_mask of sample 'a' has 2 entries"):
+        compute_saliency(model, [{**sample, "loss_mask": [True, False]}], LAYERS, cache_dir=tmp_path)
+
+
 @pytest.mark.parametrize("label", LABELS)
 def test_a_padded_row_is_labelled_like_the_row_alone(tiny_model, label):
     model = tiny_model()
