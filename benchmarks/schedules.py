@@ -223,7 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.what == "search":
         target = f"x{options.speedup}"
-        candidates = {f"{target}: {k}": c for k, c in grid(shape, layers, tokens, options.speedup, options.steps).items()}
+        made = grid(shape, layers, tokens, options.speedup, options.steps)
+        candidates = {f"{target}: {key}": config for key, config in made.items()}
         measure(candidates, "train")
         found, _ = summary_of(path, candidates, f"train|{tokens}", name)
         print(evaluation_tables.markdown(found.sort_values("geometric mean").reset_index(), digits=4))
