@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtp_lib.architectures.attention_weights import attention_from_last, mask_rows, queries_come_apart
+from sdtp_lib.architectures.attention_weights import attention_from_last, mask_rows, query_projection
 from sdtp_lib.architectures.caches import without_cache
 from sdtp_lib.architectures.layers import (
     Architecture,
@@ -31,7 +31,7 @@ def refuse_unreadable(model: nn.Module | Architecture, layers: Sequence[int]) ->
     """Raise `PruningNotSupported` if the attention of ``layers`` cannot be read: tried once on a short prompt."""
     architecture = describe(model)
     known = _READABLE.setdefault(architecture.stack, set())
-    asked = {layer for layer in layers if not queries_come_apart(architecture.layers[layer])}
+    asked = {layer for layer in layers if query_projection(architecture.layers[layer]) is None}
     if asked <= known:
         return
     model = architecture.model
@@ -106,7 +106,8 @@ def sources_of(
     Example, Gemma 3, whose layers 5, 11, .. see all tokens: stage 10 wants 7, 8, 9 and reads 5, 10, 10.
     """
     architecture = describe(model)
-    apart, windowed = all(map(queries_come_apart, architecture.layers)), architecture.windowed_layers()
+    windowed = architecture.windowed_layers()
+    apart = all(query_projection(layer) is not None for layer in architecture.layers)
     found = {}
     for stage, layers in looked_back.items():
         kept = apart and all(architecture.sliding_window(layer) is None for layer in layers)

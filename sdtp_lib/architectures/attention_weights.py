@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sdtp_lib.architectures.attention_interface import own_attention
-from sdtp_lib.architectures.layers import attention_module
+from sdtp_lib.architectures.layers import attention_module, attention_of
 from sdtp_lib.architectures.row_masks import RowMask
 from sdtp_lib.config import PruningNotSupported
 
@@ -72,7 +72,8 @@ def attention_from_last(
         normed = layer.input_layernorm(hidden_states)
         if split:  # queries of the last tokens only, and no values
             tables = arguments.get("position_embeddings")
-            query, key = _rotated(attention, normed[:, -window:], "q", tables), _rotated(attention, normed, "k", tables)
+            query = _rotated(attention, attention.q_proj(normed[:, -window:]), "q", tables)
+            key = _rotated(attention, attention.k_proj(normed), "k", tables)
             scale = float(attention.scaling)
         else:  # BLOOM: fused projection, alibi, no attention interface
             query, key, _ = attention._reshape(attention.query_key_value(normed))
@@ -105,25 +106,22 @@ def _after(past: tuple[torch.Tensor, torch.Tensor] | None, which: int, new: torc
 
 def attention_from_cached_keys(
     layer: nn.Module,
-    last_hidden: torch.Tensor,
+    queries: torch.Tensor,
     keys: torch.Tensor,
     position_embeddings: Any,
     rows: torch.Tensor | None,
     valid: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """The same (B, H, w, n) where ``layer`` has run and its ``keys`` (B, G, n, d) are at hand: no key is projected.
+) -> torch.Tensor:
+    """The same (B, H, w, n) where ``layer`` has run and its ``keys`` (B, G, n, d) are at hand: nothing is projected.
 
-    ``last_hidden`` (B, w, D) are the last tokens as they entered the layer, ``rows`` (B, 1, w, n) of the mask that they
-    had there. None for families whose queries cannot be computed apart from the keys.
+    ``queries`` (B, w, H * d) are what its `query_projection` gave for the last tokens, ``rows`` (B, 1, w, n) of the
+    mask that they had there.
     """
     attention = attention_module(layer)
-    if not _is_split(attention):
-        return None
-    query = _rotated(attention, layer.input_layernorm(last_hidden), "q", position_embeddings)
+    query, scale = _rotated(attention, queries, "q", position_embeddings), float(attention.scaling)
     if rows is None and valid is None and getattr(attention, "is_causal", True):
-        return _causal_weights(query, keys, float(attention.scaling))
-    rows = _visible(attention, rows, last_hidden.shape[1], keys, valid)
-    return _plain_weights(query, keys, float(attention.scaling), rows)
+        return _causal_weights(query, keys, scale)
+    return _plain_weights(query, keys, scale, _visible(attention, rows, queries.shape[1], keys, valid))
 
 
 # --- masks
@@ -171,12 +169,19 @@ def _visible(
 # --- queries and keys
 
 
-def queries_come_apart(layer: nn.Module) -> bool:
-    """Whether the queries of a layer can be computed without its keys."""
-    return _is_split(attention_module(layer))
+def query_projection(layer: nn.Module) -> nn.Module | None:
+    """The module whose output (B, N, H * d) are a layer's queries, before norm and rotation; None for a fused one."""
+    attention = attention_of(layer)
+    return attention.q_proj if _is_split(attention) else None
 
 
-def _is_split(attention: nn.Module) -> bool:
+def projected_queries(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Queries (B, w, H * d) of ``hidden_states`` (B, w, D) as they enter ``layer``; None as `query_projection`."""
+    project = query_projection(layer)
+    return None if project is None else project(layer.input_layernorm(hidden_states))
+
+
+def _is_split(attention: nn.Module | None) -> bool:
     return getattr(getattr(attention, "config", None), "model_type", None) in _SPLIT_PROJECTIONS
 
 
@@ -201,16 +206,16 @@ def _causal_weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> tor
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
 
 
-def _rotated(attention: nn.Module, normed: torch.Tensor, which: str, tables: Any) -> torch.Tensor:
-    """Queries (``which="q"``) or keys (``"k"``) (B, heads, n, d) of the last n tokens, normed and rotated."""
-    found = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+def _rotated(attention: nn.Module, found: torch.Tensor, which: str, tables: Any) -> torch.Tensor:
+    """Projected queries (``which="q"``) or keys (``"k"``) (B, n, heads * d) of the last n tokens, normed and rotated."""
+    found = found.unflatten(-1, (-1, attention.head_dim))
     if hasattr(attention, f"{which}_norm"):
         found = getattr(attention, f"{which}_norm")(found)
     found = found.transpose(1, 2)
     if getattr(attention, "use_rope", True):
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        cos, sin = (table[:, -normed.shape[1] :] for table in tables)
-        found = rotate(found, found, cos, sin)[0]
+        cos, sin = (table[:, -found.shape[2] :] for table in tables)
+        found = rotate(found, found[:, :1], cos, sin)[0]
     return found
 
 

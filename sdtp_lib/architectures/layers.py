@@ -172,7 +172,7 @@ def _find_stack(model: nn.Module, config: Any) -> tuple[nn.Module, nn.ModuleList
     counts = {getattr(config, name, None) for name in ("num_hidden_layers", "decoder_layers")} - {None}
     for path, owner in model.named_modules():
         for child in owner.children():
-            if isinstance(child, nn.ModuleList) and len(child) in counts and any(map(_attention_of, child)):
+            if isinstance(child, nn.ModuleList) and len(child) in counts and any(map(attention_of, child)):
                 return _takes_tokens(model, path), child
     raise PruningNotSupported(
         f"{type(model).__name__}: no list of {' or '.join(map(str, counts)) or 'so many'} decoder layers was found, "
@@ -189,13 +189,14 @@ def _takes_tokens(model: nn.Module, path: str) -> nn.Module:
     return module if "input_ids" in inspect.signature(type(module).forward).parameters else inner
 
 
-def _attention_of(layer: nn.Module) -> nn.Module | None:
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The self-attention of a decoder layer, None where it has none by a known name."""
     return next((module for name in _ATTENTION_NAMES if (module := getattr(layer, name, None)) is not None), None)
 
 
 def attention_module(layer: nn.Module) -> nn.Module:
-    """The self-attention of a decoder layer."""
-    attention = _attention_of(layer)
+    """The self-attention of a decoder layer, which must have one."""
+    attention = attention_of(layer)
     if attention is None:
         names = ", ".join(_ATTENTION_NAMES)
         raise PruningNotSupported(

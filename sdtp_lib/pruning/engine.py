@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdtp_lib.architectures.attention_weights import query_projection
 from sdtp_lib.architectures.layers import ATTENTION_BACKENDS, Architecture, before_layers, describe
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.generate_guard import guarded_generate
@@ -89,6 +90,9 @@ def token_pruning(
         cleanup.callback(stack.register_forward_pre_hook(session.before_stack, with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_hook(session.after_stack, always_call=True).remove)
         cleanup.enter_context(before_layers(architecture, range(len(architecture.layers)), session.before_layer))
+        for index, layer in enumerate(architecture.layers):
+            if (projection := query_projection(layer)) is not None:
+                cleanup.callback(projection.register_forward_hook(session.after_queries(index)).remove)
         cleanup.callback(architecture.layers[-1].register_forward_hook(session.after_last_layer).remove)
         cleanup.callback(session.end_forward)
         if (norm := architecture.fixed_length_norm()) is not None:

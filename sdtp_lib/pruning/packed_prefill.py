@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from sdtp_lib.architectures.caches import cache_of, is_cache
-from sdtp_lib.architectures.masks import last_rows
 from sdtp_lib.architectures.row_attention import MasksMade, RowsCache, as_usual, pack, unpack
 from sdtp_lib.architectures.row_masks import RowMask
 from sdtp_lib.pruning.prefill import LAST_TOKENS, Prefill
@@ -49,11 +48,12 @@ class PackedPrefill(Prefill):
             hidden = self.cut_tokens(index, layer, given)
             if hidden is not None:
                 given = self._shortened(index, {**arguments, "hidden_states": pack(hidden, self.alive)})
-        if self._is_looked_back_at(index):
-            last = self._by_rows(given["hidden_states"], LAST_TOKENS)
-            self.last_inputs[index] = (last, last_rows(given["attention_mask"], LAST_TOKENS))
+        self._look_back(index, given)
         self._look_far(index, layer, given)
         return {name: self._packed(name, value) for name, value in given.items()}
+
+    def _last_by_rows(self, values: torch.Tensor) -> torch.Tensor:
+        return self._by_rows(values, LAST_TOKENS) if self.packs else super()._last_by_rows(values)
 
     def after_last_layer(self, output: Any) -> Any:
         """The last layer's output, spread out to rows again."""

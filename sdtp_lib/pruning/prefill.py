@@ -33,7 +33,7 @@ from sdtp_lib.pruning.selection import count_for_mass, gather_tokens, protected_
 from sdtp_lib.pruning.stage import LAYERS_AT_HAND, LayerBefore, Scorer, Stage, real_scores
 from sdtp_lib.pruning.trace import PruningTrace
 
-LAST_TOKENS = 128  # of each layer's input, kept for scorers that read the attention of the last tokens in it
+LAST_TOKENS = 128  # whose queries each layer keeps for scorers that read the attention of the last tokens in it
 
 
 class Prefill(ForwardPass):
@@ -87,7 +87,8 @@ class Prefill(ForwardPass):
         self.positions = torch.arange(columns, device=device).expand(len(lengths), -1)
         if self.padded:
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
-        self.last_inputs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of the layers since the last cut
+        self.last_queries: dict[int, torch.Tensor] = {}  # of the layers since the last cut
+        self.last_masks: dict[int, Any] = {}
         self.windowed, self.far = architecture.windowed_layers(), None  # the last `FarSight`, where others see a window
         self.near = self.windowed | architecture.state_layers
         self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the kept tokens
@@ -118,11 +119,23 @@ class Prefill(ForwardPass):
                 given = self._shortened(index, {**arguments, "hidden_states": hidden})
         if self.kv is not None and self.cache is not None:
             self.ran = (index, layer, dict(given))
-        if self._is_looked_back_at(index):
-            last = given["hidden_states"][:, -LAST_TOKENS:].clone()  # a view would keep the whole tensor in memory
-            self.last_inputs[index] = (last, last_rows(given.get("attention_mask"), LAST_TOKENS))
+        self._look_back(index, given)
         self._look_far(index, layer, given)
         return given
+
+    def _look_back(self, index: int, given: dict[str, Any]) -> None:
+        self.last_queries.pop(index, None)  # a scorer may have asked the layer for queries before it runs
+        if self._is_looked_back_at(index):
+            self.last_masks[index] = last_rows(given.get("attention_mask"), LAST_TOKENS)
+
+    def keep_queries(self, index: int, queries: torch.Tensor) -> None:
+        """Keep the last of the queries (B, N, H * d) that layer ``index``, now running, has projected."""
+        if self._is_looked_back_at(index) and index not in self.last_queries:
+            self.last_queries[index] = self._last_by_rows(queries)
+
+    def _last_by_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, w, any) of the last tokens. A copy: a view would keep the whole tensor in memory."""
+        return values[:, -LAST_TOKENS:].clone()
 
     def _look_far(self, index: int, layer: nn.Module, given: dict[str, Any]) -> None:
         if self.windowed and index not in self.near and any(index < stage for stage in self.stages):
@@ -166,7 +179,7 @@ class Prefill(ForwardPass):
         self.kept = chosen if self.kept is None else gather_tokens(self.kept, chosen).masked_fill(chosen < 0, -1)
         self.kept_padded = self.padded
         self.carried = {name: gather_tokens(values, chosen) for name, values in self.carried.items()}
-        self._cut, self.last_inputs = {}, {}
+        self._cut, self.last_queries = {}, {}
         self.far = None if self.far is None else self.far.after_cut(chosen)
         self.segments.append((index, self.kept, self.padded))
         self._note(index, positions, scores, self.positions)
@@ -262,8 +275,10 @@ class Prefill(ForwardPass):
             keys = cached_keys(self.cache, earlier, self._held_before(earlier) + self.positions.shape[1])
             # Neither across the devices of a device_map, nor from a window's cache, which holds the last keys only.
             whole = keys is not None and self.architecture.sliding_window(earlier) is None
-            if whole and earlier in self.last_inputs and keys.device == device:
-                found[earlier] = LayerBefore(self.architecture.layers[earlier], keys, *self.last_inputs[earlier])
+            if whole and earlier in self.last_queries and keys.device == device:
+                found[earlier] = LayerBefore(
+                    self.architecture.layers[earlier], keys, self.last_queries[earlier], self.last_masks[earlier]
+                )
         return found
 
     def _held_before(self, layer: int) -> int:

@@ -187,6 +187,15 @@ class Session:
         """The hook on the last layer's output, which is packed where its inputs were."""
         return self._pass.after_last_layer(output) if isinstance(self._pass, PackedPrefill) else None
 
+    def after_queries(self, index: int):
+        """The hook on the query projection of layer ``index``: what scorers at the next stages may read."""
+
+        def keep(_module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
+            if isinstance(self._pass, Prefill):
+                self._pass.keep_queries(index, output)
+
+        return keep
+
     def _run_first_pass(self, stack: nn.Module, first: Prefill, arguments: dict[str, Any]) -> None:
         """Run ``first`` over the prompt: hooks on the layers alone, a cache of its own, as far as is needed."""
         how, last = self.two_passes, self.config.layers[-1]

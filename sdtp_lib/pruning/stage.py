@@ -21,7 +21,12 @@ import torch
 from torch import nn
 
 from sdtp_lib.architectures.attention_readings import attention_received
-from sdtp_lib.architectures.attention_weights import attention_from_cached_keys, attention_from_last, mask_rows
+from sdtp_lib.architectures.attention_weights import (
+    attention_from_cached_keys,
+    attention_from_last,
+    mask_rows,
+    projected_queries,
+)
 from sdtp_lib.config import PruningNotSupported
 
 if TYPE_CHECKING:
@@ -114,15 +119,15 @@ class LayerBefore:
         That decoder layer.
     keys : Tensor (B, G, N, d)
         Its cached keys.
-    last_hidden : Tensor (B, w, D)
-        Its inputs for the last w tokens.
+    last_queries : Tensor (B, w, H * d)
+        Its queries of the last w tokens, as they were projected: before norm and rotation.
     mask_rows : Tensor (B or 1, 1 or H, w, N), RowMask or None
         The last w rows of its mask, or a `RowMask` that gives them; None where it had none.
     """
 
     layer: nn.Module
     keys: torch.Tensor
-    last_hidden: torch.Tensor
+    last_queries: torch.Tensor
     mask_rows: Any = None
 
 
@@ -179,7 +184,7 @@ class Stage:
     layer_arguments: Mapping[str, Any]
     prompt_lengths: torch.Tensor
     before: Mapping[int, LayerBefore] = field(default_factory=dict)
-    read: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
+    read: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
     carried: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     padded: bool = True
     past: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
@@ -204,16 +209,14 @@ class Stage:
         A layer with a window among layers without says nothing about tokens further back: it says so.
         """
         self._refuse_asking_more(window)
-        if self.keys is not None:
+        queries = None if self.keys is None else projected_queries(self.layer, self.hidden_states[:, -window:])
+        if queries is not None:
             mask = mask_rows(self.layer_arguments.get("attention_mask"), window, self.positions.shape[1])
-            paid = attention_from_cached_keys(
-                self.layer, self.hidden_states[:, -window:], self.keys, self.position_embeddings, mask,
-                self._hidden_padding,
-            )  # fmt: skip
-            if paid is not None:
-                return paid
+            return attention_from_cached_keys(
+                self.layer, queries, self.keys, self.position_embeddings, mask, self.padding_mask
+            )
         return attention_from_last(
-            self.layer, self.hidden_states, self.layer_arguments, window, self._hidden_padding, self.past
+            self.layer, self.hidden_states, self.layer_arguments, window, self.padding_mask, self.past
         )
 
     def attention_just_paid(self, window: int) -> torch.Tensor:
@@ -264,13 +267,15 @@ class Stage:
         if not all(held):
             past = 0 if self.past is None else self.past[0].shape[2]
             held, asked = [tokens + past] * len(layers), [self.layer_index]
-        mass = [each.sum(dim=2) * (keys / tokens) for each, keys in zip(paid, held, strict=True)]
+        mass = [each.sum(dim=2) for each in paid]
+        mass = [each if keys == tokens else each * (keys / tokens) for each, keys in zip(mass, held, strict=True)]
         if self.far is not None and self.windowed.issuperset(asked):
             mass[0] = self.far.mass(window).to(mass[0].device)
         return torch.cat(mass, dim=1).transpose(1, 2)
 
     @property
-    def _hidden_padding(self) -> torch.Tensor | None:
+    def padding_mask(self) -> torch.Tensor | None:
+        """``valid``, or None where there is no padding: all is then said without a mask."""
         return self.valid if self.padded else None
 
     def _refuse_asking_more(self, window: int) -> None:
@@ -283,13 +288,13 @@ class Stage:
     def _paid_at(self, layer: int, window: int) -> torch.Tensor | None:
         self._refuse_asking_more(window)
         before = self.before.get(layer)
-        if before is None or min(window, self.positions.shape[1]) > before.last_hidden.shape[1]:
+        if before is None or min(window, self.positions.shape[1]) > before.last_queries.shape[1]:
             return None
         if (layer, window) not in self.read:
-            last = before.last_hidden[:, -window:]
-            rows = mask_rows(before.mask_rows, last.shape[1], before.keys.shape[2])
+            queries = before.last_queries[:, -window:]
+            rows = mask_rows(before.mask_rows, queries.shape[1], before.keys.shape[2])
             paid = attention_from_cached_keys(
-                before.layer, last, before.keys, self.position_embeddings, rows, self._hidden_padding
+                before.layer, queries, before.keys, self.position_embeddings, rows, self.padding_mask
             )
-            self.read[layer, window] = None if paid is None else paid[..., -self.positions.shape[1] :]
+            self.read[layer, window] = paid[..., -self.positions.shape[1] :]
         return self.read[layer, window]

@@ -7,6 +7,7 @@ Axes: B batch, N kept tokens.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,55 +55,67 @@ class Blend:
     def __call__(self, learned: Tensor, stage: Any) -> Tensor:
         """The mixed score (B, N), float32, of a `sdtp_lib.pruning.stage.Stage` from the pruner's score (B, N) there."""
         paid = stage.attention_just_paid(self.window).sum(dim=2) if self.attention else None
-        return self.mixed(learned, stage.valid, stage.positions, paid)
+        return self.mixed(learned, stage.padding_mask, stage.positions, paid)
 
-    def mixed(self, learned: Tensor, valid: Tensor, positions: Tensor, paid: Tensor | None) -> Tensor:
-        """The same, differentiable in ``learned``; ``paid`` (B, H, N) is attention summed over the query tokens."""
-        total = torch.zeros_like(learned, dtype=torch.float32)
+    def mixed(self, learned: Tensor, valid: Tensor | None, positions: Tensor, paid: Tensor | None) -> Tensor:
+        """The same, differentiable in ``learned``; ``paid`` (B, H, N) is attention summed over the query tokens.
+
+        ``valid`` (B, N) says which tokens are real; None: all.
+        """
+        parts = []
         if self.learned:
-            smooth = average_of_neighbours(learned.float(), valid, self.smoothing)
-            standing_out = standardised(smooth, valid)
+            standing_out = standardised(average_of_neighbours(learned.float(), valid, self.smoothing), valid)
             if self.floor is not None:
                 standing_out = (standing_out - self.floor).clamp_min(0)
-            total = total + self.learned * standing_out
+            parts.append(self.learned * standing_out)
         if self.attention:
             strongest = strongest_neighbour(paid, self.kernel).mean(dim=1)
-            total = total + self.attention * standardised((strongest + 1e-8).log(), valid)
+            parts.append(self.attention * standardised((strongest + 1e-8).log(), valid))
         if self.recency:
-            total = total + self.recency * standardised(positions.float(), valid)
-        return total
+            parts.append(self.recency * standardised(positions.float(), valid))
+        return functools.reduce(torch.add, parts)
 
     def flops_per_token(self, hidden_size: int) -> float:
         """Floating-point operations per token and stage that the parts add: the queries' products with cached keys."""
         return 2.0 * self.window * hidden_size if self.attention else 0.0
 
 
-def standardised(scores: Tensor, valid: Tensor) -> Tensor:
+def standardised(scores: Tensor, valid: Tensor | None) -> Tensor:
     """Scores (B, N) minus their mean, over their deviation, both over the row's ``valid`` tokens; 0 at padding.
 
-    At least float32. Equal scores give 0, with a gradient no larger than for scores of deviation 1.
+    ``valid`` (B, N); None: all. At least float32. Equal scores give 0, with a gradient no larger than for scores of
+    deviation 1.
     """
-    scores = torch.where(valid, scores.to(torch.promote_types(scores.dtype, torch.float32)), 0.0)
-    real = valid.to(scores.dtype)
-    count = real.sum(dim=1, keepdim=True).clamp_min(1)
-    centred = (scores - scores.sum(dim=1, keepdim=True) / count) * real
-    variance = centred.square().sum(dim=1, keepdim=True) / count
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if valid is None:
+        centred = scores - scores.mean(dim=1, keepdim=True)
+        variance = centred.square().mean(dim=1, keepdim=True)
+    else:
+        scores, real = scores.masked_fill(~valid, 0), valid.to(scores.dtype)
+        count = real.sum(dim=1, keepdim=True).clamp_min(1)
+        centred = (scores - scores.sum(dim=1, keepdim=True) / count) * real
+        variance = centred.square().sum(dim=1, keepdim=True) / count
     # Replaced before the root: the root's gradient at 0 is infinite, and times 0 it is NaN.
-    return centred / torch.where(variance > 1e-24, variance, 1.0).sqrt()
+    return centred / variance.masked_fill(variance <= 1e-24, 1).sqrt()
 
 
-def average_of_neighbours(values: Tensor, valid: Tensor, kernel: int) -> Tensor:
-    """Mean of (B, N) or (B, A, N) over the ``kernel`` tokens around each that are ``valid`` (B, N).
+def average_of_neighbours(values: Tensor, valid: Tensor | None, kernel: int) -> Tensor:
+    """Mean of (B, N) or (B, A, N) over the ``kernel`` tokens around each that are ``valid`` (B, N); None: all.
 
     Equal values have exactly equal means, so that ties stay ties.
     """
     if kernel == 1:
         return values
     rows = values if values.dim() == 3 else values[:, None]
-    real = valid[:, None]
-    sums = _sums_of_neighbours(torch.where(real, rows, 0.0), kernel)
-    counts = _sums_of_neighbours(real.to(values.dtype), kernel)
-    return (sums / counts.clamp_min(1)).view_as(values)
+    if valid is None:
+        # Of 7 tokens and a kernel of 5: 2 on either side, but 0, 1, 2, 2, 2, 2, 2 are left of a token.
+        left = torch.arange(rows.shape[-1], dtype=rows.dtype, device=rows.device).clamp_max(kernel // 2)
+        counts = left + left.flip(0) + 1
+    else:
+        real = valid[:, None]
+        rows = rows.masked_fill(~real, 0)
+        counts = _sums_of_neighbours(real.to(rows.dtype), kernel).clamp_min(1)
+    return (_sums_of_neighbours(rows, kernel) / counts).view_as(values)
 
 
 def _sums_of_neighbours(values: Tensor, kernel: int) -> Tensor:

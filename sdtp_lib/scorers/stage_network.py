@@ -41,7 +41,8 @@ class StageInputs:
     hidden_states
         (B, n, D), the input of the stage's decoder layer.
     positions, valid
-        (B, n): index of each token in its own prompt (-1 for padding), and which tokens are real.
+        (B, n): index of each token in its own prompt (-1 for padding), and which tokens are real; ``valid`` is None
+        where all are, and the prompt ends with the row.
     prompt_lengths
         (B,) real tokens per prompt.
     attention
@@ -52,7 +53,7 @@ class StageInputs:
 
     hidden_states: Tensor
     positions: Tensor
-    valid: Tensor
+    valid: Tensor | None
     prompt_lengths: Tensor
     attention: Tensor | None = None
     memory: Tensor | None = None
@@ -71,6 +72,7 @@ class StagePruner(nn.Module):
         self.heads, self.window = owner.query_heads, owner.query_window
         self.down = nn.Linear(size, width)
         self.out = nn.Linear(width, 1)
+        self.register_buffer("decays", torch.tensor(_DECAYS), persistent=False)
         self.has_side = owner.side_inputs > 0
         if self.has_side:
             self.side = nn.Linear(owner.side_inputs, width, bias=False)
@@ -81,59 +83,71 @@ class StagePruner(nn.Module):
 
     def forward(self, inputs: StageInputs) -> Tensor:
         """Scores (B, n), float32."""
-        inner, keys = self._projected(inputs.hidden_states)
+        hidden = _safe(inputs.hidden_states)
+        scale = _inverse_rms(hidden)
+        inner, keys = self._projected(hidden, scale)
         if not self.has_side:
             return _in_float32(self.out, F.gelu(inner))[..., 0]
-        valid, prompt_lengths = inputs.valid, inputs.prompt_lengths
-        distance = (prompt_lengths[:, None].to(valid.device) - 1 - inputs.positions).clamp(min=0)
-        side = []  # each (B, inputs, n)
-        if self.uses_distance:
-            side.append(_distance_inputs(distance, prompt_lengths))
+        valid, length = inputs.valid, inputs.prompt_lengths.to(hidden.device)[:, None]
+        distance = (length - 1 - inputs.positions).clamp_min(0)
+        # Side inputs, each (B, inputs, n), in the order of the weights.
+        asked = even = strongest = None
         if self.uses_query:
-            asked = self._query_inputs(inputs.hidden_states, keys, distance, valid)
-            side.append(asked)
-            if self.passage:
-                side.append(average_of_neighbours(asked, valid, self.passage))
+            asked = self._query_inputs(hidden, scale, keys, distance, valid)
         if self.kernel:
             even = _even_share(inputs.attention, valid)
-            side.append(_in_logarithms(strongest_neighbour(even, self.kernel)))
-            if self.passage:
-                side.append(_in_logarithms(average_of_neighbours(even, valid, self.passage)))
+            strongest = strongest_neighbour(even, self.kernel)
+        asked_near = even_near = None
+        if self.passage:
+            both = [part for part in (asked, even) if part is not None]
+            near = list(average_of_neighbours(torch.cat(both, dim=1), valid, self.passage).split(
+                [part.shape[1] for part in both], dim=1
+            ))  # fmt: skip
+            even_near = near.pop() if even is not None else None
+            asked_near = near.pop() if asked is not None else None
+        shares = [part for part in (strongest, even_near) if part is not None]
+        side = [_distance_inputs(distance, length, self.decays) if self.uses_distance else None, asked, asked_near]
+        side += [_in_logarithms(torch.cat(shares, dim=1)) if shares else None]
         if self.uses_memory:
-            side.append((torch.zeros_like(inner[..., 0]) if inputs.memory is None else inputs.memory)[:, None])
-        side = torch.cat(side, dim=1).transpose(1, 2)
+            side.append((torch.zeros_like(scale[..., 0]) if inputs.memory is None else inputs.memory)[:, None])
+        side = torch.cat([part for part in side if part is not None], dim=1).transpose(1, 2)
         inner = inner + _in_float32(self.side, side)
         return (_in_float32(self.out, F.gelu(inner)) + _in_float32(self.skip, side))[..., 0]
 
-    def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _projected(self, hidden_states: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Inner activations (B, n, width) and keys (B, n, R) of the normalised hidden states: one product, float32."""
         # Hidden states grow a hundredfold with depth and have a few huge dimensions: without a norm the first layer of
         # the pruner saturates. The norm is one number per token, so it is applied after the product, to fewer numbers.
         layers = [self.down, self.key] if self.uses_query else [self.down]
         weight = torch.cat([layer.weight for layer in layers]).to(hidden_states.dtype)
-        product = F.linear(_safe(hidden_states), weight).float() * _inverse_rms(_safe(hidden_states))
+        product = F.linear(hidden_states, weight).float() * scale
         inner, keys = product.split([self.down.out_features, product.shape[-1] - self.down.out_features], dim=-1)
         return inner + self.down.bias.float(), keys
 
-    def _query_inputs(self, hidden_states: Tensor, keys: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
+    def _query_inputs(
+        self, hidden: Tensor, scale: Tensor, keys: Tensor, distance: Tensor, valid: Tensor | None
+    ) -> Tensor:
         """(B, H, n): how well a token's key matches the query tokens, per head; log-mean-exp over the query tokens."""
         # Query tokens are found by position, not by column: in training a row goes on with the response. Example: a
         # prompt of 10 tokens, 6 of them kept, window 4: columns 2..5, if their distance to the end is below 4. Of
         # positions [0, 1, 4, 7, 8, 9] that leaves 7, 8, 9: token 4 was kept, but is no longer among the last four.
-        columns = torch.arange(valid.shape[1], device=valid.device)
-        end = (columns * valid).amax(dim=1, keepdim=True)
-        places = end - torch.arange(self.window - 1, -1, -1, device=valid.device)
-        within = places.clamp(min=0)
-        last = _safe(hidden_states.gather(1, within[..., None].expand(-1, -1, hidden_states.shape[-1])))
-        asks = (places >= 0) & valid.gather(1, within) & (distance.gather(1, within) < self.window)
-        queries = F.linear(last, self.query.weight.to(last.dtype)).float() * _inverse_rms(last)
+        if valid is None:
+            last, scale, asks = (each[:, -self.window :] for each in (hidden, scale, distance < self.window))
+        else:
+            columns = torch.arange(valid.shape[1], device=valid.device)
+            end = (columns * valid).amax(dim=1, keepdim=True)
+            places = end - torch.arange(self.window - 1, -1, -1, device=valid.device)
+            within = places.clamp(min=0)
+            last = hidden.gather(1, within[..., None].expand(-1, -1, hidden.shape[-1]))
+            scale = scale.gather(1, within[..., None])
+            asks = (places >= 0) & valid.gather(1, within) & (distance.gather(1, within) < self.window)
+        queries = F.linear(last, self.query.weight.to(last.dtype)).float() * scale
         queries, keys = (each.unflatten(-1, (self.heads, -1)) for each in (queries, keys))
         # The token axis comes last, so that the sum over the few query tokens runs along contiguous memory.
-        products = torch.einsum("bqhr,bnhr->bhqn", queries / math.sqrt(keys.shape[-1]), keys)
+        products = (queries / math.sqrt(keys.shape[-1])).transpose(1, 2) @ keys.permute(0, 2, 3, 1)
         products = products.masked_fill_(~asks[:, None, :, None], -torch.inf)
         count = asks.sum(-1).clamp(min=1).float().log()[:, None, None]
-        pooled = products.logsumexp(2) - count
-        return torch.where(torch.isfinite(pooled), pooled, torch.zeros_like(pooled))
+        return (products.logsumexp(2) - count).nan_to_num(0, 0, 0)
 
 
 def _in_float32(layer: nn.Linear, inputs: Tensor) -> Tensor:
@@ -155,9 +169,10 @@ def _safe(hidden_states: Tensor) -> Tensor:
     return (hidden_states.float() * _inverse_rms(hidden_states)).to(torch.float16)
 
 
-def _even_share(mass: Tensor, valid: Tensor) -> Tensor:
+def _even_share(mass: Tensor, valid: Tensor | None) -> Tensor:
     """(B, A, n) attention (B, n, A) in units of an even share, float32: 1 if all kept tokens got the same."""
-    return mass.float().transpose(1, 2) * (valid.sum(dim=1).clamp(min=1).float()[:, None, None] / ASKING_TOKENS)
+    tokens = mass.shape[1] if valid is None else valid.sum(dim=1).clamp(min=1).float()[:, None, None]
+    return mass.float().transpose(1, 2) * (tokens / ASKING_TOKENS)
 
 
 def _in_logarithms(share: Tensor) -> Tensor:
@@ -165,16 +180,15 @@ def _in_logarithms(share: Tensor) -> Tensor:
     return 0.5 * (share + 0.01).log() + 1.0
 
 
-def _distance_inputs(distance: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """(B, 8, n) smooth functions of the distance to the end (tokens) and of the place in the prompt."""
-    distance = distance.float()
-    length = prompt_lengths.to(distance.device)[:, None].float().clamp(min=1)
-    decays = [torch.exp(-distance / scale) for scale in _DECAYS]
+def _distance_inputs(distance: Tensor, prompt_lengths: Tensor, decays: Tensor) -> Tensor:
+    """(B, 8, n) smooth functions of the distance to the end (B, n) and of the place in the prompt of (B, 1) tokens."""
+    distance, length = distance.float()[:, None], prompt_lengths.float().clamp(min=1)[:, None]
     place = [
+        torch.exp(-distance / decays.float()[:, None]),
         torch.log1p(distance) / 4,
         distance / length,
         # At padding the place would be -1 and its logarithm -inf, which times a zero gradient is still NaN.
         torch.log1p((length - 1 - distance).clamp(min=0)) / 4,
         (length.log() / 4).expand_as(distance),
     ]
-    return torch.stack([*decays, *place], dim=1)
+    return torch.cat(place, dim=1)

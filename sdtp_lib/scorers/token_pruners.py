@@ -217,18 +217,19 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
     def forward(self, stage: Any) -> Tensor:
         """Scores (B, n) of the kept tokens at ``stage``, higher is more important; float32."""
         network = self.stages[str(stage.layer_index)]
-        # Under a device_map each decoder layer has its own device: its pruner moves there once.
-        network.to(stage.hidden_states.device)
+        if network.down.weight.device != stage.hidden_states.device:
+            # Under a device_map each decoder layer has its own device: its pruner moves there once.
+            network.to(stage.hidden_states.device)
         attention = None
         if self.looked_back:
             attention = stage.attention_mass(self.looked_back[stage.layer_index], ASKING_TOKENS)
         own = f"score of {id(self)}"  # two pruners in one mix must not overwrite each other's state
         memory = stage.carried.get(own)
         learned = network(
-            StageInputs(stage.hidden_states, stage.positions, stage.valid, stage.prompt_lengths, attention, memory)
+            StageInputs(stage.hidden_states, stage.positions, stage.padding_mask, stage.prompt_lengths, attention, memory)
         )
         if "memory" in self.features:
-            stage.carried[own] = standardised(learned, stage.valid)
+            stage.carried[own] = standardised(learned, stage.padding_mask)
         return learned if self.blend is None else self.blend(learned, stage)
 
     def score(self, layer: int, inputs: StageInputs) -> Tensor:
