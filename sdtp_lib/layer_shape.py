@@ -25,6 +25,9 @@ _OTHER_ATTENTION = ("indexer", "lambda_q1")
 # A layer with one of these parts also multiplies activations with each other outside attention (Gemma 3n's streams).
 _OTHER_LAYER = ("altup",)
 _FULL_ATTENTION = ("full_attention", "attention", "global")
+# Words for layers that keep a state of all tokens; for layers that do so beside attention; for layers without either.
+_WITH_STATE = ("linear_attention", "conv", "mamba", "mamba2", "recurrent")
+_WITH_BOTH, _WITH_NEITHER = ("hybrid", "hybrid_sliding"), ("mlp", "moe")
 # A configuration's words for how often a forward runs its inner layers (Dory, Ouro).
 _LOOPS = ("n_recurrent_loops", "loop_num_passes", "num_loops", "total_ut_steps")
 
@@ -42,6 +45,9 @@ class LayerShape:
         All weights that the layer holds.
     idle_weights
         Weights of experts that a token does not meet.
+    state_flops
+        FLOPs of a token in the state of a linear attention or of Mamba, beside its projections; such a layer alone has
+        no heads and no keys.
     num_heads, num_kv_heads
         Query heads, and heads whose keys and values are cached.
     key_size, value_size
@@ -52,6 +58,8 @@ class LayerShape:
         Inner width of a gated feed-forward part of as many active weights (three matrices of D by it).
     window
         Tokens that the layer sees at most, its own included; None for all.
+    by_chunks
+        Whether it sees those of its own chunk of so many, instead of the last so many.
     """
 
     matmul_weights: int
@@ -64,6 +72,8 @@ class LayerShape:
     inner_width: int
     window: int | None = None
     idle_weights: int = 0
+    state_flops: int = 0
+    by_chunks: bool = False
 
     @property
     def query_width(self) -> int:
@@ -88,23 +98,27 @@ def count_layer(layer: Any, config: Any, index: int) -> LayerShape:
     Raises
     ------
     ValueError
-        For a part that is neither a matrix product nor softmax attention (a state-space or convolution layer, a sparse
-        index), and for heads that do not fit the projections; the message names it.
+        For a part that is neither a matrix product, softmax attention nor a known state (a sparse index, say), and for
+        heads that do not fit the projections; the message names it.
     """
     where = f"{getattr(config, 'model_type', '')} layer {index} ({type(layer).__name__})"
     if loops := loops_of(config):
         raise ValueError(f"{where} runs more than once per forward ({loops}): {REMEDY}.")
-    window = layer_window(config, index, where)
-    path, attention = _attention_of(layer, where)
-    heads, key_heads, key_size, value_size = _head_sizes(attention, config, where)
+    kind = layer_kind(config, index)
     if other := [name for name in _OTHER_LAYER if hasattr(layer, name)]:
         raise ValueError(f"{where} has the part {other[0]!r}, whose products are not all of weights: {REMEDY}.")
     if any(_is_table(part) for part in layer.modules()):
         raise ValueError(f"{where} looks weights up in a table: {REMEDY}.")
+    path, window, heads, key_heads, key_size, value_size, cache_width = "", None, 0, 0, 0, 0, 0
+    if kind not in (*_WITH_STATE, *_WITH_NEITHER):
+        window = layer_window(config, index, where)
+        path, attention = _attention_of(layer, where)
+        heads, key_heads, key_size, value_size = _head_sizes(attention, config, where)
+        latent = hasattr(attention, "expand_kv")
+        cache_width = key_heads * (key_size + value_size)
+        cache_width = attention.kv_lora_rank + attention.qk_rope_head_dim if latent else cache_width
     parts = list(matmul_parts(layer, config, where))
-    feed_forward = sum(active for name, active, _ in parts if not name.startswith(f"{path}."))
-    latent = hasattr(attention, "expand_kv")
-    cache_width = attention.kv_lora_rank + attention.qk_rope_head_dim if latent else key_heads * (key_size + value_size)
+    feed_forward = sum(active for name, active, _ in parts if not path or not name.startswith(f"{path}."))
     return LayerShape(
         matmul_weights=sum(active for _, active, _ in parts),
         parameters=held_parameters(layer),
@@ -115,8 +129,37 @@ def count_layer(layer: Any, config: Any, index: int) -> LayerShape:
         cache_width=cache_width,
         inner_width=round(feed_forward / (3 * config.hidden_size)),
         window=window,
+        by_chunks=kind == "chunked_attention",
         idle_weights=sum(held - active for _, active, held in parts),
+        state_flops=_state_flops(layer, where) if kind in (*_WITH_STATE, *_WITH_BOTH) else 0,
     )
+
+
+def layer_kind(config: Any, index: int) -> str | None:
+    """The configuration's word for layer ``index``; None where it has none."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    return kinds[index] if kinds else None
+
+
+def _state_flops(layer: Any, where: str) -> int:
+    """FLOPs of one token in the state that a layer keeps: what it adds to each number of it, and reads out of it.
+
+    2 each, whatever the chunks in which a kernel does it; 2 more where the state is first asked what it already says of
+    the token's key (the delta rule). Example: 4 heads with a state of 8 x 8 under the delta rule: 4 * 64 * 6 = 1,536.
+    """
+    for part in layer.modules():
+        if hasattr(part, "head_k_dim") and hasattr(part, "num_v_heads"):  # gated delta net
+            return 6 * part.num_v_heads * part.head_k_dim * part.head_v_dim
+        if hasattr(part, "forget_gate") and hasattr(part, "qkv_dim"):  # Kimi's delta attention
+            return 6 * part.num_heads * part.head_dim**2
+        if hasattr(part, "ssm_state_size"):  # Mamba 2, and Mamba without heads
+            heads = getattr(part, "num_heads", None)
+            return 4 * part.ssm_state_size * (heads * part.head_dim if heads else part.intermediate_size)
+        if hasattr(part, "slope_rate"):  # MiniMax's lightning attention
+            return 4 * part.num_attention_heads * part.head_dim**2
+        if hasattr(part, "conv") and not hasattr(part, "conv1d"):  # a short convolution alone, which is counted as such
+            return 0
+    raise ValueError(f"{where} keeps a state of a kind that is not known: {REMEDY}.")
 
 
 def matmul_parts(module: Any, config: Any, where: str, skip: Set[int] = frozenset()) -> Iterator[tuple[str, int, int]]:
@@ -134,7 +177,10 @@ def matmul_parts(module: Any, config: Any, where: str, skip: Set[int] = frozense
         for name, weight in own.items():
             # Norms, sinks and biases are vectors; the biases of stacked experts are (E, out).
             vector = weight.dim() == (2 if stacked else 1) or weight.numel() in (0, max(weight.shape, default=0))
-            if vector or _is_table(part):
+            if vector or _is_table(part) or name == "A_log":  # of Mamba: it multiplies the state number by number
+                continue
+            if getattr(part, "groups", 1) == weight.shape[0] and weight.dim() == 3:  # each channel's own convolution
+                yield f"{path}.{name}", weight.numel(), weight.numel()
                 continue
             if share == 1 and (weight.dim() > 2 or name != "weight"):
                 raise ValueError(f"{where}: {path}.{name} {tuple(weight.shape)} is not a plain matrix: {REMEDY}.")
@@ -166,11 +212,12 @@ def held_parameters(module: Any, seen: set[int] | None = None) -> int:
 
 def layer_window(config: Any, index: int, where: str) -> int | None:
     """Tokens that layer ``index`` sees at most, or None; a layer type without softmax attention is refused."""
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    kind = kinds[index] if kinds else None
-    if kind == "sliding_attention" or (kind is None and window):
+    kind, window = layer_kind(config, index), getattr(config, "sliding_window", None)
+    if kind == "chunked_attention" and (chunk := getattr(config, "attention_chunk_size", None)):
+        return int(chunk)
+    if kind in ("sliding_attention", "hybrid_sliding") or (kind is None and window):
         return int(window)
-    if kind is not None and kind not in _FULL_ATTENTION:
+    if kind is not None and kind not in (*_FULL_ATTENTION, *_WITH_BOTH):
         raise ValueError(f"{where} is of the type {kind!r}, not full or sliding attention: {REMEDY}.")
     return None
 

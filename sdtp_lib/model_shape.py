@@ -35,7 +35,7 @@ class ModelShape:
     ``num_layers`` is L, ``hidden_size`` is D, ``num_heads`` is H. ``head_dim`` times ``num_heads`` need not be D
     (Gemma, Qwen3). ``attention_bias`` says that queries, keys and values have a bias (Qwen2). What decides the cost is
     ``layers``, one `LayerShape` each: counted from a model, or all alike and computed from these sizes. Where layers
-    differ, these sizes are those of the last one (the first layers of a mixture of experts are often dense).
+    differ, these sizes are those of the last one with attention (the first of a mixture of experts are often dense).
     ``head_weights`` make logits of one position, ``outer_weights`` are other matrices outside the layers, which meet
     every prompt token (OPT's projections).
     """
@@ -109,14 +109,16 @@ class ModelShape:
         layers = tuple(count_layer(layer, config, index) for index, layer in enumerate(modules))
         counted = {id(part) for layer in (*modules, head) for part in layer.modules()}
         outer = sum(active for _, active, _ in matmul_parts(root, config, name, skip=counted))
-        last = layers[-1]
+        last = next((layer for layer in reversed(layers) if layer.num_heads), None)
+        if last is None:
+            raise ValueError(f"{name} has no attention, so there is nothing to prune: give a model that has some.")
         return cls(
             num_layers=len(layers),
             hidden_size=config.hidden_size,
             num_heads=last.num_heads,
             num_kv_heads=last.num_kv_heads,
             head_dim=last.key_size,
-            intermediate_size=last.inner_width,
+            intermediate_size=last.inner_width or max(layer.inner_width for layer in layers),
             vocab_size=head.weight.shape[0],
             tied_embeddings=model.get_input_embeddings().weight is head.weight,
             model_type=config.model_type,

@@ -198,9 +198,6 @@ def test_a_packed_weight_counts_as_what_it_stands_for(tiny_model):
 @pytest.mark.parametrize(
     ("family", "named"),
     [
-        ("qwen3_next", "linear_attention"),
-        ("mamba", "(linear_attention|attention modules)"),
-        ("llama4_text", "chunked_attention"),
         ("deepseek_v32", "(indexed_attention|indexer)"),
         ("diffllama", "lambda_q1"),
         ("doge", "table"),
@@ -212,14 +209,44 @@ def test_what_is_no_softmax_attention_and_matrix_product_is_refused_by_name(fami
     fields = {**_sizes(), **_MOE, **({"is_moe": True, "num_experts": 16} if family == "doge" else {})}
     if family == "deepseek_v32":
         fields |= {**_DENSE_FIRST, **_MLA}
-    if family == "llama4_text":
-        fields |= {"intermediate_size_mlp": 48}
     if family == "gemma3n_text":
         fields |= {"num_kv_shared_layers": 0, "activation_sparsity_pattern": None}
     fields = {name: value for name, value in fields.items() if value is not None}
     _known(family)
     with pytest.raises(ValueError, match=rf"{family} layer \d.*{named}.*not known here"):
         ModelShape.from_config({"model_type": family, **fields})
+
+
+def test_a_model_without_attention_is_refused_by_name():
+    _known("mamba")
+    with pytest.raises(ValueError, match=r"(no attention|attention modules)"):
+        ModelShape.from_config({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 128})
+
+
+def test_a_state_costs_what_a_token_adds_to_it_and_reads_out_of_it():
+    """The delta rule asks the state three times a token, Mamba twice; a hybrid's other layers have heads and keys."""
+    _known("qwen3_next")
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    kinds = ["linear_attention", "full_attention"] * 2
+    fields = {**_sizes(), "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    shape = ModelShape.from_config({"model_type": "qwen3_next", "layer_types": kinds, **fields, **linear})
+    state, attention = shape.layers[:2]
+    assert (state.state_flops, state.cache_width, state.flops_per_pair) == (4 * 8 * 8 * 6, 0, 0)
+    assert (attention.state_flops, attention.num_heads) == (0, 4)
+    full, half = (budget.prefill_flops(shape, [tokens] * 4) for tokens in (64, 32))
+    pairs = 2 * attention.flops_per_pair * (64 * 64 - 2 * 32 * 32) / 2
+    assert full - 2 * half == pytest.approx(pairs - 2 * shape.head_weights), "states are linear in the tokens"
+    _known("granitemoehybrid")
+    fields = {**_sizes(), "layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8, "mamba_d_head": 8}
+    mamba = ModelShape.from_config({"model_type": "granitemoehybrid", **fields, "mamba_d_state": 16}).layers[0]
+    assert mamba.state_flops == 8 * 8 * 16 * 4
+
+
+def test_attention_by_chunks_sees_half_a_chunk_of_keys_on_average():
+    assert budget.causal_pairs(64, 64, 16, by_chunks=True) == 64 * 16 / 2
+    assert budget.causal_pairs(32, 64, 16, by_chunks=True) == 64 * 16 / 2 / 4
+    assert budget.causal_pairs(8, 8, 16, by_chunks=True) == 8 * 8 / 2
 
 
 def test_a_layer_that_attends_to_images_is_refused_by_name():

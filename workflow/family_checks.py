@@ -32,7 +32,7 @@ from sdtp_lib import scorers
 from sdtp_lib.budget import prefill_flops
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.engine import token_pruning
-from sdtp_lib.pruning.masked_reference import NoReference, masked_forward
+from sdtp_lib.pruning.masked_reference import NoReference, find_layers, masked_forward
 
 FLOP_TOLERANCE = 0.01
 
@@ -153,14 +153,24 @@ def attention(subject: Subject) -> float | None:
 
 
 def flops(subject: Subject) -> float | None:
-    """`budget.prefill_flops` is what torch counts in one plain eager forward."""
+    """`budget.prefill_flops` is what torch counts in one plain eager forward.
+
+    Not of what a layer with a state does with it: that is as many FLOPs as its chunks make of it, or none that torch
+    counts. There the matrices and convolutions are compared.
+    """
     if subject.backend != "eager":
         return None
     shape = ModelShape.from_model(subject.model)
     said = prefill_flops(shape, [PROMPT] * shape.num_layers, causal=False, logits_positions=PROMPT)
+    said -= PROMPT * sum(layer.state_flops for layer in shape.layers)
     with FlopCounterMode(display=False) as counter:
         subject.plain(subject.tokens)
-    counted = counter.get_total_flops()
+    by_module, counted = counter.get_flop_counts(), counter.get_total_flops()
+    paths = {module: path for path, module in subject.model.named_modules()}
+    for layer, module in zip(shape.layers, find_layers(subject.model), strict=True):
+        if layer.state_flops:
+            products = by_module[f"{type(subject.model).__name__}.{paths[module]}"].get(torch.ops.aten.bmm, 0)
+            counted -= products - layer.flops_per_pair * PROMPT**2
     if abs(said / counted - 1) > FLOP_TOLERANCE:
         raise Wrong(f"FLOPs: said {said:.4g}, counted {counted:.4g} ({said / counted - 1:+.1%})")
     return abs(said / counted - 1)

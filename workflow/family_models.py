@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 BACKENDS = ("sdpa", "eager")
@@ -168,6 +168,8 @@ def _shrunk(kind: type, extras: dict[str, Any]) -> PretrainedConfig:
     fields = _fields(kind)
     values = {name: value for name, value in SIZES.items() if name in fields}
     for name, sub in (getattr(kind, "sub_configs", None) or {}).items():
+        if sub is AutoConfig:  # any kind: of the kind that it is by default
+            sub = type(getattr(kind(), name, None))
         if sub is not None and hasattr(sub, "model_type") and name not in extras and sub.model_type in CONFIG_MAPPING:
             values[name] = _shrunk(sub, {}).to_dict()
     if "kv_lora_rank" in fields:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Cache
 
 from sdtp_lib.config import PruningConfig, PruningNotSupported
-from sdtp_lib.pruning.masked_reference import NoReference, find_layers, layers_with_state, masked_forward
+from sdtp_lib.pruning.masked_reference import NoReference, find_layers, masked_forward, parts_with_state
 
 RIGHT, REFUSED, WRONG, ERROR = "right", "refused", "silently wrong", "raw error"
 # No truth to hold it against; the plain model does not agree with itself (padding, cache), so there is none.
@@ -66,7 +66,7 @@ class Subject:
     @functools.cached_property
     def tolerance(self) -> float:
         exact = TOLERANCES[next(self.model.parameters()).dtype]
-        return max(exact, STATE_TOLERANCE) if layers_with_state(self.model) else exact
+        return max(exact, STATE_TOLERANCE) if parts_with_state(self.model) else exact
 
     @property
     def backend(self) -> str:

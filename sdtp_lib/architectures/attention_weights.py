@@ -207,7 +207,7 @@ def _causal_weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> tor
 
 
 def _rotated(attention: nn.Module, found: torch.Tensor, which: str, tables: Any) -> torch.Tensor:
-    """Projected queries (``which="q"``) or keys (``"k"``) (B, n, heads * d) of the last n tokens, normed and rotated."""
+    """Projected queries (``which="q"``) or keys (``"k"``) (B, n, heads * d) of the last n tokens, normed, rotated."""
     found = found.unflatten(-1, (-1, attention.head_dim))
     if hasattr(attention, f"{which}_norm"):
         found = getattr(attention, f"{which}_norm")(found)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sdtp_lib.config import PruningNotSupported
 
@@ -174,8 +174,11 @@ def refuse_cache(cache: Any) -> None:
         raise PruningNotSupported(
             f"past_key_values={type(cache).__name__} is not a transformers Cache: use DynamicCache(config=...)."
         )
-    # A layer with a state is of one size whatever it was given.
-    with_keys = [layer for layer in layers or () if not hasattr(layer, "update_recurrent_state")]
+    # A layer with a state is of one size whatever it was given, and one without either holds nothing.
+    with_keys = [
+        layer for layer in layers or ()
+        if isinstance(layer, CacheLayerMixin) and not hasattr(layer, "update_recurrent_state")
+    ]  # fmt: skip
     static = any(getattr(layer, "is_compileable", False) for layer in with_keys)
     if static or getattr(cache, "is_compileable", False):
         raise PruningNotSupported(

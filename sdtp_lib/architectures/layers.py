@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sdtp_lib.architectures.unsupported import (
+    mixed_layers,
     refuse_encoder,
     refuse_kind,
     refuse_object,
@@ -34,12 +35,19 @@ _ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
 # Their stacks end in ``hidden_states.view(-1, prompt length, D)``.
 _RESHAPE_OUTPUT = ("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "codegen")
 # Values of ``layer_types`` whose layers see the tokens near a query only.
-_WINDOWED = ("sliding_attention", "chunked_attention")
+_WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
+# A mask (B, T) beside that of attention, for what keeps a state in the same layer.
+STATE_MASKS = ("mamba_attention_mask", "conv_mask")
+# What multimodal configurations call the ids that stand for something else than text.
+_PLACEHOLDERS = tuple(
+    f"{kind}_token_{word}" for kind in ("image", "video", "audio", "img_context", "video_context", "sound_context")
+    for word in ("id", "index")
+)  # fmt: skip
 # Arguments of decoder layers that `pruning.continuation` shortens, or that may stay as they are.
 _KNOWN_ARGUMENTS = {
     "hidden_states", "attention_mask", "position_ids", "position_embeddings", "alibi", "use_cache", "output_attentions",
     "cache_position", "head_mask", "encoder_hidden_states", "encoder_attention_mask", "layer_idx",
-    "per_layer_input", "shared_kv_states",
+    "per_layer_input", "shared_kv_states", *STATE_MASKS,
 }  # fmt: skip
 
 
@@ -83,8 +91,24 @@ class Architecture:
 
     @functools.cached_property
     def state_layers(self) -> frozenset[int]:
-        """Layers that keep a state of the tokens they were given in place of keys and values of each."""
+        """Layers that keep no keys and values of each token: a state of all that they were given, or nothing."""
         return state_layers(self.config)
+
+    @functools.cached_property
+    def with_state(self) -> frozenset[int]:
+        """Those, and layers that keep a state beside keys and values."""
+        return self.state_layers | mixed_layers(self.config)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the layers are those of a language model inside one that takes images, sound or the like."""
+        return self.model.config is not self.config
+
+    @functools.cached_property
+    def placeholders(self) -> tuple[int, ...]:
+        """Token ids that stand for images, sound and the like."""
+        found = {getattr(self.model.config, name, None) for name in _PLACEHOLDERS} if self.is_multimodal else set()
+        return tuple(sorted(each for each in found if isinstance(each, int)))
 
     def sliding_window(self, layer_index: int) -> int | None:
         """Tokens that layer ``layer_index`` sees at most (its own included), or None for full attention."""
@@ -92,7 +116,7 @@ class Architecture:
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types is not None and layer_types[layer_index] == "chunked_attention":
             return getattr(self.config, "attention_chunk_size", None)
-        if window is None or (layer_types is not None and layer_types[layer_index] != "sliding_attention"):
+        if window is None or (layer_types is not None and layer_types[layer_index] not in _WINDOWED):
             return None
         return int(window)
 
@@ -152,8 +176,13 @@ def describe(model: nn.Module | Architecture) -> Architecture:
         return model
     refuse_object(model)
     refuse_kind(model)
-    name, config = type(model).__name__, model.config
-    stack, layers = _find_stack(model, config)
+    name, config = type(model).__name__, model.config.get_text_config()
+    inner = model if config is model.config else model.get_decoder()  # a multimodal model's language model
+    if not isinstance(inner, nn.Module) or (inner is model and config is not model.config):
+        raise PruningNotSupported(
+            f"{name} is a multimodal model without a language model of its own (get_decoder): give a language model."
+        )
+    stack, layers = _find_stack(inner, config)
     refuse_encoder(model, layers[0])
     refuse_own_windows(model, layers)
     architecture = Architecture(model, stack, layers, config)
@@ -191,7 +220,9 @@ def _takes_tokens(model: nn.Module, path: str) -> nn.Module:
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
     """The self-attention of a decoder layer, None where it has none by a known name."""
-    return next((module for name in _ATTENTION_NAMES if (module := getattr(layer, name, None)) is not None), None)
+    found = next((module for name in _ATTENTION_NAMES if (module := getattr(layer, name, None)) is not None), None)
+    mixer = getattr(layer, "mixer", None)  # Nemotron H: attention in some layers
+    return mixer if found is None and "Attention" in type(mixer).__name__ else found
 
 
 def attention_module(layer: nn.Module) -> nn.Module:

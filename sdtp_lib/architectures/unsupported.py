@@ -22,6 +22,8 @@ from sdtp_lib.layer_shape import loops_of
 _KINDS_WITH_STATE = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid"}
 _KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")
 _STATE = "LinearAttentionLayer"  # a state of what the layer was given, and nothing else: of kept tokens, if those are
+_BOTH = ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
+_NEITHER = ("mlp", "moe")  # words for layers that treat each token by itself, for which a cache holds nothing
 _REMEDY = "use a model whose layers all have full or sliding attention"
 
 
@@ -85,26 +87,34 @@ def refuse_kind(model: nn.Module) -> None:
         _refuse_state(name)
     for index, cache_layer in enumerate(cache_layers):
         _refuse_cache_layer(f"{name}: decoder layer {index}", kinds[index : index + 1], cache_layer)
+    known = with_state | mixed_layers(text_config)
     for index, kind in enumerate(kinds):
-        if kind in _KINDS_WITH_STATE and index not in with_state:
+        if kind in _KINDS_WITH_STATE and index not in known:
             _refuse_state(f"{name}: decoder layer {index} ({kind})")
     if getattr(model, "_is_stateful", False) and not kinds:
         _refuse_state(name)
     if getattr(text_config, "index_topk", None) and not kinds:
         _refuse_index(f"{name} (index_topk={text_config.index_topk})")
-    if text_config is not config or getattr(config, "vision_config", None) is not None:
+    if text_config is config and getattr(config, "vision_config", None) is not None:
         raise PruningNotSupported(
-            f"{name} is a multimodal model, whose image or audio tokens are not text: give its language model "
-            "(a ...ForCausalLM of the text configuration)."
+            f"{name} is a multimodal model that takes images into the layers of its language model, where they cannot "
+            "be told from text: give a language model."
         )
 
 
 def state_layers(config: Any) -> frozenset[int]:
-    """Layers that keep one state of all tokens they were given, of any number (linear attention, Mamba, convolutions).
+    """Layers without keys: of what they are given they keep one state (linear attention, Mamba, convolutions), or none.
 
     Given kept tokens only, such a layer computes what it would in a prompt of these tokens.
     """
-    return frozenset(index for index, layer in enumerate(_cache_layers(config)) if type(layer).__name__ == _STATE)
+    kinds, layers = _layer_kinds(config), _cache_layers(config)
+    alone = {index for index, kind in enumerate(kinds) if kind in _NEITHER and len(kinds) == len(layers)}
+    return frozenset(alone | {index for index, layer in enumerate(layers) if type(layer).__name__ == _STATE})
+
+
+def mixed_layers(config: Any) -> frozenset[int]:
+    """Layers that keep a state and keys, side by side (Falcon H1)."""
+    return frozenset(index for index, layer in enumerate(_cache_layers(config)) if type(layer).__name__ in _BOTH)
 
 
 def _layer_kinds(config: Any) -> list[str]:
@@ -122,7 +132,7 @@ def _cache_layers(config: Any) -> list[Any]:
 def _refuse_cache_layer(where: str, kind: list[str], cache_layer: Any) -> None:
     """Refuse a layer whose cache holds anything but the keys and values of its own tokens."""
     held = type(cache_layer).__name__
-    if held in (*_KEYS_AND_VALUES, _STATE):
+    if held in (*_KEYS_AND_VALUES, _STATE, *_BOTH) or (kind and kind[0] in _NEITHER):
         return
     where = f"{where} ({kind[0] if kind else held})"
     if hasattr(cache_layer, "update_recurrent_state"):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sdtp_lib.architectures.caches import attended_keys, cached_tokens, tokens_seen
-from sdtp_lib.architectures.layers import Architecture
+from sdtp_lib.architectures.layers import STATE_MASKS, Architecture
 from sdtp_lib.architectures.masks import cut_mask
 from sdtp_lib.config import PruningNotSupported
 from sdtp_lib.pruning.pruned_cache import CacheRecord, remembered
@@ -105,6 +105,9 @@ class ForwardPass:
         arguments = dict(arguments)
         if self.kept is not None:
             self._shorten_positions(arguments)
+            for name in STATE_MASKS:
+                if name in arguments:
+                    arguments[name] = self._state_mask(index, arguments[name])
         if mask is not None or alibi is not None or padded:
             keys, padded = self._keys(index, hidden, padded)
             if keys is not None:
@@ -119,10 +122,15 @@ class ForwardPass:
 
     def _for_a_state(self, index: int, arguments: dict[str, Any]) -> dict[str, Any]:
         """What a layer with a state gets: its mask (B, T) tells padding among the new columns, and nothing else."""
-        arguments, mask = dict(arguments), arguments.get("attention_mask")
+        arguments = dict(arguments)
         self._shorten_positions(arguments)
+        arguments["attention_mask"] = self._state_mask(index, arguments.get("attention_mask"))
+        return arguments
+
+    def _state_mask(self, index: int, mask: Any) -> torch.Tensor | None:
+        """The mask (B, K) of what keeps a state in layer ``index``, out of the (B, T) that the model made."""
         if mask is None and not self.kept_padded:
-            return arguments
+            return None
         if mask is not None and (not torch.is_tensor(mask) or mask.shape[1:] != (self.columns,)):
             found = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
             raise PruningNotSupported(
@@ -134,8 +142,7 @@ class ForwardPass:
             if mask is not None:
                 real = real.to(mask.device, mask.dtype) * gather_tokens(mask, self.kept)
             self._cut[id(mask), "state"] = (mask, real)
-        arguments["attention_mask"] = self._cut[id(mask), "state"][1]
-        return arguments
+        return self._cut[id(mask), "state"][1]
 
     def _shorten_positions(self, arguments: dict[str, Any]) -> None:
         if self.seen and self.architecture.counts_windows_itself and arguments.get("position_embeddings") is not None:
@@ -155,8 +162,11 @@ class ForwardPass:
             return type(tables)(self._cut_tables(table) for table in tables)
         if not torch.is_tensor(tables):
             return tables
-        axis = next((a for a in (1, 0) if tables.dim() > a and tables.shape[a] == self.columns), None)
-        if tables.dim() < 2 or axis is None or (axis == 0 and self.kept.shape[0] > 1):
+        # A multimodal model's places in time, height and width are (3, B, T): moved, the token axis comes second.
+        spatial = tables.dim() > 2 and tables.shape[0] in (3, 4) and tables.shape[2] == self.columns != tables.shape[1]
+        whole = tables.movedim(0, -1) if spatial else tables
+        axis = next((a for a in (1, 0) if whole.dim() > a and whole.shape[a] == self.columns), None)
+        if whole.dim() < 2 or axis is None or (axis == 0 and self.kept.shape[0] > 1):
             raise PruningNotSupported(
                 f"a position table of shape {tuple(tables.shape)} has no axis of {self.columns} tokens in second "
                 "place: see CONTRIBUTING.md, 'Adding a family'."
@@ -164,7 +174,8 @@ class ForwardPass:
         # All layers share the same tables: cut each once per stage. The reference to the whole table stays: the id of a
         # freed tensor could be reused by another.
         if (id(tables), "table") not in self._cut:
-            self._cut[id(tables), "table"] = (tables, gather_tokens(tables, self.kept, dim=axis))
+            cut = gather_tokens(whole, self.kept, dim=axis)
+            self._cut[id(tables), "table"] = (tables, cut.movedim(-1, 0) if spatial else cut)
         return self._cut[id(tables), "table"][1]
 
     def _keys(self, index: int, hidden: torch.Tensor, padded: bool) -> tuple[torch.Tensor | None, bool]:

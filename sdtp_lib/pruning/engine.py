@@ -87,6 +87,8 @@ def token_pruning(
         if stack is not model:
             names = tuple(inspect.signature(type(model).forward).parameters)[1:]
             cleanup.callback(model.register_forward_pre_hook(session.before_model(names), with_kwargs=True).remove)
+            if architecture.is_multimodal:
+                cleanup.callback(model.register_forward_hook(session.after_model, always_call=True).remove)
         cleanup.callback(stack.register_forward_pre_hook(session.before_stack, with_kwargs=True).remove)
         cleanup.callback(stack.register_forward_hook(session.after_stack, always_call=True).remove)
         cleanup.enter_context(before_layers(architecture, range(len(architecture.layers)), session.before_layer))

@@ -27,6 +27,7 @@ from torch import nn
 _OTHER_MASKS = ("head", "encoder", "cross", "expert", "padding")
 
 _WITH_STATE = ("linear_attention", "conv", "mamba", "mamba2", "recurrent")
+_WITH_BOTH = ("hybrid", "hybrid_sliding")  # such layers also attend: of these the part that keeps a state is run so
 
 
 class NoReference(RuntimeError):
@@ -133,11 +134,23 @@ def changed_masks(model: nn.Module, change: Any) -> Iterator[None]:
             handle.remove()
 
 
-def layers_with_state(model: nn.Module) -> list[int]:
+def layers_with_state(model: nn.Module, words: tuple[str, ...] = _WITH_STATE) -> list[int]:
     """Layers without attention, by the configuration's word for each: what they see they take from a state."""
     config = model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    return [index for index, kind in enumerate(kinds) if kind in _WITH_STATE]
+    return [index for index, kind in enumerate(kinds) if kind in words]
+
+
+def parts_with_state(model: nn.Module) -> dict[nn.Module, int]:
+    """The modules that keep a state -> their layer: whole layers, or the one part beside a layer's attention."""
+    layers = find_layers(model)
+    found = {layers[index]: index for index in layers_with_state(model)}
+    for index in layers_with_state(model, _WITH_BOTH):
+        parts = [part for part in layers[index].children() if hasattr(part, "conv1d") or hasattr(part, "conv")]
+        if len(parts) != 1:
+            raise NoReference(f"layer {index} has {len(parts)} parts that keep a state")
+        found[parts[0]] = index
+    return found
 
 
 @contextlib.contextmanager
@@ -162,11 +175,10 @@ def shorter_states(model: nn.Module, hide_at: Any) -> Iterator[None]:
 
         return before, after
 
-    layers = find_layers(model)
-    for index in layers_with_state(model):
+    for part, index in parts_with_state(model).items():
         before, after = hooks(index)
-        handles.append(layers[index].register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(layers[index].register_forward_hook(after))
+        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(part.register_forward_hook(after))
     try:
         yield
     finally:

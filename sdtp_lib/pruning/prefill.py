@@ -89,6 +89,7 @@ class Prefill(ForwardPass):
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
         self.last_queries: dict[int, torch.Tensor] = {}  # of the layers since the last cut
         self.last_masks: dict[int, Any] = {}
+        self._asked: int | None = None  # the layer now running, if its queries are to be kept
         self.windowed, self.far = architecture.windowed_layers(), None  # the last `FarSight`, where others see a window
         self.near = self.windowed | architecture.state_layers
         self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the kept tokens
@@ -124,14 +125,14 @@ class Prefill(ForwardPass):
         return given
 
     def _look_back(self, index: int, given: dict[str, Any]) -> None:
-        self.last_queries.pop(index, None)  # a scorer may have asked the layer for queries before it runs
-        if self._is_looked_back_at(index):
+        self._asked = index if self._is_looked_back_at(index) else None
+        if self._asked is not None:
             self.last_masks[index] = last_rows(given.get("attention_mask"), LAST_TOKENS)
 
     def keep_queries(self, index: int, queries: torch.Tensor) -> None:
-        """Keep the last of the queries (B, N, H * d) that layer ``index``, now running, has projected."""
-        if self._is_looked_back_at(index) and index not in self.last_queries:
-            self.last_queries[index] = self._last_by_rows(queries)
+        """Keep the last of the queries (B, N, H * d) that layer ``index`` has projected, if it is the one running."""
+        if index == self._asked:  # scorers ask layers for queries, too, before they run and after
+            self.last_queries[index], self._asked = self._last_by_rows(queries), None
 
     def _last_by_rows(self, values: torch.Tensor) -> torch.Tensor:
         """(B, w, any) of the last tokens. A copy: a view would keep the whole tensor in memory."""

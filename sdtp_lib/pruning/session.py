@@ -63,6 +63,7 @@ class Session:
         self._said: set[str] = set()
         self._for_this_forward = contextlib.ExitStack()
         self._not_pruned = ""
+        self._outside: dict[str, Any] = {}  # what a multimodal model was called with: ids and padding of its text
 
     def before_model(self, names: tuple[str, ...]):
         """The hook on the causal LM: refuses what cannot be right with K columns of logits."""
@@ -71,6 +72,10 @@ class Session:
             arguments = named_arguments(names, args, kwargs)
             rows, columns = _shape_of(arguments)
             seen = tokens_seen(cache_of(arguments))
+            if self.architecture.is_multimodal:
+                self._outside = arguments
+                if isinstance(cache := cache_of(arguments), PrunedCache):
+                    cache.inside = True  # it is asked for masks before the language model is called
             if columns < 2 or (seen > 0 and self.config.prune == "first") or self._chunk_comes():
                 return
             if arguments.get("labels") is not None:
@@ -106,7 +111,8 @@ class Session:
             ids, mask, cache, size, wanted=self.budget, config=self.config, scorer=self.scorer,
             num_layers=len(self.architecture.layers), protection=self._protection,
             whole_only={"a method of two passes": self.two_passes, "a method of a KV budget": self.kv,
-                        "layers that keep a state": self.architecture.state_layers or None},
+                        "layers that keep a state": self.architecture.with_state or None,
+                        "a multimodal model": True if self.architecture.is_multimodal else None},
         )  # fmt: skip
         try:
             yield size if self._chunks is None else self._chunks.size
@@ -138,7 +144,7 @@ class Session:
         if self._chunk_comes():
             changed = (), self._begin_chunk(arguments, rows, cache)
         elif seen == 0 or every:
-            lengths = prompt_lengths(arguments.get("attention_mask"), rows, columns)
+            lengths = prompt_lengths(self._padding_of(arguments), rows, columns)
             device = _tokens_of(arguments).device
             given = (self.architecture, self.budget, self.scorer, self.trace, lengths, columns, device)
             protected = self._protection(rows, seen, columns)
@@ -211,7 +217,33 @@ class Session:
             self._pass, self._stop_after = None, None
         first.check_scores()
 
+    def after_model(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
+        """The hook after a multimodal model, also after an exception."""
+        cache, self._outside = cache_of(self._outside), {}
+        if isinstance(cache, PrunedCache):
+            cache.inside = False
+
+    def _padding_of(self, arguments: dict[str, Any]) -> Any:
+        """The 2-D mask of the tokenizer, which a multimodal model turns into layers' masks before its stack sees it."""
+        return (self._outside if self.architecture.is_multimodal else arguments).get("attention_mask")
+
     def _protection(self, rows: int, seen: int, columns: int) -> torch.Tensor | None:
+        """New tokens that stay: what ``protect`` says, and what stands for images, sound and the like."""
+        asked = self._asked_for(rows, seen, columns)
+        if not self.architecture.placeholders:
+            return asked
+        ids = self._outside.get("input_ids")
+        if ids is None or ids.shape != (rows, columns):
+            raise PruningNotSupported(
+                f"{type(self.architecture.model).__name__} without input_ids of {rows} row(s) of {columns} tokens, so "
+                "which of them stand for images is not known: call the model itself, with input_ids."
+            )
+        stand_in = torch.isin(ids, torch.tensor(self.architecture.placeholders, device=ids.device))
+        if not bool(stand_in.any()):
+            return asked
+        return stand_in if asked is None else stand_in | asked.to(ids.device)
+
+    def _asked_for(self, rows: int, seen: int, columns: int) -> torch.Tensor | None:
         """What ``protect`` says of the new tokens; it may cover those in the cache as well. Later turns: nothing."""
         if self.protect is None or (seen and self.protect.shape[1] < seen + columns):
             return None

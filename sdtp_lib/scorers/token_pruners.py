@@ -225,9 +225,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             attention = stage.attention_mass(self.looked_back[stage.layer_index], ASKING_TOKENS)
         own = f"score of {id(self)}"  # two pruners in one mix must not overwrite each other's state
         memory = stage.carried.get(own)
-        learned = network(
-            StageInputs(stage.hidden_states, stage.positions, stage.padding_mask, stage.prompt_lengths, attention, memory)
-        )
+        valid, lengths = stage.padding_mask, stage.prompt_lengths
+        learned = network(StageInputs(stage.hidden_states, stage.positions, valid, lengths, attention, memory))
         if "memory" in self.features:
             stage.carried[own] = standardised(learned, stage.padding_mask)
         return learned if self.blend is None else self.blend(learned, stage)

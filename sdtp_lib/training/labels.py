@@ -157,10 +157,10 @@ def checked_labels(
     depth = len(architecture.layers)
     if not layers or min(layers) < 0 or max(layers) >= depth:
         raise ValueError(f"layers={list(layers)}: name layers from 0 to {depth - 1} of this model.")
-    if architecture.state_layers:
+    if architecture.with_state:
         # Removal is a bias on keys, which these layers do not have; a label without their part would mislead.
         raise PruningNotSupported(
-            f"{type(architecture.model).__name__}: layers {sorted(architecture.state_layers)} keep a state instead of "
+            f"{type(architecture.model).__name__}: layers {sorted(architecture.with_state)} keep a state instead of "
             "keys, and what a token does to it is not in any label: prune it with a score that needs no training."
         )
     if any(name.startswith("removal") for name in labels):

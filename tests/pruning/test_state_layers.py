@@ -14,10 +14,12 @@ from family_subject import RIGHT, UNASKED, Subject, judged
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
 from sdtp_lib.architectures import describe
 from sdtp_lib.architectures.caches import cache_in, tokens_seen
+from sdtp_lib.budget import SpeedupBudget, prefill_flops
+from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.masked_reference import masked_forward
 from sdtp_lib.training.labels import checked_labels
 
-HYBRIDS = ("lfm2", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "jamba", "bamba")
+HYBRIDS = ("lfm2", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "jamba", "bamba", "falcon_h1", "nemotron_h")
 CONFIG = PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4, local_ratio=0.0)
 
 
@@ -25,7 +27,7 @@ def _built(family):
     if family not in family_models.families():
         pytest.skip(f"this transformers has no {family}")
     model = family_models.tiny_model(family, "sdpa")
-    if not describe_or_skip(model).state_layers:
+    if not describe_or_skip(model).with_state:
         pytest.skip(f"this transformers keeps the states of {family} in a cache of its own")
     return model
 
@@ -46,6 +48,24 @@ def test_a_hybrid_equals_its_state_layers_on_the_kept_tokens_alone(family, check
         assert "the plain model's second turn differs" in found.detail
     else:
         assert found.outcome == RIGHT, found
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_the_flops_of_a_hybrid_are_what_torch_counts(family):
+    _built(family)
+    found = judged(CHECKS["flops"], Subject(family_models.tiny_model(family, "eager")))
+    assert found.outcome == RIGHT, found
+
+
+@pytest.mark.parametrize("family", ["lfm2", "falcon_h1"])
+def test_a_speed_up_is_solved_for_a_hybrid(family):
+    model = _built(family)
+    shape = ModelShape.from_model(model)
+    budget = SpeedupBudget(PruningConfig((1, 2, 3), 0.5, min_local_tokens=4, local_ratio=0.0), 1.5, shape)
+    with torch.no_grad(), token_pruning(model, budget, scorers.recency()) as trace:
+        model(input_ids=torch.arange(5, 105)[None], use_cache=True)
+    saved = prefill_flops(shape, [100] * 6) / prefill_flops(shape, trace.tokens_per_layer)
+    assert 1.5 <= saved < 1.6
 
 
 def test_the_reference_hides_a_dropped_token_from_states_too():

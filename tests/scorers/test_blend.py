@@ -232,7 +232,7 @@ def test_recency_alone_as_a_blend_is_recency(tiny_model):
 
 
 def test_below_its_floor_the_learned_part_orders_nothing():
-    stage = SimpleNamespace(valid=torch.ones(1, 5, dtype=torch.bool), positions=torch.arange(5)[None])
+    stage = SimpleNamespace(padding_mask=None, positions=torch.arange(5)[None])
     learned = torch.tensor([[-3.0, -1.0, -2.0, 0.0, 6.0]])  # mean 0: only the last stands out
     mixed = Blend(learned=1.0, floor=0.0)(learned, stage)
     assert mixed[0, :4].tolist() == [0.0] * 4 and mixed[0, 4] > 1
