@@ -102,7 +102,7 @@ def prefill_flops(
     prompt = tokens_per_layer[0]
     matrices = sum(tokens * layer.matmul_weights for tokens, layer in zip(tokens_per_layer, shape.layers, strict=True))
     pairs = [
-        causal_pairs(tokens, prompt, layer.window, layer.by_chunks) if causal else tokens * tokens
+        causal_pairs(tokens, prompt, layer.window) if causal else tokens * tokens
         for tokens, layer in zip(tokens_per_layer, shape.layers, strict=True)
     ]
     attention = sum(count * layer.flops_per_pair for count, layer in zip(pairs, shape.layers, strict=True))
@@ -111,16 +111,15 @@ def prefill_flops(
     return 2 * (matrices + outside) + attention + states + pruner_flops
 
 
-def causal_pairs(tokens: int, prompt_tokens: int, window: int | None = None, by_chunks: bool = False) -> float:
+def causal_pairs(tokens: int, prompt_tokens: int, window: int | None = None) -> float:
     """Query-key pairs that causal attention computes among ``tokens`` kept of a prompt: n^2 / 2 without a window.
 
     A window counts prompt positions, so kept tokens see fewer of them: of the prompt's pairs inside the window the
-    share (n / T)^2 is left, whichever tokens went. By chunks of w, each of which sees itself only, they are T w / 2.
+    share (n / T)^2 is left, whichever tokens went.
     """
     if window is None or window >= prompt_tokens:
         return tokens * tokens / 2
-    pairs = window * prompt_tokens / 2 if by_chunks else window * prompt_tokens - window * window / 2
-    return pairs * (tokens / prompt_tokens) ** 2
+    return (window * prompt_tokens - window * window / 2) * (tokens / prompt_tokens) ** 2
 
 
 def kv_bytes(shape: ModelShape, tokens_per_layer: Sequence[int], bytes_per_element: int) -> int:

@@ -58,8 +58,6 @@ class LayerShape:
         Inner width of a gated feed-forward part of as many active weights (three matrices of D by it).
     window
         Tokens that the layer sees at most, its own included; None for all.
-    by_chunks
-        Whether it sees those of its own chunk of so many, instead of the last so many.
     """
 
     matmul_weights: int
@@ -73,7 +71,6 @@ class LayerShape:
     window: int | None = None
     idle_weights: int = 0
     state_flops: int = 0
-    by_chunks: bool = False
 
     @property
     def query_width(self) -> int:
@@ -129,7 +126,6 @@ def count_layer(layer: Any, config: Any, index: int) -> LayerShape:
         cache_width=cache_width,
         inner_width=round(feed_forward / (3 * config.hidden_size)),
         window=window,
-        by_chunks=kind == "chunked_attention",
         idle_weights=sum(held - active for _, active, held in parts),
         state_flops=_state_flops(layer, where) if kind in (*_WITH_STATE, *_WITH_BOTH) else 0,
     )
@@ -213,8 +209,6 @@ def held_parameters(module: Any, seen: set[int] | None = None) -> int:
 def layer_window(config: Any, index: int, where: str) -> int | None:
     """Tokens that layer ``index`` sees at most, or None; a layer type without softmax attention is refused."""
     kind, window = layer_kind(config, index), getattr(config, "sliding_window", None)
-    if kind == "chunked_attention" and (chunk := getattr(config, "attention_chunk_size", None)):
-        return int(chunk)
     if kind in ("sliding_attention", "hybrid_sliding") or (kind is None and window):
         return int(window)
     if kind is not None and kind not in (*_FULL_ATTENTION, *_WITH_BOTH):

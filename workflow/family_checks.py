@@ -169,8 +169,11 @@ def flops(subject: Subject) -> float | None:
     paths = {module: path for path, module in subject.model.named_modules()}
     for layer, module in zip(shape.layers, find_layers(subject.model), strict=True):
         if layer.state_flops:
-            products = by_module[f"{type(subject.model).__name__}.{paths[module]}"].get(torch.ops.aten.bmm, 0)
-            counted -= products - layer.flops_per_pair * PROMPT**2
+            # What the layer multiplies itself; linear parts do it as well, where their inputs are not contiguous.
+            parts = [module, *(part for part in module.modules() if isinstance(part, torch.nn.Linear))]
+            named = (by_module.get(f"{type(subject.model).__name__}.{paths[part]}", {}) for part in parts)
+            whole, *linear = (ops.get(torch.ops.aten.bmm, 0) for ops in named)
+            counted -= whole - sum(linear) - layer.flops_per_pair * PROMPT**2
     if abs(said / counted - 1) > FLOP_TOLERANCE:
         raise Wrong(f"FLOPs: said {said:.4g}, counted {counted:.4g} ({said / counted - 1:+.1%})")
     return abs(said / counted - 1)
