@@ -62,8 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name, kind in PRESSES.items()
     }
     arounds = {name: lambda made=made: made()(model) for name, made in presses.items()}
-    alone = [evaluation.Compared(name, scorer, around=around) for name, around in arounds.items()]
-    behind = [evaluation.Compared(f"SDTP + {name}", scorer, around=around) for name, around in arounds.items()]
+    alone = [evaluation.Variant(name, scorer=scorer, around=around) for name, around in arounds.items()]
+    behind = [evaluation.Variant(f"SDTP + {name}", scorer=scorer, around=around) for name, around in arounds.items()]
     stamp = passport(model, model_name=options.model, seed=options.seed)
     with RowWriter(options.run_dir / "compression.jsonl", stamp) as writer:
         cells = {
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         }
         bar = tqdm([(cell, s) for cell, samples in cells.items() for s in samples], unit="sample", mininterval=5)
         for cell, sample in bar:
-            for configs, methods in ((whole, alone), (pruned, [evaluation.Compared("SDTP", scorer), *behind])):
+            for configs, methods in ((whole, alone), (pruned, [evaluation.Variant("SDTP", scorer=scorer), *behind])):
                 evaluation.compare_scorers(model, [sample], configs, methods, writer, cell=cell)
         frame = read_frame(writer.path)
     report(frame, ModelShape.from_model(model), element_bytes(model.dtype))

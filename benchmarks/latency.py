@@ -90,17 +90,17 @@ def parser() -> argparse.ArgumentParser:
 
 def run_latency(options: argparse.Namespace) -> int:
     from sdtp_lib.config import PruningConfig
-    from sdtp_lib.latency import methods as latency_methods
     from sdtp_lib.latency import run as latency_run
     from sdtp_lib.latency.measure import threads
+    from sdtp_lib.methods.variant import Variant
 
     model, _, scorer, writer = _prepared(options)
 
-    def methods_at(tokens: int) -> list[latency_methods.Timed]:
+    def methods_at(tokens: int) -> list[Variant]:
         found = latency_run.presets(model, scorer, options.presets)
         if options.identity:
             whole = PruningConfig.preset("keep09", model.config.num_hidden_layers, keep_ratio=1.0)
-            found.insert(1, latency_methods.sdtp(model, whole, scorer, "keep1.0"))
+            found.insert(1, Variant("keep1.0", whole, scorer, kind="SDTP"))
         found += latency_run.alternatives(model, scorer, tokens, options.alternatives)
         return found + latency_run.named(model, options.method, tokens, scorer)
 
@@ -193,7 +193,9 @@ def run_memory(options: argparse.Namespace) -> int:
                 if writer.done(f"memory/{tokens}/{method.name}"):
                     continue
                 ids = latency_run.prompt_ids(model.config.vocab_size, tokens, options.seed).to(model.device)
-                once = profiling.measure_once(lambda m=method, i=ids: m.row_fields(model, i, 1), model.device)
+                once = profiling.measure_once(
+                    lambda m=method, i=ids: latency_run.row_fields(m, model, i, 1), model.device
+                )
                 allocated = latency_run.peak_allocated(model, method, tokens, options.seed)
                 row = writer.add(
                     f"memory/{tokens}/{method.name}", kind="memory", prompt_tokens=tokens, method=method.name,

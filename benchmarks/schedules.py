@@ -198,10 +198,10 @@ def main(arguments: list[str] | None = None) -> None:
     layers = options.scorer.layers(scorer, shape.num_layers)
     tokens, path = options.prompt_tokens, options.run_dir / "schedules.jsonl"
     name = options.scorer.name
-    method = evaluation.Compared(name, scorer)
+    method = evaluation.Variant(name, scorer=scorer)
     stamp = passport(model, model_name=options.model, seed=options.seed)
 
-    def measure(configs: dict[str, PruningConfig], split: str, methods: Sequence[evaluation.Compared] = ()) -> None:
+    def measure(configs: dict[str, PruningConfig], split: str, methods: Sequence[evaluation.Variant] = ()) -> None:
         sizes = {"prompt_tokens": tokens, "count": options.samples, "seed": options.seed, "split": split}
         cells = {cell: cell_samples(cell, tokenizer, **sizes) for cell in options.cells}
         # Cells in turn: a run that is stopped has some of each.
@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.what == "pairs":
         configs = pairs_at(shape, tokens, options.speedups)
         found = {name: score for name, score in training_free().items() if name in (options.scores or training_free())}
-        measure(configs, "heldout", [evaluation.Compared(name, score) for name, score in found.items()])
+        measure(configs, "heldout", [evaluation.Variant(name, scorer=score) for name, score in found.items()])
         for speedup, table in pair_tables(path, configs, f"heldout|{tokens}").items():
             print(f"\n### {speedup} by FLOPs, prompts of {tokens} tokens: KL to the unpruned model, nats per token\n")
             print(evaluation_tables.markdown(table, digits=4))

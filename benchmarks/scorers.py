@@ -25,7 +25,6 @@ from tqdm import tqdm
 from sdtp_lib import PruningConfig, evaluation, load_model, methods, plots
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
-from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root, read_frame
 from sdtp_lib.scorers.by_name import scorer_named
@@ -69,11 +68,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Compared]:
+def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Variant]:
     """The pruners named on the command line, or those that ship with the project."""
     shipped = [scorer_named(evaluation_tables.LEARNED_PREFIX)] if shipped_for(options.model) else []
     named = options.pruners or shipped
-    return [evaluation.Compared(each.name, each.load(model)) for each in named]
+    return [evaluation.Variant(each.name, scorer=each.load(model)) for each in named]
 
 
 def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share, path: Path, stamp: dict) -> float:
@@ -81,9 +80,8 @@ def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share
     config = {name: configs[name] for name in list(configs)[:1]}
     samples = [s for cell in ("text", "needle") for s in cell_samples(
         cell, tokenizer, prompt_tokens=length, count=2, seed=seed, split="train")]  # fmt: skip
-    shape = ModelShape.from_model(model)
-    mixed = {weight: evaluation.baseline_methods(shape, recency_weight=weight)[-1] for weight in WEIGHTS}
-    methods = [evaluation.Compared(f"weight {weight}", method.scorer) for weight, method in mixed.items()]
+    mixed = {weight: evaluation.baseline_methods(recency_weight=weight)[-1] for weight in WEIGHTS}
+    methods = [evaluation.Variant(f"weight {weight}", scorer=method.scorer) for weight, method in mixed.items()]
     with share.rows(path, stamp) as writer:
         evaluation.compare_scorers(model, share.of(samples), config, methods, writer, cell="tuning")
     rows = read_frame(path)
@@ -91,7 +89,7 @@ def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share
     return float(rows.groupby("scorer").kl_nats.mean().idxmin().removeprefix("weight "))
 
 
-def wanted(methods: list[evaluation.Compared], names: list[str] | None) -> list[evaluation.Compared]:
+def wanted(methods: list[evaluation.Variant], names: list[str] | None) -> list[evaluation.Variant]:
     """The methods of these names, all without any."""
     known = [method.name for method in methods]
     unknown = [name for name in names or [] if name not in known]
@@ -109,12 +107,12 @@ def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
     if weight is None and (options.scores is None or MIXED in options.scores):
         weight = tuned_weight(model, tokenizer, configs, min(options.lengths), options.seed, share, rows_path, stamp)
     deployable = [
-        *evaluation.baseline_methods(ModelShape.from_model(model), recency_weight=weight or 1.0),
+        *evaluation.baseline_methods(recency_weight=weight or 1.0),
         *learned_methods(options, model),
     ]
     known = [method.name for method in deployable]
     more = [name for name in options.method if name not in known]
-    deployable += evaluation.published_methods(ModelShape.from_model(model), more)
+    deployable += evaluation.published_methods(more)
     deployable = wanted(deployable, options.scores)
     oracles = oracle_methods(options.oracles)
     # Sample by sample over all cells: a run that is stopped has some of everything.

@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     fields = ("learned", "attention", "recency", "floor", "smoothing")
     blends = [dict(zip(fields, values, strict=True)) for values in grid]
     methods = [
-        evaluation.Compared(json.dumps(blend), with_blend(options.pruners, blend).to(model.device)) for blend in blends
+        evaluation.Variant(json.dumps(blend), scorer=with_blend(options.pruners, blend).to(model.device))
+        for blend in blends
     ]
     stamp = passport(model, model_name=options.model, seed=options.seed)
     with RowWriter(options.run_dir / "blend.jsonl", stamp) as writer:

@@ -214,6 +214,10 @@ def find_keep_ratio(
     return low
 
 
+class SpeedupOutOfReach(ValueError):
+    """No budget reaches the wanted prefill speed-up; the message has the highest that can be had."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SpeedupBudget:
     """A wanted prefill speed-up by FLOPs, scoring left out: for each prompt length the keep ratio that reaches it.
@@ -231,8 +235,8 @@ class SpeedupBudget:
 
         Raises
         ------
-        ValueError
-            If the protected tokens forbid the speed-up; the message has the highest that can be had.
+        SpeedupOutOfReach
+            If the protected tokens forbid the speed-up.
         """
         if tokens not in self._solved:
             self._solved[tokens] = self._solve(tokens)
@@ -245,7 +249,7 @@ class SpeedupBudget:
             return self.config.replace(keep_ratio=1.0)
         highest = speedup_limit(self.shape, most, tokens, pruner_width=0)
         if highest < self.speedup:
-            raise ValueError(
+            raise SpeedupOutOfReach(
                 f"budget='{self.speedup:g}x': a prompt of {tokens} tokens can be prefilled at most {highest:.2f}x as "
                 f"fast with layers={list(self.config.layers)} and the protected tokens (sink_tokens="
                 f"{self.config.sink_tokens}, local_ratio={self.config.local_ratio}, min_local_tokens="

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
             bar.update()
 
         rows = compared.side_by_side(
-            model, ids_of, found, new_tokens=given.new_tokens, repeats=given.repeats, progress=progress
+            model, ids_of, given.budget, found, new_tokens=given.new_tokens, repeats=given.repeats, progress=progress
         )
     lines = compared.summary(rows)
     shown = tables.markdown(tables.pandas.DataFrame([_shown(line) for line in lines]))
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
         f"model's answer of up to {given.new_tokens} tokens; prefill medians of {given.repeats}, in turn.\n\n{shown}\n"
     )
     left_out = compared.refusals(rows)
-    ran = [choice for choice in found if choice.name not in left_out]
-    remarks = [f"\n{choice.name}: {choice.remark}." for choice in ran if choice.remark]
+    ran = [choice for choice in found if choice.name not in left_out and choice.kind == "method"]
+    remarks = [f"\n{choice.name}: {choice.budget.remark}." for choice in ran if choice.budget.remark]
     text += "".join(remarks) + ("\n" if remarks else "")
     text += "".join(f"\nLeft out: {name}: {reason}" for name, reason in left_out.items()) + ("\n" if left_out else "")
     print(text)

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from sdtp_lib import methods
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.evaluation.answers import FULL, Variant, run_items
+from sdtp_lib.evaluation.answers import FULL, run_items
 from sdtp_lib.evaluation.items import Item
+from sdtp_lib.methods.variant import Variant
 from sdtp_lib.models import load_model
 from sdtp_lib.processes import Share
 from sdtp_lib.records import passport, project_root
@@ -78,11 +79,11 @@ def variants(options: argparse.Namespace, model: Any) -> list[Variant]:
     """The unpruned model, then each preset with each score, then the published methods."""
     layers = model.config.num_hidden_layers
     chosen = [(named.name, named.load(model)) for named in options.scorers or [scorer_named("SDTP")]]
-    return [Variant(FULL)] + [
-        Variant(f"{name} {preset}", PruningConfig.preset(preset, num_layers=layers), scorer)
-        for preset in options.presets
-        for name, scorer in chosen
-    ] + [Variant(name, method, method.scorer_for(model)) for name, method in options.method]
+    found = [Variant(FULL)]
+    for preset in options.presets:
+        config = PruningConfig.preset(preset, num_layers=layers)
+        found += [Variant(f"{name} {preset}", config, scorer) for name, scorer in chosen]
+    return found + [Variant(name, method, method.scorer_for(model)) for name, method in options.method]
 
 
 def run_parts(

@@ -7,12 +7,10 @@ engine: the pruned cache of the prefill is the one that decode and a second turn
 from __future__ import annotations
 
 import base64
-import contextlib
 import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,32 +18,12 @@ import torch
 
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.evaluation.items import Item
-from sdtp_lib.methods.call import token_pruning
-from sdtp_lib.pruning.stage import Scorer
+from sdtp_lib.methods.variant import Variant
 from sdtp_lib.pruning.token_fates import TokenFates
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.records import RowWriter, content_id
 
 FULL = "full"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to run the prefill under one name: pruned, or unpruned where ``config`` is None.
-
-    ``config`` and ``scorer`` are what `token_pruning` takes as its budget (a `PruningConfig`, an entry of
-    `sdtp_lib.methods`) and its scorer.
-    """
-
-    name: str
-    config: Any = None
-    scorer: Scorer | None = None
-
-    def applied(self, model: Any) -> contextlib.AbstractContextManager[PruningTrace | None]:
-        """The ``with`` in which ``model`` runs this way; the only place that knows how a variant is put on a model."""
-        if self.config is None:
-            return contextlib.nullcontext()
-        return token_pruning(model, self.config, self.scorer)
 
 
 def run_items(
@@ -86,7 +64,7 @@ def _key(item: Item, variant: Variant) -> str:
 
 
 def _made_from(item: Item, variant: Variant) -> dict[str, str]:
-    config = variant.config.to_dict() if hasattr(variant.config, "to_dict") else variant.config
+    config = variant.budget.to_dict() if hasattr(variant.budget, "to_dict") else variant.budget
     rules = [item.max_new_tokens, item.stop_ids, *([item.follow_up_ids] if item.follow_up_ids else [])]
     sample = content_id(item.prompt_ids, *rules)
     return {"sample_hash": sample, "config_hash": content_id(config)}

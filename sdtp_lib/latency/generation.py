@@ -1,12 +1,12 @@
 """Greedy generation with its clock inside: the time to the first token apart from decode.
 
-Knows a causal LM's forward and nothing else: a prefill and a decode step are callables, so that any way to fill a
-cache is timed by the same loop. No value is read from the device before the end, unless it ends at an end token.
+Knows a causal LM's forward and nothing else. No value is read from the device before the end, unless generation ends at
+an end token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,44 +61,6 @@ def end_tokens(model: Any) -> tuple[int, ...]:
     return (ends,) if isinstance(ends, int) else tuple(ends or ())
 
 
-def timed_generation(
-    prefill: Callable[[Stopwatch], tuple[torch.Tensor, Any]],
-    step: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]],
-    new_tokens: int,
-    watch: Stopwatch,
-    ends: Collection[int] = (),
-) -> Generation:
-    """Prefill once, then ``new_tokens - 1`` greedy steps.
-
-    Parameters
-    ----------
-    prefill
-        ``prefill(watch) -> (logits (B, .., V), cache)``; it may mark parts of its own, the rest counts as
-        ``"prefill"``.
-    step
-        ``step(token_ids (B, 1), cache) -> (logits, cache)``.
-    watch
-        Started by the caller, so that whatever it sets up counts too.
-    ends
-        Token ids after which it stops early (batch 1): the device is waited for at each step then.
-    """
-    if new_tokens < 1:
-        raise ValueError(f"new_tokens={new_tokens}: the prefill itself gives the first token, so ask for 1 or more.")
-    with torch.inference_mode():
-        logits, cache = prefill(watch)
-        token = logits[:, -1].argmax(dim=-1, keepdim=True)
-        watch.mark("prefill")
-        tokens = [token]
-        for _ in range(new_tokens - 1):
-            if ends and token.item() in ends:
-                break
-            logits, cache = step(token, cache)
-            token = logits[:, -1].argmax(dim=-1, keepdim=True)
-            tokens.append(token)
-        watch.mark("decode")
-    return Generation(torch.cat(tokens, dim=1), cache, watch.parts_ms())
-
-
 def plain_prefill(model: Any, input_ids: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, Any]:
     """One forward over the prompt (B, T) that fills a cache; logits for the last position only."""
     output = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **arguments)
@@ -112,6 +74,7 @@ def plain_step(model: Any, token_ids: torch.Tensor, cache: Any, **arguments: Any
     return output.logits, cache_in(output)
 
 
+@torch.inference_mode()
 def prefill_and_decode(
     model: Any,
     input_ids: torch.Tensor,
@@ -120,12 +83,25 @@ def prefill_and_decode(
     *,
     ends: Collection[int] = (),
 ) -> Generation:
-    """Greedy generation of ``new_tokens`` by the model as it is (or as a surrounding ``with`` has made it)."""
+    """Prefill the prompt (B, T) once, then ``new_tokens - 1`` greedy steps; as a ``with`` around it has made the model.
+
+    Parameters
+    ----------
+    watch
+        Started by the caller, so that whatever it sets up counts too.
+    ends
+        Token ids after which it stops early (batch 1): the device is waited for at each step then.
+    """
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens={new_tokens}: the prefill itself gives the first token, so ask for 1 or more.")
     watch = watch or Stopwatch(input_ids.device)
-    return timed_generation(
-        lambda _watch: plain_prefill(model, input_ids),
-        lambda token, cache: plain_step(model, token, cache),
-        new_tokens,
-        watch,
-        ends,
-    )
+    logits, cache = plain_prefill(model, input_ids)
+    tokens = [logits[:, -1].argmax(dim=-1, keepdim=True)]
+    watch.mark("prefill")
+    for _ in range(new_tokens - 1):
+        if ends and tokens[-1].item() in ends:
+            break
+        logits, cache = plain_step(model, tokens[-1], cache)
+        tokens.append(logits[:, -1].argmax(dim=-1, keepdim=True))
+    watch.mark("decode")
+    return Generation(torch.cat(tokens, dim=1), cache, watch.parts_ms())

@@ -1,6 +1,6 @@
-"""Measure methods side by side on one model and keep every repetition as a row.
+"""Measure variants side by side on one model and keep every repetition as a row.
 
-Ties `methods` (what is computed), `measure` (how it is measured) and `records` (where it goes) together. A
+Ties `methods.variant` (what is computed), `measure` (how it is measured) and `records` (where it goes) together. A
 run that was stopped goes on at the repetition where it stopped. Knows no table and no picture: those are views of the
 rows (`report`).
 """
@@ -8,20 +8,24 @@ rows (`report`).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from sdtp_lib import budget, data
-from sdtp_lib import methods as catalogue
+from sdtp_lib import budget, data, methods
+from sdtp_lib.architectures.caches import cache_lengths
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import tasks
+from sdtp_lib.evaluation.compare import add_rows, on_sample, sample_hash
 from sdtp_lib.evaluation.divergence import kl_divergence
-from sdtp_lib.latency import measure, methods
-from sdtp_lib.latency.generation import plain_prefill
+from sdtp_lib.latency import measure
+from sdtp_lib.latency.generation import plain_prefill, prefill_and_decode
+from sdtp_lib.latency.measure import Stopwatch
 from sdtp_lib.latency.memory import peak_allocated_bytes
-from sdtp_lib.latency.methods import Timed
+from sdtp_lib.methods.method import pass_flops
+from sdtp_lib.methods.variant import UNPRUNED, Variant
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.records import RowWriter, content_id
 
@@ -35,14 +39,14 @@ SCALED = ("lazyllm", "gemfilter", "fastkv", "claa", "sliminfer", "pyramidinfer",
 
 def presets(
     model: Any, scorer: Scorer, names: Sequence[str] = PRESETS, prompt_tokens: int | None = None
-) -> list[Timed]:
+) -> list[Variant]:
     """The unpruned model and SDTP with each preset, scored by ``scorer``; the same at every prompt length."""
     layers = budget.ModelShape.from_model(model).num_layers
-    configs = {name: PruningConfig.preset(name, layers) for name in names}
-    return [methods.unpruned(model), *(methods.sdtp(model, config, scorer, name) for name, config in configs.items())]
+    found = [Variant(name, PruningConfig.preset(name, layers), scorer, kind="SDTP") for name in names]
+    return [Variant(UNPRUNED, kind=UNPRUNED), *found]
 
 
-def alternatives(model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence[str] = ("keep09",)) -> list[Timed]:
+def alternatives(model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence[str] = ("keep09",)) -> list[Variant]:
     """What else one could do, each at the causal prefill FLOPs of SDTP with the preset it stands beside.
 
     The published methods (`sdtp_lib.methods`) whose cost is known beforehand, less those that cannot be so fast; SnapKV
@@ -55,25 +59,32 @@ def alternatives(model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence
         config = PruningConfig.preset(name, shape.num_layers)
         counts = budget.tokens_per_layer(config, shape.num_layers, prompt_tokens)
         limit = budget.speedup_limit(shape, config, prompt_tokens)
-        entries = [catalogue.get(each).at_speedup(limit) for each in SCALED]
-        entries.append(catalogue.get("snapkv", tokens=round(sum(counts) / len(counts))))
-        entries.append(catalogue.get("earlier-scheme", preset=name, pruners=scorer))
-        for entry in entries:
-            with contextlib.suppress(catalogue.SpeedupOutOfReach):
-                found.append(methods.published(model, entry, prompt_tokens, f"{entry.name} {name}"))
-    return found
+        entries = [methods.get(each).at_speedup(limit) for each in SCALED]
+        entries.append(methods.get("snapkv", tokens=round(sum(counts) / len(counts))))
+        entries.append(methods.get("earlier-scheme", preset=name, pruners=scorer))
+        found += [(f"{entry.name} {name}", entry) for entry in entries]
+    return _within_reach(model, found, prompt_tokens)
 
 
-def named(model: Any, names: Sequence[str], prompt_tokens: int, scorer: Scorer) -> list[Timed]:
+def named(model: Any, names: Sequence[str], prompt_tokens: int, scorer: Scorer) -> list[Variant]:
     """Methods as they are typed (`sdtp_lib.methods.named`), less those that cannot be so fast at this length."""
+    return _within_reach(model, [(text, methods.named(text)) for text in names], prompt_tokens, scorer)
+
+
+def _within_reach(
+    model: Any, entries: Iterable[tuple[str, methods.Method]], prompt_tokens: int, scorer: Scorer | None = None
+) -> list[Variant]:
+    """Published methods under a name; ``scorer`` is for those that do not bring their own."""
     found = []
-    for text in names:
-        with contextlib.suppress(catalogue.SpeedupOutOfReach):
-            found.append(methods.published(model, catalogue.named(text), prompt_tokens, text, scorer))
+    for name, method in entries:
+        variant = Variant(name, method, method.scorer_for(model) or scorer, kind=method.name)
+        with contextlib.suppress(methods.SpeedupOutOfReach):
+            variant.config(model, prompt_tokens)
+            found.append(variant)
     return found
 
 
-def every_method(model: Any, scorer: Scorer, names: Sequence[str], prompt_tokens: int) -> list[Timed]:
+def every_method(model: Any, scorer: Scorer, names: Sequence[str], prompt_tokens: int) -> list[Variant]:
     """`presets` and `alternatives` together."""
     return presets(model, scorer, names) + alternatives(model, scorer, prompt_tokens, names)
 
@@ -105,7 +116,7 @@ def quality_samples(
 def run(
     model: Any,
     writer: RowWriter,
-    methods_at: Callable[[int], list[Timed]],
+    methods_at: Callable[[int], list[Variant]],
     prompt_lengths: Iterable[int],
     *,
     new_tokens: int = 128,
@@ -143,7 +154,7 @@ def run(
 def _run_length(
     model: Any,
     writer: RowWriter,
-    found: list[Timed],
+    found: list[Variant],
     tokens: int,
     new_tokens: int,
     repeats: int,
@@ -155,6 +166,7 @@ def _run_length(
     weights = round(shape.read_share * sum(parameter.nbytes for parameter in model.parameters()))
     ids = prompt_ids(shape.vocab_size, tokens, seed).to(model.device)
     by_name = {method.name: method for method in found}
+    hashes = {method.name: config_hash(method, model, tokens) for method in found}
     scorer_ids = writer.scored_by({method.name: method.scorer for method in found})
     written: list[dict[str, Any]] = []
 
@@ -164,13 +176,13 @@ def _run_length(
     def done(name: str, repetition: int) -> bool:
         # Memory that ran out in this run would run out again; another run may have more.
         exhausted = any(writer.failed(key(name, other)) for other in range(repeats))
-        return writer.done(key(name, repetition), config_hash=config_hash(by_name[name])) or exhausted
+        return writer.done(key(name, repetition), config_hash=hashes[name]) or exhausted
 
     def keep(row: dict[str, Any]) -> None:
         name = row.pop("variant")
         # The generation's own clock, which starts before the session opens, is the latency.
         row.pop("latency_ms")
-        counted = {"prompt_tokens": tokens, "weight_bytes": weights, **describe(by_name[name], shape, tokens)}
+        counted = {"prompt_tokens": tokens, "weight_bytes": weights, **describe(by_name[name], model, tokens)}
         row = {"new_tokens": new_tokens, "scorer_id": scorer_ids[name], **row}
         written.append(writer.add(key(name, row["repetition"]), kind="latency", **counted, **row))
 
@@ -180,32 +192,50 @@ def _run_length(
     for name in missing if ids.is_cuda else missing[:1]:
         if progress:
             progress(f"{tokens} tokens, {name}: warm-up")
-        measure.measure_once(lambda name=name: by_name[name].row_fields(model, ids, min(new_tokens, 2)), ids.device)
+        measure.measure_once(lambda name=name: row_fields(by_name[name], model, ids, min(new_tokens, 2)), ids.device)
     measure.measure(
-        {name: lambda name=name: by_name[name].row_fields(model, ids, new_tokens) for name in missing},
+        {name: lambda name=name: row_fields(by_name[name], model, ids, new_tokens) for name in missing},
         repeats=repeats, warmup=0, device=ids.device, on_row=keep, done=done,
         progress=None if progress is None else lambda text: progress(f"{tokens} tokens, {text}"),
     )  # fmt: skip
     return written
 
 
-def config_hash(method: Timed) -> str:
-    """What the field of this name says in a method's rows."""
-    return content_id(method.config and method.config.to_dict())
+def row_fields(variant: Variant, model: Any, input_ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+    """One timed greedy generation as the fields of a row; lengths and bytes are read from the cache, never assumed.
+
+    Entering the ``with`` is on the clock, since a user pays for it too.
+    """
+    watch = Stopwatch(input_ids.device)
+    with variant.applied(model):
+        generation = prefill_and_decode(model, input_ids, new_tokens, watch)
+    return {
+        **generation.fields(),
+        **{f"part_{name}_ms": value for name, value in generation.parts_ms.items()},
+        # What the prefill left; decode adds the same number of keys to every layer of every method.
+        "kv_tokens_per_layer": [length - (new_tokens - 1) for length in cache_lengths(generation.cache)],
+        "kv_bytes": generation.prompt_kv_bytes(),
+    }
 
 
-def describe(method: Timed, shape: budget.ModelShape, prompt_tokens: int) -> dict[str, Any]:
-    """What a method computes at a length, counted: the fields of its rows that no clock is needed for."""
-    passes = method.computed(prompt_tokens)
-    config = method.config
+def config_hash(variant: Variant, model: Any, prompt_tokens: int) -> str:
+    """What the field of this name says in a variant's rows."""
+    config = variant.config(model, prompt_tokens)
+    return content_id(config and config.to_dict())
+
+
+def describe(variant: Variant, model: Any, prompt_tokens: int) -> dict[str, Any]:
+    """What a variant computes at a length, counted: the fields of its rows that no clock is needed for."""
+    shape, config = budget.ModelShape.from_model(model), variant.config(model, prompt_tokens)
+    passes = variant.passes(model, prompt_tokens)
     ratio = config.keep_ratio if config is not None else None
     return {
-        "method": method.name,
-        "family": method.family,
-        "config_hash": config_hash(method),
+        "method": variant.name,
+        "family": variant.kind,
+        "config_hash": config_hash(variant, model, prompt_tokens),
         "keep_ratio": ratio if not isinstance(ratio, tuple) else None,
         "prune_layers": list(config.layers) if config is not None else None,
-        "tflops": method.tflops(shape, prompt_tokens),
+        "tflops": sum(pass_flops(shape, counts) for counts in passes) / 1e12,
         "tokens_computed_per_layer": [sum(counts) for counts in zip(*passes, strict=True)],
         "compression_ratio": prompt_tokens * shape.num_layers / sum(sum(counts) for counts in passes),
     }
@@ -214,7 +244,7 @@ def describe(method: Timed, shape: budget.ModelShape, prompt_tokens: int) -> dic
 def run_quality(
     model: Any,
     writer: RowWriter,
-    methods_at: Callable[[int], list[Timed]],
+    methods_at: Callable[[int], list[Variant]],
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
     progress: Progress | None = None,
@@ -227,64 +257,51 @@ def run_quality(
         Name of the kind of text -> samples (see `data`). The response is scored from the cache that the method's
         prefill left, and compared with the unpruned model: KL in nats per token.
     """
-    shape = budget.ModelShape.from_model(model)
     written = []
     for text, group in samples.items():
         for number, sample in enumerate(group):
-            ids = torch.tensor([sample["prompt_ids"]], device=model.device)
-            response = torch.tensor([sample["response_ids"]], device=model.device)
-            found = methods_at(ids.shape[1])
+            tokens = len(sample["prompt_ids"])
+            found = methods_at(tokens)
             # Turned like the repetitions of a latency run, so that each method stands at each place.
             found = found[number % len(found) :] + found[: number % len(found)]
-            scorer_ids = writer.scored_by({method.name: method.scorer for method in found})
-            sample_hash = content_id(sample["prompt_ids"], sample["response_ids"])
-            keys = {method.name: f"quality/{text}/{sample['id']}/{method.name}" for method in found}
-            made_from = {m.name: {"sample_hash": sample_hash, "config_hash": config_hash(m)} for m in found}
-            todo = [m for m in found if not writer.done(keys[m.name], **made_from[m.name])]
-            if not todo:
-                continue
-            if progress:
+            ids = writer.scored_by({variant.name: variant.scorer for variant in found})
+            labels = {"text": text, "sample": sample["id"], "sample_hash": sample_hash(sample), "prompt_tokens": tokens}
+            measure_on, todo = _timed_on(model, sample), []
+            for variant in found:
+                key, own = f"quality/{text}/{sample['id']}/{variant.name}", describe(variant, model, tokens)
+                if not writer.done(key, sample_hash=labels["sample_hash"], config_hash=own["config_hash"]):
+                    own |= labels | {"scorer_id": ids[variant.name]}
+                    todo.append((key, own, functools.partial(measure_on, variant)))
+            if todo and progress:
                 progress(f"quality on {text} {number + 1} of {len(group)}")
-            with torch.inference_mode():
-                full = _scored(methods.unpruned(model), model, ids, response)[0]
-                for method in todo:
-                    logits, parts = _scored(method, model, ids, response)
-                    written.append(
-                        writer.add(
-                            keys[method.name], kind="quality", text=text,
-                            sample=sample["id"], sample_hash=sample_hash, prompt_tokens=ids.shape[1],
-                            scorer_id=scorer_ids[method.name],
-                            prefill_ms=sum(parts.values()), parts_ms=parts,
-                            kl_nats=kl_divergence(full, logits), **describe(method, shape, ids.shape[1]),
-                        )
-                    )  # fmt: skip
+            written += add_rows(writer, todo, kind="quality")
     return written
 
 
-def _scored(
-    method: Timed, model: Any, ids: torch.Tensor, response: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Logits (R, V) of each response token, and the milliseconds of the prefill's parts."""
-    watch = measure.Stopwatch(ids.device)
-    with method.open(model) as session:
-        logits, cache = session.prefill(ids, watch)
-        watch.mark("prefill")
-        parts = watch.parts_ms()
-        rows = [logits[0, -1:].float()]
-        if response.shape[1] > 1:
-            rows.append(session.step(response[:, :-1], cache)[0][0].float())
-    return torch.cat(rows), parts
+def _timed_on(model: Any, sample: Mapping[str, Any]) -> Callable[[Variant], dict[str, Any]]:
+    unpruned = functools.cache(lambda: on_sample(model, sample, Variant(UNPRUNED))[1])
+
+    def measure_on(variant: Variant) -> dict[str, Any]:
+        full = unpruned()
+        return on_sample(model, sample, variant, full, Stopwatch(model.device))[0]
+
+    return measure_on
 
 
-def peak_allocated(model: Any, method: Timed, prompt_tokens: int, seed: int = 0) -> int:
+def peak_allocated(model: Any, variant: Variant, prompt_tokens: int, seed: int = 0) -> int:
     """Most bytes of tensors alive at once during one prefill, the weights not counted (a separate, untimed pass)."""
-    ids = prompt_ids(budget.ModelShape.from_model(model).vocab_size, prompt_tokens, seed).to(model.device)
+    ids = prompt_ids(budget.ModelShape.from_model(model).vocab_size, prompt_tokens, seed)
+    return peak_of_prefill(model, variant, ids.to(model.device))
+
+
+def peak_of_prefill(model: Any, variant: Variant, input_ids: torch.Tensor) -> int:
+    """The same for these token ids (1, T)."""
 
     def prefill() -> Any:
-        with torch.inference_mode(), method.open(model) as session:
-            return session.prefill(ids)
+        with torch.inference_mode(), variant.applied(model):
+            return plain_prefill(model, input_ids)
 
-    return peak_allocated_bytes(prefill, ids.device)
+    return peak_allocated_bytes(prefill, input_ids.device)
 
 
 def dtype_comparison(

@@ -6,26 +6,25 @@ item to item, and each row has the unpruned time of the same turn beside its own
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sdtp_lib import budget
 from sdtp_lib.architectures.caches import kv_bytes
-from sdtp_lib.evaluation.compare import compared
-from sdtp_lib.evaluation.divergence import continuation_logits
+from sdtp_lib.evaluation.compare import add_rows, on_sample, sample_hash
 from sdtp_lib.evaluation.items import Item
 from sdtp_lib.latency.generation import end_tokens, plain_prefill, plain_step
 from sdtp_lib.latency.measure import Stopwatch
-from sdtp_lib.latency.memory import peak_allocated_bytes
-from sdtp_lib.latency.run import prompt_ids
-from sdtp_lib.leaderboard.entrants import UNPRUNED, Entrant
+from sdtp_lib.latency.run import peak_of_prefill, prompt_ids
+from sdtp_lib.leaderboard.entrants import out_of_reach, settings
 from sdtp_lib.leaderboard.plan import KL, MEMORY, TIME, Step
-from sdtp_lib.methods.call import token_pruning
+from sdtp_lib.methods.variant import UNPRUNED, Variant
 from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.pruning.stage import name_of
 from sdtp_lib.records import RowWriter, content_id
 
 # Beyond the answer's own tokens: a word before it, and numbers of a list.
@@ -43,7 +42,7 @@ class Measurement:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, entrants: Sequence[Entrant], writer: RowWriter, rows: Sequence[Mapping]
+        self, model: Any, tokenizer: Any, entrants: Sequence[Variant], writer: RowWriter, rows: Sequence[Mapping]
     ) -> None:
         self._model, self._tokenizer, self._entrants, self._writer = model, tokenizer, list(entrants), writer
         self._shape = ModelShape.from_model(model)
@@ -54,8 +53,7 @@ class Measurement:
     def run(self, step: Step, item: Any) -> None:
         """The rows of a step that the file does not have yet; ``item`` is None for `TIME` and `MEMORY`."""
         if step.sort == KL:
-            prompt, response = item["prompt_ids"], item["response_ids"]
-            name, made_from = str(item["id"]), {"sample_hash": content_id(prompt, response)}
+            prompt, name, made_from = item["prompt_ids"], str(item["id"]), {"sample_hash": sample_hash(item)}
         elif step.sort in (TIME, MEMORY):
             prompt = prompt_ids(self._shape.vocab_size, step.length, step.number)[0].tolist()
             name, made_from = f"random tokens {step.number}", {"sample_hash": content_id(prompt)}
@@ -68,7 +66,7 @@ class Measurement:
         todo = []
         for each in self._entrants:
             key = f"{head}|{step.speedup:g}|{each.name}"
-            if self._reaches(each, step) and not self._writer.done(key, **made_from, config_hash=each.settings):
+            if self._reaches(each, step) and not self._writer.done(key, **made_from, config_hash=settings(each)):
                 todo.append((key, each))
         unpruned_key = f"{head}|1|{UNPRUNED}"
         if self._writer.done(unpruned_key, **made_from) and not todo:
@@ -76,26 +74,25 @@ class Measurement:
         full, beside = self._run_unpruned(step, item, prompt, unpruned_key, labels)
         if full is None:
             return
+
+        def measure(each: Variant) -> dict[str, Any]:
+            variant = each.at(self._model, f"{step.speedup}x", len(prompt))
+            return self._measured(step, item, prompt, full, variant) | beside
+
         # A method's place in the turn changes with the item, so that none always runs when the machine is warmest.
         turn = step.number % len(todo) if todo else 0
+        rows = []
         for key, each in todo[turn:] + todo[:turn]:
-            own = labels | {"method": each.name, "speedup": step.speedup, "scorer": each.scored_by}
-            own |= {"scorer_id": self._scorers[each.name], "config_hash": each.settings}
-            try:
-                wanted = each.budget(self._model, step.speedup)
-                fields = self._measured(step, item, prompt, full, each, wanted)
-                self._writer.add(key, kind="item", **own, **fields, **beside)
-            except (RuntimeError, ValueError, MemoryError) as error:
-                # A prompt shorter than the step's length may be too short for the speed-up.
-                short = each.out_of_reach(self._model, step.speedup, len(prompt))
-                reason = short or f"{type(error).__name__}: {error}"
-                self._writer.add(key, kind="out of reach" if short else "failure", **own, error=reason[:300])
+            own = labels | {"method": each.name, "speedup": step.speedup, "scorer": name_of(each.scorer)}
+            own |= {"scorer_id": self._scorers[each.name], "config_hash": settings(each)}
+            rows.append((key, own, functools.partial(measure, each)))
+        add_rows(self._writer, rows, kind="item")
 
-    def _reaches(self, each: Entrant, step: Step) -> bool:
+    def _reaches(self, each: Variant, step: Step) -> bool:
         """Whether the method can reach the speed-up at this length; if not, one row says so."""
         place = (each.name, step.speedup, step.length)
         if place not in self._reach:
-            self._reach[place] = why = each.out_of_reach(self._model, step.speedup, step.length)
+            self._reach[place] = why = out_of_reach(each, self._model, step.speedup, step.length)
             key = f"reach@{step.length}|{step.speedup:g}|{each.name}"
             if why and not self._writer.done(key):
                 self._writer.add(
@@ -110,7 +107,7 @@ class Measurement:
         if known is not None and step.sort not in (KL, TIME):
             return known, _beside(known)
         try:
-            fields = self._measured(step, item, prompt, None, None, None)
+            fields = self._measured(step, item, prompt, None, Variant(UNPRUNED))
         except (RuntimeError, ValueError, MemoryError) as error:
             if not self._writer.done(key):
                 own = {"method": UNPRUNED, "speedup": 1.0, "scorer_id": None}
@@ -123,66 +120,44 @@ class Measurement:
             self._unpruned[key] = self._writer.add(key, kind="item", **labels, **own, **fields)
         return full, _beside(fields)
 
-    def _measured(
-        self, step: Step, item: Any, prompt: Sequence[int], full: Any, each: Entrant | None, wanted: Any
-    ) -> dict[str, Any]:
+    def _measured(self, step: Step, item: Any, prompt: Sequence[int], full: Any, variant: Variant) -> dict[str, Any]:
         """The measured fields of one run; with ``logits`` where it is the unpruned one of a KL test set."""
-        scorer = each.scorer if each is not None else None
         if step.sort == MEMORY:
             ids = torch.tensor([list(prompt)], device=self._model.device)
-
-            def prefill() -> None:
-                with torch.inference_mode(), self._applied(wanted, scorer):
-                    plain_prefill(self._model, ids)
-
-            return {"peak_bytes": peak_allocated_bytes(prefill, ids.device)}
+            return {"peak_bytes": peak_of_prefill(self._model, variant, ids)}
         if step.sort == KL:
-            found, trace = self._divergence(item, full, wanted, scorer)
+            found, logits, trace = on_sample(self._model, item, variant, full, Stopwatch(self._model.device))
+            found |= {"logits": logits} if full is None else {}
         elif step.sort == TIME:
-            found, trace = self._generated(prompt, wanted, scorer, most=1)
+            found, trace = self._generated(prompt, variant, most=1)
             del found["new_ids"]
         else:
-            found, trace = self._answered(item, wanted, scorer)
-        if each is not None:
+            found, trace = self._answered(item, variant)
+        if trace is not None:
             whole = budget.prefill_flops(self._shape, [len(prompt)] * self._shape.num_layers)
-            found["flops_speedup"] = whole / each.flops(self._model, wanted, len(prompt), trace.tokens_per_layer)
+            found["flops_speedup"] = whole / variant.flops(self._model, len(prompt), trace.tokens_per_layer)
             found["compression_ratio"] = trace.compression_ratio
         return found
 
-    def _divergence(self, item: Mapping[str, Any], full: Any, wanted: Any, scorer: Any) -> tuple[dict[str, Any], Any]:
-        watch, found = Stopwatch(self._model.device), {}
-
-        def prefilled(cache: Any) -> None:
-            watch.mark("prefill")
-            found["kv_bytes"] = sum(kv_bytes(cache))
-
-        logits, trace = continuation_logits(
-            self._model, item["prompt_ids"], item["response_ids"], wanted, scorer, prefilled=prefilled
-        )
-        found["prefill_ms"] = watch.parts_ms()["prefill"]
-        if full is None:
-            return found | {"logits": logits}, trace
-        return found | compared(full, logits, item), trace
-
-    def _answered(self, item: Item, wanted: Any, scorer: Any) -> tuple[dict[str, Any], Any]:
+    def _answered(self, item: Item, variant: Variant) -> tuple[dict[str, Any], Any]:
         def right(new_ids: list[int]) -> bool:
             # RULER asks whether the answers are in the text: what follows them cannot make it worse.
             return "answers" in item.labels and item.score(self._text(new_ids)) >= 1.0
 
         most = self._most_new_tokens(item)
-        found, trace = self._generated(item.prompt_ids, wanted, scorer, most=most, stop=item.stop_ids, right=right)
+        found, trace = self._generated(item.prompt_ids, variant, most=most, stop=item.stop_ids, right=right)
         text = self._text(found.pop("new_ids"))
         labels = {name: item.labels[name] for name in ("answer_depth", "text_source") if name in item.labels}
         return found | labels | {"prediction": text, "score": item.score(text)}, trace
 
     def _generated(
-        self, prompt: Sequence[int], wanted: Any, scorer: Any, *, most: int, stop: Sequence[int] = (), right: Any = None
+        self, prompt: Sequence[int], variant: Variant, *, most: int, stop: Sequence[int] = (), right: Any = None
     ) -> tuple[dict[str, Any], Any]:
         """Greedy decoding up to ``most`` tokens, an end token, or the right answer (``right`` says so)."""
         ends = {*end_tokens(self._model), *stop}
         ids = torch.tensor([list(prompt)], device=self._model.device)
         watch = Stopwatch(ids.device)
-        with torch.inference_mode(), self._applied(wanted, scorer) as trace:
+        with torch.inference_mode(), variant.applied(self._model) as trace:
             logits, cache = plain_prefill(self._model, ids)
             token = logits[:, -1].argmax(dim=-1, keepdim=True)
             watch.mark("prefill")
@@ -192,14 +167,6 @@ class Measurement:
                 token = logits[:, -1].argmax(dim=-1, keepdim=True)
                 new_ids.append(int(token))
         return {"prefill_ms": watch.parts_ms()["prefill"], "kv_bytes": held, "new_ids": new_ids}, trace
-
-    @contextlib.contextmanager
-    def _applied(self, wanted: Any, scorer: Any) -> Iterator[Any]:
-        if wanted is None:
-            yield None
-        else:
-            with token_pruning(self._model, wanted, scorer) as trace:
-                yield trace
 
     def _most_new_tokens(self, item: Item) -> int:
         """RULER's answers are given room for themselves and half as much again; others their official number."""

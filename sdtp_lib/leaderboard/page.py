@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdtp_lib.leaderboard import tables, words
-from sdtp_lib.leaderboard.entrants import LEARNED, OURS, TRAINING_FREE, UNPRUNED
+from sdtp_lib.leaderboard.entrants import LEARNED, OURS
 from sdtp_lib.leaderboard.plan import KL_CELLS
+from sdtp_lib.methods.variant import UNPRUNED
 from sdtp_lib.provenance import origin_line
 from sdtp_lib.records import markdown_table
+from sdtp_lib.scorers.found import TRAINING_FREE
 
 README_LINES = 10
 PICTURE = "../figures/leaderboard.png"

@@ -14,8 +14,9 @@ from sdtp_lib.evaluation.answer_tables import means_over_tasks
 from sdtp_lib.evaluation.statistics import paired_bootstrap
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.extras import extra
-from sdtp_lib.leaderboard.entrants import OURS, UNPRUNED
+from sdtp_lib.leaderboard.entrants import OURS
 from sdtp_lib.leaderboard.plan import KL, LONGBENCH, MEMORY, RULER
+from sdtp_lib.methods.variant import UNPRUNED
 
 with extra("train"):
     import pandas

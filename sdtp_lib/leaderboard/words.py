@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from sdtp_lib.data.ruler import TASKS
-from sdtp_lib.leaderboard.entrants import LEARNED, OURS, TRAINING_FREE
+from sdtp_lib.leaderboard.entrants import LEARNED, OURS
 from sdtp_lib.leaderboard.plan import KL_CELLS
 from sdtp_lib.leaderboard.tables import (
     answers,
@@ -21,6 +21,7 @@ from sdtp_lib.leaderboard.tables import (
     places,
     scored_by,
 )
+from sdtp_lib.scorers.found import TRAINING_FREE
 
 GOAL_SPEEDUP = 2.0
 GOAL_POINTS = 1.0

@@ -7,7 +7,8 @@ token_pruning``.
 
 from __future__ import annotations
 
-from sdtp_lib.methods.method import Method, SpeedupOutOfReach
+from sdtp_lib.budget import SpeedupOutOfReach
+from sdtp_lib.methods.method import Method
 from sdtp_lib.methods.registry import get, named, names
 
 __all__ = ["Method", "SpeedupOutOfReach", "get", "named", "names"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtp_lib.architectures.layers import describe
+from sdtp_lib.architectures.layers import describe, num_layers
 from sdtp_lib.budget import SpeedupBudget
 from sdtp_lib.config import PRESETS, PruningConfig
 from sdtp_lib.methods import registry
@@ -78,6 +78,19 @@ def token_pruning(
         For models, caches, attention backends and uses that cannot be pruned correctly, before any compute.
     """
     architecture = describe(model)
+    wanted, scorer, around = resolved(model, budget, scorer)
+    with contextlib.ExitStack() as stack:
+        trace = stack.enter_context(engine.token_pruning(architecture, wanted, scorer, protect=protect, verify=verify))
+        if around is not None:
+            stack.enter_context(around(model, trace))
+        yield trace
+
+
+def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tuple[Budget, Scorer, Any]:
+    """The budget, the scorer and what else is done (None: nothing) of what a person gave `token_pruning`.
+
+    Where the schedule is free, it is the scorer's own.
+    """
     around = None
     if inspect.isclass(budget) or inspect.isroutine(budget):
         raise ValueError(f"budget={budget.__name__} makes budgets and is none itself: call it, {budget.__name__}(...).")
@@ -90,30 +103,20 @@ def token_pruning(
     if isinstance(scorer, str):
         named = scorer in registry.names()
         scorer = registry.get(scorer).scorer_for(model) if named else scorer_called(scorer, model)
-    wanted, scorer = _resolved(model, len(architecture.layers), budget, scorer)
-    with contextlib.ExitStack() as stack:
-        trace = stack.enter_context(engine.token_pruning(architecture, wanted, scorer, protect=protect, verify=verify))
-        if around is not None:
-            stack.enter_context(around(model, trace))
-        yield trace
-
-
-def _resolved(model: nn.Module, num_layers: int, budget: Any, scorer: Scorer | None) -> tuple[Budget, Scorer]:
-    """The budget and the scorer; where the schedule is free, the scorer's own."""
     speedup = speedup_in(budget)
-    config = None if speedup is not None else config_of(budget, num_layers)
+    config = None if speedup is not None else config_of(budget, num_layers(model))
     layers = None if config is None else getattr(config, "config", config).layers
     if scorer is None:
         scorer, missing = default_scorer(model, layers)
         if missing:
             _say_once(model, missing)
-    if config is not None:
-        return config, scorer
-    layers = getattr(scorer, "layers", None) or training_free_layers(num_layers)
-    return SpeedupBudget(PruningConfig(tuple(layers)), speedup, ModelShape.from_model(model)), scorer
+    if config is None:
+        layers = getattr(scorer, "layers", None) or training_free_layers(num_layers(model))
+        config = SpeedupBudget(PruningConfig(tuple(layers)), speedup, ModelShape.from_model(model))
+    return config, scorer, around
 
 
-def config_of(budget: Any, num_layers: int) -> Budget:
+def config_of(budget: Any, layers: int) -> Budget:
     """A preset's or a ratio's configuration; what is a budget already stays as it is."""
     if isinstance(budget, str):
         if budget not in PRESETS:
@@ -121,9 +124,9 @@ def config_of(budget: Any, num_layers: int) -> Budget:
                 f"budget={budget!r} is unknown: give {', '.join(PRESETS)}, a speed-up such as '2x', a keep ratio such "
                 "as 0.8, a PruningConfig, or methods.get(...)."
             )
-        return PruningConfig.preset(budget, num_layers)
+        return PruningConfig.preset(budget, layers)
     if isinstance(budget, (int, float)) and not isinstance(budget, bool):
-        return PruningConfig.preset("keep09", num_layers, keep_ratio=budget)
+        return PruningConfig.preset("keep09", layers, keep_ratio=budget)
     if not hasattr(budget, "for_prompt"):
         raise ValueError(f"budget={budget!r} is not a PruningConfig: see PruningConfig.preset('keep09', num_layers).")
     return budget

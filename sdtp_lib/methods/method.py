@@ -43,10 +43,6 @@ def pass_flops(shape: ModelShape, tokens_per_layer: list[int]) -> float:
     return budget.prefill_flops(shape, tokens_per_layer, logits_positions=int(tokens_per_layer[-1] > 0))
 
 
-class SpeedupOutOfReach(ValueError):
-    """A method cannot reach the wanted speed-up with any budget; the message has the highest that it can."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A published way to shorten a prefill, under its paper's name.
@@ -197,7 +193,7 @@ class MethodBudget(budget.SpeedupBudget):
         if self.method.passes(self.method.scaled(own, tokens, high), layers, tokens)[-1][-1] == tokens:
             return self.method.scaled(own, tokens, low)  # all of so short a prompt is protected
         if reached(high) < self.speedup:
-            raise SpeedupOutOfReach(
+            raise budget.SpeedupOutOfReach(
                 f"speedup={self.speedup:g}: {self.method.name} prefills {tokens} tokens at most {reached(high):.2f}x "
                 f"as fast with layers={list(own.layers)}: ask for less."
             )

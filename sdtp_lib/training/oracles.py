@@ -13,13 +13,13 @@ from torch import Tensor
 
 from sdtp_lib import budget, scorers
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.evaluation.methods import Compared
+from sdtp_lib.methods.variant import Variant
 from sdtp_lib.pruning.selection import select_positions
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.training.labels import saliency_of
 
 
-def oracle_methods(labels: Sequence[str] = ("gradient_x_hidden", "removal")) -> list[Compared]:
+def oracle_methods(labels: Sequence[str] = ("gradient_x_hidden", "removal")) -> list[Variant]:
     """Each label of `saliency` as a given score: what it would be worth if a pruner predicted it perfectly."""
 
     def known(label: str) -> Callable[..., Scorer]:
@@ -28,10 +28,10 @@ def oracle_methods(labels: Sequence[str] = ("gradient_x_hidden", "removal")) -> 
 
         return from_sample
 
-    return [Compared(f"oracle: {label}", known(label), block="oracle", from_sample=True) for label in labels]
+    return [Variant(f"oracle: {label}", scorer=known(label), kind="oracle", from_sample=True) for label in labels]
 
 
-def step_by_step(label: str, config: PruningConfig) -> Compared:
+def step_by_step(label: str, config: PruningConfig) -> Variant:
     """A label computed anew at each stage of ``config``, on the prompt as the stages before have cut it: an oracle."""
 
     def from_sample(model: Any, sample: Mapping[str, Any], _layers: Sequence[int]) -> Scorer:
@@ -48,7 +48,7 @@ def step_by_step(label: str, config: PruningConfig) -> Compared:
             keep[layer][:, left] = 1
         return scorers.given(found)
 
-    return Compared(f"oracle: {label}, step by step", from_sample, block="oracle", from_sample=True)
+    return Variant(f"oracle: {label}, step by step", scorer=from_sample, kind="oracle", from_sample=True)
 
 
 def _labels(

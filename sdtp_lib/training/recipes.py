@@ -20,7 +20,7 @@ import torch
 
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.compare import compare_scorers
-from sdtp_lib.evaluation.methods import Compared
+from sdtp_lib.methods.variant import Variant
 from sdtp_lib.processes import Share
 from sdtp_lib.records import read_rows
 from sdtp_lib.scorers.blend import Blend, average_of_neighbours
@@ -160,7 +160,7 @@ def choose_blend(
     for blend in blends:
         tried = copy.deepcopy(pruners)
         tried.blend = Blend(**blend)
-        methods.append(Compared(json.dumps(dict(blend)), tried))
+        methods.append(Variant(json.dumps(dict(blend)), scorer=tried))
     with share.rows(rows, provenance) as writer:
         compare_scorers(model, share.of(samples), {"blend": config}, methods, writer, cell="blend")
     logs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

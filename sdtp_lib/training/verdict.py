@@ -15,9 +15,9 @@ from typing import Any
 
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.compare import compare_scorers
-from sdtp_lib.evaluation.methods import Compared, baseline_methods
+from sdtp_lib.evaluation.methods import baseline_methods
 from sdtp_lib.evaluation.statistics import paired_bootstrap
-from sdtp_lib.model_shape import ModelShape
+from sdtp_lib.methods.variant import Variant
 from sdtp_lib.processes import Share
 from sdtp_lib.records import read_rows
 from sdtp_lib.training.saliency import own_response
@@ -76,8 +76,8 @@ def measure(
     A sample without response gets the unpruned model's own answer.
     """
     configs = {f"r={ratio}": PruningConfig(layers=tuple(layers), keep_ratio=ratio) for ratio in RATIOS}
-    free = [method for method in baseline_methods(ModelShape.from_model(model)) if method.name in TRAINING_FREE]
-    methods = [Compared(LEARNED, pruners), *free]
+    free = [method for method in baseline_methods() if method.name in TRAINING_FREE]
+    methods = [Variant(LEARNED, scorer=pruners), *free]
     with share.rows(rows, provenance) as writer:
         for kind, some in samples.items():
             for sample in share.of(some):

@@ -152,7 +152,7 @@ def test_compare_makes_one_table_and_one_picture_of_everything_at_hand(folder, o
 
 
 def test_all_choices_cost_the_same_flops(folder):
-    from sdtp_lib import budget, load_model, token_pruning
+    from sdtp_lib import budget, load_model
     from sdtp_lib.latency.side_by_side import choices
     from sdtp_lib.model_shape import ModelShape
 
@@ -164,7 +164,7 @@ def test_all_choices_cost_the_same_flops(folder):
         reached = {}
         for choice in choices(model, said_budget):
             if choice.kind != "method":
-                with torch.no_grad(), token_pruning(model, choice.budget_for(400), choice.scorer) as trace:
+                with torch.no_grad(), choice.at(model, said_budget, 400).applied(model) as trace:
                     model(input_ids=ids)
                 reached[choice.name] = full / budget.prefill_flops(shape, trace.tokens_per_layer)
         assert max(reached.values()) - min(reached.values()) < 0.02

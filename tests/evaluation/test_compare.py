@@ -11,8 +11,9 @@ from sdtp_lib import budget, scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.compare import compare_scorers
 from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence, mean_loss
-from sdtp_lib.evaluation.methods import Compared, baseline_methods, published_methods
+from sdtp_lib.evaluation.methods import baseline_methods, published_methods
 from sdtp_lib.evaluation.statistics import agreement, paired_bootstrap, perplexity
+from sdtp_lib.methods.variant import Variant
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.records import OtherProvenance, RowWriter, read_rows
 from sdtp_lib.training.oracles import oracle_methods
@@ -87,9 +88,9 @@ def test_a_paired_bootstrap_sees_a_constant_difference_and_not_one_that_is_noise
 def test_published_methods_cost_the_flops_of_the_common_stages(model, ratio):
     shape = ModelShape.from_model(model)
     config = PruningConfig(layers=(2, 4), keep_ratio=ratio)
-    for line in baseline_methods(shape):
-        if line.config_for is not None:
-            method = line.config_for(config, 400)
+    for line in baseline_methods():
+        if line.budget is not None:
+            method = line.at(model, config, 400).budget
             own = method.budget_for(model).for_prompt(400)
             limit = budget.speedup_limit(shape, config, 400)
             full = budget.prefill_flops(shape, [400] * shape.num_layers)
@@ -97,7 +98,7 @@ def test_published_methods_cost_the_flops_of_the_common_stages(model, ratio):
 
 
 def test_a_method_that_cannot_be_so_fast_says_so_in_its_row(model, tmp_path):
-    lines = published_methods(ModelShape.from_model(model), ["fastkv", "lazyllm"])
+    lines = published_methods(["fastkv", "lazyllm"])
     early = PruningConfig(layers=(1,), keep_ratio=0.3, min_local_tokens=4)
     with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
         compare_scorers(model, [a_sample(0)], {"most": early}, lines, writer, cell="text")
@@ -109,7 +110,7 @@ def test_a_method_that_cannot_be_so_fast_says_so_in_its_row(model, tmp_path):
 def test_a_comparison_has_a_row_for_each_method_and_budget_and_goes_on_where_it_stopped(model, tmp_path):
     path = tmp_path / "scorers.jsonl"
     configs = {"half": CONFIG, "most": CONFIG.replace(keep_ratio=0.8)}
-    methods = [*baseline_methods(ModelShape.from_model(model)), *oracle_methods()]
+    methods = [*baseline_methods(), *oracle_methods()]
     with RowWriter(path, {}) as writer:
         compare_scorers(model, [a_sample(0)], configs, methods, writer, cell="text")
     first = read_rows(path)
@@ -129,7 +130,7 @@ def test_a_method_that_fails_on_an_item_is_a_row_and_does_not_end_the_run(model,
         raise RuntimeError("out of memory, say")
 
     with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
-        methods = [Compared("broken", fails), Compared("random", scorers.random())]
+        methods = [Variant("broken", scorer=fails), Variant("random", scorer=scorers.random())]
         compare_scorers(model, [a_sample()], {"half": CONFIG}, methods, writer, cell="text")
     rows = {row["scorer"]: row for row in read_rows(tmp_path / "rows.jsonl")}
     assert rows["broken"]["kind"] == "failure" and "out of memory" in rows["broken"]["error"]
@@ -153,7 +154,7 @@ def test_a_comparison_refuses_rows_of_another_scorer_prompt_or_budget_of_the_sam
 
     def compare(sample, config, scorer):
         with RowWriter(path, {}) as writer:
-            compare_scorers(model, [sample], {"half": config}, [Compared("random", scorer)], writer, cell="text")
+            compare_scorers(model, [sample], {"half": config}, [Variant("random", scorer=scorer)], writer, cell="text")
         return len(read_rows(path))
 
     assert compare(a_sample(), CONFIG, scorers.random(0)) == compare(a_sample(), CONFIG, scorers.random(0)) == 1
@@ -177,7 +178,7 @@ def test_a_method_that_failed_is_measured_again_by_the_next_run(model, tmp_path)
 
     for kind in ("failure", "scorer", "scorer"):
         with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
-            methods = [Compared("shaky", fails_once)]
+            methods = [Variant("shaky", scorer=fails_once)]
             compare_scorers(model, [a_sample()], {"half": CONFIG}, methods, writer, cell="text")
         assert [row["kind"] for row in read_rows(tmp_path / "rows.jsonl")] == [kind]
     assert len(calls) == 3, "failed at the first stage, then two stages, then nothing"

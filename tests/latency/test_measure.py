@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
+from sdtp_lib.latency import generation
 from sdtp_lib.latency import measure as profiling
-from sdtp_lib.latency.generation import prefill_and_decode, timed_generation
 from sdtp_lib.latency.memory import EnergyWatch, peak_allocated_bytes
 
 
@@ -141,30 +141,32 @@ def test_threads_are_given_back():
 def test_a_timed_generation_gives_the_ids_of_generate(tiny_model):
     model = tiny_model(num_hidden_layers=2)
     ids = torch.arange(3, 23)[None]
-    generation = prefill_and_decode(model, ids, 6)
+    found = generation.prefill_and_decode(model, ids, 6)
     expected = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None
     )
-    assert generation.token_ids.tolist() == expected[:, 20:].tolist()
-    fields = generation.fields()
+    assert found.token_ids.tolist() == expected[:, 20:].tolist()
+    fields = found.fields()
     assert fields["end_to_end_ms"] == pytest.approx(fields["ttft_ms"] + fields["decode_ms"])
     assert fields["decode_tokens_per_s"] == pytest.approx(5e3 / fields["decode_ms"])
 
 
-def test_time_to_first_token_and_decode_are_kept_apart():
-    def prefill(watch):
+def test_time_to_first_token_and_decode_are_kept_apart(monkeypatch):
+    def prefill(model, input_ids):
         time.sleep(0.05)
         return torch.zeros(1, 1, 4), None
 
-    def step(token, cache):
+    def step(model, token, cache):
         time.sleep(0.01)
         return torch.zeros(1, 1, 4), None
 
-    fields = timed_generation(prefill, step, 4, profiling.Stopwatch()).fields()
+    monkeypatch.setattr(generation, "plain_prefill", prefill)
+    monkeypatch.setattr(generation, "plain_step", step)
+    fields = generation.prefill_and_decode(None, torch.ones(1, 3), 4).fields()
     assert 49 < fields["ttft_ms"] < 500
     assert 29 < fields["decode_ms"] < 500
     with pytest.raises(ValueError, match="new_tokens=0"):
-        timed_generation(prefill, step, 0, profiling.Stopwatch())
+        generation.prefill_and_decode(None, torch.ones(1, 3), 0)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 
 from sdtp_lib import budget, scorers
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.latency import methods
 from sdtp_lib.latency import report as latency_report
 from sdtp_lib.latency import run as latency_run
+from sdtp_lib.methods.variant import Variant
 from sdtp_lib.records import OtherProvenance, RowWriter, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,18 +110,18 @@ def model(tiny_model):
     return tiny_model()
 
 
-def stages(model):
-    return [methods.unpruned(model), methods.sdtp(model, PruningConfig((2, 4), 0.7), scorers.recency(), "keep07")]
+def stages():
+    return [Variant("unpruned"), Variant("keep07", PruningConfig((2, 4), 0.7), scorers.recency(), kind="SDTP")]
 
 
 def test_a_run_writes_a_row_a_repetition_and_goes_on_where_it_stopped(model, tmp_path):
     path = tmp_path / "latency.jsonl"
     with RowWriter(path, {"device": "cpu"}) as writer:
-        first = latency_run.run(model, writer, lambda tokens: stages(model), [200], new_tokens=3, repeats=1)
+        first = latency_run.run(model, writer, lambda tokens: stages(), [200], new_tokens=3, repeats=1)
     assert len(first) == 2
     with RowWriter(path, {"device": "cpu"}) as writer:
-        second = latency_run.run(model, writer, lambda tokens: stages(model), [200, 100], new_tokens=3, repeats=2)
-        third = latency_run.run(model, writer, lambda tokens: stages(model), [200, 100], new_tokens=3, repeats=2)
+        second = latency_run.run(model, writer, lambda tokens: stages(), [200, 100], new_tokens=3, repeats=2)
+        third = latency_run.run(model, writer, lambda tokens: stages(), [200, 100], new_tokens=3, repeats=2)
     assert len(second) == 2 + 4 and third == []
     rows = read_rows(path)
     assert len({r["key"] for r in rows}) == 8
@@ -132,22 +133,15 @@ def test_a_run_writes_a_row_a_repetition_and_goes_on_where_it_stopped(model, tmp
 
 
 def test_out_of_memory_at_one_length_leaves_the_rest_of_the_run(model, tmp_path):
-    class TooLong:
-        """A session whose prefill does not fit."""
+    @contextlib.contextmanager
+    def too_long():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
 
-        def __enter__(self):
-            return methods.Session(self.fail, self.fail)
-
-        def __exit__(self, *exception):
-            return False
-
-        def fail(self, *_):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    greedy = methods.Timed("greedy", "greedy", lambda model: TooLong(), None, lambda tokens: [[tokens] * 6])
+    greedy = Variant("greedy", around=too_long)
     with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
         for _ in range(2):
-            latency_run.run(model, writer, lambda tokens: [*stages(model), greedy], [64], new_tokens=2, repeats=2)
+            latency_run.run(model, writer, lambda tokens: [*stages(), greedy], [64], new_tokens=2, repeats=2)
         rows = read_rows(writer.path)
     assert [r["status"] for r in rows].count("out of memory") == 1
     assert len(rows) == 5
@@ -159,8 +153,8 @@ def test_quality_rows_say_zero_for_the_plain_model_and_more_for_a_pruned_one(mod
     samples = {"noise": [{"id": str(i), "prompt_ids": torch.randint(3, 128, (200,), generator=generator).tolist(),
                           "response_ids": [5, 6, 7, 8]} for i in range(2)]}  # fmt: skip
     with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
-        assert len(latency_run.run_quality(model, writer, lambda tokens: stages(model), samples)) == 4
-        assert latency_run.run_quality(model, writer, lambda tokens: stages(model), samples) == []
+        assert len(latency_run.run_quality(model, writer, lambda tokens: stages(), samples)) == 4
+        assert latency_run.run_quality(model, writer, lambda tokens: stages(), samples) == []
         points = {p["method"]: p for p in latency_report.quality_points(read_rows(writer.path))}
     assert points["unpruned"]["kl_nats"] == pytest.approx(0.0, abs=1e-9)
     assert points["keep07"]["kl_nats"] > 1e-9 and points["keep07"]["samples"] == 2
@@ -178,12 +172,13 @@ def test_every_alternative_computes_the_flops_of_its_preset_or_is_left_out(prese
     counts = budget.tokens_per_layer(PruningConfig.preset(preset, 30), 30, tokens)
     wanted = budget.prefill_flops(shape, counts) / 1e12
     found = latency_run.alternatives(model, scorers.recency(), tokens, [preset])
-    assert {method.family for method in found} == {*latency_run.SCALED, "snapkv", "earlier-scheme"} - too_slow
+    assert {method.kind for method in found} == {*latency_run.SCALED, "snapkv", "earlier-scheme"} - too_slow
     for method in found:
-        assert method.name == f"{method.family} {preset}"
-        if method.family in latency_run.SCALED:
-            assert method.tflops(shape, tokens) == pytest.approx(wanted, rel=0.05), method.name
-            assert method.tflops(shape, tokens) <= wanted * 1.0001
+        assert method.name == f"{method.kind} {preset}"
+        if method.kind in latency_run.SCALED:
+            tflops = latency_run.describe(method, model, tokens)["tflops"]
+            assert tflops == pytest.approx(wanted, rel=0.05), method.name
+            assert tflops <= wanted * 1.0001
 
 
 def test_types_are_compared_in_turn_and_the_models_own_comes_back(tiny_model):
@@ -198,7 +193,7 @@ def test_types_are_compared_in_turn_and_the_models_own_comes_back(tiny_model):
 def test_pruned_prefill_allocates_linearly_in_the_prompt(tiny_model):
     # As many key as query heads: where they are shared, torch 2.7's own attention on a CPU is quadratic.
     model = tiny_model(max_position_embeddings=4096, num_key_value_heads=4)
-    method = stages(model)[1]
+    method = stages()[1]
     short, long = (latency_run.peak_allocated(model, method, tokens) for tokens in (1000, 4000))
     assert long < 4.4 * short
 
@@ -277,27 +272,22 @@ def test_the_benchmark_runs_on_the_embedded_model(tmp_path):
 def test_times_of_another_scorer_are_refused_and_memory_that_ran_out_is_tried_by_the_next_run(model, tmp_path):
     path, roomy = tmp_path / "rows.jsonl", []
 
-    class Session:
-        """A prefill that fits once there is room."""
+    @contextlib.contextmanager
+    def fits_once_there_is_room():
+        if not roomy:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
 
-        def __enter__(self):
-            if not roomy:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return stages(model)[0].open(model).__enter__()
-
-        def __exit__(self, *exception):
-            return False
-
-    greedy = methods.Timed("greedy", "greedy", lambda model: Session(), None, lambda tokens: [[tokens] * 6])
+    greedy = Variant("greedy", around=fits_once_there_is_room)
 
     def run(*found):
         with RowWriter(path, {}) as writer:
-            latency_run.run(model, writer, lambda tokens: [*stages(model), *found], [64], new_tokens=2, repeats=1)
+            latency_run.run(model, writer, lambda tokens: [*stages(), *found], [64], new_tokens=2, repeats=1)
         return {row["method"]: row["status"] for row in read_rows(path)}
 
     assert run(greedy)["greedy"] == "out of memory"
     roomy.append(True)
     assert run(greedy)["greedy"] == "ok" and len(read_rows(path)) == 3
-    other = methods.sdtp(model, PruningConfig((2, 4), 0.7), scorers.random(), "keep07")
+    other = Variant("keep07", PruningConfig((2, 4), 0.7), scorers.random(), kind="SDTP")
     with pytest.raises(OtherProvenance, match="rows of 'keep07' that were made by Recency"):
         run(other)

@@ -9,8 +9,10 @@ import torch
 
 from sdtp_lib.evaluation.items import Item
 from sdtp_lib.leaderboard import committed, plan
-from sdtp_lib.leaderboard.entrants import OURS, UNPRUNED, entrants
+from sdtp_lib.leaderboard.entrants import OURS, entrants
 from sdtp_lib.leaderboard.measure import Measurement
+from sdtp_lib.methods.variant import UNPRUNED, Variant
+from sdtp_lib.pruning.stage import name_of
 from sdtp_lib.records import RowWriter, read_rows
 
 NAMES = ["lazyllm", "gemfilter", "snapkv", "attention_pooled"]
@@ -86,7 +88,7 @@ def test_generation_ends_with_the_answer_and_gives_wrong_ones_little_room(tiny_m
         never = Item("vt", "b", draw(40), 60, lambda text: 0.0, labels={"answers": ["th an"]})
         answer = len(tiny_tokenizer("th an", add_special_tokens=False)["input_ids"])
         assert work._most_new_tokens(never) == -(-3 * answer // 2) + 8 < 60
-        found, _ = work._generated(always.prompt_ids, None, None, most=60, right=lambda ids: len(ids) == 2)
+        found, _ = work._generated(always.prompt_ids, Variant(UNPRUNED), most=60, right=lambda ids: len(ids) == 2)
         assert len(found["new_ids"]) <= 2
 
 
@@ -113,7 +115,8 @@ def test_every_method_takes_part_and_unknown_names_are_refused(tiny_model):
     model = tiny_model(num_hidden_layers=30)
     found = {each.name: each for each in entrants(model)}
     assert set(found) == {*methods.names(), "attention_pooled"}
-    assert found[OURS].scored_by == found["attention_pooled"].scored_by, "no pruners are made for a random model"
+    scored_by = {name: name_of(each.scorer) for name, each in found.items()}
+    assert scored_by[OURS] == scored_by["attention_pooled"], "no pruners are made for a random model"
     with pytest.raises(ValueError, match="lazyllm"):
         entrants(model, ["lazzyllm"])
 
