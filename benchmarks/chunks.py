@@ -29,7 +29,7 @@ from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence
 from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.latency.memory import MemoryWatch
-from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
 from sdtp_lib.scorers.by_name import scorer_named
 
 RANDOM = {
@@ -62,7 +62,7 @@ def quality(options: argparse.Namespace) -> None:
     model, tokenizer = load_model(options.model)
     config = PruningConfig.preset(options.preset, model.config.num_hidden_layers)
     named = [(each.name, each.load(model)) for each in options.scorers]
-    stamp = passport(model, model_name=options.model, config=config, seed=options.seed)
+    stamp = provenance_of(model, model_name=options.model, config=config, seed=options.seed)
     with RowWriter(options.run_dir / "quality.jsonl", stamp) as writer:
         writer.scored_by(dict(named))
         for cell in options.cells:
@@ -92,7 +92,7 @@ def quality(options: argparse.Namespace) -> None:
 
 
 def memory(options: argparse.Namespace) -> None:
-    stamp = passport(seed=options.seed, pruning_preset=options.preset, threads=torch.get_num_threads())
+    stamp = provenance_of(seed=options.seed, pruning_preset=options.preset, threads=torch.get_num_threads())
     with RowWriter(options.run_dir / "memory.jsonl", stamp) as writer:
         for model, _, tokens in (each.partition(":") for each in options.memory):
             cases = [("unpruned", 0), ("one-shot", 0)]

@@ -20,7 +20,7 @@ from sdtp_lib import PruningConfig, budget, evaluation, load_model
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape, element_bytes
-from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
 from sdtp_lib.scorers.by_name import scorer_named
 
 PRESSES = {"H2O": "ObservedAttentionPress", "SnapKV": "SnapKVPress"}
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     arounds = {name: lambda made=made: made()(model) for name, made in presses.items()}
     alone = [evaluation.Variant(name, scorer=scorer, around=around) for name, around in arounds.items()]
     behind = [evaluation.Variant(f"SDTP + {name}", scorer=scorer, around=around) for name, around in arounds.items()]
-    stamp = passport(model, model_name=options.model, seed=options.seed)
+    stamp = provenance_of(model, model_name=options.model, seed=options.seed)
     with RowWriter(options.run_dir / "compression.jsonl", stamp) as writer:
         cells = {
             cell: cell_samples(

@@ -20,7 +20,7 @@ from sdtp_lib.evaluation.answer_tables import fewshot_table
 from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
 from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.harness import SDTPLM
-from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.scorers.simple import NAMED
 
@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace, path: Path) -> None:
         config = PruningConfig.preset(preset, num_layers=model.config.num_hidden_layers)
         models |= {f"{name} {preset}": SDTPLM(**shared, pruning=config, scorer=s) for name, s in chosen.items()}
     models |= {name: SDTPLM(**shared, method=name) for name in options.method}
-    with RowWriter(path, passport(model, model_name=options.model)) as writer:
+    with RowWriter(path, provenance_of(model, model_name=options.model)) as writer:
         for name in options.tasks:
             try:
                 task = local_task(name, options.data, shots=options.shots)

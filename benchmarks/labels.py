@@ -24,7 +24,7 @@ from tqdm import tqdm
 from sdtp_lib import PruningConfig, evaluation, load_model, scorers
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
-from sdtp_lib.records import RowWriter, content_id, passport, project_root, read_frame
+from sdtp_lib.records import RowWriter, content_id, project_root, provenance_of, read_frame
 from sdtp_lib.training.labels import LABELS, block_effects, saliency_of
 from sdtp_lib.training.oracles import oracle_methods, step_by_step
 
@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     depth = model.config.num_hidden_layers
     configs = {preset: PruningConfig.preset(preset, num_layers=depth) for preset in options.presets}
-    stamp = passport(model, model_name=options.model, seed=options.seed)
+    stamp = provenance_of(model, model_name=options.model, seed=options.seed)
     sizes = {"prompt_tokens": options.prompt_tokens, "count": options.samples, "seed": options.seed}
     cells = {cell: cell_samples(cell, tokenizer, **sizes) for cell in options.cells}
     # Test sets in turn: a run that is stopped has some of each.

@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdtp_lib.latency import report as latency_report
-from sdtp_lib.records import RowWriter, atomic_write, markdown_table, passport, project_root, read_rows, write_json
+from sdtp_lib.records import RowWriter, atomic_write, markdown_table, project_root, provenance_of, read_rows, write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -282,8 +282,8 @@ def _prepared(options: argparse.Namespace):
     # The number of CPU threads decides no time on a GPU.
     threads = options.threads or torch.get_num_threads() if model.device.type == "cpu" else None
     names = {"model_name": options.model, "pruners": Path(pruners).name if pruners else None}
-    run_passport = passport(model, seed=options.seed, threads=threads, **names)
-    return model, tokenizer, scorer.eval(), RowWriter(out / "latency.jsonl", run_passport)
+    stamp = provenance_of(model, seed=options.seed, threads=threads, **names)
+    return model, tokenizer, scorer.eval(), RowWriter(out / "latency.jsonl", stamp)
 
 
 def _report(path: Path, quiet_only: bool = False) -> int:

@@ -33,7 +33,7 @@ from sdtp_lib.leaderboard import committed, plan
 from sdtp_lib.leaderboard.entrants import entrants
 from sdtp_lib.leaderboard.measure import Measurement
 from sdtp_lib.processes import Share
-from sdtp_lib.records import RowWriter, passport, project_root, read_rows
+from sdtp_lib.records import RowWriter, project_root, provenance_of, read_rows
 from sdtp_lib.scorers.found import scorer_called
 
 PARAMS = Path(__file__).resolve().parent / "params"
@@ -147,7 +147,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             pruners = scorer_called(options.pruners, model) if options.pruners else None
             pruners = untrained_pruners(model) if random else pruners
             found = entrants(model, options.methods, pruners=pruners)
-        stamp = passport(
+        stamp = provenance_of(
             model, model_name=options.name, seed=options.seed, weights="random, true sizes" if random else None,
             threads=threads if model.device.type == "cpu" else None,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from sdtp_lib.files import atomic_write
 from sdtp_lib.leaderboard import committed, page, tables
 from sdtp_lib.leaderboard.entrants import OURS
 from sdtp_lib.provenance import origin_line
-from sdtp_lib.records import passport, project_root, write_json
+from sdtp_lib.records import project_root, provenance_of, write_json
 
 PICTURE, STORE = "figures/leaderboard.png", "figures/tables.json"
 ORIGIN = ("model", "weights", "device", "device_name", "dtype", "torch", "transformers", "host_cpus", "threads", "seed")
@@ -59,7 +59,7 @@ def draw(models: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> Path:
     rows = models[0]
     made = {name: rows[0].get(name) for name in ORIGIN} | {
         "commit": ", ".join(sorted({row["commit"] for each in models for row in each})),
-        "drawn_at": passport()["commit"], "models": [str(each[0]["model"]) for each in models],
+        "drawn_at": provenance_of()["commit"], "models": [str(each[0]["model"]) for each in models],
     }  # fmt: skip
     with plots.use_style():
         figure = plt.figure(figsize=(11.5, 4.6 * len(models)), layout="constrained")

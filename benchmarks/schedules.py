@@ -29,7 +29,7 @@ from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.stage import Stage, looked_back
-from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
 from sdtp_lib.scorers.blend import strongest_neighbour
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.training.recipes import NEGLIGIBLE_NATS
@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokens, path = options.prompt_tokens, options.run_dir / "schedules.jsonl"
     name = options.scorer.name
     method = evaluation.Variant(name, scorer=scorer)
-    stamp = passport(model, model_name=options.model, seed=options.seed)
+    stamp = provenance_of(model, model_name=options.model, seed=options.seed)
 
     def measure(configs: dict[str, PruningConfig], split: str, methods: Sequence[evaluation.Variant] = ()) -> None:
         sizes = {"prompt_tokens": tokens, "count": options.samples, "seed": options.seed, "split": split}

@@ -26,7 +26,7 @@ from sdtp_lib import PruningConfig, evaluation, load_model, methods, plots
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.processes import Share
-from sdtp_lib.records import passport, project_root, read_frame
+from sdtp_lib.records import project_root, provenance_of, read_frame
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.shipped import shipped_for
 from sdtp_lib.training.oracles import oracle_methods
@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=share.device)
     layers = model.config.num_hidden_layers
     configs = {name: PruningConfig.preset(PRESETS[name], num_layers=layers) for name in options.settings}
-    stamp = passport(model, model_name=options.model, seed=options.seed)
+    stamp = provenance_of(model, model_name=options.model, seed=options.seed)
     weight = options.recency_weight
     if weight is None and (options.scores is None or MIXED in options.scores):
         weight = tuned_weight(model, tokenizer, configs, min(options.lengths), options.seed, share, rows_path, stamp)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sdtp_lib import PruningConfig, evaluation, load_model
 from sdtp_lib.data.tasks import TASKS
 from sdtp_lib.data.test_sets import cell_samples
-from sdtp_lib.records import RowWriter, passport, project_root, read_frame
+from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
 from sdtp_lib.shipped import pruners_folder, shipped_pruners
 from sdtp_lib.training.recipes import with_blend
 
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         evaluation.Variant(json.dumps(blend), scorer=with_blend(options.pruners, blend).to(model.device))
         for blend in blends
     ]
-    stamp = passport(model, model_name=options.model, seed=options.seed)
+    stamp = provenance_of(model, model_name=options.model, seed=options.seed)
     with RowWriter(options.run_dir / "blend.jsonl", stamp) as writer:
         for group, cells in GROUPS.items():
             each = max(1, options.samples // len(cells))

@@ -57,7 +57,7 @@ class Share:
             self._state.wait_for_everyone()
 
     @contextlib.contextmanager
-    def rows(self, path: Path, passport: Mapping[str, Any]) -> Iterator[RowWriter]:
+    def rows(self, path: Path, provenance: Mapping[str, Any]) -> Iterator[RowWriter]:
         """This process's writer; rows of a run that was stopped count as done, by however many processes it ran.
 
         Raises
@@ -69,21 +69,21 @@ class Share:
         """
         own, beside = path, None
         if self.is_first:
-            _gather(path, passport)
+            _gather(path, provenance)
         self.wait()
         if self.count > 1:
             own = path.with_name(f"{path.stem}.share{self.index}{path.suffix}")
             beside = path
-        with RowWriter(own, passport, beside=beside) as writer:
+        with RowWriter(own, provenance, beside=beside) as writer:
             yield writer
         self.wait()
         if self.is_first:
-            _gather(path, passport)
+            _gather(path, provenance)
         self.wait()
 
 
-def _gather(path: Path, passport: Mapping[str, Any]) -> None:
+def _gather(path: Path, provenance: Mapping[str, Any]) -> None:
     """Move the rows of all share files beside ``path`` into it; refused while a process still writes to one."""
     shares = sorted(path.parent.glob(f"{path.stem}.share*{path.suffix}"))
     if shares:
-        join_rows(path, shares, passport)
+        join_rows(path, shares, provenance)

@@ -1,8 +1,8 @@
 """Where a number comes from: the commit, versions, model, device and settings that every result row repeats.
 
 Also what makes two origins the same: rows of one file may differ in time, commit and versions, and in nothing else that
-`passport` says. Knows no torch: a model's device, dtype and numbers are read off its attributes. Asks git once per run
-and changes nothing.
+`provenance_of` says. Knows no torch: a model's device, dtype and numbers are read off its attributes. Asks git once per
+run and changes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Fields of `passport` in which rows of one file may differ: a run that was stopped may go on under a later version.
+# Fields in which rows of one file may differ: a run that was stopped may go on under a later version.
 MAY_DIFFER = frozenset({"utc", "commit", "host_cpus", "python", "torch", "transformers", "sdtp_lib"})
 
 
@@ -83,7 +83,7 @@ def origin_line(fields: Mapping[str, Any]) -> str:
     return " · ".join(filter(None, parts))
 
 
-def passport(
+def provenance_of(
     model: Any = None,
     *,
     model_name: str | None = None,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtp_lib.extras import extra
 from sdtp_lib.files import atomic_write, lock_path, plain, take_lock, write_json
-from sdtp_lib.provenance import commit, content_id, identity, passport, project_root, scorer_id
+from sdtp_lib.provenance import commit, content_id, identity, project_root, provenance_of, scorer_id
 
 if TYPE_CHECKING:
     import pandas
@@ -31,7 +31,7 @@ _REMEDY = "give this run a folder of its own, or move the file away"
 
 __all__ = [
     "SCHEMA_VERSION", "OtherProvenance", "RowWriter", "atomic_write", "commit", "content_id", "join_rows", "lock_path",
-    "markdown_table", "passport", "project_root", "read_frame", "read_rows", "write_json",
+    "markdown_table", "provenance_of", "project_root", "read_frame", "read_rows", "write_json",
 ]  # fmt: skip
 
 
@@ -49,8 +49,9 @@ class RowWriter:
     path
         The ``.jsonl`` file; folders are made. Rows that are there stay and count as done, unless they tell of a
         failure: those are tried again.
-    passport
-        Fields that every row repeats (see `passport`). Rows that are there must agree with it (`provenance.identity`).
+    provenance
+        Fields that every row repeats (see `provenance_of`). Rows that are there must agree with them
+        (`provenance.identity`).
     beside
         Another row file whose rows count as done besides: one that several processes share.
 
@@ -63,12 +64,12 @@ class RowWriter:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        passport: Mapping[str, Any],
+        provenance: Mapping[str, Any],
         *,
         beside: str | os.PathLike[str] | None = None,
     ) -> None:
         self.path = Path(path)
-        self._passport = dict(passport)
+        self._provenance = dict(provenance)
         self._beside = beside
         self._done: dict[str, dict[str, Any]] = {}
         self._failed: set[str] = set()
@@ -102,7 +103,7 @@ class RowWriter:
     def _take_over(self, path: Path) -> None:
         """Count the rows of ``path`` as done, if this run could have made them."""
         rows = read_rows(path) if path.exists() else []
-        _refuse_other(path.name, rows, identity(self._passport))
+        _refuse_other(path.name, rows, identity(self._provenance))
         self._done |= {row["key"]: row for row in rows if "key" in row and not _is_failure(row)}
         for row in rows:
             if "scorer_id" in row:
@@ -174,10 +175,10 @@ class RowWriter:
             raise ValueError(f"the writer of {self.path.name} is not open: use `with RowWriter(...) as rows:`.")
         if key in self._done:
             raise ValueError(f"key={key!r} is already in {self.path.name}: ask `done(key)` first.")
-        owned = sorted({"schema_version", *self._passport}.intersection(fields))
+        owned = sorted({"schema_version", *self._provenance}.intersection(fields))
         if owned:
             raise ValueError(f"field(s) {owned} are provenance fields of {self.path.name}: give yours other names.")
-        row = {"schema_version": SCHEMA_VERSION, "key": key, "kind": kind, **self._passport, **fields}
+        row = {"schema_version": SCHEMA_VERSION, "key": key, "kind": kind, **self._provenance, **fields}
         return self._append({name: plain(name, value) for name, value in row.items()})
 
     def _append(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -241,7 +242,7 @@ def read_frame(path: str | os.PathLike[str]) -> pandas.DataFrame:
 
 
 def join_rows(
-    path: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]], passport: Mapping[str, Any]
+    path: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]], provenance: Mapping[str, Any]
 ) -> None:
     """Move the rows of ``others`` to the end of ``path``, each key once, and remove the files.
 
@@ -250,11 +251,11 @@ def join_rows(
     RuntimeError
         If a process has one of the files open for writing.
     OtherProvenance
-        If one of the files does not fit ``passport``.
+        If one of the files does not fit ``provenance``.
     """
-    with RowWriter(path, passport) as writer:
+    with RowWriter(path, provenance) as writer:
         for other in map(Path, others):
-            with RowWriter(other, passport):  # for its lock: nobody writes there any more
+            with RowWriter(other, provenance):  # for its lock: nobody writes there any more
                 for row in read_rows(other):
                     if not writer.done(row["key"]):
                         writer._append(row)

@@ -145,9 +145,9 @@ def embedded():
 
 
 _STAND_IN_CELLS = (
-    "import time\nfrom sdtp_lib.records import RowWriter, passport, project_root, write_json",
+    "import time\nfrom sdtp_lib.records import RowWriter, provenance_of, project_root, write_json",
     "folder = project_root() / run_dir",
-    """with RowWriter(folder / f"{NAME}.jsonl", passport(seed=seed)) as rows:
+    """with RowWriter(folder / f"{NAME}.jsonl", provenance_of(seed=seed)) as rows:
     for number in range(3):
         if not rows.done(str(number)):
             rows.add(str(number), value=number)

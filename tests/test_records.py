@@ -13,10 +13,10 @@ import pytest
 
 from sdtp_lib import provenance, records
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.records import OtherProvenance, RowWriter, atomic_write, passport, read_frame, read_rows, write_json
+from sdtp_lib.records import OtherProvenance, RowWriter, atomic_write, provenance_of, read_frame, read_rows, write_json
 
 
-def test_a_row_holds_schema_key_kind_passport_and_fields(tmp_path):
+def test_a_row_holds_schema_key_kind_provenance_and_fields(tmp_path):
     with RowWriter(tmp_path / "a.jsonl", {"seed": 3}) as rows:
         rows.add("x", kind="latency", latency_ms=1.5)
     assert read_rows(tmp_path / "a.jsonl") == [
@@ -42,7 +42,7 @@ def test_a_key_is_written_once(tmp_path):
             rows.add("one")
 
 
-def test_a_field_cannot_hide_the_passport(tmp_path):
+def test_a_field_cannot_hide_the_provenance(tmp_path):
     with RowWriter(tmp_path / "a.jsonl", {"device": "cpu"}) as rows, pytest.raises(ValueError, match="device"):
         rows.add("one", device="cuda")
 
@@ -138,13 +138,14 @@ def test_read_frame_has_a_column_for_each_field(tmp_path):
     assert frame["latency_ms"].mean() == 3.0 and list(frame["key"]) == ["x", "y"]
 
 
-def test_the_passport_says_what_made_a_number():
+def test_the_provenance_says_what_made_a_number():
     model = types.SimpleNamespace(
         device="cpu",
         dtype="torch.float32",
         config=types.SimpleNamespace(_name_or_path="folder/tiny", model_type="llama", _attn_implementation="sdpa"),
     )
-    fields = passport(model, config=PruningConfig(layers=(2, 4), keep_ratio=0.8), seed=7, weights="Q4_1, dequantised")
+    config = PruningConfig(layers=(2, 4), keep_ratio=0.8)
+    fields = provenance_of(model, config=config, seed=7, weights="Q4_1, dequantised")
     expected = {
         "model": "folder/tiny",
         "device": "cpu",
@@ -160,8 +161,8 @@ def test_the_passport_says_what_made_a_number():
     assert all(fields[name] for name in ("commit", "python", "torch", "transformers", "sdtp_lib"))
 
 
-def test_the_passport_is_flat_json():
-    assert json.loads(json.dumps(passport(seed=1)))["seed"] == 1
+def test_the_provenance_is_flat_json():
+    assert json.loads(json.dumps(provenance_of(seed=1)))["seed"] == 1
 
 
 def test_outside_git_the_commit_is_unknown(tmp_path, monkeypatch):
@@ -226,7 +227,8 @@ def test_write_json_replaces_the_file_and_makes_its_folder(tmp_path):
 
 
 def test_importing_records_loads_no_torch():
-    program = "import sys, sdtp_lib.records as r; r.passport(); sys.exit(bool({'torch', 'pandas'} & set(sys.modules)))"
+    program = "import sys, sdtp_lib.records; sdtp_lib.records.provenance_of(); "
+    program += "sys.exit(bool({'torch', 'pandas'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -361,23 +363,23 @@ def test_a_byte_order_mark_in_front_of_the_rows_is_no_damage(tmp_path):
         assert rows.done("one")
 
 
-def test_the_passport_tells_models_of_one_name_apart_by_their_weights(tiny_model):
+def test_the_provenance_tells_models_of_one_name_apart_by_their_weights(tiny_model):
     model = tiny_model()
-    before = passport(model, model_name="same", seed=0)
+    before = provenance_of(model, model_name="same", seed=0)
     assert before["weights"] == "as published" and before["device_name"] is None
-    assert passport(model, model_name="same", seed=0)["weights_fingerprint"] == before["weights_fingerprint"]
+    assert provenance_of(model, model_name="same", seed=0)["weights_fingerprint"] == before["weights_fingerprint"]
     model.model.layers[3].mlp.up_proj.weight.data.add_(0.5)
-    assert passport(model, model_name="same", seed=0)["weights_fingerprint"] != before["weights_fingerprint"]
+    assert provenance_of(model, model_name="same", seed=0)["weights_fingerprint"] != before["weights_fingerprint"]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for the old name
-def test_the_passport_tells_a_model_with_its_adapters_from_the_same_with_them_off(tiny_model):
+def test_the_provenance_tells_a_model_with_its_adapters_from_the_same_with_them_off(tiny_model):
     peft = pytest.importorskip("peft")
     options = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(tiny_model(), options)
-    on = passport(model, model_name="same")
+    on = provenance_of(model, model_name="same")
     with model.disable_adapter():
-        off = passport(model, model_name="same")
+        off = provenance_of(model, model_name="same")
     assert on["adapters"] is not None and off["adapters"] is None
     assert on["weights_fingerprint"] == off["weights_fingerprint"], "the numbers are all there either way"
 

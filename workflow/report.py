@@ -21,7 +21,7 @@ from docs_frame import BASE_STYLE, Frame, head, notebook_html
 from notebook_parameters import meant, words
 from result_tables import latency_table, origin, other_tables, rows_of, scorer_table, stamps_of
 
-from sdtp_lib.records import atomic_write, passport, project_root
+from sdtp_lib.records import atomic_write, project_root, provenance_of
 
 STYLE = f"""{BASE_STYLE}
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
@@ -150,7 +150,7 @@ def _pareto_by_cell(lines: Any) -> Any:
 
 def provenance(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every value of every provenance field that the rows hold."""
-    names = [name for name in passport() if name != "utc"]
+    names = [name for name in provenance_of() if name != "utc"]
     seen = {name: sorted({str(row.get(name)) for row in rows}) for name in names}
     return f"<pre>{html.escape(json.dumps(seen, indent=1))}</pre>"
 

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdtp_lib.records import markdown_table, passport, read_rows
+from sdtp_lib.records import markdown_table, provenance_of, read_rows
 
 # What says where a row comes from, and so never is a result.
 ORIGIN = {
-    "schema_version", "key", "kind", "notebook", "folder", "scorer_id", "sample_hash", "config_hash", *passport()
+    "schema_version", "key", "kind", "notebook", "folder", "scorer_id", "sample_hash", "config_hash", *provenance_of()
 }  # fmt: skip
 AT_MOST_GROUPS = 12
 # Numbers that a run is given, not measures.

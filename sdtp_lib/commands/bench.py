@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     from sdtp_lib.latency import report, run
     from sdtp_lib.model_shape import ModelShape
     from sdtp_lib.pruning.stage import name_of
-    from sdtp_lib.records import RowWriter, passport, read_rows
+    from sdtp_lib.records import RowWriter, provenance_of, read_rows
     from sdtp_lib.scorers.found import default_scorer, scorer_called
 
     layers = ModelShape.from_model(model).num_layers
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     else:
         scorer = scorer_called(given.scorer, model)
     threads = torch.get_num_threads() if model.device.type == "cpu" else None
-    writer = RowWriter(given.out / "bench.jsonl", passport(model, model_name=given.model, seed=0, threads=threads))
+    writer = RowWriter(given.out / "bench.jsonl", provenance_of(model, model_name=given.model, seed=0, threads=threads))
     with writer, tqdm(unit=" run") as bar:
         run.run(
             model, writer,

@@ -92,10 +92,10 @@ def _print_answers(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> None:
 
 def _save(given: Any, model: Any, rows: Sequence[Any], lines: Sequence[Any], text: str) -> None:
     from sdtp_lib.extras import MissingExtra, extra
-    from sdtp_lib.records import atomic_write, passport, write_json
+    from sdtp_lib.records import atomic_write, provenance_of, write_json
 
     given.out.mkdir(parents=True, exist_ok=True)
-    provenance = passport(model, model_name=given.model, budget=given.budget, repeats=given.repeats)
+    provenance = provenance_of(model, model_name=given.model, budget=given.budget, repeats=given.repeats)
     with atomic_write(given.out / "compare.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_json(given.out / "rows.json", {"provenance": provenance, "rows": list(rows)})

@@ -22,7 +22,7 @@ from sdtp_lib.evaluation.items import Item
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.models import load_model
 from sdtp_lib.processes import Share
-from sdtp_lib.records import passport, project_root
+from sdtp_lib.records import project_root, provenance_of
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.scorers.simple import NAMED
 
@@ -91,7 +91,8 @@ def run_parts(
 ) -> None:
     """Rows of all parts and variants that ``path`` does not have yet, shared among processes."""
     chosen = variants(options, model)
-    with share.rows(path, passport(model, model_name=options.model, seed=getattr(options, "seed", None))) as writer:
+    stamp = provenance_of(model, model_name=options.model, seed=getattr(options, "seed", None))
+    with share.rows(path, stamp) as writer:
         for part in parts:
             try:
                 records = part.records()

@@ -46,7 +46,7 @@ def export_state(
         title=title,
         page=live_page(view_payload(state, title, against)),
         figure=text_and_map(tokens, fates, title, places=places),
-        passport=state.passport(),
+        provenance=state.provenance(),
     )
 
 
@@ -63,7 +63,7 @@ def view_payload(state: ExplorerState, title: str, against: str | None = None) -
         state.prompt, prompt, scored, outcomes, config, shape=source.shape, protect=state.protect, **sizes
     )
     start = {"scorer": state.scorer, "ratio": ratios.index(own), "against": against or ""}
-    return payload(title, [entry], config, model=source.name, start=start, made=state.passport(), **sizes)
+    return payload(title, [entry], config, model=source.name, start=start, made=state.provenance(), **sizes)
 
 
 def export(
@@ -72,7 +72,7 @@ def export(
     title: str,
     page: str = "",
     figure: Figure | None = None,
-    passport: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write a view beside ``path``: ``.html`` of the page, ``.png`` and ``.svg`` of the figure, and ``.json``.
 
@@ -84,14 +84,14 @@ def export(
     # The name may hold a dot ("..._0.9_engine"), and what follows it is no file type to be replaced.
     beside = {kind: Path(path).with_name(f"{Path(path).name}.{kind}") for kind in ("html", "png", "svg", "json")}
     beside["html"].parent.mkdir(parents=True, exist_ok=True)
-    passport = dict(passport or {})
+    provenance = dict(provenance or {})
     written = []
     if figure is not None:
-        save(figure, beside["png"], passport, svg=True)
+        save(figure, beside["png"], provenance, svg=True)
         written += [beside["png"], beside["svg"]]
     if page:
         with records.atomic_write(beside["html"]) as temporary:
             Path(temporary).write_text(page, encoding="utf-8")
         written.append(beside["html"])
-    records.write_json(beside["json"], {"title": title, "files": [p.name for p in written], **passport})
+    records.write_json(beside["json"], {"title": title, "files": [p.name for p in written], **provenance})
     return [*written, beside["json"]]

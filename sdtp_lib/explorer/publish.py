@@ -19,7 +19,7 @@ from sdtp_lib.explorer.engine_source import PRUNERS, EngineSource, fitting_score
 from sdtp_lib.explorer.prompts import example_prompts
 from sdtp_lib.explorer.state import Prompt
 from sdtp_lib.models import load_model
-from sdtp_lib.provenance import passport, project_root, weights_note
+from sdtp_lib.provenance import project_root, provenance_of, weights_note
 from sdtp_lib.records import atomic_write
 
 CHOSEN = "synthetic, on real text; of each kind the first of a few that the unpruned model answers right"
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(notes))
         prompts = answered_examples(model, tokenizer, options.prompt_tokens)
         source = EngineSource(model, tokenizer, prompts, found, max_new_tokens=24)
-        made = passport(model, model_name=options.model, weights=weights_note(model))
+        made = provenance_of(model, model_name=options.model, weights=weights_note(model))
         data = record(source, made={**made, "prompts": CHOSEN})
         _write(recorded, json.dumps(data, ensure_ascii=False))
     text = page.live_page(json.loads(recorded.read_text("utf-8")))

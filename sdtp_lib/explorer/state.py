@@ -203,7 +203,7 @@ class ExplorerState:
             numbers["prefill_flops_share"] = budget.prefill_flops(self.source.shape, per_layer) / full
         return numbers
 
-    def passport(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What an exported view was made from; no prompt text."""
         return {
             "prompt": self.prompt,

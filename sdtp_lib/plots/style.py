@@ -20,7 +20,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sdtp_lib import provenance, records
+from sdtp_lib import records
+from sdtp_lib.provenance import origin_line
 
 PALETTE = {
     "blue": "#0072B2",
@@ -221,10 +222,10 @@ def lines_by(
     return look
 
 
-def save(fig: Figure, path: str | Path, passport: Mapping[str, Any] | None = None, *, svg: bool = False) -> Path:
+def save(fig: Figure, path: str | Path, provenance: Mapping[str, Any] | None = None, *, svg: bool = False) -> Path:
     """Write ``fig`` as PNG (and SVG) with a JSON of the same name that says what made it; each file at once or not.
 
-    Where ``passport`` names a model, a small line under the picture says it, with device and commit.
+    Where ``provenance`` names a model, a small line under the picture says it, with device and commit.
 
     Parameters
     ----------
@@ -232,7 +233,7 @@ def save(fig: Figure, path: str | Path, passport: Mapping[str, Any] | None = Non
         The figure; it stays open.
     path
         File to write; its ending is replaced by ``.png``, ``.svg`` and ``.json``.
-    passport
+    provenance
         What made the picture: commit, versions, model, config, seed, the rows it was drawn from.
 
     Returns
@@ -242,7 +243,7 @@ def save(fig: Figure, path: str | Path, passport: Mapping[str, Any] | None = Non
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _name_origin(fig, passport or {})
+    _name_origin(fig, provenance or {})
     written = []
     for kind in ("png", "svg") if svg else ("png",):
         target = path.with_suffix(f".{kind}")
@@ -253,14 +254,14 @@ def save(fig: Figure, path: str | Path, passport: Mapping[str, Any] | None = Non
         with records.atomic_write(target) as temporary, matplotlib.rc_context(engineless):
             fig.savefig(temporary, format=kind, metadata=metadata)
         written.append(target.name)
-    records.write_json(path.with_suffix(".json"), {"pictures": written, **(passport or {})})
+    records.write_json(path.with_suffix(".json"), {"pictures": written, **(provenance or {})})
     return path.with_suffix(".png")
 
 
-def _name_origin(fig: Figure, passport: Mapping[str, Any]) -> None:
-    """Write `provenance.origin_line` under the figure, once; below all that is drawn, legends outside of it too."""
-    if passport.get("model") and not [text for text in fig.texts if text.get_gid() == "origin"]:
+def _name_origin(fig: Figure, provenance: Mapping[str, Any]) -> None:
+    """Write `origin_line` under the figure, once; below all that is drawn, legends outside of it too."""
+    if provenance.get("model") and not [text for text in fig.texts if text.get_gid() == "origin"]:
         fig.draw_without_rendering()
         below = min(0.0, fig.get_tightbbox().y0) - 0.08  # inches
-        words = provenance.origin_line(passport)
+        words = origin_line(provenance)
         fig.text(0.01, below / fig.get_figheight(), words, va="top", fontsize=8.5, color="#555555", gid="origin")

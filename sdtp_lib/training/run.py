@@ -25,7 +25,7 @@ from sdtp_lib.data.samples import DOLLY
 from sdtp_lib.files import refuse_existing, whole_folder, write_json
 from sdtp_lib.models import cache_directory, cpu_computes_bfloat16
 from sdtp_lib.processes import Share
-from sdtp_lib.provenance import adapters_fingerprint, content_id, fingerprint, passport
+from sdtp_lib.provenance import adapters_fingerprint, content_id, fingerprint, provenance_of
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.shipped import folder_for
 from sdtp_lib.training import trainer, verdict
@@ -160,7 +160,7 @@ def train_by_recipe(
     if labels_only:
         return None
     pruners = _trained(model, labelled, layers, chosen, work, name, share, progress, seed, begun)
-    provenance = passport(model, model_name=name, seed=seed, recipe=content_id(chosen.to_dict()))
+    provenance = provenance_of(model, model_name=name, seed=seed, recipe=content_id(chosen.to_dict()))
     blends: dict[str, float] = {}
     if chosen.blends:
         tuned_on = _held_back(labelled, chosen)

@@ -76,10 +76,10 @@ def test_the_position_mode_is_kept_by_a_preset_and_does_not_make_it_ones_own(sta
     ],
 )
 def test_an_impossible_choice_is_refused_by_name_and_leaves_the_state_as_it_was(state, choices, words):
-    before, kept = state.passport(), state.fates.kept_count
+    before, kept = state.provenance(), state.fates.kept_count
     with pytest.raises(ValueError, match=words):
         state.update(**choices)
-    assert state.passport() == before and state.fates.kept_count == kept
+    assert state.provenance() == before and state.fates.kept_count == kept
 
 
 def test_a_half_bad_change_changes_nothing(state):
@@ -111,9 +111,9 @@ def test_the_numbers_follow_from_the_tokens_of_each_layer(source):
     assert 0.6 < numbers["prefill_flops_share"] < 0.7
 
 
-def test_the_passport_is_json_and_holds_no_prompt_text(source):
+def test_the_provenance_is_json_and_holds_no_prompt_text(source):
     state = ExplorerState(source, prompt="nasty")
-    text = json.dumps(state.passport())
+    text = json.dumps(state.provenance())
     assert "alert" not in text and '"pruning_keep_ratio": 0.9' in text
 
 
@@ -244,7 +244,7 @@ def test_a_slider_that_says_0_8999999999999999_means_0_9_and_leaves_the_preset_a
     explorer = widgets.Explorer(state)
     explorer.keep_ratio.value = 0.8
     explorer.keep_ratio.value = 0.3 + 0.01 * 60
-    assert state.passport()["pruning_keep_ratio"] == 0.9
+    assert state.provenance()["pruning_keep_ratio"] == 0.9
 
 
 def test_a_prompt_that_cannot_be_scored_is_answered_in_a_sentence_and_the_choice_goes_back(source):

@@ -16,7 +16,7 @@ from sdtp_lib.data import training_mix
 from sdtp_lib.data.own_records import own_samples
 from sdtp_lib.data.samples import dolly_split
 from sdtp_lib.processes import Share
-from sdtp_lib.provenance import fingerprint, passport
+from sdtp_lib.provenance import fingerprint, provenance_of
 from sdtp_lib.records import RowWriter
 from sdtp_lib.scorers.found import pruners_for
 from sdtp_lib.shipped import folder_for, pruner_folders
@@ -225,7 +225,7 @@ def test_the_blend_with_the_lowest_divergence_is_chosen(tiny_model, tmp_path):
     blends = [{"learned": 1.0}, {"learned": 0.0, "recency": 1.0}, {"learned": 0.0, "recency": -1.0}]
     config = PruningConfig(layers=(4,), keep_ratio=0.3)
     chosen, figures = choose_blend(
-        model, tmp_path / "set", blends, samples, config, tmp_path / "rows.jsonl", passport(model, seed=0), Share()
+        model, tmp_path / "set", blends, samples, config, tmp_path / "rows.jsonl", provenance_of(model, seed=0), Share()
     )
     assert len(figures) == 3 and figures[json.dumps(chosen)] == min(figures.values()) < max(figures.values())
 
@@ -276,10 +276,10 @@ def test_rows_of_a_measure_are_not_made_twice(tiny_model, tmp_path):
     model = tiny_model()
     pruners = TokenPruners.for_model(model, (4,), features=("hidden",)).eval()
     samples = {"own": [{"id": "a", "category": "own", "prompt_ids": list(range(6, 90)), "own_tokens": 5}]}
-    where = (samples, (4,), tmp_path / "rows.jsonl", passport(model, seed=0), Share())
+    where = (samples, (4,), tmp_path / "rows.jsonl", provenance_of(model, seed=0), Share())
     first = verdict.measure(model, pruners, *where)
     size = (tmp_path / "rows.jsonl").stat().st_size
     assert len(first) == 3 and verdict.measure(model, pruners, *where) == first
     assert (tmp_path / "rows.jsonl").stat().st_size == size
-    with RowWriter(tmp_path / "rows.jsonl", passport(model, seed=0)):
+    with RowWriter(tmp_path / "rows.jsonl", provenance_of(model, seed=0)):
         assert torch.is_grad_enabled()

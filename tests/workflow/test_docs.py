@@ -13,7 +13,7 @@ import render_docs as docs
 from docs_frame import link_pages, markdown_html, notebook_html
 
 import sdtp_lib
-from sdtp_lib.records import RowWriter, passport
+from sdtp_lib.records import RowWriter, provenance_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -45,7 +45,7 @@ def run(tmp_path):
         executed(folder / "executed" / f"{name}-0123456789ab.ipynb", f"{name[:2]} · What?")
     for picture in docs.PICTURES.values():
         (folder / f"{picture}.png").write_bytes(b"png")
-    with RowWriter(folder / "05_longbench.jsonl", passport(model_name="embedded") | {"device": "cpu"}) as rows:
+    with RowWriter(folder / "05_longbench.jsonl", provenance_of(model_name="embedded") | {"device": "cpu"}) as rows:
         for scorer, kl in (("SDTP", 0.1), ("recency", 0.5)):
             rows.add(
                 scorer, kind="scorer", cell="text", setting="keep08", scorer=scorer, block="deployable", sample="1",

@@ -14,10 +14,10 @@ import result_tables
 import tables
 from result_tables import Table
 
-from sdtp_lib.records import RowWriter, passport, write_json
+from sdtp_lib.records import RowWriter, provenance_of, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-ORIGIN = passport(model_name="tiny <model>", seed=3) | {"device": "cpu", "commit": "abc123"}
+ORIGIN = provenance_of(model_name="tiny <model>", seed=3) | {"device": "cpu", "commit": "abc123"}
 
 
 def latency_row(tokens: int, method: str, repetition: int, prefill_ms: float, tflops: float) -> dict:
