@@ -87,7 +87,7 @@ def quality(options: argparse.Namespace) -> None:
                             keys[name, size], kind="chunks", cell=cell, sample=sample["id"], scorer=name,
                             chunk=size, prompt_tokens=len(prompt),
                             kl_to_one_shot_nats=kl_divergence(whole, found), kl_nats=kl_divergence(full, found),
-                            tokens_per_layer=trace.tokens_per_layer, asking_tokens=trace.asking_tokens,
+                            tokens_per_layer=trace.tokens_per_layer, query_tokens=trace.query_tokens,
                         )  # fmt: skip
 
 

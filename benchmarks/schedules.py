@@ -28,7 +28,7 @@ from sdtp_lib import PruningConfig, budget, evaluation, load_model, plots, score
 from sdtp_lib.data.test_sets import CELLS, cell_samples
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
-from sdtp_lib.pruning.stage import Stage, looked_back
+from sdtp_lib.pruning.stage import Stage, earlier_layers
 from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
 from sdtp_lib.scorers.blend import strongest_neighbour
 from sdtp_lib.scorers.by_name import scorer_named
@@ -126,15 +126,15 @@ def training_free() -> dict[str, Any]:
         "recency": scorers.recency(),
         "attention": scorers.attention(8),
         "pooled": pooled,
-        "pooled, earlier layers": earlier_layers,
+        "pooled, earlier layers": pooled_earlier_layers,
         "pooled + recency": scorers.weighted([(pooled, 1.0), recency]),
-        "pooled, earlier layers + recency": scorers.weighted([(earlier_layers, 1.0), recency]),
+        "pooled, earlier layers + recency": scorers.weighted([(pooled_earlier_layers, 1.0), recency]),
     }
 
 
-def earlier_layers(stage: Stage) -> torch.Tensor:
+def pooled_earlier_layers(stage: Stage) -> torch.Tensor:
     """Pooled attention of the last 8 tokens, the most over the layers since the stage before."""
-    paid = stage.attention_paid(looked_back([stage.layer_index])[stage.layer_index], 8)
+    paid = stage.attention_paid(earlier_layers([stage.layer_index])[stage.layer_index], 8)
     pooled = [strongest_neighbour(each.sum(dim=2), 7).mean(dim=1) for each in paid]
     return torch.stack(pooled).amax(dim=0)
 

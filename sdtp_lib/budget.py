@@ -65,11 +65,11 @@ def tokens_per_layer(config: PruningConfig | None, num_layers: int, prompt_token
         config.validate_for(num_layers)
         if prompt_tokens < config.min_prompt_tokens:
             config = None
-    alive, counts = prompt_tokens, []
+    left, counts = prompt_tokens, []
     for layer in range(num_layers):
         if config is not None and layer in config.layers:
-            alive = keep_count(alive, layer, config)
-        counts.append(alive)
+            left = keep_count(left, layer, config)
+        counts.append(left)
     return counts
 
 

@@ -101,13 +101,13 @@ def paper_table2() -> list[dict[str, Any]]:
 
 
 def _paper_counts(tokens: int, layers: tuple[int, ...], reading: str, num_layers: int) -> list[int]:
-    ratio, alive, counts = PAPER_KEEP_RATIO, tokens, []
+    ratio, left, counts = PAPER_KEEP_RATIO, tokens, []
     for layer in range(num_layers):
         if layer in layers:
-            protected = 4 + math.ceil(0.1 * (tokens if reading == "unprotected, end fixed" else alive))
-            free = alive if reading == "current" else alive - protected
-            alive += math.floor(ratio * free + 1e-9) - free
-        counts.append(alive)
+            protected = 4 + math.ceil(0.1 * (tokens if reading == "unprotected, end fixed" else left))
+            free = left if reading == "current" else left - protected
+            left += math.floor(ratio * free + 1e-9) - free
+        counts.append(left)
     return counts
 
 

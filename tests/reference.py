@@ -46,27 +46,27 @@ def eager_copy(model, dtype=torch.float64):
     return twin
 
 
-def alive_per_layer(kept_positions, length, layers, row):
+def visible_per_layer(kept_positions, length, layers, row):
     """Boolean (L, length): which prompt tokens of ``row`` other tokens may see in each layer."""
-    alive = torch.ones(layers, length, dtype=torch.bool)
+    visible = torch.ones(layers, length, dtype=torch.bool)
     for stage, positions in sorted(kept_positions.items()):
         kept = positions[row][positions[row] >= 0]
-        alive[stage:] = False
-        alive[stage:, kept] = True
-    return alive
+        visible[stage:] = False
+        visible[stage:, kept] = True
+    return visible
 
 
-def masked_logits(twin, tokens, alive):
-    """Logits (T, V) of one row of ``tokens`` (T,), where layer l sees prompt token j only if ``alive[l, j]``.
+def masked_logits(twin, tokens, visible):
+    """Logits (T, V) of one row of ``tokens`` (T,), where layer l sees prompt token j only if ``visible[l, j]``.
 
-    Tokens after the prompt (columns beyond ``alive``) are seen by all later ones.
+    Tokens after the prompt (columns beyond ``visible``) are seen by all later ones.
     """
     architecture = describe(twin)
-    total, prompt = tokens.shape[0], alive.shape[1]
+    total, prompt = tokens.shape[0], visible.shape[1]
     order = torch.arange(total)
     handles = []
     for index, layer in enumerate(architecture.layers):
-        seen = torch.cat([alive[index], torch.ones(total - prompt, dtype=torch.bool)])
+        seen = torch.cat([visible[index], torch.ones(total - prompt, dtype=torch.bool)])
         allowed = (order[None, :] <= order[:, None]) & (seen[None, :] | (order[None, :] == order[:, None]))
         window = architecture.sliding_window(index)
         if window is not None:

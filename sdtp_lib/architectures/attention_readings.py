@@ -59,11 +59,11 @@ def attention_in_forward(
 
 
 @contextlib.contextmanager
-def attention_looked_back_at(
+def attention_of_earlier_layers(
     model: nn.Module | Architecture,
-    looked_back: Mapping[int, Sequence[int]],
+    earlier_layers: Mapping[int, Sequence[int]],
     window: int,
-    living: Callable[[int], torch.Tensor],
+    kept_at: Callable[[int], torch.Tensor],
 ) -> Iterator[dict[int, torch.Tensor]]:
     """What `Stage.attention_mass` would show in a pruned prefill, out of one unpruned forward over prompt and response.
 
@@ -71,21 +71,21 @@ def attention_looked_back_at(
 
     Parameters
     ----------
-    looked_back
+    earlier_layers
         Stage -> the earlier layers whose attention it reads.
     window
         Query tokens: the last of the prompt's kept ones.
-    living
+    kept_at
         Layer -> the prompt's tokens kept there, (B, T) bool. Called before the layer runs, and after the attention that
         its own stage reads was filled in, except in families that show a stage its own layer.
     """
     architecture = describe(model)
-    sources = sources_of(architecture, looked_back)
+    sources = sources_of(architecture, earlier_layers)
     paid: dict[int, torch.Tensor] = {}
     found: dict[int, torch.Tensor] = {}
 
     def read(index: int, layer: nn.Module, arguments: dict[str, Any]) -> None:
-        paid[index] = _mass_in_prompts(layer, arguments, window, living(index))
+        paid[index] = _mass_in_prompts(layer, arguments, window, kept_at(index))
         for stage, layers in sources.items():
             if layers[-1] == index:
                 found[stage] = torch.cat([paid[earlier].to(paid[index].device) for earlier in layers], dim=-1)
@@ -95,7 +95,7 @@ def attention_looked_back_at(
 
 
 def sources_of(
-    model: nn.Module | Architecture, looked_back: Mapping[int, Sequence[int]]
+    model: nn.Module | Architecture, earlier_layers: Mapping[int, Sequence[int]]
 ) -> dict[int, tuple[int, ...]]:
     """Stage -> the layers whose attention it really reads in a prefill with a cache, when it wants to read these.
 
@@ -109,7 +109,7 @@ def sources_of(
     windowed = architecture.windowed_layers()
     apart = all(query_projection(layer) is not None for layer in architecture.layers)
     found = {}
-    for stage, layers in looked_back.items():
+    for stage, layers in earlier_layers.items():
         kept = apart and all(architecture.sliding_window(layer) is None for layer in layers)
         shown = tuple(layers) if kept else (stage,) * len(layers)
         far = [layer for layer in range(stage) if layer not in windowed]
@@ -136,14 +136,16 @@ def _before_layers(
         yield
 
 
-def _mass_in_prompts(layer: nn.Module, arguments: Mapping[str, Any], window: int, living: torch.Tensor) -> torch.Tensor:
+def _mass_in_prompts(
+    layer: nn.Module, arguments: Mapping[str, Any], window: int, kept_tokens: torch.Tensor
+) -> torch.Tensor:
     """(B, T, H) attention paid by each row's last ``window`` kept tokens, summed; 0 at tokens that are not kept."""
     hidden = arguments["hidden_states"]
     tokens, mass, whole = hidden.shape[1], [], without_cache(arguments)
-    for row, alive in enumerate(living.to(hidden.device)):
-        own = {name: _cut(name, value, hidden.shape[:2], row, alive) for name, value in whole.items()}
-        paid = attention_from_last(layer, hidden[row : row + 1, alive], own, window)[0].sum(dim=1)
-        mass.append(paid.new_zeros(tokens, len(paid)).index_put((alive.nonzero()[:, 0],), paid.transpose(0, 1)))
+    for row, kept in enumerate(kept_tokens.to(hidden.device)):
+        own = {name: _cut(name, value, hidden.shape[:2], row, kept) for name, value in whole.items()}
+        paid = attention_from_last(layer, hidden[row : row + 1, kept], own, window)[0].sum(dim=1)
+        mass.append(paid.new_zeros(tokens, len(paid)).index_put((kept.nonzero()[:, 0],), paid.transpose(0, 1)))
     return torch.stack(mass)
 
 
@@ -173,10 +175,10 @@ def attention_received(
         # tokens, 0 and 1 of its first 2. Each chunk needs (chunk, end) weights only.
         for end in range(count, count - queries, -chunk):
             size = min(chunk, end - (count - queries))
-            alive = torch.zeros(tokens, dtype=torch.bool, device=hidden.device)
-            alive[columns[:end]] = True
-            own = {name: _cut(name, value, (rows, tokens), row, alive) for name, value in arguments.items()}
-            paid = attention_from_last(layer, hidden[row : row + 1, alive], own, size)[0]
+            kept = torch.zeros(tokens, dtype=torch.bool, device=hidden.device)
+            kept[columns[:end]] = True
+            own = {name: _cut(name, value, (rows, tokens), row, kept) for name, value in arguments.items()}
+            paid = attention_from_last(layer, hidden[row : row + 1, kept], own, size)[0]
             first = end - size - (count - queries)
             summed = (paid * weights[first : first + size, None].to(paid.dtype)).sum(dim=1)
             if total is None:
@@ -186,22 +188,22 @@ def attention_received(
     return torch.stack(found)
 
 
-def _cut(name: str, value: Any, shape: tuple[int, int], row: int, alive: torch.Tensor) -> Any:
-    """One argument of a layer for the ``alive`` (kept) tokens of one row only."""
+def _cut(name: str, value: Any, shape: tuple[int, int], row: int, kept: torch.Tensor) -> Any:
+    """One argument of a layer for the ``kept`` tokens of one row only."""
     # Of 10 tokens 6 kept: alibi (B * H, 1, 10) -> (1, H, 1, 6), a mask (B or 1, 1, 10, 10) -> (1, 1, 6, 6), tables
     # (B or 1, 10, d) -> (1, 6, d). What has no token axis stays.
     rows, tokens = shape
     if isinstance(value, (tuple, list)):
-        return type(value)(_cut(name, each, shape, row, alive) for each in value)
+        return type(value)(_cut(name, each, shape, row, kept) for each in value)
     if name == "attention_mask" and value is not None and not torch.is_tensor(value):
         value = mask_rows(value, tokens, tokens)
     if not torch.is_tensor(value):
         return value
-    alive = alive.to(value.device)
+    kept = kept.to(value.device)
     if name == "alibi":
-        return value.reshape(rows, -1, 1, tokens)[row][..., alive]
+        return value.reshape(rows, -1, 1, tokens)[row][..., kept]
     if name == "attention_mask" and value.dim() == 4:
-        return value[row if value.shape[0] > 1 else 0][None][:, :, alive][..., alive]
+        return value[row if value.shape[0] > 1 else 0][None][:, :, kept][..., kept]
     if value.dim() > 1 and value.shape[1] == tokens and value.shape[0] in (1, rows):
-        return value[row if value.shape[0] > 1 else 0, alive][None]
-    return value[alive] if value.dim() and value.shape[0] == tokens else value
+        return value[row if value.shape[0] > 1 else 0, kept][None]
+    return value[kept] if value.dim() and value.shape[0] == tokens else value

@@ -209,11 +209,11 @@ def token_fates(packed: str, layers: Sequence[int], num_layers: int) -> TokenFat
 def _packed(trace: PruningTrace, row: int, tokens: int, num_layers: int) -> str:
     """Compressed: a prompt of 8,192 tokens as a list of numbers would be 30 kB in every row."""
     fate = np.full(tokens, num_layers, dtype=np.int16)
-    alive = np.ones(tokens, dtype=bool)
+    left = np.ones(tokens, dtype=bool)
     for layer in sorted(trace.kept_positions):
         kept = np.zeros(tokens, dtype=bool)
         positions = trace.kept_positions[layer][row].cpu().numpy()
         kept[positions[positions >= 0]] = True
-        fate[alive & ~kept] = layer
-        alive = kept
+        fate[left & ~kept] = layer
+        left = kept
     return base64.b64encode(zlib.compress(fate.tobytes(), 9)).decode()

@@ -7,8 +7,8 @@
     const token = event.target.closest?.('.sdtp .live .t');
     if (!token) return;
     const info = token.closest('.sdtp').querySelector('.info');
-    const fate = getComputedStyle(token).getPropertyValue('--fate').trim().replace(/^["']|["']$/g, '');
-    info.textContent = `“${token.textContent.trim() || '␣'}” · ${fate} · ${token.dataset.i}`;
+    const remark = getComputedStyle(token).getPropertyValue('--remark').trim().replace(/^["']|["']$/g, '');
+    info.textContent = `“${token.textContent.trim() || '␣'}” · ${remark} · ${token.dataset.i}`;
   });
   document.addEventListener('pointerup', () => setTimeout(() => {
     const selection = getSelection();

@@ -51,7 +51,7 @@ def text_html(tokens: Sequence[str], scored: TokenFates, prefix: str, *, max_hei
         f"<div class=block>{''.join(spans[start:end])}</div>" for start, end in zip([0, *ends], ends, strict=False)
     )
     return (
-        f'<div class="sdtp" style="--fate:\'kept to the end\'">{STYLE}{_EXTRA}'
+        f'<div class="sdtp" style="--remark:\'kept to the end\'">{STYLE}{_EXTRA}'
         '<div class="info">point at a token</div>'
         f'<div class="text live" data-prefix="{prefix}" tabindex="0" role="region" aria-label="prompt" '
         f'style="max-height:{int(max_height)}px">{blocks}</div></div>'
@@ -80,12 +80,12 @@ def style_html(fates: TokenFates, prefix: str, *, at_layer: int | None = None, p
     colours = stage_colours(len(fates.layers))
     rules = []
     for stage, layer in enumerate(fates.layers):
-        fate = f';--fate:"dropped before layer {layer}"'
+        remark = f';--remark:"dropped before layer {layer}"'
         # Never opacity: a layer of its own for each of thousands of spans costs 50 ms of painting.
         if at_layer is None or layer == at_layer:
-            look = looks.dropped(colours[stage]) + fate
+            look = looks.dropped(colours[stage]) + remark
         else:
-            look = (looks.GONE if layer < at_layer else looks.KEPT) + fate
+            look = (looks.GONE if layer < at_layer else looks.KEPT) + remark
         rules.append(_rule(prefix, fates.dropped_at == layer, look))
     frame = np.zeros(fates.tokens, bool)
     frame[list(protected)] = True
@@ -99,9 +99,9 @@ def compare_style_html(first: TokenFates, second: TokenFates, prefix: str, names
     has_a, has_b = first.dropped_at == end, second.dropped_at == end
     a, b = (_css_string(name) for name in names)
     rules = [
-        _rule(prefix, has_a & ~has_b, f'{looks.ONLY_FIRST};--fate:"only {a} keeps it"'),
-        _rule(prefix, has_b & ~has_a, f'{looks.ONLY_SECOND};--fate:"only {b} keeps it"'),
-        _rule(prefix, ~has_a & ~has_b, f'{looks.GONE};--fate:"both dropped it"'),
+        _rule(prefix, has_a & ~has_b, f'{looks.ONLY_FIRST};--remark:"only {a} keeps it"'),
+        _rule(prefix, has_b & ~has_a, f'{looks.ONLY_SECOND};--remark:"only {b} keeps it"'),
+        _rule(prefix, ~has_a & ~has_b, f'{looks.GONE};--remark:"both dropped it"'),
     ]
     return f"<style>{''.join(rules)}</style>"
 

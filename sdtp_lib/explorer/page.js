@@ -29,14 +29,14 @@ for (const prompt of data.prompts) {
 function cut(ranks, ratios, prompt) {
   const tokens = prompt.tokens.length, never = new Set(prompt.protect);
   const stages = new Uint8Array(tokens).fill(KEPT);
-  let alive = Array.from({length: tokens}, (_, position) => position);
+  let left = Array.from({length: tokens}, (_, position) => position);
   ranks.forEach((rank, stage) => {
-    const n = alive.length, last = Math.max(data.min_local_tokens, Math.ceil(data.local_ratio * n));
-    const free = alive.slice(data.sink_tokens, Math.max(data.sink_tokens, n - last)).filter(p => !never.has(p));
+    const n = left.length, last = Math.max(data.min_local_tokens, Math.ceil(data.local_ratio * n));
+    const free = left.slice(data.sink_tokens, Math.max(data.sink_tokens, n - last)).filter(p => !never.has(p));
     const keep = Math.min(n, Math.max(Math.floor(ratios[stage] * n + 1e-9), n - free.length));
     free.sort((a, b) => rank[a] - rank[b]);
     for (const position of free.slice(free.length - (n - keep))) if (keep < n) stages[position] = stage;
-    alive = alive.filter(position => stages[position] === KEPT);
+    left = left.filter(position => stages[position] === KEPT);
   });
   return stages;
 }

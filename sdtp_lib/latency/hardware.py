@@ -51,7 +51,7 @@ def measure_hardware(
     cached = 2 * groups * tokens * head_dim * size
     # As many layers' caches as no processor cache holds.
     caches = itertools.cycle(torch.randn(max(2, 64_000_000 // cached), 2, 1, groups, tokens, head_dim, **options))
-    token, asks = torch.randn(1, groups, 1, head_dim, **options), torch.randn(1, num_heads, 1, head_dim, **options)
+    token, query = torch.randn(1, groups, 1, head_dim, **options), torch.randn(1, num_heads, 1, head_dim, **options)
     tiny, module = torch.ones(1, 1, 8, **options), torch.nn.Linear(8, 8, **options)
 
     def products() -> None:
@@ -67,7 +67,7 @@ def measure_hardware(
 
     def grow() -> None:
         keys, values = (torch.cat([old, token], dim=2) for old in next(caches))
-        functional.scaled_dot_product_attention(asks, keys, values, enable_gqa=groups != num_heads)
+        functional.scaled_dot_product_attention(query, keys, values, enable_gqa=groups != num_heads)
 
     def four_operations() -> None:
         tiny + module(tiny).view(1, 8, 1).transpose(1, 2)

@@ -289,7 +289,7 @@ def _timed_on(model: Any, sample: Mapping[str, Any]) -> Callable[[Variant], dict
 
 
 def peak_allocated(model: Any, variant: Variant, prompt_tokens: int, seed: int = 0) -> int:
-    """Most bytes of tensors alive at once during one prefill, the weights not counted (a separate, untimed pass)."""
+    """Most bytes of tensors held at once during one prefill, the weights not counted (a separate, untimed pass)."""
     ids = prompt_ids(budget.ModelShape.from_model(model).vocab_size, prompt_tokens, seed)
     return peak_of_prefill(model, variant, ids.to(model.device))
 

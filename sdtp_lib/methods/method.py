@@ -24,7 +24,7 @@ from sdtp_lib.architectures.layers import num_layers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.provenance import content_id
-from sdtp_lib.pruning.stage import ASKING_TOKENS, Scorer, Stage
+from sdtp_lib.pruning.stage import QUERY_TOKENS, Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
 
 
@@ -155,9 +155,9 @@ class MethodScorer:
         return self.method.name
 
     @property
-    def asking_tokens(self) -> int:
+    def query_tokens(self) -> int:
         """The last tokens that it reads, as its settings say."""
-        return getattr(self.method, "window", ASKING_TOKENS)
+        return getattr(self.method, "window", QUERY_TOKENS)
 
     @property
     def identity(self) -> str:

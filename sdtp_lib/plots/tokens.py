@@ -142,8 +142,8 @@ def token_layer_map(trace_data: Any, *, ax: Axes | None = None, row: int = 0, le
     ax = axes_or_new(ax)
     fates = trace_data if isinstance(trace_data, TokenFates) else TokenFates.from_trace(trace_data, row=row)
     stages = len(fates.layers)
-    alive = np.arange(fates.num_layers)[:, None] < fates.dropped_at[None, :]
-    image = np.where(alive, fates.stage_of_token()[None, :], -1)
+    kept = np.arange(fates.num_layers)[:, None] < fates.dropped_at[None, :]
+    image = np.where(kept, fates.stage_of_token()[None, :], -1)
     dropped = [tuple(c / 255 for c in rgb) for rgb in stage_colours(stages)]
     cmap = ListedColormap([(1, 1, 1, 0), *dropped, KEPT])
     ax.imshow(

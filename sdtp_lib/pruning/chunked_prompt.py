@@ -13,7 +13,7 @@ import torch
 from sdtp_lib.architectures.caches import keys_can_be_taken_out, tokens_seen
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.plan import Budget, chunk_counts, chunk_size
-from sdtp_lib.pruning.stage import Scorer, asking_tokens
+from sdtp_lib.pruning.stage import Scorer, query_tokens
 from sdtp_lib.pruning.trace import PruningTrace
 
 
@@ -26,7 +26,7 @@ class ChunkedPrompt:
         The new tokens, rows padded on the left.
     real : Tensor (B, T) of bool
         Which are no padding.
-    size, asking
+    size, queries
         C and w.
     protect : Tensor (B, T) of bool, optional
         Tokens that no stage drops.
@@ -37,12 +37,12 @@ class ChunkedPrompt:
         ids: torch.Tensor,
         real: torch.Tensor,
         size: int,
-        asking: int,
+        queries: int,
         wanted: Budget,
         num_layers: int,
         protect: torch.Tensor | None = None,
     ) -> None:
-        self.ids, self.real, self.size, self.asking, self.protect = ids, real, size, asking, protect
+        self.ids, self.real, self.size, self.queries, self.protect = ids, real, size, queries, protect
         total = ids.shape[1]
         self.columns = [*range(0, total, size), total]  # where chunks begin and end
         self.number = 0  # chunks that have run
@@ -71,9 +71,9 @@ class ChunkedPrompt:
         return self.columns[self.number], self.columns[self.number + 1]
 
     @property
-    def asking_here(self) -> int:
+    def queries_here(self) -> int:
         """Query tokens that go with the next chunk; none with the last one, which has them."""
-        return self.asking if self.number < len(self.columns) - 2 else 0
+        return self.queries if self.number < len(self.columns) - 2 else 0
 
     def plan(self, number: int | None = None) -> list[list[int]]:
         """Tokens of each row in each layer (L lists of B): of one chunk, or of the whole prompt."""
@@ -103,9 +103,9 @@ class ChunkedPrompt:
         """The columns of (B, T) ``values`` that the next forward is over: the chunk and the query tokens."""
         start, end = self.here
         chunk = values[:, start:end]
-        return torch.cat([chunk, values[:, -self.asking_here :]], dim=1) if self.asking_here else chunk
+        return torch.cat([chunk, values[:, -self.queries_here :]], dim=1) if self.queries_here else chunk
 
-    def with_asking(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def with_queries(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The stack's arguments for the next chunk with the query tokens behind it.
 
         Raises
@@ -130,12 +130,12 @@ class ChunkedPrompt:
             raise PruningNotSupported(
                 "prefill_chunk_size: the prompt has padding that generate was not told of: give attention_mask."
             )
-        if not self.asking_here:
+        if not self.queries_here:
             return found
-        asks = self.real[:, -self.asking_here :]
+        queries = self.real[:, -self.queries_here :]
         found["input_ids"] = self.at(self.ids)
         if mask is not None:
-            found["attention_mask"] = torch.cat([mask, asks.to(mask.dtype)], dim=1)
+            found["attention_mask"] = torch.cat([mask, queries.to(mask.dtype)], dim=1)
         places = arguments.get("position_ids")
         if places is not None:
             if places.dim() != 2:
@@ -145,18 +145,18 @@ class ChunkedPrompt:
             behind = places[:, -1:] + 1
             if mask is not None:  # a row whose tokens all come in later chunks has no last position yet
                 behind = torch.where(real[:, -1:], behind, mask.sum(dim=1, keepdim=True).to(behind.dtype))
-            steps = (asks.cumsum(dim=1) - 1).clamp_min(0).to(behind.dtype)
-            found["position_ids"] = torch.cat([places.expand(len(asks), -1), behind + steps], dim=1)
+            steps = (queries.cumsum(dim=1) - 1).clamp_min(0).to(behind.dtype)
+            found["position_ids"] = torch.cat([places.expand(len(queries), -1), behind + steps], dim=1)
         if arguments.get("cache_position") is not None:  # transformers < 5.4
             here = arguments["cache_position"]
-            more = torch.arange(1, self.asking_here + 1, device=here.device)
+            more = torch.arange(1, self.queries_here + 1, device=here.device)
             found["cache_position"] = torch.cat([here, here[-1:] + more])
         return found
 
     def note(self, index: int, *columns: torch.Tensor) -> None:
         """Keep a chunk's positions before the cut at ``index``, their scores, and positions after it, for the trace."""
-        asking = self.asking_here
-        kept = tuple(each[:, : each.shape[1] - asking] for each in columns)
+        queries = self.queries_here
+        kept = tuple(each[:, : each.shape[1] - queries] for each in columns)
         self._noted.setdefault(index, []).append(kept)
 
     def fill(self, trace: PruningTrace) -> None:
@@ -201,7 +201,7 @@ def prompt_in_chunks(
     seen = tokens_seen(cache)
     width = mask.shape[1] if torch.is_tensor(mask) else ids.shape[1]
     new = ids.shape[1] - seen if width == ids.shape[1] and seen < ids.shape[1] else ids.shape[1]
-    asks = min(asking_tokens(scorer), new)
+    queries = min(query_tokens(scorer), new)
     if new <= size or (seen and (config.prune == "first" or new <= config.min_prompt_tokens)):
         return None
     for name, value in whole_only.items():
@@ -223,7 +223,7 @@ def prompt_in_chunks(
     ids = ids[:, -new:]
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -new:].bool()
     return ChunkedPrompt(
-        ids, real, chunk_size(new, size, asks), asks, wanted, num_layers, protection(len(ids), seen, new)
+        ids, real, chunk_size(new, size, queries), queries, wanted, num_layers, protection(len(ids), seen, new)
     )
 
 

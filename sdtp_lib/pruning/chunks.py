@@ -36,10 +36,10 @@ class ChunkPrefill(Prefill):
         self, whole: ChunkedPrompt, architecture: Architecture, wanted: Budget, scorer: Scorer, trace: PruningTrace,
         cache: Any,
     ) -> None:  # fmt: skip
-        self.whole, self.asking, self._longer = whole, whole.asking_here, []
+        self.whole, self.queries, self._longer = whole, whole.queries_here, []
         device = whole.ids.device
         real = whole.at(whole.real)
-        self.asking_rows = real[:, real.shape[1] - self.asking :].sum(dim=1).tolist()
+        self.query_rows = real[:, real.shape[1] - self.queries :].sum(dim=1).tolist()
         super().__init__(
             architecture, wanted, scorer, trace, real.sum(dim=1).tolist(), real.shape[1], device, cache
         )
@@ -52,30 +52,29 @@ class ChunkPrefill(Prefill):
     ) -> tuple[PruningConfig, list[list[int]]]:
         # Query tokens are in every layer besides: a chunk of 40 that keeps 22, with 8 query tokens, is 48 and then 30.
         plan = self.whole.plan(self.whole.number)
-        asks = self.asking_rows
-        return self.whole.config, [[count + own for count, own in zip(row, asks, strict=True)] for row in plan]
+        return self.whole.config, [[n + own for n, own in zip(row, self.query_rows, strict=True)] for row in plan]
 
     def _begin_trace(self) -> None:
         if not self.whole.number:
             self.trace.begin(self.whole.lengths, torch.tensor(self.whole.plan()))
-            self.trace.asking_tokens = self.asking * (len(self.whole.columns) - 2)
+            self.trace.query_tokens = self.queries * (len(self.whole.columns) - 2)
 
     def layer_arguments(self, index: int, layer: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """As in `Prefill`; a layer with a window keeps what the query tokens would push out of it."""
         given = super().layer_arguments(index, layer, arguments)
-        if self.asking and hold_longer(self.cache, index, self.asking):
+        if self.queries and hold_longer(self.cache, index, self.queries):
             self._longer.append(index)
         return given
 
     def close(self) -> int:
         """As in `ForwardPass`; windows are as they were."""
         for index in self._longer:
-            hold_longer(self.cache, index, -self.asking)
+            hold_longer(self.cache, index, -self.queries)
         self._longer = []
-        return self.asking
+        return self.queries
 
     def _stage(self, index: int, layer: nn.Module, given: dict[str, Any], **known: Any) -> Stage:
-        return super()._stage(index, layer, given, asking=self.asking or None, **known)
+        return super()._stage(index, layer, given, queries=self.queries or None, **known)
 
     def _ends(self, index: int) -> tuple[int, list[int]]:
         """First and last tokens that always stay, by position in the prompt; this forward's query tokens among them."""
@@ -87,7 +86,7 @@ class ChunkPrefill(Prefill):
             own = self.whole.at(self.whole.protect).to(positions.device)
             always |= own if self.kept is None else gather_tokens(own, self.kept)
         self.protected = always & (positions >= 0)
-        return 0, list(self.asking_rows)
+        return 0, list(self.query_rows)
 
     def _counts(self, index: int, _scores: torch.Tensor, _local: list[int]) -> list[int]:
         return self.plan[index]
@@ -97,12 +96,12 @@ class ChunkPrefill(Prefill):
 
     def finish(self) -> None:
         """Take the query tokens out; remember the cuts with the cache; after the last chunk the trace is whole."""
-        if self.asking:
+        if self.queries:
             # They are the last keys of every layer, and the last columns of every cut.
-            drop_last(self.cache, self.asking)
-            self.columns -= self.asking
-            self.lengths = [count - own for count, own in zip(self.lengths, self.asking_rows, strict=True)]
-            self.segments = [(first, kept[:, : -self.asking], padded) for first, kept, padded in self.segments]
+            drop_last(self.cache, self.queries)
+            self.columns -= self.queries
+            self.lengths = [count - own for count, own in zip(self.lengths, self.query_rows, strict=True)]
+            self.segments = [(first, kept[:, : -self.queries], padded) for first, kept, padded in self.segments]
         self._remember()
         self.whole.number += 1
         if not self.whole.pending:

@@ -42,13 +42,13 @@ class PackedPrefill(Prefill):
             return super().layer_arguments(index, layer, self._with_usual_mask(arguments))
         self.cache = cache_of(arguments)
         if index == 0:
-            arguments = {**arguments, "hidden_states": pack(arguments["hidden_states"], self.alive)}
+            arguments = {**arguments, "hidden_states": pack(arguments["hidden_states"], self.left)}
         given = self._shortened(index, arguments)
         if index in self.stages:
             hidden = self.cut_tokens(index, layer, given)
             if hidden is not None:
-                given = self._shortened(index, {**arguments, "hidden_states": pack(hidden, self.alive)})
-        self._look_back(index, given)
+                given = self._shortened(index, {**arguments, "hidden_states": pack(hidden, self.left)})
+        self._keep_for_later(index, given)
         self._look_far(index, layer, given)
         return {name: self._packed(name, value) for name, value in given.items()}
 
@@ -66,18 +66,18 @@ class PackedPrefill(Prefill):
         if not self.packs:
             return packed
         columns = self.positions.shape[1]
-        return unpack(packed, self.alive, columns if last is None else min(last, columns))
+        return unpack(packed, self.left, columns if last is None else min(last, columns))
 
     def _packed(self, name: str, value: Any) -> Any:
         if name in _TABLES and isinstance(value, (tuple, list)):
             return type(value)(self._packed(name, table) for table in value)
         if is_cache(value):
-            return RowsCache(value, self.alive, self.positions.shape[1])
+            return RowsCache(value, self.left, self.positions.shape[1])
         if not isinstance(value, RowMask) and not (name in _TABLES and torch.is_tensor(value)):
             return value
         # Layers share tables and masks: each is packed once per stage. Keep a reference: a freed id could be reused.
         if (id(value), "packed") not in self._cut:
-            packed = value.packed(self.alive) if isinstance(value, RowMask) else pack(value, self.alive)
+            packed = value.packed(self.left) if isinstance(value, RowMask) else pack(value, self.left)
             self._cut[id(value), "packed"] = (value, packed)
         return self._cut[id(value), "packed"][1]
 

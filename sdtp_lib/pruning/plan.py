@@ -59,20 +59,20 @@ def prompt_lengths(mask: Any, rows: int, columns: int) -> list[int]:
     return lengths.tolist()
 
 
-def chunk_size(tokens: int, size: int, asking: int) -> int:
-    """The largest chunk size up to ``size`` at which the last of ``tokens``' chunks holds the ``asking`` query tokens.
+def chunk_size(tokens: int, size: int, queries: int) -> int:
+    """The largest chunk size up to ``size`` at which the last of ``tokens``' chunks holds the ``queries`` query tokens.
 
     Raises
     ------
     ValueError
         Where there is none.
     """
-    for smaller in range(size, max(asking, 1) - 1, -1):
-        if (tokens - 1) % smaller + 1 >= asking:
+    for smaller in range(size, max(queries, 1) - 1, -1):
+        if (tokens - 1) % smaller + 1 >= queries:
             return smaller
     raise ValueError(
-        f"prefill_chunk_size={size}: the last {asking} of the {tokens} tokens (the query tokens) go with each chunk, "
-        f"and must fit into the last one: give {2 * asking} or more, or a scorer that reads fewer."
+        f"prefill_chunk_size={size}: the last {queries} of the {tokens} tokens (the query tokens) go with each chunk, "
+        f"and must fit into the last one: give {2 * queries} or more, or a scorer that reads fewer."
     )
 
 
@@ -94,16 +94,16 @@ def chunk_counts(
     local : dict
         Stage -> the last tokens that always stay there.
     """
-    alive = [end - start for start, end in pairwise(bounds)]
+    left = [end - start for start, end in pairwise(bounds)]
     total, found, local = bounds[-1], [], {}
     for layer in range(num_layers):
         if layer in config.layers and total >= config.min_prompt_tokens:
-            count = sum(alive)
+            count = sum(left)
             local[layer] = max(0, budget.protected_count(count, config) - config.sink_tokens)
             least = _protected(config.sink_tokens, local[layer], bounds, protect)
             kept = budget.keep_count(count, layer, config, None if protect is None else sum(least))
-            alive = shared_out(kept, least, alive)
-        found.append(list(alive))
+            left = shared_out(kept, least, left)
+        found.append(list(left))
     return found, local
 
 

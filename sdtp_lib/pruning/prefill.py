@@ -79,7 +79,7 @@ class Prefill(ForwardPass):
         if plan[-1] != plan[0]:
             for index in range(config.layers[0], len(architecture.layers)):
                 self._refuse_windows_over_kept_tokens(index)
-        self.alive = list(lengths)
+        self.left = list(lengths)  # kept tokens of each row so far
         self.padded = min(lengths) < columns
         # Made here, before any compute is queued: a copy from the host later would make it wait for the device.
         self.prompt_lengths = on_device(lengths, device)
@@ -89,7 +89,7 @@ class Prefill(ForwardPass):
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
         self.last_queries: dict[int, torch.Tensor] = {}  # of the layers since the last cut
         self.last_masks: dict[int, Any] = {}
-        self._asked: int | None = None  # the layer now running, if its queries are to be kept
+        self._to_keep: int | None = None  # the layer now running, if its queries are to be kept
         self.windowed, self.far = architecture.windowed_layers(), None  # the last `FarSight`, where others see a window
         self.near = self.windowed | architecture.state_layers
         self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the kept tokens
@@ -120,19 +120,19 @@ class Prefill(ForwardPass):
                 given = self._shortened(index, {**arguments, "hidden_states": hidden})
         if self.kv is not None and self.cache is not None:
             self.ran = (index, layer, dict(given))
-        self._look_back(index, given)
+        self._keep_for_later(index, given)
         self._look_far(index, layer, given)
         return given
 
-    def _look_back(self, index: int, given: dict[str, Any]) -> None:
-        self._asked = index if self._is_looked_back_at(index) else None
-        if self._asked is not None:
+    def _keep_for_later(self, index: int, given: dict[str, Any]) -> None:
+        self._to_keep = index if self._is_read_later(index) else None
+        if self._to_keep is not None:
             self.last_masks[index] = last_rows(given.get("attention_mask"), LAST_TOKENS)
 
     def keep_queries(self, index: int, queries: torch.Tensor) -> None:
         """Keep the last of the queries (B, N, H * d) that layer ``index`` has projected, if it is the one running."""
-        if index == self._asked:  # scorers ask layers for queries, too, before they run and after
-            self.last_queries[index], self._asked = self._last_by_rows(queries), None
+        if index == self._to_keep:  # scorers ask layers for queries, too, before they run and after
+            self.last_queries[index], self._to_keep = self._last_by_rows(queries), None
 
     def _last_by_rows(self, values: torch.Tensor) -> torch.Tensor:
         """(B, w, any) of the last tokens. A copy: a view would keep the whole tensor in memory."""
@@ -145,7 +145,7 @@ class Prefill(ForwardPass):
             valid = (self.positions >= 0).to(hidden.device) if self.padded else None
             self.far = FarSight(index, layer, hidden, without_cache(given), valid, self._past(index))
 
-    def _is_looked_back_at(self, index: int) -> bool:
+    def _is_read_later(self, index: int) -> bool:
         return any(index < stage <= index + LAYERS_AT_HAND for stage in self.stages)
 
     def cut_tokens(self, index: int, layer: nn.Module, given: dict[str, Any]) -> torch.Tensor | None:
@@ -168,13 +168,13 @@ class Prefill(ForwardPass):
         self.carried = stage.carried
         sinks, local = self._ends(index)
         counts = self._counts(index, scores, local)
-        if counts == self.alive:
+        if counts == self.left:
             self._note(index, positions, scores, positions)
             return None
-        chosen = select_positions(scores, self.alive, counts, sinks, local, self.protected)
+        chosen = select_positions(scores, self.left, counts, sinks, local, self.protected)
         if self.protected is not None:
             self.protected = gather_tokens(self.protected, chosen) & (chosen >= 0)
-        self.alive, self.padded = list(counts), min(counts) < max(counts)
+        self.left, self.padded = list(counts), min(counts) < max(counts)
         self.positions = gather_tokens(positions, chosen).masked_fill(chosen < 0, -1)
         # `chosen` counts among the tokens left: after [0, 1, 4, 7, 8, 9] a cut to [0, 2, 4, 5] leaves 0, 4, 8, 9.
         self.kept = chosen if self.kept is None else gather_tokens(self.kept, chosen).masked_fill(chosen < 0, -1)
@@ -189,8 +189,8 @@ class Prefill(ForwardPass):
     def _ends(self, _index: int) -> tuple[int, list[int]]:
         """How many of the first tokens, and of the last ones of each row, always stay at this stage."""
         each = [self.wanted.for_prompt(length) for length in self.lengths]
-        alive = zip(self.alive, each, strict=True)
-        return self.config.sink_tokens, [budget.protected_count(count, own) - own.sink_tokens for count, own in alive]
+        left = zip(self.left, each, strict=True)
+        return self.config.sink_tokens, [budget.protected_count(count, own) - own.sink_tokens for count, own in left]
 
     def _note(self, index: int, positions: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor) -> None:
         """For the trace: positions before the cut at ``index``, their scores, positions after it."""
@@ -239,8 +239,8 @@ class Prefill(ForwardPass):
         if ran is None or ran[0] in self.architecture.state_layers or self.architecture.sliding_window(ran[0]):
             return  # a layer with a state holds no keys, and one with a window no more than that
         index, layer, given = ran
-        counts = [self.kv.count(alive, index, length) for alive, length in zip(self.alive, self.lengths, strict=True)]
-        if counts != self.alive:
+        counts = [self.kv.count(left, index, length) for left, length in zip(self.left, self.lengths, strict=True)]
+        if counts != self.left:
             keys = cached_keys(self.cache, index, given["hidden_states"].shape[1])
             scores = self.kv.scorer(self._stage(index, layer, given, keys=keys))
             windows = any(self.architecture.sliding_window(each) is not None for each in range(len(self.plan)))
@@ -248,7 +248,7 @@ class Prefill(ForwardPass):
             by_head = given.get("alibi") is None and not (
                 self.padded or windows or min(self.lengths) < self.columns or len(set(counts)) > 1
             )
-            self.keys_kept[index] = self.kv.choose(scores, self.alive, counts, by_head)
+            self.keys_kept[index] = self.kv.choose(scores, self.left, counts, by_head)
 
     def _counts(self, index: int, scores: torch.Tensor, local: list[int]) -> list[int]:
         """How many tokens of each row stay: the plan's, unless protected tokens or the scores' mass have a say."""
@@ -257,14 +257,14 @@ class Prefill(ForwardPass):
             return self.plan[index]
         least = [count + sinks for count in local]
         if self.protected is not None:
-            least = protected_tokens(self.alive, scores.shape[1], sinks, local, self.protected).sum(dim=1).tolist()
+            least = protected_tokens(self.left, scores.shape[1], sinks, local, self.protected).sum(dim=1).tolist()
         if config.keep_mass is not None:
-            least = [max(least[0], count_for_mass(scores[0, scores.shape[1] - self.alive[0] :], config.keep_mass))]
+            least = [max(least[0], count_for_mass(scores[0, scores.shape[1] - self.left[0] :], config.keep_mass))]
         counts = [
-            budget.keep_count(alive, index, self.wanted.for_prompt(length), at_least)
+            budget.keep_count(left, index, self.wanted.for_prompt(length), at_least)
             if length >= config.min_prompt_tokens
-            else alive
-            for alive, length, at_least in zip(self.alive, self.lengths, least, strict=True)
+            else left
+            for left, length, at_least in zip(self.left, self.lengths, least, strict=True)
         ]
         # Later layers compute these tokens, until the next stage plans anew from what is then left.
         self.plan[index:] = [counts] * (len(self.plan) - index)

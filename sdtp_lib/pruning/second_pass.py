@@ -55,8 +55,8 @@ class SecondPass(Prefill):
                 "use batch 1 or positions='original'."
             )
         self.stages, self.compact = (), how.renumber
-        self.alive, self.padded, self.positions = list(first.alive), first.padded, first.positions
-        self.plan = [list(first.alive)] * len(self.plan)
+        self.left, self.padded, self.positions = list(first.left), first.padded, first.positions
+        self.plan = [list(first.left)] * len(self.plan)
         self.before = torch.tensor(first.plan)
         if first.kept is not None:
             self.kept, self.kept_padded = first.kept, first.kept_padded

@@ -179,7 +179,7 @@ class Session:
         whole = self._chunks
         if not whole.number:
             whole.expand(rows)
-        longer = whole.with_asking(arguments)
+        longer = whole.with_queries(arguments)
         self._pass = ChunkPrefill(whole, self.architecture, self.budget, self.scorer, self.trace, cache)
         if not whole.number:
             self._warn_if_nothing_goes(whole.plan())
@@ -282,7 +282,7 @@ class Session:
             return None
         if isinstance(finished.cache, PrunedCache):
             finished.cache.inside = False
-        asking = finished.close()
+        queries = finished.close()
         if not isinstance(finished, Prefill) or output is None:
             return None
         finished.finish()
@@ -292,10 +292,10 @@ class Session:
         if finished.positions.device.type == "cpu":
             self.check_pending()
         filled_up = finished.kept is not None and self.architecture.fixed_length_norm() is not None
-        if not filled_up and not asking:
+        if not filled_up and not queries:
             return None
         hidden = output[0][:, -finished.kept.shape[1] :] if filled_up else output[0]
-        hidden = hidden[:, : hidden.shape[1] - asking]
+        hidden = hidden[:, : hidden.shape[1] - queries]
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output["last_hidden_state"] = hidden

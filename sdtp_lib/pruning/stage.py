@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from sdtp_lib.pruning.far_sight import FarSight
 
 LAYERS_AT_HAND = 4  # layers since the last cut whose attention a scorer may read
-ASKING_TOKENS = 16  # query tokens: the prompt's last ones, whose attention shows what is asked for
+QUERY_TOKENS = 16  # query tokens: the prompt's last ones, whose attention shows what is asked for
 LAYERS_BACK = 3  # layers that a stage reads; presets prune every third, so each from the first stage on is read once
 
 
-def looked_back(stages: Sequence[int]) -> dict[int, tuple[int, ...]]:
+def earlier_layers(stages: Sequence[int]) -> dict[int, tuple[int, ...]]:
     """For each of ``stages`` (layers before which tokens are dropped) the earlier layers whose attention it reads.
 
     They are the `LAYERS_BACK` layers in front of it, but none from before the previous stage, which ran on other
@@ -54,7 +54,7 @@ class Scorer(Protocol):
     """Any callable from a stage to one score per token.
 
     A scorer may also have ``check(model, config)``, called once on entry and free to raise `ValueError`; ``layers``,
-    the only stages that it can score; and ``asking_tokens``, how many of the last tokens it reads (`asking_tokens`).
+    the only stages that it can score; and ``query_tokens``, how many of the last tokens it reads (`query_tokens`).
     """
 
     def __call__(self, stage: Stage) -> torch.Tensor:
@@ -101,12 +101,12 @@ def name_of(scorer: Any) -> str:
     return getattr(scorer, "name", None) or getattr(scorer, "__name__", type(scorer).__name__)
 
 
-def asking_tokens(scorer: Any) -> int:
-    """How many of the prompt's last tokens a scorer reads, by its attribute of that name; `ASKING_TOKENS` unless told.
+def query_tokens(scorer: Any) -> int:
+    """How many of the prompt's last tokens a scorer reads, by its attribute of that name; `QUERY_TOKENS` unless told.
 
     Where a prompt comes in chunks they go with each.
     """
-    return max(1, int(getattr(scorer, "asking_tokens", ASKING_TOKENS)))
+    return max(1, int(getattr(scorer, "query_tokens", QUERY_TOKENS)))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Stage:
         Attention is shared out over them too; positions, lengths and scores are of the new tokens only.
     keys : Tensor (B, G, N, d), optional
         This layer's own cached keys, where it has run already (for a KV budget).
-    asking : int or None
+    queries : int or None
         Where these are a chunk of a prompt with the query tokens behind it: how many of those.
     windowed : frozenset of int
         Layers that see a window only, in families where others see all tokens.
@@ -189,7 +189,7 @@ class Stage:
     padded: bool = True
     past: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     keys: torch.Tensor | None = None
-    asking: int | None = None
+    queries: int | None = None
     windowed: frozenset[int] = frozenset()
     far: FarSight | None = field(default=None, repr=False)
 
@@ -208,7 +208,7 @@ class Stage:
 
         A layer with a window among layers without says nothing about tokens further back: it says so.
         """
-        self._refuse_asking_more(window)
+        self._refuse_more_queries(window)
         queries = None if self.keys is None else projected_queries(self.layer, self.hidden_states[:, -window:])
         if queries is not None:
             mask = mask_rows(self.layer_arguments.get("attention_mask"), window, self.positions.shape[1])
@@ -245,7 +245,7 @@ class Stage:
         Read by chunks of queries: long windows need no T x T tensor. ``rise`` weighs the queries from 1 for the first
         to ``rise`` for the last.
         """
-        if self.asking is not None:
+        if self.queries is not None:
             raise PruningNotSupported(
                 "prefill_chunk_size with a scorer that reads what all tokens attend to: those of later chunks are not "
                 "there yet: use another scorer, or leave prefill_chunk_size out."
@@ -278,15 +278,15 @@ class Stage:
         """``valid``, or None where there is no padding: all is then said without a mask."""
         return self.valid if self.padded else None
 
-    def _refuse_asking_more(self, window: int) -> None:
-        if self.asking is not None and window > self.asking:
+    def _refuse_more_queries(self, window: int) -> None:
+        if self.queries is not None and window > self.queries:
             raise PruningNotSupported(
-                f"prefill_chunk_size: the scorer reads the last {window} tokens, but {self.asking} go with each chunk: "
-                f"give the scorer an attribute asking_tokens = {window}."
+                f"prefill_chunk_size: the scorer reads the last {window} tokens, but {self.queries} go with each "
+                f"chunk: give the scorer an attribute query_tokens = {window}."
             )
 
     def _paid_at(self, layer: int, window: int) -> torch.Tensor | None:
-        self._refuse_asking_more(window)
+        self._refuse_more_queries(window)
         before = self.before.get(layer)
         if before is None or min(window, self.positions.shape[1]) > before.last_queries.shape[1]:
             return None

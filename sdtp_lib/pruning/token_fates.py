@@ -67,13 +67,13 @@ class TokenFates:
         layers = tuple(sorted(int(layer) for layer in trace.kept_positions))
         dropped_at = np.full(tokens, num_layers)
         scores = np.full((len(layers), tokens), np.nan)
-        alive = np.ones(tokens, bool)
+        left = np.ones(tokens, bool)
         for stage, layer in enumerate(layers):
             kept = _numpy(trace.kept_positions[layer])[row]
             still = np.zeros(tokens, bool)
             still[kept[kept >= 0].astype(int)] = True
-            dropped_at[alive & ~still] = layer
-            alive &= still
+            dropped_at[left & ~still] = layer
+            left &= still
             if layer in trace.scores:
                 seen = _numpy(trace.scored_positions[layer])[row].astype(int)
                 real = seen >= 0
@@ -148,27 +148,27 @@ def simulate(
         table = np.take_along_axis(table, order, axis=1)
     tokens = table.shape[1]
     dropped_at = np.full(tokens, num_layers)
-    alive = np.arange(tokens)
+    left = np.arange(tokens)
     seen = np.full(table.shape, np.nan)
     never = np.zeros(tokens, bool) if protect is None else _numpy(protect).reshape(-1).astype(bool)
     for stage, layer in enumerate(config.layers):
-        seen[stage, alive] = table[stage, alive]
-        stays = _kept(table[stage, alive], config, layer, never[alive])
-        dropped_at[alive[~stays]] = layer
-        alive = alive[stays]
+        seen[stage, left] = table[stage, left]
+        stays = _kept(table[stage, left], config, layer, never[left])
+        dropped_at[left[~stays]] = layer
+        left = left[stays]
     return TokenFates(dropped_at, config.layers, num_layers, seen, approximate=True)
 
 
 def _kept(scores: np.ndarray, config: PruningConfig, layer: int, never: np.ndarray) -> np.ndarray:
     """(n,) which of the n tokens kept so far stay at ``layer``; ``never`` (n,) are the ones that may not be dropped."""
-    alive = len(scores)
-    local = max(0, protected_count(alive, config) - config.sink_tokens)
-    index = np.arange(alive)
-    protected = (index < config.sink_tokens) | (index >= alive - local) | never
-    keep = keep_count(alive, layer, config, int(protected.sum()))
+    left = len(scores)
+    local = max(0, protected_count(left, config) - config.sink_tokens)
+    index = np.arange(left)
+    protected = (index < config.sink_tokens) | (index >= left - local) | never
+    keep = keep_count(left, layer, config, int(protected.sum()))
     # Last key first: protected tokens lead, then the score, then the later position.
     order = np.lexsort((-index, -np.nan_to_num(scores, nan=-np.inf), ~protected))
-    stays = np.zeros(alive, bool)
+    stays = np.zeros(left, bool)
     stays[order[:keep]] = True
     return stays
 

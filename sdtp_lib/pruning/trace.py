@@ -50,7 +50,7 @@ class PruningTrace:
         The same for each pass over the layers: one, or two where a method makes a second.
     keys_per_layer : list[int]
         Keys of the longest row that a KV budget left in each layer; empty without one.
-    asking_tokens : int
+    query_tokens : int
         Where the prompt came in chunks: query tokens that went with them, computed in each layer on top of these.
     prefills : int
         Prefills seen so far.
@@ -71,7 +71,7 @@ class PruningTrace:
     kv_bytes_per_layer: list[int] = field(default_factory=list)
     passes: list[torch.Tensor] = field(default_factory=list)
     keys_per_layer: list[int] = field(default_factory=list)
-    asking_tokens: int = 0
+    query_tokens: int = 0
     prefills: int = 0
     scorer: str = ""
     model: Callable[[], Any] = field(default=_no_model, compare=False)
@@ -92,7 +92,7 @@ class PruningTrace:
         self.kept_positions, self.scored_positions, self._scores, self.scored_when_read = {}, {}, {}, []
         self.kv_bytes_per_layer, self.keys_per_layer, self.passes = [], [], [tokens_per_row]
         self.prompt_lengths, self.tokens_per_row = list(prompt_lengths), tokens_per_row
-        self.not_pruned, self.asking_tokens = "", 0
+        self.not_pruned, self.query_tokens = "", 0
         self.prefills += 1
 
     @property
@@ -132,7 +132,7 @@ class PruningTrace:
         full = [longest] * len(passes[-1])
         # A pass that stops on the way computes no logits.
         flops = sum(budget.prefill_flops(shape, each, logits_positions=int(each[-1] > 0)) for each in passes)
-        flops += budget.prefill_flops(shape, [self.asking_tokens] * len(full), logits_positions=0)
+        flops += budget.prefill_flops(shape, [self.query_tokens] * len(full), logits_positions=0)
         flops /= budget.prefill_flops(shape, full)
         kept = budget.kv_bytes(shape, self.keys_per_layer or passes[-1], 1) / budget.kv_bytes(shape, full, 1)
         return {"prefill FLOPs": f"-{1 - flops:.0%} ({1 / flops:.2f}x fewer)", "KV cache": f"-{1 - kept:.0%}"}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
-from sdtp_lib.pruning.stage import Scorer, Stage, asking_tokens, name_of
+from sdtp_lib.pruning.stage import Scorer, Stage, name_of, query_tokens
 from sdtp_lib.scorers.blend import standardised, strongest_neighbour
 
 
@@ -71,7 +71,7 @@ def weighted(parts: Sequence[tuple[Scorer, float]]) -> Scorer:
 class _Random:
     seed: int
     name: str = "random"
-    asking_tokens: ClassVar[int] = 1
+    query_tokens: ClassVar[int] = 1
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         # An integer hash (a splitmix64 finaliser) instead of a generator: the same token gets the same score in any
@@ -87,7 +87,7 @@ class _Random:
 @dataclass(frozen=True)
 class _Recency:
     name: str = "recency"
-    asking_tokens: ClassVar[int] = 1
+    query_tokens: ClassVar[int] = 1
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         return stage.positions.to(torch.float32)
@@ -96,7 +96,7 @@ class _Recency:
 @dataclass(frozen=True)
 class _HiddenNorm:
     name: str = "hidden norm"
-    asking_tokens: ClassVar[int] = 1
+    query_tokens: ClassVar[int] = 1
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         return torch.linalg.vector_norm(stage.hidden_states.float(), dim=-1)
@@ -112,7 +112,7 @@ class _Attention:
         return "attention" if self.kernel == 1 else "attention, pooled"
 
     @property
-    def asking_tokens(self) -> int:
+    def query_tokens(self) -> int:
         return self.window
 
     def __call__(self, stage: Stage) -> torch.Tensor:
@@ -128,7 +128,7 @@ class _Attention:
 @dataclass(frozen=True)
 class _Unasked:
     kernel: int
-    asking_tokens: ClassVar[int] = 1
+    query_tokens: ClassVar[int] = 1
 
     @property
     def name(self) -> str:
@@ -148,7 +148,7 @@ class _Unasked:
 class _Given:
     scores: Mapping[int, torch.Tensor]
     name: str = "given"
-    asking_tokens: ClassVar[int] = 1
+    query_tokens: ClassVar[int] = 1
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -174,8 +174,8 @@ class _Weighted:
         return " + ".join(name_of(scorer) for scorer, _ in self.parts)
 
     @property
-    def asking_tokens(self) -> int:
-        return max(asking_tokens(scorer) for scorer, _ in self.parts)
+    def query_tokens(self) -> int:
+        return max(query_tokens(scorer) for scorer, _ in self.parts)
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         total = torch.zeros(stage.positions.shape, device=stage.positions.device)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdtp_lib.pruning.stage import ASKING_TOKENS
+from sdtp_lib.pruning.stage import QUERY_TOKENS
 from sdtp_lib.scorers.blend import average_of_neighbours, strongest_neighbour
 
 _DECAYS = (8.0, 32.0, 128.0, 512.0)  # tokens
@@ -132,7 +132,7 @@ class StagePruner(nn.Module):
         # prompt of 10 tokens, 6 of them kept, window 4: columns 2..5, if their distance to the end is below 4. Of
         # positions [0, 1, 4, 7, 8, 9] that leaves 7, 8, 9: token 4 was kept, but is no longer among the last four.
         if valid is None:
-            last, scale, asks = (each[:, -self.window :] for each in (hidden, scale, distance < self.window))
+            last, scale, is_query = (each[:, -self.window :] for each in (hidden, scale, distance < self.window))
         else:
             columns = torch.arange(valid.shape[1], device=valid.device)
             end = (columns * valid).amax(dim=1, keepdim=True)
@@ -140,13 +140,13 @@ class StagePruner(nn.Module):
             within = places.clamp(min=0)
             last = hidden.gather(1, within[..., None].expand(-1, -1, hidden.shape[-1]))
             scale = scale.gather(1, within[..., None])
-            asks = (places >= 0) & valid.gather(1, within) & (distance.gather(1, within) < self.window)
+            is_query = (places >= 0) & valid.gather(1, within) & (distance.gather(1, within) < self.window)
         queries = F.linear(last, self.query.weight.to(last.dtype)).float() * scale
         queries, keys = (each.unflatten(-1, (self.heads, -1)) for each in (queries, keys))
         # The token axis comes last, so that the sum over the few query tokens runs along contiguous memory.
         products = (queries / math.sqrt(keys.shape[-1])).transpose(1, 2) @ keys.permute(0, 2, 3, 1)
-        products = products.masked_fill_(~asks[:, None, :, None], -torch.inf)
-        count = asks.sum(-1).clamp(min=1).float().log()[:, None, None]
+        products = products.masked_fill_(~is_query[:, None, :, None], -torch.inf)
+        count = is_query.sum(-1).clamp(min=1).float().log()[:, None, None]
         return (products.logsumexp(2) - count).nan_to_num(0, 0, 0)
 
 
@@ -172,7 +172,7 @@ def _safe(hidden_states: Tensor) -> Tensor:
 def _even_share(mass: Tensor, valid: Tensor | None) -> Tensor:
     """(B, A, n) attention (B, n, A) in units of an even share, float32: 1 if all kept tokens got the same."""
     tokens = mass.shape[1] if valid is None else valid.sum(dim=1).clamp(min=1).float()[:, None, None]
-    return mass.float().transpose(1, 2) * (tokens / ASKING_TOKENS)
+    return mass.float().transpose(1, 2) * (tokens / QUERY_TOKENS)
 
 
 def _in_logarithms(share: Tensor) -> Tensor:

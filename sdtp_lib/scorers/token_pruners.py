@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
 from sdtp_lib.provenance import content_id, fingerprint
-from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
+from sdtp_lib.pruning.stage import LAYERS_BACK, QUERY_TOKENS, earlier_layers
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.pruner_files import HUB_OPTIONS, loaded_whole, weights_file
 from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StageInputs, StagePruner
@@ -44,7 +44,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
     features
         Inputs: ``"hidden"`` always; ``"distance"`` adds the distance to the prompt's end, ``"query"`` a low-rank
         query-key product with the last ``query_window`` tokens, ``"attention"`` the attention that each head of
-        the layers before paid to the token (`looked_back`), the strongest of ``attention_kernel`` neighbours,
+        the layers before paid to the token (`earlier_layers`), the strongest of ``attention_kernel`` neighbours,
         ``"memory"`` the standardised score of the stage before (0 at the first): heads that look for an answer sit in
         few layers.
     query_rank, query_heads, query_window
@@ -112,7 +112,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         self.query_rank, self.query_heads, self.query_window = query_rank, query_heads, query_window
         self.attention_heads, self.attention_kernel = attention_heads, attention_kernel
         self.passage_tokens = int(passage_tokens)
-        self.looked_back = looked_back(self.layers) if "attention" in self.features else {}
+        self.earlier_layers = earlier_layers(self.layers) if "attention" in self.features else {}
         self.blend = None if blend is None else Blend(**blend)
         self.num_layers, self.model_type, self.base_model = num_layers, model_type, base_model
         self.weights_fingerprint, self.notes = weights_fingerprint, dict(notes or {})
@@ -163,9 +163,9 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         return "learned"
 
     @property
-    def asking_tokens(self) -> int:
+    def query_tokens(self) -> int:
         """The last tokens that their inputs read."""
-        read = {"query": self.query_window, "attention": ASKING_TOKENS}
+        read = {"query": self.query_window, "attention": QUERY_TOKENS}
         blended = self.blend.window if self.blend is not None and self.blend.attention else 1
         return max(blended, *(read.get(feature, 1) for feature in self.features))
 
@@ -203,7 +203,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
                     f"{field}={own} of these pruners (base model {self.base_model}) does not fit the model's {other}: "
                     "load pruners that were trained on this model, or train some."
                 )
-        if self.looked_back or (self.blend is not None and self.blend.attention):
+        if self.earlier_layers or (self.blend is not None and self.blend.attention):
             refuse_unreadable(model, config.layers)
         own, other = self.weights_fingerprint, weights_fingerprint(model)
         if own is not None and other is not None and own != other:
@@ -221,8 +221,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             # Under a device_map each decoder layer has its own device: its pruner moves there once.
             network.to(stage.hidden_states.device)
         attention = None
-        if self.looked_back:
-            attention = stage.attention_mass(self.looked_back[stage.layer_index], ASKING_TOKENS)
+        if self.earlier_layers:
+            attention = stage.attention_mass(self.earlier_layers[stage.layer_index], QUERY_TOKENS)
         own = f"score of {id(self)}"  # two pruners in one mix must not overwrite each other's state
         memory = stage.carried.get(own)
         valid, lengths = stage.padding_mask, stage.prompt_lengths
@@ -243,7 +243,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         if "query" in self.features:
             flops += 2 * self.query_rank * inputs + 2 * self.query_rank * self.query_window
         if "attention" in self.features:
-            flops += LAYERS_BACK * 2 * ASKING_TOKENS * inputs
+            flops += LAYERS_BACK * 2 * QUERY_TOKENS * inputs
         if self.blend is not None:
             flops += self.blend.flops_per_token(inputs)
         return float(flops)

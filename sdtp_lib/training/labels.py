@@ -100,13 +100,13 @@ def saliency_of(
 
     biased = range(min(layers), depth)
     entropy_at = layers if "attention_entropy" in labels else ()
-    asks = targets[:, first:]
+    is_query = targets[:, first:]
 
     def entropy_share(attention: Tensor) -> Tensor:
         # attention (B, H, R, T): each key's term of -sum p log p, mean over heads, then over the row's response tokens.
-        asking = asks.to(attention.device)
-        share = -torch.xlogy(attention, attention).mean(1) * asking[..., None]
-        return share.sum(1) / asking.sum(-1, keepdim=True)
+        queries = is_query.to(attention.device)
+        share = -torch.xlogy(attention, attention).mean(1) * queries[..., None]
+        return share.sum(1) / queries.sum(-1, keepdim=True)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if wants_bias or wants_hidden else torch.no_grad())

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sdtp_lib.architectures.attention_readings import attention_looked_back_at, refuse_unreadable, sources_of
+from sdtp_lib.architectures.attention_readings import attention_of_earlier_layers, refuse_unreadable, sources_of
 from sdtp_lib.architectures.layers import Architecture, describe, layer_inputs, pad_left
 from sdtp_lib.extras import extra
 from sdtp_lib.models import cache_directory
 from sdtp_lib.provenance import adapters_fingerprint, fingerprint
-from sdtp_lib.pruning.stage import ASKING_TOKENS, looked_back
+from sdtp_lib.pruning.stage import QUERY_TOKENS, earlier_layers
 from sdtp_lib.records import atomic_write
 from sdtp_lib.training.labels import DEFAULT_LABEL, LOSS_ON, checked_labels, saliency_of
 
@@ -65,7 +65,7 @@ def compute_saliency(
         Where the labels are kept, default the user's cache. What is there already is not computed again.
     store_hidden
         Also keep the other inputs of pruners at ``layers``, in bfloat16, so that they train without the model: hidden
-        states of the prompt, and the attention paid to its tokens in the layers before (`pruning.stage.looked_back`).
+        states of the prompt, and the attention paid to its tokens before (`pruning.stage.earlier_layers`).
     share
         ``(i, n)``: label only every n-th sample, from the i-th; n processes share the work so, and whoever comes
         after them with the whole reads all.
@@ -101,7 +101,7 @@ def compute_saliency(
         refuse_unreadable(architecture, layers)
     about = {"model": fingerprint(model), "layers": layers, "labels": labels, "loss_on": loss_on, "schema": 2}
     if architecture.windowed_layers():
-        about["attention"] = sources_of(architecture, looked_back(layers))
+        about["attention"] = sources_of(architecture, earlier_layers(layers))
     if (adapters := adapters_fingerprint(model)) is not None:
         about["adapters"] = adapters
     folder = Path(cache_dir or cache_directory()) / "saliency" / _digest(about)
@@ -114,7 +114,7 @@ def compute_saliency(
         for batch in _batches(missing, batch_size):
             for sample, tensors in _label_batch(architecture, batch, layers, labels, loss_on, store_hidden):
                 meta = {"sample_id": sample["id"], "category": str(sample.get("category", ""))}
-                meta["looked_back"] = json.dumps(looked_back(layers))
+                meta["looked_back"] = json.dumps(earlier_layers(layers))
                 with atomic_write(files[sample["id"]]) as temporary:
                     save_file(tensors, str(temporary), metadata=meta)
                 bar.update()
@@ -172,10 +172,10 @@ def _label_batch(
         if loss_on == "response" and "loss_mask" in sample:
             target[index, ids.shape[1] - len(sample["response_ids"]) :] = torch.tensor(sample["loss_mask"]).to(target)
     prompt_mask = (mask - response).bool()
-    back = looked_back(layers) if store_hidden else {}
+    back = earlier_layers(layers) if store_hidden else {}
     with (
         layer_inputs(architecture, layers if store_hidden else ()) as seen,
-        attention_looked_back_at(architecture, back, ASKING_TOKENS, lambda _layer: prompt_mask) as paid,
+        attention_of_earlier_layers(architecture, back, QUERY_TOKENS, lambda _layer: prompt_mask) as paid,
     ):
         saliency = saliency_of(architecture, ids, mask, target, layers, labels)
     for index, sample in enumerate(batch):

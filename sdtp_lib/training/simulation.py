@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from sdtp_lib import budget
 from sdtp_lib.architectures.attention_bias import bias_route, key_bias
-from sdtp_lib.architectures.attention_readings import attention_looked_back_at
+from sdtp_lib.architectures.attention_readings import attention_of_earlier_layers
 from sdtp_lib.architectures.layers import Architecture, describe, layer_inputs
 from sdtp_lib.pruning.selection import gather_tokens
-from sdtp_lib.pruning.stage import ASKING_TOKENS, LAYERS_BACK, looked_back
+from sdtp_lib.pruning.stage import LAYERS_BACK, QUERY_TOKENS, earlier_layers
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.stage_network import StageInputs
 from sdtp_lib.scorers.token_pruners import TokenPruners
@@ -70,27 +70,27 @@ def simulated_pruning(
     bias_route(architecture)  # found before the hooks below are on, for it runs the model
     with (
         layer_inputs(architecture, pruners.layers) as run.seen,
-        attention_looked_back_at(architecture, run.back, ASKING_TOKENS, run.living) as run.paid,
+        attention_of_earlier_layers(architecture, run.back, QUERY_TOKENS, run.kept_at) as run.paid,
         key_bias(architecture, run.bias),
     ):
         yield run.keeps
 
 
-class LivingTokens:
+class KeptTokens:
     """The prompt tokens of a batch that are left at a stage, scored side by side as in the engine.
 
     ``protect`` (B, T): tokens that no stage drops, besides the first and the last of each row.
 
     Attributes
     ----------
-    alive
+    mask
         (B, T) bool: the kept tokens. Whoever drops some replaces it.
     order, left
         Set by `score`: columns (B, K) of the kept tokens, in order and first, and which (B, K) of them are no filler.
     """
 
     def __init__(self, pruners: TokenPruners, prompt_mask: Tensor, protect: Tensor | None = None) -> None:
-        self.pruners, self.alive, self.protect = pruners, prompt_mask, protect
+        self.pruners, self.mask, self.protect = pruners, prompt_mask, protect
         self.positions = (prompt_mask.long().cumsum(-1) - 1).masked_fill(~prompt_mask, -1)
         self.lengths = prompt_mask.sum(-1)
         self.memory: Tensor | None = None  # (B, T), the pruner's own scores at the stage before
@@ -101,12 +101,12 @@ class LivingTokens:
         The part of ``paid`` that went to tokens dropped since then is shared among the kept ones. ``blend`` mixes the
         score with attention and recency.
         """
-        # alive [1, 1, 0, 0, 1, 0, 0, 1, 1, 1]: a stable sort by "dropped" puts columns 0, 1, 4, 7, 8, 9 first, and the
+        # mask [1, 1, 0, 0, 1, 0, 0, 1, 1, 1]: a stable sort by "dropped" puts columns 0, 1, 4, 7, 8, 9 first, and the
         # longest row's K = 6 cuts off the rest.
-        self.order = (~self.alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(self.alive.sum(-1).max())]
-        self.left = self.alive.gather(1, self.order)
-        mass = None if paid is None else share_of_living(gather_tokens(paid, self.order), self.left, paid.sum(dim=1))
-        own = mass if self.pruners.looked_back else None
+        self.order = (~self.mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(self.mask.sum(-1).max())]
+        self.left = self.mask.gather(1, self.order)
+        mass = None if paid is None else share_of_kept(gather_tokens(paid, self.order), self.left, paid.sum(dim=1))
+        own = mass if self.pruners.earlier_layers else None
         places = self.positions.gather(1, self.order)
         memory = None if self.memory is None else self.memory.gather(1, self.order)
         states = gather_tokens(hidden, self.order)
@@ -119,19 +119,19 @@ class LivingTokens:
 
     def open_to_cut(self, config: TrainingConfig) -> Tensor:
         """(B, T) the kept tokens that this stage may drop."""
-        free = losses.scorable(self.alive, config.sink_tokens, config.local_ratio, config.min_local_tokens)
+        free = losses.scorable(self.mask, config.sink_tokens, config.local_ratio, config.min_local_tokens)
         return free if self.protect is None else free & ~self.protect
 
     def kept(self, keep_ratio: float, open_to_cut: Tensor) -> Tensor:
         """(B,) how many tokens ``open_to_cut`` stay: the keep ratio counts all kept tokens, as in a prefill."""
         # T = 1,024 at 0.7: 716 stay, 107 of them protected, so 609 of the 917 others (not 0.7 of those).
-        counts = zip(self.alive.sum(-1).tolist(), open_to_cut.sum(-1).tolist(), strict=True)
-        free = [max(0, budget.share_of(alive, keep_ratio) - (alive - cut)) for alive, cut in counts]
-        return torch.tensor(free, device=self.alive.device)
+        counts = zip(self.mask.sum(-1).tolist(), open_to_cut.sum(-1).tolist(), strict=True)
+        free = [max(0, budget.share_of(count, keep_ratio) - (count - cut)) for count, cut in counts]
+        return torch.tensor(free, device=self.mask.device)
 
     def put_back(self, values: Tensor) -> Tensor:
         """``values`` (B, K) of the kept tokens at their columns: (B, T), 0 elsewhere."""
-        return torch.zeros_like(self.alive, dtype=values.dtype).scatter(1, self.order, values)
+        return torch.zeros_like(self.mask, dtype=values.dtype).scatter(1, self.order, values)
 
 
 class _Simulation:
@@ -146,27 +146,27 @@ class _Simulation:
         protect: Tensor | None,
     ) -> None:
         self.pruners, self.keep_ratio, self.config = pruners, keep_ratio, config
-        self.back = pruners.looked_back
+        self.back = pruners.earlier_layers
         if pruners.blend is not None and pruners.blend.attention:
-            if pruners.blend.window != ASKING_TOKENS:
+            if pruners.blend.window != QUERY_TOKENS:
                 raise ValueError(
-                    f"blend.window={pruners.blend.window} cannot be simulated in training: give {ASKING_TOKENS}, or no "
+                    f"blend.window={pruners.blend.window} cannot be simulated in training: give {QUERY_TOKENS}, or no "
                     "blend."
                 )
-            self.back = self.back or looked_back(pruners.layers)
-        self.tokens = LivingTokens(pruners, prompt_mask, protect)
+            self.back = self.back or earlier_layers(pruners.layers)
+        self.tokens = KeptTokens(pruners, prompt_mask, protect)
         self.keeps: dict[int, Tensor] = {}
         self.log_keep: Tensor | None = None  # (B, T), the sum over the stages so far
         # Filled by the forward: what enters each layer, and what was just attended to.
         self.seen: dict[int, Tensor] = {}
         self.paid: dict[int, Tensor] = {}
 
-    def living(self, index: int) -> Tensor:
+    def kept_at(self, index: int) -> Tensor:
         """(B, T) the tokens kept at layer ``index``; called by the hook that reads attention there."""
         # The stage's own inputs are complete by then, so it cuts before later stages' attention is read in this layer.
         if index in self.paid:
             self._cut(index)
-        return self.tokens.alive
+        return self.tokens.mask
 
     def bias(self, index: int, key: Tensor) -> Tensor | None:
         """(B, T) what is added to the attention scores of each key at layer ``index``; None before the first cut."""
@@ -185,11 +185,11 @@ class _Simulation:
         hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
         keep = losses.straight_through(soft, hard) if config.straight_through else soft
         self.keeps[index] = keep
-        tokens.alive = tokens.alive & (hard > 0.5)
+        tokens.mask = tokens.mask & (hard > 0.5)
         self.log_keep = keep.log() if self.log_keep is None else self.log_keep + keep.log()
 
 
-def share_of_living(mass: Tensor, left: Tensor, total: Tensor) -> Tensor:
+def share_of_kept(mass: Tensor, left: Tensor, total: Tensor) -> Tensor:
     """Attention (B, K, A) as if its whole sum, ``total`` (B, A), went to the kept tokens (``left``)."""
     mass = mass * left[..., None]
     return mass * (total[:, None] / mass.sum(dim=1, keepdim=True).clamp_min(1e-6))

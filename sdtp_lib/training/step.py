@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdtp_lib.architectures.attention_readings import attention_looked_back_at
+from sdtp_lib.architectures.attention_readings import attention_of_earlier_layers
 from sdtp_lib.architectures.layers import describe, layer_inputs, pad_left, position_argument
-from sdtp_lib.pruning.stage import ASKING_TOKENS
+from sdtp_lib.pruning.stage import QUERY_TOKENS
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training import losses
 from sdtp_lib.training.config import TrainingConfig
 from sdtp_lib.training.saliency import stored_inputs
-from sdtp_lib.training.simulation import LivingTokens, simulated_pruning
+from sdtp_lib.training.simulation import KeptTokens, simulated_pruning
 
 
 class PrunerLoss(nn.Module):
@@ -59,11 +59,11 @@ class PrunerLoss(nn.Module):
         keep_ratio = self._keep_ratio()
         teacher = None
         if config.needs_labels and hidden is None or config.distill_weight:
-            back = self.pruners.looked_back
+            back = self.pruners.earlier_layers
             with (
                 torch.no_grad(),
                 layer_inputs(architecture, self.layers) as seen,
-                attention_looked_back_at(architecture, back, ASKING_TOKENS, lambda _layer: prompt_mask) as paid,
+                attention_of_earlier_layers(architecture, back, QUERY_TOKENS, lambda _layer: prompt_mask) as paid,
             ):
                 teacher = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)[0]
             by_layer = {layer: (seen[layer].to(device), _moved(paid.get(layer), device)) for layer in self.layers}
@@ -98,7 +98,7 @@ class PrunerLoss(nn.Module):
         keep_ratio: float,
         protect_mask: Tensor | None,
     ) -> dict[str, Tensor]:
-        config, tokens = self.settings, LivingTokens(self.pruners, prompt_mask, protect_mask)
+        config, tokens = self.settings, KeptTokens(self.pruners, prompt_mask, protect_mask)
         found: dict[str, list[Tensor]] = {name: [] for name in ("mse", "rank", "drop")}
         for stage, layer in enumerate(self.layers):
             scores = tokens.score(layer, *by_layer[layer])
@@ -118,7 +118,7 @@ class PrunerLoss(nn.Module):
                 found["drop"].append(losses.dropped_saliency(scores, saliency, counted, kept))
             if config.staged:
                 dropped = counted & ~losses.highest(scores.detach(), counted, kept)
-                tokens.alive = tokens.alive & ~tokens.put_back(dropped)
+                tokens.mask = tokens.mask & ~tokens.put_back(dropped)
         return {name: torch.stack(values).mean() for name, values in found.items() if values}
 
     @staticmethod
@@ -144,7 +144,7 @@ class Collator:
     """Left-padded batches. Labels are padded like the tokens that they were computed for."""
 
     def __init__(self, layers: tuple[int, ...], back: Mapping[int, Sequence[int]] | None = None) -> None:
-        """``back``: stage -> the earlier layers whose attention it reads (`TokenPruners.looked_back`)."""
+        """``back``: stage -> the earlier layers whose attention it reads (`TokenPruners.earlier_layers`)."""
         self.layers, self.back = layers, dict(back or {})
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

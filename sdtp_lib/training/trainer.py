@@ -114,7 +114,7 @@ def train_pruners(
         args=_arguments(config, output_dir, held_out is not None, progress),
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=Collator(layers, pruners.looked_back),
+        data_collator=Collator(layers, pruners.earlier_layers),
         callbacks=[EarlyStoppingCallback(config.patience)] if held_out is not None and config.patience else [],
     )
     # Without a progress bar it would print every logged step; they are in `.history`.

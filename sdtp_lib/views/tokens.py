@@ -30,7 +30,7 @@ overflow:auto;border:1px solid rgb(128 128 128/.35);border-radius:4px;padding:6p
 .sdtp .over{position:relative}
 .sdtp .t{border-radius:2px;padding:1px 0}
 .sdtp .t:hover{outline:2px solid currentColor}
-.sdtp .t:hover::after{content:attr(data-i) var(--fate,"");position:absolute;left:0;top:0;
+.sdtp .t:hover::after{content:attr(data-i) var(--remark,"");position:absolute;left:0;top:0;
 right:0;font:13px/1.7 system-ui,sans-serif;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;
 background:var(--jp-layout-color0,Canvas);color:inherit;pointer-events:none}
 .sdtp .key{display:inline-flex;flex-wrap:wrap;gap:2px 14px;font-size:13px}

@@ -7,7 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from sdtp_lib import PruningConfig, PruningNotSupported, TokenPruners, scorers, token_pruning
-from sdtp_lib.architectures.attention_readings import attention_in_forward, attention_looked_back_at
+from sdtp_lib.architectures.attention_readings import attention_in_forward, attention_of_earlier_layers
 from sdtp_lib.training.labels import saliency_of
 
 PROMPT = torch.randint(3, 120, (1, 48), generator=torch.Generator().manual_seed(1))
@@ -112,11 +112,11 @@ def test_attention_in_prompts_of_a_padded_batch_is_that_of_each_prompt_alone(mod
         together[row, 48 - length :] = PROMPT[0, :length]
     mask = (together != 0).long()
     positions = {} if family == "bloom" else {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
-    with torch.no_grad(), attention_looked_back_at(model, {3: (0, 1, 2)}, 4, lambda _: mask.bool()) as found:
+    with torch.no_grad(), attention_of_earlier_layers(model, {3: (0, 1, 2)}, 4, lambda _: mask.bool()) as found:
         model(together, attention_mask=mask, use_cache=False, **positions)
     for row, length in enumerate(lengths):
         whole = torch.ones(1, length, dtype=torch.bool)
-        with torch.no_grad(), attention_looked_back_at(model, {3: (0, 1, 2)}, 4, lambda _, w=whole: w) as alone:
+        with torch.no_grad(), attention_of_earlier_layers(model, {3: (0, 1, 2)}, 4, lambda _, w=whole: w) as alone:
             model(PROMPT[:, :length], use_cache=False)
         torch.testing.assert_close(found[3][row, 48 - length :], alone[3][0], rtol=1e-3, atol=1e-5)
         assert found[3][row, : 48 - length].abs().sum() == 0

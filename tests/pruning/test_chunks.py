@@ -17,7 +17,7 @@ from sdtp_lib.budget import tokens_per_layer
 from sdtp_lib.config import PruningNotSupported
 from sdtp_lib.pruning.generate_guard import CHUNKS_FROM
 from sdtp_lib.pruning.plan import chunk_counts, chunk_size, shared_out
-from tests.reference import FAMILIES, alive_per_layer, assert_logits_equal, eager_copy, louder, masked_logits
+from tests.reference import FAMILIES, assert_logits_equal, eager_copy, louder, masked_logits, visible_per_layer
 
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < CHUNKS_FROM
 pytestmark = pytest.mark.skipif(OLD, reason="this transformers' own chunks differ from the whole prompt: refused")
@@ -40,12 +40,12 @@ def _assert_equals_reference(model, out, trace, prompt, row=0, padding=0):
     """Each decoded token's logits, from the model at full length with the dropped tokens masked."""
     logits = torch.stack(out.logits, dim=1)[row]
     sequence = out.sequences[row, padding:]
-    alive = alive_per_layer(trace.kept_positions, prompt, 6, row)
-    expected = masked_logits(eager_copy(model), sequence, alive)
+    visible = visible_per_layer(trace.kept_positions, prompt, 6, row)
+    expected = masked_logits(eager_copy(model), sequence, visible)
     found = logits.to(torch.float64)
     tolerance = 1e-6 if model.dtype == torch.float64 else 3e-5
     assert_logits_equal(found, expected[prompt - 1 : prompt - 1 + len(found)], tolerance)
-    whole = masked_logits(eager_copy(model), sequence, torch.ones_like(alive))
+    whole = masked_logits(eager_copy(model), sequence, torch.ones_like(visible))
     assert (whole - expected)[prompt - 1 :].abs().max() > 1e-3, "the reference would not notice missing tokens"
 
 
@@ -65,8 +65,8 @@ def test_chunks_equal_the_masked_reference_for_what_they_kept(tiny_model, family
     assert trace.prefills == 1 and trace.prompt_lengths == [101]
     assert {layer: kept.shape[1] for layer, kept in trace.kept_positions.items()} == {n: counts[n] for n in (1, 3, 4)}
     for stage, before in zip(CONFIG.layers, (0, 1, 3), strict=True):
-        alive = trace.kept_positions[before] if before else torch.arange(101)[None]
-        assert torch.equal(trace.scored_positions[stage], alive)
+        visible = trace.kept_positions[before] if before else torch.arange(101)[None]
+        assert torch.equal(trace.scored_positions[stage], visible)
         assert set(range(2)) <= set(trace.kept_positions[stage][0].tolist())
         assert torch.equal(trace.kept_positions[stage][0, -4:], torch.arange(97, 101))
     if FAMILIES[family].get("sliding_window") is None:
@@ -159,7 +159,7 @@ def test_a_wanted_speed_up_counts_the_whole_prompt(tiny_model):
         counts = trace.tokens_per_layer
         model.generate(prompt, max_new_tokens=2, do_sample=False, prefill_chunk_size=64)
     assert trace.tokens_per_layer == counts and counts[-1] < 200
-    assert trace.asking_tokens == 3, "one token with each chunk but the last"
+    assert trace.query_tokens == 3, "one token with each chunk but the last"
 
 
 def test_what_a_scorer_sees_of_a_chunk(tiny_model):
@@ -168,16 +168,16 @@ def test_what_a_scorer_sees_of_a_chunk(tiny_model):
     seen = []
 
     def score(stage):
-        seen.append((stage.layer_index, stage.positions[0], int(stage.prompt_lengths[0]), stage.asking))
+        seen.append((stage.layer_index, stage.positions[0], int(stage.prompt_lengths[0]), stage.queries))
         paid = stage.attention_from_last(5)
         held = stage.past[0].shape[2] if stage.past else 0
         assert (paid.sum(dim=-1) < 1).all() if held else (paid.sum(dim=-1) > 0.999).all()
         return paid.mean(dim=(1, 2))
 
-    score.asking_tokens = 5
+    score.query_tokens = 5
     with token_pruning(model, CONFIG, score) as trace:
         model.generate(prompt, max_new_tokens=2, do_sample=False, prefill_chunk_size=40)
-    assert trace.asking_tokens == 10
+    assert trace.query_tokens == 10
     first = [each for each in seen if each[0] == 1]
     assert [each[1].tolist() for each in first] == [
         [*range(40), *range(95, 100)], [*range(40, 80), *range(95, 100)], [*range(80, 100)]
@@ -205,7 +205,7 @@ def test_learned_pruners_score_chunks_with_the_distances_of_the_whole_prompt(tin
     model, prompt = _model(tiny_model), _tokens(120)
     torch.manual_seed(0)
     pruners = TokenPruners.for_model(model, (1, 3, 4), features=("hidden", "distance", "query", "attention", "memory"))
-    assert pruners.asking_tokens == 16
+    assert pruners.query_tokens == 16
     with token_pruning(model, CONFIG, pruners) as trace:
         out = model.generate(prompt, max_new_tokens=3, prefill_chunk_size=50, **TOLD)
     _assert_equals_reference(model, out, trace, 120)
@@ -250,14 +250,14 @@ def test_after_a_cached_prefix_and_in_turns_and_in_copies(tiny_model):
         system, first, second = _tokens(50, 1), _tokens(64, 2), _tokens(70, 3)
         with torch.no_grad():
             model(input_ids=system, **cache_argument(model, cache))
-        alive = torch.ones(6, 400, dtype=torch.bool)
+        visible = torch.ones(6, 400, dtype=torch.bool)
         with token_pruning(model, config, scorers.attention(4)) as trace:
             ids = torch.cat([system, first], dim=1)
             out = model.generate(
                 ids, **cache_argument(model, cache), max_new_tokens=4, prefill_chunk_size=25, **TOLD
             )
             assert trace.prompt_lengths == [64]
-            _hide(alive, 50, trace)
+            _hide(visible, 50, trace)
             branch = copy.deepcopy(cache_in(out))
             longer = torch.cat([out.sequences, second], dim=1)
             for kept in (branch, cache_in(out)):
@@ -265,15 +265,15 @@ def test_after_a_cached_prefix_and_in_turns_and_in_copies(tiny_model):
                     longer, **cache_argument(model, kept), max_new_tokens=4, prefill_chunk_size=30, **TOLD
                 )
         assert trace.prefills == 3 and trace.prompt_lengths == [71]
-        _hide(alive, 117, trace)
-        expected = masked_logits(eager_copy(model), again.sequences[0], alive[:, : again.sequences.shape[1]])
+        _hide(visible, 117, trace)
+        expected = masked_logits(eager_copy(model), again.sequences[0], visible[:, : again.sequences.shape[1]])
         assert_logits_equal(torch.stack(again.logits, dim=1)[0].to(torch.float64), expected[187:191])
 
 
-def _hide(alive, start, trace):
+def _hide(visible, start, trace):
     for stage, kept in sorted(trace.kept_positions.items()):
-        alive[stage:, start : start + trace.prompt_lengths[0]] = False
-        alive[stage:, start + kept[0]] = True
+        visible[stage:, start : start + trace.prompt_lengths[0]] = False
+        visible[stage:, start + kept[0]] = True
 
 
 def test_a_prefix_is_left_as_it_is_and_said_so_where_later_tokens_are_not_pruned(tiny_model):
@@ -316,11 +316,11 @@ def test_sizes_of_chunks_are_read_wherever_generate_reads_them(tiny_model, recwa
     settings = GenerationConfig(max_new_tokens=2, do_sample=False, prefill_chunk_size=19)
     with token_pruning(model, CONFIG, scorers.attention(4)) as trace:
         by_name = model.generate(input_ids=prompt, generation_config=settings)
-        assert trace.asking_tokens == 12 and settings.prefill_chunk_size == 19
+        assert trace.query_tokens == 12 and settings.prefill_chunk_size == 19
         by_place = model.generate(prompt, settings)
-        assert trace.asking_tokens == 12
+        assert trace.query_tokens == 12
         plain = model.generate(prompt, max_new_tokens=2, do_sample=False)
-        assert trace.asking_tokens == 0
+        assert trace.query_tokens == 0
     assert torch.equal(by_name, by_place) and plain.shape == by_name.shape
     assert not [each for each in recwarn if "deprecated" in str(each.message)]
 
@@ -356,7 +356,7 @@ def test_scorers_that_read_what_a_chunk_does_not_have_are_refused(tiny_model):
     def reads(window):
         return lambda stage: stage.attention_from_last(window).mean(dim=(1, 2))
 
-    with token_pruning(model, CONFIG, reads(20)), pytest.raises(PruningNotSupported, match="asking_tokens = 20"):
+    with token_pruning(model, CONFIG, reads(20)), pytest.raises(PruningNotSupported, match="query_tokens = 20"):
         model.generate(prompt, max_new_tokens=2, prefill_chunk_size=40)
     whole = lambda stage: stage.attention_received().mean(dim=1)  # noqa: E731
     with token_pruning(model, CONFIG, whole), pytest.raises(PruningNotSupported, match="later chunks"):

@@ -7,7 +7,7 @@ import torch
 
 from sdtp_lib import PruningConfig, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in
-from tests.reference import alive_per_layer, eager_copy, masked_logits
+from tests.reference import eager_copy, masked_logits, visible_per_layer
 
 pytestmark = pytest.mark.embedded
 TEXT = (
@@ -43,8 +43,8 @@ def test_smollm2_pruned_equals_the_masked_float64_reference_in_prefill_and_decod
             step = exact(input_ids=tokens[-1].view(1, 1), **cache_argument(exact, cache_in(out)))
             logits.append(step.logits[0, -1])
     exact.config._attn_implementation = "eager"
-    alive = alive_per_layer(trace.kept_positions, 200, model.config.num_hidden_layers, 0)
-    expected = masked_logits(exact, torch.cat([prompt[0], torch.stack(tokens)]), alive)
+    visible = visible_per_layer(trace.kept_positions, 200, model.config.num_hidden_layers, 0)
+    expected = masked_logits(exact, torch.cat([prompt[0], torch.stack(tokens)]), visible)
     last = config.layers[-1]
     # Logits reach 30 here and the norms and rotary tables compute in float32: 1e-6 relative to that scale.
     scale = expected.abs().max()

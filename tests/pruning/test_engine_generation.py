@@ -11,7 +11,7 @@ from transformers import DynamicCache, QuantizedCache, TextIteratorStreamer
 
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in
-from tests.reference import alive_per_layer, assert_logits_equal, eager_copy, masked_logits
+from tests.reference import assert_logits_equal, eager_copy, masked_logits, visible_per_layer
 
 CONFIG = PruningConfig(layers=(1, 3, 4), keep_ratio=0.6, min_local_tokens=4)
 SCORER = scorers.attention(4)
@@ -78,13 +78,13 @@ def test_sampling_with_a_seed_repeats(model, prompt):
 def test_beam_search_equals_a_search_that_reruns_the_masked_model(model, prompt):
     model = model.double()
     ids, trace = _generate(model, prompt, num_beams=3, max_new_tokens=5, length_penalty=0.0)
-    alive = alive_per_layer(trace.kept_positions, 64, 6, 0)
+    visible = visible_per_layer(trace.kept_positions, 64, 6, 0)
     twin = eager_copy(model)
     beams = [(0.0, prompt[0])]
     for _ in range(5):
         grown = []
         for score, sequence in beams:
-            steps = masked_logits(twin, sequence, alive)[-1].log_softmax(-1)
+            steps = masked_logits(twin, sequence, visible)[-1].log_softmax(-1)
             best = steps.topk(4)
             grown += [
                 (score + value.item(), torch.cat([sequence, token[None]]))
@@ -125,8 +125,8 @@ def test_a_second_turn_through_generate_continues_the_returned_cache(model, prom
         longer = torch.cat([first.sequences, turn], dim=1)
         second = model.generate(longer, **cache_argument(model, cache_in(first)), max_new_tokens=4, do_sample=False)
     assert trace.prefills == 1
-    alive = alive_per_layer(trace.kept_positions, 64, 6, 0)
-    expected = masked_logits(eager_copy(model), second[0], alive).argmax(-1)
+    visible = visible_per_layer(trace.kept_positions, 64, 6, 0)
+    expected = masked_logits(eager_copy(model), second[0], visible).argmax(-1)
     assert second[0, 72:].tolist() == expected[71:-1].tolist()
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sdtp_lib import PruningConfig, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in
-from tests.reference import FAMILIES, alive_per_layer, assert_logits_equal, eager_copy, louder, masked_logits
+from tests.reference import FAMILIES, assert_logits_equal, eager_copy, louder, masked_logits, visible_per_layer
 
 CASES = int(os.environ.get("SDTP_PROPERTY_CASES", "60"))
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}
@@ -89,9 +89,9 @@ def test_every_row_of_every_case_equals_the_masked_reference(build, case):
                 )
                 logits.append(out.logits)
     for row, length in enumerate(lengths):
-        alive = alive_per_layer(trace.kept_positions, length, 6, row)
+        visible = visible_per_layer(trace.kept_positions, length, 6, row)
         sequence = torch.cat([ids[row, width - length :], steps[row]])
-        expected = masked_logits(twin, sequence, alive)
+        expected = masked_logits(twin, sequence, visible)
         kept = trace.kept_positions[config.layers[-1]][row]
         kept = kept[kept >= 0]
         assert len(kept) == trace.tokens_per_row[-1, row]

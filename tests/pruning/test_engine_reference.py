@@ -7,7 +7,7 @@ import torch
 
 from sdtp_lib import PruningConfig, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in
-from tests.reference import FAMILIES, alive_per_layer, assert_logits_equal, eager_copy, louder, masked_logits
+from tests.reference import FAMILIES, assert_logits_equal, eager_copy, louder, masked_logits, visible_per_layer
 
 CONFIG = PruningConfig(layers=(1, 3, 4), keep_ratio=0.6, min_local_tokens=4)
 EAGER_ONLY = ("gemma2", "bloom")
@@ -53,12 +53,12 @@ def test_prefill_and_twenty_decode_steps_equal_the_masked_reference(tiny_model, 
     assert trace.tokens_per_layer == [70, 42, 42, 25, 15, 15]
 
     twin = eager_copy(model)
-    alive = alive_per_layer(trace.kept_positions, 70, 6, 0)
+    visible = visible_per_layer(trace.kept_positions, 70, 6, 0)
     sequence = torch.cat([prompt[0], tokens[0]])
-    expected = masked_logits(twin, sequence, alive)
+    expected = masked_logits(twin, sequence, visible)
     assert_logits_equal(out.logits[0], expected[trace.kept_positions[4][0]])
     assert_logits_equal(logits[0], expected[69:])
-    unpruned = masked_logits(twin, sequence, torch.ones_like(alive))
+    unpruned = masked_logits(twin, sequence, torch.ones_like(visible))
     assert (unpruned[69:] - expected[69:]).abs().max() > 1e-3, "the reference would not notice missing tokens"
 
 
@@ -125,6 +125,6 @@ def test_a_second_turn_on_the_pruned_cache_equals_the_reference(tiny_model, fami
         )
     assert trace.prefills == 1
     assert all(torch.equal(trace.kept_positions[layer], kept) for layer, kept in before.items())
-    alive = alive_per_layer(trace.kept_positions, 60, 6, 0)
-    expected = masked_logits(eager_copy(model), torch.cat([prompt, turn], dim=1)[0], alive)
+    visible = visible_per_layer(trace.kept_positions, 60, 6, 0)
+    expected = masked_logits(eager_copy(model), torch.cat([prompt, turn], dim=1)[0], visible)
     assert_logits_equal(logits, expected[60:])

@@ -30,11 +30,11 @@ def _forward(model, ids, cache, **arguments):
     return out.logits[0], cache_in(out)
 
 
-def _hide(alive, start, trace, length):
-    """Take what a turn of ``length`` tokens from column ``start`` on dropped out of ``alive`` (L, C)."""
+def _hide(visible, start, trace, length):
+    """Take what a turn of ``length`` tokens from column ``start`` on dropped out of ``visible`` (L, C)."""
     for stage, kept in sorted(trace.kept_positions.items()):
-        alive[stage:, start : start + length] = False
-        alive[stage:, start + kept[0]] = True
+        visible[stage:, start : start + length] = False
+        visible[stage:, start + kept[0]] = True
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
@@ -51,7 +51,7 @@ def test_a_cached_prefix_and_three_turns_equal_the_masked_reference(tiny_model, 
         if prefix:  # outside the `with`, so never touched
             model(input_ids=head, **cache_argument(model, cache))
         sequence = torch.cat([head, *pieces], dim=1)[0]
-        alive = torch.ones(6, len(sequence), dtype=torch.bool)
+        visible = torch.ones(6, len(sequence), dtype=torch.bool)
         with token_pruning(model, CONFIG, scorers.attention(4)) as trace:
             for piece in pieces:
                 length, before = piece.shape[1], trace.prefills
@@ -61,14 +61,14 @@ def test_a_cached_prefix_and_three_turns_equal_the_masked_reference(tiny_model, 
                     turns += 1
                     assert logits.shape[0] < length, "nothing was cut in this turn"
                     columns = start + trace.kept_positions[4][0]
-                    _hide(alive, start, trace, length)
+                    _hide(visible, start, trace, length)
                 found.append((columns, logits))
                 start += length
     assert turns == 3, "the turns of 50, 30 and 20 tokens are cut; single tokens and 5 are not"
-    expected = masked_logits(eager_copy(model), sequence, alive)
+    expected = masked_logits(eager_copy(model), sequence, visible)
     for columns, logits in found:
         assert_logits_equal(logits, expected[columns])
-    whole = masked_logits(eager_copy(model), sequence, torch.ones_like(alive))
+    whole = masked_logits(eager_copy(model), sequence, torch.ones_like(visible))
     assert (whole[-5:] - expected[-5:]).abs().max() > 1e-3, "the reference would not notice missing tokens"
 
 

@@ -11,7 +11,7 @@ from sdtp_lib import PruningConfig, scorers, token_pruning
 from sdtp_lib.architectures import row_attention, row_masks
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.config import PruningNotSupported
-from tests.reference import alive_per_layer, assert_logits_equal, eager_copy, louder, masked_logits
+from tests.reference import assert_logits_equal, eager_copy, louder, masked_logits, visible_per_layer
 
 CONFIG = PruningConfig(layers=(1, 3, 4), keep_ratio=0.6, min_local_tokens=4)
 LENGTHS = (70, 9, 41)
@@ -104,7 +104,7 @@ def test_a_packed_row_equals_the_masked_reference(tiny_model, family):
         logits, _ = _prefill(model, batch, mask)
     for index, row in enumerate(rows):
         own = {layer: kept[index : index + 1] for layer, kept in trace.kept_positions.items()}
-        expected = masked_logits(eager_copy(model), row, alive_per_layer(own, len(row), 6, 0))
+        expected = masked_logits(eager_copy(model), row, visible_per_layer(own, len(row), 6, 0))
         kept = own[4][0][own[4][0] >= 0]
         assert_logits_equal(logits[index, -len(kept) :], expected[kept])
 

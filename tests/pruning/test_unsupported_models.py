@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
 from sdtp_lib.architectures import decoder_layers, describe
-from tests.reference import alive_per_layer, assert_logits_equal, eager_copy, louder, masked_logits
+from tests.reference import assert_logits_equal, eager_copy, louder, masked_logits, visible_per_layer
 
 CONFIG = PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4)
 PROMPT = torch.arange(3, 67)[None]
@@ -101,8 +101,8 @@ def test_a_bert_that_is_a_decoder_is_pruned_as_if_the_dropped_keys_were_masked(t
         found = model(input_ids=PROMPT).logits[0]
         ids = model.generate(PROMPT, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)[0]
     assert trace.tokens_per_layer == [64, 38, 38, 22, 22, 22]
-    alive = alive_per_layer(trace.kept_positions, 64, 6, 0)
-    expected = masked_logits(eager_copy(model), ids[:-1], alive)
+    visible = visible_per_layer(trace.kept_positions, 64, 6, 0)
+    expected = masked_logits(eager_copy(model), ids[:-1], visible)
     assert_logits_equal(found, expected[trace.kept_positions[3][0]])
     assert ids[64:].tolist() == expected[63:].argmax(-1).tolist()
 

@@ -21,7 +21,7 @@ from sdtp_lib.pruning.masked_reference import hidden_keys, masked_forward
 from sdtp_lib.pruning.verify import check_on_entry, trusted, verify_pruning
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reference import alive_per_layer, eager_copy, louder, masked_logits
+from reference import eager_copy, louder, masked_logits, visible_per_layer
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -197,8 +197,8 @@ def test_two_references_written_apart_agree(tiny_model, family):
     tokens = torch.randint(3, 120, (1, 40), generator=torch.Generator().manual_seed(0))
     kept = {1: torch.arange(0, 32, 2), 4: torch.tensor([0, 4, 8, 30])}
     found = masked_forward(model, tokens, kept, 32).logits[0]
-    alive = alive_per_layer({stage: positions[None] for stage, positions in kept.items()}, 32, 6, 0)
-    expected = masked_logits(eager_copy(model), tokens[0], alive)
+    visible = visible_per_layer({stage: positions[None] for stage, positions in kept.items()}, 32, 6, 0)
+    expected = masked_logits(eager_copy(model), tokens[0], visible)
     seen = [*kept[4].tolist(), *range(32, 40)]
     torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=1e-6)
 

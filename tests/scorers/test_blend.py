@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sdtp_lib import PruningConfig, TokenPruners, methods, token_pruning
-from sdtp_lib.architectures.attention_readings import attention_looked_back_at
-from sdtp_lib.pruning.stage import looked_back
+from sdtp_lib.architectures.attention_readings import attention_of_earlier_layers
+from sdtp_lib.pruning.stage import earlier_layers
 from sdtp_lib.scorers.blend import Blend, average_of_neighbours, standardised
 from sdtp_lib.scorers.stage_network import StageInputs
 
@@ -82,14 +82,14 @@ WINDOWS = {"sliding_window": 12, "layer_types": [*["sliding_attention", "full_at
 )
 def test_what_training_reads_in_one_forward_is_what_a_prefill_shows(tiny_model, family, more):
     model = tiny_model(family, **more)
-    back = looked_back(CONFIG.layers)
+    back = earlier_layers(CONFIG.layers)
     rows = [torch.arange(3, 63), torch.arange(20, 60)]
     response = torch.arange(70, 75)
     whole, mask = torch.zeros(2, 65, dtype=torch.long), torch.zeros(2, 65, dtype=torch.long)
     for index, row in enumerate(rows):
         whole[index, -len(row) - 5 :], mask[index, -len(row) - 5 :] = torch.cat([row, response]), 1
     prompt = mask.bool() & (torch.arange(65) < 60)
-    with torch.no_grad(), attention_looked_back_at(model, back, 4, lambda _layer: prompt) as paid:
+    with torch.no_grad(), attention_of_earlier_layers(model, back, 4, lambda _layer: prompt) as paid:
         # BLOOM counts positions from the mask by itself.
         places = {} if family == "bloom" else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
         model(input_ids=whole, attention_mask=mask, **places)
@@ -114,7 +114,7 @@ def test_where_layers_see_a_window_the_last_that_saw_all_tells_of_tokens_far_bac
     model, prompt = tiny_model(family, attn_implementation="eager", **WINDOWS, **more), torch.arange(3, 63)[None]
     with torch.no_grad():
         reported = model(input_ids=prompt, output_attentions=True).attentions[1][0, :, -4:]
-    masses = _Masses(looked_back(CONFIG.layers))
+    masses = _Masses(earlier_layers(CONFIG.layers))
     with torch.no_grad(), token_pruning(model, CONFIG, masses) as trace:
         model(input_ids=prompt)
     far, *near = masses.seen[2][0].chunk(3, dim=-1)
@@ -129,7 +129,7 @@ def test_where_layers_see_a_window_the_last_that_saw_all_tells_of_tokens_far_bac
 
 def test_under_padding_and_two_cuts_each_row_reads_its_own_far_attention(tiny_model):
     model, config = tiny_model("gemma3_text", **WINDOWS), CONFIG.replace(layers=(2, 3, 5))
-    back = looked_back(config.layers)
+    back = earlier_layers(config.layers)
     rows = [torch.arange(3, 63), torch.arange(20, 60)]
     batch, mask = torch.zeros(2, 60, dtype=torch.long), torch.zeros(2, 60, dtype=torch.long)
     for index, row in enumerate(rows):
@@ -187,7 +187,7 @@ def test_equal_scores_and_a_token_alone_have_a_gradient_that_does_not_explode(va
     assert scores.grad.abs().max() <= 2
 
 
-def test_parts_are_standardised_and_smoothed_over_living_tokens_only():
+def test_parts_are_standardised_and_smoothed_over_kept_tokens_only():
     scores = torch.tensor([[999.0, 1.0, 2.0, 3.0], [4.0, 8.0, 0.0, 4.0]])
     valid = torch.tensor([[False, True, True, True], [True] * 4])
     made = standardised(scores, valid)

@@ -103,21 +103,21 @@ def test_the_query_term_lets_the_last_tokens_change_an_early_tokens_score():
     hidden, positions, valid, lengths = inputs(batch=1)
     other = hidden.clone()
     other[:, -3:] = torch.randn(1, 3, 32)
-    blind, asking = pruners_with(("hidden", "distance")), pruners_with(("hidden", "query"))
+    blind, with_query = pruners_with(("hidden", "distance")), pruners_with(("hidden", "query"))
     rest = (positions, valid, lengths)
     assert torch.equal(score(blind, 1, hidden, *rest)[:, :30], score(blind, 1, other, *rest)[:, :30])
-    assert not torch.allclose(score(asking, 1, hidden, *rest)[:, :30], score(asking, 1, other, *rest)[:, :30])
+    assert not torch.allclose(score(with_query, 1, hidden, *rest)[:, :30], score(with_query, 1, other, *rest)[:, :30])
 
 
 @pytest.mark.parametrize("kernel", [3, 7, 101])
-def test_a_passage_is_the_mean_of_the_living_tokens_around(kernel):
+def test_a_passage_is_the_mean_of_the_kept_tokens_around(kernel):
     valid = inputs(padding=5)[2]
     values = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(1)) * 100
     found = average_of_neighbours(values.transpose(1, 2), valid, kernel).transpose(1, 2)
     for row, at in [(0, 5), (0, 20), (0, 39), (1, 0), (1, 39)]:
         around = range(max(0, at - kernel // 2), min(40, at + kernel // 2 + 1))
-        living = [place for place in around if valid[row, place]]
-        torch.testing.assert_close(found[row, at], values[row, living].mean(0), rtol=1e-4, atol=1e-4)
+        kept = [place for place in around if valid[row, place]]
+        torch.testing.assert_close(found[row, at], values[row, kept].mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_with_passages_a_token_hears_what_its_neighbours_are_asked():
@@ -246,7 +246,7 @@ def test_scores_of_a_prompt_do_not_depend_on_what_stands_after_it():
 
 
 def paid_attention(tokens=40, batch=2, seed=3):
-    """(B, n, A) a made-up share of 16 askers' attention to each token, for two heads in three layers."""
+    """(B, n, A) a made-up share of 16 query tokens' attention to each token, for two heads in three layers."""
     generator = torch.Generator().manual_seed(seed)
     return 16 * torch.randn(batch, 6, tokens, generator=generator).mul(2).softmax(dim=-1).transpose(1, 2)
 
@@ -273,8 +273,8 @@ def test_attention_counts_in_units_of_an_even_share_so_that_length_alone_changes
 
 def test_looking_back_never_crosses_the_stage_in_front():
     pruners = TokenPruners(32, (1, 4, 5, 9), features=("hidden", "attention"), attention_heads=2)
-    assert pruners.looked_back == {1: (0, 0, 0), 4: (1, 2, 3), 5: (4, 4, 4), 9: (6, 7, 8)}
-    assert TokenPruners(32, (1, 4)).looked_back == {}
+    assert pruners.earlier_layers == {1: (0, 0, 0), 4: (1, 2, 3), 5: (4, 4, 4), 9: (6, 7, 8)}
+    assert TokenPruners(32, (1, 4)).earlier_layers == {}
 
 
 def test_with_all_inputs_pruners_stay_below_a_hundredth_of_a_small_models_prefill():

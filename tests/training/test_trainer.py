@@ -16,13 +16,13 @@ from safetensors import safe_open
 from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.pruning.engine import token_pruning
-from sdtp_lib.pruning.stage import ASKING_TOKENS
+from sdtp_lib.pruning.stage import QUERY_TOKENS
 from sdtp_lib.scorers.stage_network import StageInputs
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training import losses
 from sdtp_lib.training.config import TrainingConfig
 from sdtp_lib.training.saliency import compute_saliency
-from sdtp_lib.training.simulation import LivingTokens, share_of_living, simulated_pruning
+from sdtp_lib.training.simulation import KeptTokens, share_of_kept, simulated_pruning
 from sdtp_lib.training.step import Collator, PrunerLoss
 from sdtp_lib.training.trainer import split_by_id, train_pruners
 
@@ -133,24 +133,24 @@ def test_a_stage_learns_only_about_tokens_that_the_one_before_leaves(tiny_model,
 def test_staged_training_leaves_as_many_tokens_as_a_prefill(ratio, last):
     """Training took the ratio of the unprotected tokens: 439, 174 and 66 were left of 1,024 after nine stages."""
     layers, config = tuple(range(4, 30, 3)), TrainingConfig()
-    tokens = LivingTokens(TokenPruners(8, layers), torch.ones(1, 1024, dtype=torch.bool))
+    tokens = KeptTokens(TokenPruners(8, layers), torch.ones(1, 1024, dtype=torch.bool))
     expected = budget.tokens_per_layer(PruningConfig(layers, ratio), 30, 1024)
     generator = torch.Generator().manual_seed(0)
     for layer in layers:
         scores = torch.rand(1, 1024, generator=generator)
         open_to_cut = tokens.open_to_cut(config)
         kept = tokens.kept(ratio, open_to_cut)
-        tokens.alive = tokens.alive & ~(open_to_cut & ~losses.highest(scores, open_to_cut, kept))
-        assert int(tokens.alive.sum()) == expected[layer]
-    assert int(tokens.alive.sum()) == last
+        tokens.mask = tokens.mask & ~(open_to_cut & ~losses.highest(scores, open_to_cut, kept))
+        assert int(tokens.mask.sum()) == expected[layer]
+    assert int(tokens.mask.sum()) == last
 
 
-def test_attention_stored_of_the_whole_prompt_is_shared_among_the_living():
+def test_attention_stored_of_the_whole_prompt_is_shared_among_the_kept():
     mass = torch.rand(1, 10, 2, generator=torch.Generator().manual_seed(0))
-    mass = mass * (ASKING_TOKENS / mass.sum(dim=1, keepdim=True))
+    mass = mass * (QUERY_TOKENS / mass.sum(dim=1, keepdim=True))
     left = torch.arange(10)[None] < 6
-    shared = share_of_living(mass, left, mass.sum(dim=1))
-    assert torch.allclose(shared.sum(dim=1), torch.full((1, 2), float(ASKING_TOKENS)))
+    shared = share_of_kept(mass, left, mass.sum(dim=1))
+    assert torch.allclose(shared.sum(dim=1), torch.full((1, 2), float(QUERY_TOKENS)))
     assert torch.equal(shared[0, 6:], torch.zeros(4, 2))
     torch.testing.assert_close(shared[0, 0] / shared[0, 1], mass[0, 0] / mass[0, 1])
 
@@ -285,10 +285,10 @@ def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_pred
         pruned = model(ids).logits[:, -1]
     with simulated_pruning(model, pruners, torch.ones_like(ids, dtype=torch.bool), 0.7, config) as keep:
         simulated = model(ids, use_cache=False).logits[:, -1]
-    alive = torch.ones(ids.shape[1], dtype=torch.bool)
+    visible = torch.ones(ids.shape[1], dtype=torch.bool)
     for layer in LAYERS:
-        alive &= keep[layer][0] > 0.5
-        assert alive.nonzero().flatten().tolist() == trace.kept_positions[layer][0].tolist()
+        visible &= keep[layer][0] > 0.5
+        assert visible.nonzero().flatten().tolist() == trace.kept_positions[layer][0].tolist()
     torch.testing.assert_close(simulated, pruned, rtol=1e-3, atol=1e-4)
 
 
@@ -308,11 +308,11 @@ def test_what_a_sample_protects_no_stage_of_training_drops_and_the_budget_counts
     whole = torch.ones_like(ids, dtype=torch.bool)
     with simulated_pruning(model, pruners, whole, ratio, config, protect) as keep:
         model(ids, use_cache=False)
-    alive = torch.ones(ids.shape[1], dtype=torch.bool)
+    visible = torch.ones(ids.shape[1], dtype=torch.bool)
     for layer in LAYERS:
-        alive &= keep[layer][0] > 0.5
-        assert alive.nonzero().flatten().tolist() == trace.kept_positions[layer][0].tolist()
-        assert alive[10:30].all()
+        visible &= keep[layer][0] > 0.5
+        assert visible.nonzero().flatten().tolist() == trace.kept_positions[layer][0].tolist()
+        assert visible[10:30].all()
 
 
 def test_protection_of_samples_travels_with_their_labels_into_the_losses(tiny_model, tmp_path):
@@ -349,10 +349,10 @@ def test_stored_inputs_give_the_losses_that_the_model_would_give(tiny_model, tmp
     rows = compute_saliency(model, samples(3), LAYERS, cache_dir=tmp_path, progress=False, store_hidden=stored)
     torch.manual_seed(0)
     pruners = TokenPruners.for_model(model, LAYERS, features=("hidden", "distance", "query", "attention"))
-    batch = Collator(LAYERS, pruners.looked_back)([rows[i] for i in range(3)])
+    batch = Collator(LAYERS, pruners.earlier_layers)([rows[i] for i in range(3)])
     assert ("attention" in batch) == stored
     loss = PrunerLoss(pruners, model, LAYERS, QUICK).eval()
-    alone = [Collator(LAYERS, pruners.looked_back)([{**rows[i], "file": None}]) for i in range(3)]
+    alone = [Collator(LAYERS, pruners.earlier_layers)([{**rows[i], "file": None}]) for i in range(3)]
     assert all("attention" not in each for each in alone)
     expected = torch.stack([loss(**each)["mse_loss"] for each in alone])
     lengths = torch.tensor([float(each["prompt_mask"].sum()) for each in alone])
@@ -363,8 +363,8 @@ def test_stored_inputs_give_the_losses_that_the_model_would_give(tiny_model, tmp
 
 def test_labels_stored_for_other_stages_are_not_taken_for_these(tiny_model, labelled):
     pruners = TokenPruners.for_model(tiny_model(), (3,), features=("hidden", "attention"))
-    assert pruners.looked_back == {3: (0, 1, 2)}, "stored with stages 1 and 3, stage 3 looks back at 1, 1 and 2"
-    assert "hidden" not in Collator((3,), pruners.looked_back)([labelled[0]])
+    assert pruners.earlier_layers == {3: (0, 1, 2)}, "stored with stages 1 and 3, stage 3 looks back at 1, 1 and 2"
+    assert "hidden" not in Collator((3,), pruners.earlier_layers)([labelled[0]])
     assert "hidden" in Collator((3,))([labelled[0]])
 
 

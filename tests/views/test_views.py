@@ -78,7 +78,7 @@ def test_each_token_is_one_span_in_the_prompts_order(fates):
     assert [span["class"] for span in page.tokens] == ["t s2", "t s0", "t s1", "t s2", "t s0", "t s2"]
 
 
-def test_hovering_tells_position_scores_and_fate(fates):
+def test_hovering_tells_position_scores_and_where_it_was_dropped(fates):
     info = [span["data-i"] for span in Page(views.dropped_tokens_html(NASTY, fates)).tokens]
     assert info[0] == "position 0 · score before layer 1: 0.5, layer 2: 0.4 · kept to the end"
     assert info[1] == "position 1 · score before layer 1: 0.1 · dropped before layer 1"
