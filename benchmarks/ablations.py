@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=180, help="labelled prompts to train on")
     parser.add_argument("--epochs", type=float, default=10.0)
     parser.add_argument("--samples", type=int, default=6, help="held-out prompts per test set")
-    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+",
+    parser.add_argument("--test-sets", nargs="+",
                         default=["text", "needle", "multi_doc_qa", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--settings", nargs="+", default=["r=0.8"])
     parser.add_argument("--fewshot", default=None, help="folder of the 5-shot tasks")
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     pruners = [part for name in named for part in ("--pruners", name)]
     recipes_only = [name.partition("=")[0] for name in named]
     call("scorers.py", *pruners, "--scores", *recipes_only, "--prompts", options.samples, "--oracle-prompts", 0,
-         "--lengths", 1024, "--settings", *options.settings, "--cells", *options.cells,
+         "--lengths", 1024, "--settings", *options.settings, "--test-sets", *options.test_sets,
          "--run-dir", options.run_dir)  # fmt: skip
     if options.fewshot:
         print(f"\n=== 5-shot accuracy; the paper's Table 4 says {PAPER_TABLE4}", flush=True)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, load_model, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_in
-from sdtp_lib.data.test_sets import CELLS, cell_samples
+from sdtp_lib.data.test_sets import TEST_SETS, samples_of
 from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence
 from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.latency.memory import MemoryWatch
@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", help="of the quality part: embedded, a folder or a Hub id")
     parser.add_argument("--scorers", nargs="+", type=scorer_named, default=["SDTP", "attention"], metavar="NAME[=DIR]")
     parser.add_argument("--preset", default="keep08")
-    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+", choices=CELLS, default=["text", "needle"])
+    parser.add_argument("--test-sets", nargs="+", choices=TEST_SETS, default=["text", "needle"])
     parser.add_argument("--samples", type=int, default=4, help="per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, 512], help="sizes of the quality part")
@@ -65,13 +65,13 @@ def quality(options: argparse.Namespace) -> None:
     stamp = provenance_of(model, model_name=options.model, config=config, seed=options.seed)
     with RowWriter(options.run_dir / "quality.jsonl", stamp) as writer:
         writer.scored_by(dict(named))
-        for cell in options.cells:
-            samples = cell_samples(
-                cell, tokenizer, prompt_tokens=options.prompt_tokens, count=options.samples, seed=options.seed
+        for test_set in options.test_sets:
+            samples = samples_of(
+                test_set, tokenizer, prompt_tokens=options.prompt_tokens, count=options.samples, seed=options.seed
             )
-            for sample in tqdm(samples, desc=cell, mininterval=5):
+            for sample in tqdm(samples, desc=test_set, mininterval=5):
                 prompt, response = sample["prompt_ids"], sample["response_ids"]
-                keys = {(name, size): f"{cell}|{sample['id']}|{name}|{size}" for name, _ in named
+                keys = {(name, size): f"{test_set}|{sample['id']}|{name}|{size}" for name, _ in named
                         for size in (0, *options.chunks)}  # fmt: skip
                 if all(map(writer.done, keys.values())):
                     continue
@@ -84,7 +84,7 @@ def quality(options: argparse.Namespace) -> None:
                         chunk = size or len(prompt)  # one chunk: the same as one shot, to the bit
                         found, trace = continuation_logits(model, prompt, response, config, scorer, chunk=chunk)
                         writer.add(
-                            keys[name, size], kind="chunks", cell=cell, sample=sample["id"], scorer=name,
+                            keys[name, size], kind="chunks", cell=test_set, sample=sample["id"], scorer=name,
                             chunk=size, prompt_tokens=len(prompt),
                             kl_to_one_shot_nats=kl_divergence(whole, found), kl_nats=kl_divergence(full, found),
                             tokens_per_layer=trace.tokens_per_layer, query_tokens=trace.query_tokens,

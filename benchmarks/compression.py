@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, budget, evaluation, load_model
-from sdtp_lib.data.test_sets import CELLS, cell_samples
+from sdtp_lib.data.test_sets import TEST_SETS, samples_of
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape, element_bytes
 from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scorer", type=scorer_named, default="SDTP", help="SDTP, SDTP=DIR, attention, recency, ...")
     parser.add_argument("--presets", nargs="+", default=["keep09"])
     parser.add_argument("--kv", type=float, default=0.4, help="share of the cached tokens that a press keeps")
-    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+", choices=CELLS,
+    parser.add_argument("--test-sets", nargs="+", choices=TEST_SETS,
                         default=["text", "needle", "multi_key", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--samples", type=int, default=4, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
@@ -66,16 +66,16 @@ def main(arguments: list[str] | None = None) -> None:
     behind = [evaluation.Variant(f"SDTP + {name}", scorer=scorer, around=around) for name, around in arounds.items()]
     stamp = provenance_of(model, model_name=options.model, seed=options.seed)
     with RowWriter(options.run_dir / "compression.jsonl", stamp) as writer:
-        cells = {
-            cell: cell_samples(
-                cell, tokenizer, prompt_tokens=options.prompt_tokens, count=options.samples, seed=options.seed
+        test_sets = {
+            test_set: samples_of(
+                test_set, tokenizer, prompt_tokens=options.prompt_tokens, count=options.samples, seed=options.seed
             )
-            for cell in options.cells
+            for test_set in options.test_sets
         }
-        bar = tqdm([(cell, s) for cell, samples in cells.items() for s in samples], unit="sample", mininterval=5)
-        for cell, sample in bar:
+        plan = [(test_set, sample) for test_set, samples in test_sets.items() for sample in samples]
+        for test_set, sample in tqdm(plan, unit="sample", mininterval=5):
             for configs, methods in ((whole, alone), (pruned, [evaluation.Variant("SDTP", scorer=scorer), *behind])):
-                evaluation.compare_scorers(model, [sample], configs, methods, writer, cell=cell)
+                evaluation.compare_scorers(model, [sample], configs, methods, writer, test_set=test_set)
         frame = read_frame(writer.path)
     report(frame, ModelShape.from_model(model), element_bytes(model.dtype))
 
@@ -89,7 +89,7 @@ def report(frame, shape: ModelShape, number_bytes: int) -> None:
     summary = evaluation_tables.scorer_summary(rows)
     table = summary.pivot_table(index=["setting", "scorer"], columns="cell", values="kl_nats", sort=False)
     table.insert(0, "kv share %", rows.groupby(["setting", "scorer"], sort=False)["kv share %"].mean())
-    counts = ", ".join(f"{cell} n={n}" for cell, n in summary.groupby("cell", sort=False)["items"].max().items())
+    counts = ", ".join(f"{name} n={n}" for name, n in summary.groupby("cell", sort=False)["items"].max().items())
     print(f"\nKL to the unpruned model with its whole cache, nats per token ({counts})\n")
     print(evaluation_tables.markdown(table.reset_index()))
 

@@ -14,7 +14,6 @@ the label. One row per sample, layer and label, and one per sample, setting and 
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 
 import pandas
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model, scorers
-from sdtp_lib.data.test_sets import CELLS, cell_samples
+from sdtp_lib.data.test_sets import TEST_SETS, samples_in_turn
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.records import RowWriter, content_id, project_root, provenance_of, read_frame
 from sdtp_lib.training.labels import LABELS, block_effects, saliency_of
@@ -33,8 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
-    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+",
-                        choices=CELLS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
+    parser.add_argument("--test-sets", nargs="+",
+                        choices=TEST_SETS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--samples", type=int, default=3, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
@@ -49,10 +48,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def agreement(model, sample: dict, options: argparse.Namespace, writer: RowWriter, cell: str) -> None:
+def agreement(model, sample: dict, options: argparse.Namespace, writer: RowWriter, test_set: str) -> None:
     """Rows of kind ``agreement``: each label against the gold check at each layer."""
     keys = {
-        (layer, label): f"gold|{cell}|{sample['id']}|{layer}|{label}"
+        (layer, label): f"gold|{test_set}|{sample['id']}|{layer}|{label}"
         for layer in options.layers
         for label in options.labels
     }
@@ -69,7 +68,7 @@ def agreement(model, sample: dict, options: argparse.Namespace, writer: RowWrite
             by_block = [part.sum().item() for part in found[label][layer][0, :prompt].split(options.block_tokens)]
             key = keys[layer, label]
             writer.done(key) or writer.add(
-                key, kind="agreement", cell=cell, sample=sample["id"], layer=layer, label=label,
+                key, kind="agreement", cell=test_set, sample=sample["id"], layer=layer, label=label,
                 rank_agreement=float(pandas.Series(by_block).corr(gold, method="spearman")), blocks=len(gold),
                 **made_from,
             )  # fmt: skip
@@ -95,7 +94,7 @@ def gold_of(model, sample: dict, layer: int, block_tokens: int) -> torch.Tensor:
     return _GOLD[key]
 
 
-def within_blocks(label: str, layers: list[int], block_tokens: int) -> evaluation.Compared:
+def within_blocks(label: str, layers: list[int], block_tokens: int) -> evaluation.Variant:
     """An oracle: the gold effect of a token's block, shared out by ``label``; of the last of ``layers`` so far."""
 
     def from_sample(model, sample, stages):
@@ -111,7 +110,8 @@ def within_blocks(label: str, layers: list[int], block_tokens: int) -> evaluatio
             scores[stage] = torch.cat(shares, dim=1)
         return scorers.given(scores)
 
-    return evaluation.Compared(f"oracle: {label}, within gold blocks", from_sample, block="oracle", from_sample=True)
+    name = f"oracle: {label}, within gold blocks"
+    return evaluation.Variant(name, scorer=from_sample, kind="oracle", from_sample=True)
 
 
 def measure(options: argparse.Namespace, path: Path) -> None:
@@ -120,26 +120,23 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     configs = {preset: PruningConfig.preset(preset, num_layers=depth) for preset in options.presets}
     stamp = provenance_of(model, model_name=options.model, seed=options.seed)
     sizes = {"prompt_tokens": options.prompt_tokens, "count": options.samples, "seed": options.seed}
-    cells = {cell: cell_samples(cell, tokenizer, **sizes) for cell in options.cells}
-    # Test sets in turn: a run that is stopped has some of each.
-    turns = itertools.zip_longest(*([(cell, sample) for sample in some] for cell, some in cells.items()))
-    plan = [item for turn in turns for item in turn if item is not None]
+    plan = samples_in_turn(options.test_sets, tokenizer, **sizes)
     with RowWriter(path, stamp) as writer, torch.inference_mode(False):
-        for cell, sample in tqdm(plan, unit="sample"):
-            agreement(model, sample, options, writer, cell)
+        for test_set, sample in tqdm(plan, unit="sample"):
+            agreement(model, sample, options, writer, test_set)
             oracles = oracle_methods(options.labels)
             oracles += [within_blocks(label, sorted(options.layers), options.block_tokens) for label in options.blocks]
-            evaluation.compare_scorers(model, [sample], configs, oracles, writer, cell=cell)
+            evaluation.compare_scorers(model, [sample], configs, oracles, writer, test_set=test_set)
             for preset, config in configs.items():
                 steps = [step_by_step(label, config) for label in options.step_by_step]
-                evaluation.compare_scorers(model, [sample], {preset: config}, steps, writer, cell=cell)
+                evaluation.compare_scorers(model, [sample], {preset: config}, steps, writer, test_set=test_set)
 
 
-def by_cell(rows: pandas.DataFrame, name: str, value: str) -> pandas.DataFrame:
+def by_test_set(rows: pandas.DataFrame, name: str, value: str) -> pandas.DataFrame:
     """The mean of ``value``: one row per ``name``, one column per test set, whose head counts its samples."""
     wide = rows.pivot_table(index=name, columns="cell", values=value, sort=False)
     counts = rows.groupby("cell")["sample"].nunique()
-    wide.columns = [f"{cell} (n={counts[cell]})" for cell in wide.columns]
+    wide.columns = [f"{test_set} (n={counts[test_set]})" for test_set in wide.columns]
     return wide.reset_index()
 
 
@@ -148,11 +145,11 @@ def report(path: Path) -> None:
     gold = frame[frame.kind == "agreement"]
     if len(gold):
         print("\nSpearman correlation with the gold check, mean over samples and layers\n")
-        print(evaluation_tables.markdown(by_cell(gold, "label", "rank_agreement")))
+        print(evaluation_tables.markdown(by_test_set(gold, "label", "rank_agreement")))
     oracles = frame[frame.kind == "scorer"]
     for setting, part in oracles.groupby("setting", sort=False) if len(oracles) else ():
         print(f"\n{setting}: KL with the label given as the score, nats per token\n")
-        table = by_cell(part, "scorer", "kl_nats")
+        table = by_test_set(part, "scorer", "kl_nats")
         print(evaluation_tables.markdown(table, bold_lowest=list(table.columns[1:])))
     for row in frame[frame.kind == "failure"].itertuples():
         print(f"failed: {row.key}: {row.error}")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from sdtp_lib import load_model
 from sdtp_lib.data import ruler, ruler_texts
-from sdtp_lib.data.test_sets import CELLS
+from sdtp_lib.data.test_sets import TEST_SETS
 from sdtp_lib.latency import measure as timing
 from sdtp_lib.leaderboard import committed, plan
 from sdtp_lib.leaderboard.entrants import entrants
@@ -55,8 +55,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speedups", type=float, nargs="+", default=[2.0, 1.5, 3.0], help="by prefill FLOPs")
     parser.add_argument("--method", "--methods", dest="methods", nargs="+", default=None, metavar="NAME",
                         help="default: all, and the training-free score")  # fmt: skip
-    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="*",
-                        choices=CELLS, default=list(plan.KL_CELLS), help="KL test sets")  # fmt: skip
+    parser.add_argument("--test-sets", nargs="*",
+                        choices=TEST_SETS, default=list(plan.KL_TEST_SETS), help="KL test sets")  # fmt: skip
     parser.add_argument("--tasks", nargs="*", default=["ruler"], metavar="NAME", help="RULER's tasks or sets of them")
     parser.add_argument("--texts", nargs="+", default=[ruler_texts.EMBEDDED], help="places of RULER's essays: hub, "
                         "a folder, embedded")  # fmt: skip
@@ -158,7 +158,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
         steps = (
             plan.timing_steps(chosen, options.speedups)
             if random
-            else plan.steps(chosen, options.speedups, cells=options.cells, tasks=options.tasks,
+            else plan.steps(chosen, options.speedups, test_sets=options.test_sets, tasks=options.tasks,
                             datasets=options.datasets if options.longbench else ())
         )  # fmt: skip
         ends_at = time.monotonic() + 3600 * options.hours if options.hours else None
@@ -171,14 +171,14 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
                 if ends_at is not None and time.monotonic() > ends_at:
                     print(f"--hours {options.hours:g} are over: the same command goes on from here.", file=sys.stderr)
                     break
-                bar.set_postfix_str(f"{step.cell} at {step.length}, {step.speedup:g}x")
+                bar.set_postfix_str(f"{step.test_set} at {step.length}, {step.speedup:g}x")
                 timed = step.sort in (plan.TIME, plan.MEMORY)
                 item = None if timed else items.of(step)
                 if item is not None or timed:
                     work.run(step, item)
         if items is not None and share.is_first:
-            for cell, why in items.missing.items():
-                print(f"left out: {cell}: {why}", file=sys.stderr)
+            for test_set, why in items.missing.items():
+                print(f"left out: {test_set}: {why}", file=sys.stderr)
 
 
 def start_from_committed(options: argparse.Namespace, path: Path, share: Share, stamp: dict[str, Any]) -> None:

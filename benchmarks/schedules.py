@@ -5,7 +5,7 @@
     python benchmarks/schedules.py search --speedup 2.2    # the best of a grid, chosen on training-side samples, then
                                                            # measured on held-out ones beside the even schedule
     python benchmarks/schedules.py first --scorer attention
-    python benchmarks/schedules.py pairs --cells text needle multi_news --speedups 1.5 2
+    python benchmarks/schedules.py pairs --test-sets text needle multi_news --speedups 1.5 2
                                                            # which training-free score with which stages
 
 A schedule is a list of layers with one keep ratio each. The learned score has only its own layers to choose from; the
@@ -16,7 +16,6 @@ per sample and schedule; runs resume. Writes a picture beside the rows.
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, budget, evaluation, load_model, plots, scorers
-from sdtp_lib.data.test_sets import CELLS, cell_samples
+from sdtp_lib.data.test_sets import TEST_SETS, samples_in_turn
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.stage import Stage, earlier_layers
@@ -44,8 +43,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
     parser.add_argument("--scorer", type=scorer_named, default="SDTP", help="SDTP, SDTP=DIR, attention, recency, ...")
-    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+",
-                        choices=CELLS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
+    parser.add_argument("--test-sets", nargs="+",
+                        choices=TEST_SETS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--samples", type=int, default=6, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--speedup", type=float, default=2.2, help="wanted ratio of causal prefill FLOPs")
@@ -157,9 +156,9 @@ def pairs_at(shape: ModelShape, tokens: int, speedups: Sequence[float]) -> dict[
 
 
 def pair_tables(path: Path, configs: Sequence[str], suffix: str) -> dict[str, Any]:
-    """Speed-up -> mean KL by (schedule, score) and cell, best geometric mean over cells first.
+    """Speed-up -> mean KL by (schedule, score) and test set, best geometric mean over test sets first.
 
-    Each cell's mean counts from `NEGLIGIBLE_NATS` on, so that needles at 0.0001 or 0.0002 do not decide.
+    Each test set's mean counts from `NEGLIGIBLE_NATS` on, so that needles at 0.0001 or 0.0002 do not decide.
     """
     import numpy
 
@@ -203,14 +202,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     def measure(configs: dict[str, PruningConfig], split: str, methods: Sequence[evaluation.Variant] = ()) -> None:
         sizes = {"prompt_tokens": tokens, "count": options.samples, "seed": options.seed, "split": split}
-        cells = {cell: cell_samples(cell, tokenizer, **sizes) for cell in options.cells}
-        # Cells in turn: a run that is stopped has some of each.
-        turns = itertools.zip_longest(*([(cell, sample) for sample in some] for cell, some in cells.items()))
-        plan = [item for turn in turns for item in turn if item is not None]
+        plan = samples_in_turn(options.test_sets, tokenizer, **sizes)
         with RowWriter(path, stamp) as writer, torch.inference_mode(False):
-            for cell, sample in tqdm(plan, unit="sample", desc=split):
-                where = f"{cell}|{split}|{tokens}"
-                evaluation.compare_scorers(model, [sample], configs, methods or [method], writer, cell=where)
+            for test_set, sample in tqdm(plan, unit="sample", desc=split):
+                where = f"{test_set}|{split}|{tokens}"
+                evaluation.compare_scorers(model, [sample], configs, methods or [method], writer, test_set=where)
 
     if options.what == "pairs":
         configs = pairs_at(shape, tokens, options.speedups)
@@ -257,19 +253,20 @@ def draw(rows, configs: dict[str, PruningConfig], what: str, path: Path, stamp: 
     import matplotlib.pyplot as plt
 
     plots.use_style()
-    cells = list(rows.cell.unique())
-    figure, axes = plt.subplots(1, len(cells), figsize=(4.6 * len(cells), 3.8), squeeze=False, layout="constrained")
+    test_sets = list(rows.cell.unique())
+    size = (4.6 * len(test_sets), 3.8)
+    figure, axes = plt.subplots(1, len(test_sets), figsize=size, squeeze=False, layout="constrained")
     label = "first pruned layer" if what == "first" else "stages (equal FLOPs)"
-    for ax, cell in zip(axes.flat, cells, strict=True):
-        part = rows[rows.cell == cell].copy()
+    for ax, test_set in zip(axes.flat, test_sets, strict=True):
+        part = rows[rows.cell == test_set].copy()
         stages = part.setting.map(lambda key: configs[key])
         part["x"] = [c.layers[0] if what == "first" else len(c.layers) for c in stages]
-        part["ratio"] = [f"r = {c.keep_ratio}" if what == "first" else cell for c in stages]
+        part["ratio"] = [f"r = {c.keep_ratio}" if what == "first" else test_set for c in stages]
         for number, (ratio, line) in enumerate(part.groupby("ratio", sort=False)):
             means = line.groupby("x").kl_nats.mean()
             ax.plot(means.index, means, marker="os^Dv"[number % 5], label=ratio)
         ax.set(xlabel=label, ylabel="KL to the unpruned model [nats/token]", yscale="log",
-               title=f"{cell} (n = {part['sample'].nunique()})")  # fmt: skip
+               title=f"{test_set} (n = {part['sample'].nunique()})")  # fmt: skip
         if what == "first":
             ax.legend()
     saved = plots.save(figure, path.with_name(f"by_{what}.png"), stamp | {"rows": path.name})

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model, methods, plots
-from sdtp_lib.data.test_sets import CELLS, cell_samples
+from sdtp_lib.data.test_sets import TEST_SETS, samples_of
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.processes import Share
 from sdtp_lib.records import project_root, provenance_of, read_frame
@@ -33,7 +33,7 @@ from sdtp_lib.training.oracles import oracle_methods
 
 PRESETS = {"r=0.9": "keep09", "r=0.8": "keep08", "r=0.7": "keep07"}
 QUICK = {"prompts": 3, "lengths": [512], "oracle_prompts": 1, "settings": ["r=0.9", "r=0.7"]}
-QUICK_CELLS = ["text", "needle", "multi_key", "instructions"]
+QUICK_TEST_SETS = ["text", "needle", "multi_key", "instructions"]
 MIXED = "attention + recency"
 WEIGHTS = (0.1, 0.3, 1.0, 3.0)
 
@@ -47,8 +47,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--oracle-prompts", type=int, default=8, help="of these, how many for the oracles")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="prompt tokens")
     parser.add_argument("--settings", nargs="+", choices=list(PRESETS), default=list(PRESETS))
-    parser.add_argument("--test-sets", "--cells", dest="cells", nargs="+",
-                        choices=CELLS, default=list(CELLS), help="test sets")  # fmt: skip
+    parser.add_argument("--test-sets", nargs="+",
+                        choices=TEST_SETS, default=list(TEST_SETS), help="test sets")  # fmt: skip
     parser.add_argument("--oracles", nargs="*", default=["gradient_x_hidden", "removal"], help="labels of saliency")
     parser.add_argument("--scores", nargs="+", default=None, metavar="NAME", help="only these scores; default all")
     parser.add_argument("--method", nargs="+", choices=methods.names(), default=[], metavar="NAME",
@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(QUICK)
-        options.cells = [cell for cell in options.cells if cell in QUICK_CELLS]
+        options.test_sets = [test_set for test_set in options.test_sets if test_set in QUICK_TEST_SETS]
         options.run_dir = options.run_dir.with_name(options.run_dir.name + "-quick")
     return options
 
@@ -78,12 +78,12 @@ def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Varia
 def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share, path: Path, stamp: dict) -> float:
     """Recency's weight beside attention, chosen on training-side samples, never on those that are measured."""
     config = {name: configs[name] for name in list(configs)[:1]}
-    samples = [s for cell in ("text", "needle") for s in cell_samples(
-        cell, tokenizer, prompt_tokens=length, count=2, seed=seed, split="train")]  # fmt: skip
+    samples = [s for test_set in ("text", "needle") for s in samples_of(
+        test_set, tokenizer, prompt_tokens=length, count=2, seed=seed, split="train")]  # fmt: skip
     mixed = {weight: evaluation.baseline_methods(recency_weight=weight)[-1] for weight in WEIGHTS}
     methods = [evaluation.Variant(f"weight {weight}", scorer=method.scorer) for weight, method in mixed.items()]
     with share.rows(path, stamp) as writer:
-        evaluation.compare_scorers(model, share.of(samples), config, methods, writer, cell="tuning")
+        evaluation.compare_scorers(model, share.of(samples), config, methods, writer, test_set="tuning")
     rows = read_frame(path)
     rows = rows[(rows.cell == "tuning") & (rows.kind == "scorer")]
     return float(rows.groupby("scorer").kl_nats.mean().idxmin().removeprefix("weight "))
@@ -115,22 +115,22 @@ def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
     deployable += evaluation.published_methods(more)
     deployable = wanted(deployable, options.scores)
     oracles = oracle_methods(options.oracles)
-    # Sample by sample over all cells: a run that is stopped has some of everything.
+    # Sample by sample over all test sets: a run that is stopped has some of everything.
     plan = []
     for length in options.lengths:
         sizes = {"prompt_tokens": length, "count": options.prompts, "seed": options.seed, "split": "heldout"}
-        for cell in options.cells:
-            samples = cell_samples(cell, tokenizer, **sizes)
+        for test_set in options.test_sets:
+            samples = samples_of(test_set, tokenizer, **sizes)
             if not samples and share.is_first:
-                print(f"{cell}: its data are not at hand, left out", file=sys.stderr)
-            plan += [(number, f"{cell}@{length}", sample) for number, sample in enumerate(samples)]
+                print(f"{test_set}: its data are not at hand, left out", file=sys.stderr)
+            plan += [(number, f"{test_set}@{length}", sample) for number, sample in enumerate(samples)]
     plan.sort(key=lambda item: item[0])
     with share.rows(rows_path, stamp) as writer:
         bar = tqdm(share.of(plan), unit="sample", desc="measure", mininterval=5, disable=not share.is_first)
-        for number, cell, sample in bar:
-            bar.set_postfix_str(cell)
+        for number, test_set, sample in bar:
+            bar.set_postfix_str(test_set)
             methods = deployable + (oracles if number < options.oracle_prompts else [])
-            evaluation.compare_scorers(model, [sample], configs, methods, writer, cell=cell)
+            evaluation.compare_scorers(model, [sample], configs, methods, writer, test_set=test_set)
 
 
 def report(rows_path: Path, only: list[str] | None = None) -> None:
@@ -148,7 +148,7 @@ def report(rows_path: Path, only: list[str] | None = None) -> None:
         print(evaluation_tables.markdown(wide, bold_lowest=list(wide.columns[2:])))
         if one.answered_items.any():
             answered = one.groupby("cell", sort=False).answered_items.max()
-            counts = ", ".join(f"{cell} {n}" for cell, n in answered.items() if n)
+            counts = ", ".join(f"{test_set} {n}" for test_set, n in answered.items() if n)
             print(f"\n{setting}: right answers, % of those that the unpruned model gets right ({counts})\n")
             kept = evaluation_tables.wide_table(one[one.answered_items > 0], setting, column="answers_kept_percent")
             print(evaluation_tables.markdown(kept, digits=1))
@@ -174,18 +174,18 @@ def draw(summary, rows_path: Path, frame) -> Path:
     plots.use_style()
     # Intervals of the means overlap by the samples' own spread; the paired table says what differs.
     deployable = summary[summary.block == "deployable"].drop(columns=["kl_nats_low", "kl_nats_high"])
-    cells = list(deployable.cell.unique())
-    columns = min(3, len(cells))
-    lines = -(-len(cells) // columns)
+    test_sets = list(deployable.cell.unique())
+    columns = min(3, len(test_sets))
+    lines = -(-len(test_sets) // columns)
     size = (5.2 * columns, 3.8 * lines + 0.9)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax, cell in zip(axes.flat, cells, strict=False):
-        part = deployable[deployable.cell == cell]
+    for ax, test_set in zip(axes.flat, test_sets, strict=False):
+        part = deployable[deployable.cell == test_set]
         plots.quality_over_flops(part, ax)
-        ax.set_title(f"{cell} (n = {part['items'].max()})")
+        ax.set_title(f"{test_set} (n = {part['items'].max()})")
         ax.set_xlim(0, 1)
         ax.get_legend().remove()
-    for ax in list(axes.flat)[len(cells) :]:
+    for ax in list(axes.flat)[len(test_sets) :]:
         ax.set_visible(False)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
     stamp = {name: frame[name].iloc[0] for name in ("commit", "model", "weights", "device", "dtype", "seed")}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model
 from sdtp_lib.data.tasks import TASKS
-from sdtp_lib.data.test_sets import cell_samples
+from sdtp_lib.data.test_sets import samples_of
 from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
 from sdtp_lib.shipped import pruners_folder, shipped_pruners
 from sdtp_lib.training.recipes import with_blend
@@ -77,14 +77,15 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     stamp = provenance_of(model, model_name=options.model, seed=options.seed)
     with RowWriter(options.run_dir / "blend.jsonl", stamp) as writer:
-        for group, cells in GROUPS.items():
-            each = max(1, options.samples // len(cells))
-            for cell in tqdm(cells, desc=group, unit="cell"):
-                samples = cell_samples(
-                    cell, tokenizer, prompt_tokens=options.prompt_tokens, count=each, seed=options.seed, split="train"
-                )
+        for group, test_sets in GROUPS.items():
+            each = max(1, options.samples // len(test_sets))
+            for test_set in tqdm(test_sets, desc=group, unit="set"):
+                samples = samples_of(
+                    test_set, tokenizer, prompt_tokens=options.prompt_tokens, count=each, seed=options.seed,
+                    split="train",
+                )  # fmt: skip
                 with torch.inference_mode(False):
-                    evaluation.compare_scorers(model, samples, configs, methods, writer, cell=group)
+                    evaluation.compare_scorers(model, samples, configs, methods, writer, test_set=group)
         rows = read_frame(writer.path)
     rows = rows[(rows.kind == "scorer") & rows.scorer.isin([method.name for method in methods])]
     table = rows.pivot_table(index="scorer", columns=["setting", "cell"], values="kl_nats", aggfunc="mean")

@@ -121,30 +121,30 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]]) -> str | None:
             plots.score_by_group(lines, ax, group="cell", score="kl_nats", y_label="KL [nats/token]", log=True)
             ax.set_title(f"{lines.setting.iloc[0]}: KL to the unpruned model (lower is better)")
         else:
-            figure = _pareto_by_cell(lines)
+            figure = _pareto_by_test_set(lines)
         written = io.StringIO()
         figure.savefig(written, format="svg", bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
     return written.getvalue()[written.getvalue().index("<svg") :]
 
 
-def _pareto_by_cell(lines: Any) -> Any:
+def _pareto_by_test_set(lines: Any) -> Any:
     """KL against FLOPs, one axes per test set, with one legend for all."""
     import matplotlib.pyplot as plt
 
     from sdtp_lib import plots
 
-    cells = list(dict.fromkeys(lines.cell))
-    columns = min(2, len(cells))
-    rows = -(-len(cells) // columns)
+    test_sets = list(dict.fromkeys(lines.cell))
+    columns = min(2, len(test_sets))
+    rows = -(-len(test_sets) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(6.5 * columns, 4.5 * rows), squeeze=False, layout="constrained")
-    for ax in axes.flat[len(cells) :]:
+    for ax in axes.flat[len(test_sets) :]:
         ax.remove()
-    for ax, cell in zip(axes.flat, cells, strict=False):
-        part = lines[(lines.cell == cell) & (lines.kl_nats > 0)]
+    for ax, test_set in zip(axes.flat, test_sets, strict=False):
+        part = lines[(lines.cell == test_set) & (lines.kl_nats > 0)]
         plots.pareto(part, ax, x="prefill_flops_share", y="kl_nats", hue="scorer", text="setting", legend=False)
-        ax.set_title(str(cell).replace("_", " "))
-    plots.one_legend(axes.flat[: len(cells)])
+        ax.set_title(str(test_set).replace("_", " "))
+    plots.one_legend(axes.flat[: len(test_sets)])
     return figure
 
 

@@ -7,7 +7,9 @@ embedded records), ``multi_news`` (real LongBench, where its file is at hand).
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from sdtp_lib.data.samples import (
 from sdtp_lib.data.tasks import TASKS, as_sample, synthetic_tasks
 from sdtp_lib.records import project_root
 
-CELLS = ("text", "reference", *TASKS, "instructions", "multi_news")
+TEST_SETS = ("text", "reference", *TASKS, "instructions", "multi_news")
 CONTINUATION_TOKENS = 128
 
 
@@ -34,8 +36,8 @@ def shared_data() -> Path:
     return Path(os.environ.get("SDTP_SHARED_DATA") or project_root().parent / "shared" / "data")
 
 
-def cell_samples(
-    cell: str, tokenizer: Any, *, prompt_tokens: int, count: int, seed: int = 0, split: str = "heldout"
+def samples_of(
+    test_set: str, tokenizer: Any, *, prompt_tokens: int, count: int, seed: int = 0, split: str = "heldout"
 ) -> list[dict[str, Any]]:
     """At most ``count`` samples of a test set, prompts of about (text: exactly) ``prompt_tokens``.
 
@@ -47,25 +49,25 @@ def cell_samples(
     ValueError
         For an unknown test set.
     """
-    if cell not in CELLS:
-        raise ValueError(f"cell={cell!r} is no test set: choose among {', '.join(CELLS)}.")
-    if cell in ("text", "reference"):
+    if test_set not in TEST_SETS:
+        raise ValueError(f"test_set={test_set!r} is no test set: choose among {', '.join(TEST_SETS)}.")
+    if test_set in ("text", "reference"):
         unseen = reference_documents() if split == "heldout" else []
         return text_windows(
-            long_documents(split) if cell == "text" else unseen,
+            long_documents(split) if test_set == "text" else unseen,
             tokenizer,
             prompt_tokens=prompt_tokens,
             continuation_tokens=CONTINUATION_TOKENS,
             limit=count,
             seed=seed,
         )
-    if cell in TASKS:
+    if test_set in TASKS:
         side = "test" if split == "heldout" else "train"
         records = synthetic_tasks(
-            cell, tokenizer=tokenizer, prompt_tokens=prompt_tokens, count=count, seed=seed, split=side
+            test_set, tokenizer=tokenizer, prompt_tokens=prompt_tokens, count=count, seed=seed, split=side
         )
         return [as_sample(record, tokenizer) for record in records]
-    if cell == "instructions":
+    if test_set == "instructions":
         dolly = shared_data() / "dolly-15k.jsonl"
         records = load_instructions(dolly if dolly.is_file() else "embedded", split=split)
         records = [record for record in records if record["category"] in CONTEXT_CATEGORIES]
@@ -81,3 +83,10 @@ def cell_samples(
         longbench_sample(record, tokenizer, max_tokens=prompt_tokens, response_tokens=CONTINUATION_TOKENS)
         for record in records[:count]
     ]
+
+
+def samples_in_turn(test_sets: Sequence[str], tokenizer: Any, **sizes: Any) -> list[tuple[str, dict[str, Any]]]:
+    """(test set, sample) of several test sets, in turn: a run that is stopped has some of each. As `samples_of`."""
+    found = ([(name, sample) for sample in samples_of(name, tokenizer, **sizes)] for name in test_sets)
+    turns = itertools.zip_longest(*found)
+    return [item for turn in turns for item in turn if item is not None]

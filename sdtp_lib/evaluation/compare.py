@@ -34,7 +34,7 @@ def compare_scorers(
     methods: Sequence[Variant],
     writer: RowWriter,
     *,
-    cell: str,
+    test_set: str,
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """One row per test set (``cell``), sample, config and method, of those that ``writer`` does not have yet.
@@ -58,17 +58,17 @@ def compare_scorers(
         measure, todo = _measure_on(model, sample, layers), []
         for method in methods:
             for name, config in configs.items():
-                key = f"{cell}|{sample['id']}|{name}|{method.name}"
+                key = f"{test_set}|{sample['id']}|{name}|{method.name}"
                 made_from = {"sample_hash": sample_hash(sample), "config_hash": content_id(config.to_dict())}
                 if not writer.done(key, **made_from):
-                    labels = {"cell": cell, "sample": sample["id"], "setting": name, "scorer": method.name}
+                    labels = {"cell": test_set, "sample": sample["id"], "setting": name, "scorer": method.name}
                     labels |= {"scorer_id": ids[method.name], **made_from, "block": method.kind or "deployable"}
                     labels |= {"category": sample["category"], "prompt_tokens": len(sample["prompt_ids"])}
                     todo.append((key, labels, functools.partial(measure, method, config)))
         if todo:
             add_rows(writer, todo, kind="scorer")
             if progress is not None:
-                progress(f"{cell} {sample['id']}")
+                progress(f"{test_set} {sample['id']}")
 
 
 def _measure_on(

@@ -60,8 +60,8 @@ class Measurement:
         else:
             prompt, name = item.prompt_ids, item.identifier
             made_from = {"sample_hash": content_id(prompt, self._most_new_tokens(item))}
-        head = f"{step.sort} {step.cell}@{step.length}|{name}"
-        labels = {"sort": step.sort, "cell": step.cell, "length": step.length, "sample": name}
+        head = f"{step.sort} {step.test_set}@{step.length}|{name}"
+        labels = {"sort": step.sort, "cell": step.test_set, "length": step.length, "sample": name}
         labels |= {"prompt_tokens": len(prompt)} | made_from
         todo = []
         for each in self._entrants:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sdtp_lib.leaderboard import tables, words
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS
-from sdtp_lib.leaderboard.plan import KL_CELLS
+from sdtp_lib.leaderboard.plan import KL_TEST_SETS
 from sdtp_lib.methods.variant import UNPRUNED
 from sdtp_lib.provenance import origin_line
 from sdtp_lib.records import markdown_table
@@ -69,7 +69,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     length, speedup = at_goal[0]
     part = tables.at(frame, length, speedup)
-    kl, ruler, costs = tables.kl_by_cell(part), tables.answers(part), tables.costs(part)
+    kl, ruler, costs = tables.kl_by_test_set(part), tables.answers(part), tables.costs(part)
     order = _by_mean_kl(kl, tables.methods_in(part))[:README_LINES]
     used = tables.scored_by(frame)
     body = []
@@ -85,7 +85,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             f"{100 * cost['kv']:.0f} %" if cost else "",
             str(min((values[name].items for values in kl.values() if name in values), default=0)),
         ))  # fmt: skip
-    header = ("method", "trained", *(f"KL {cell}" for cell in kl), "RULER, solved", "TTFT", "KV cache", "n")
+    header = ("method", "trained", *(f"KL {test_set}" for test_set in kl), "RULER, solved", "TTFT", "KV cache", "n")
     first = part[part.sort == tables.KL].iloc[0] if kl else part.iloc[0]
     dates = sorted({str(utc)[:10] for utc in part.utc})
     solved = max((each["solved_items"] for each in ruler.values()), default=0)
@@ -148,7 +148,7 @@ def _is_learned(name: str, used: Mapping[str, str]) -> bool:
 
 def _place(frame: Any, length: int, speedup: float) -> list[str]:
     part = tables.at(frame, length, speedup)
-    kl, ruler = tables.kl_by_cell(part), tables.answers(part)
+    kl, ruler = tables.kl_by_test_set(part), tables.answers(part)
     costs, kept = tables.costs(part), tables.answers_kept(part)
     names = _by_mean_kl(kl, tables.methods_in(part))
     lines = [f"## {speedup:g}x at {length:,} tokens", ""]
@@ -164,8 +164,8 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
                   "unpruned and stay right.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
         header = ["method minus ours", *kl]
         body = [
-            [name, *(f"{verdicts[cell, name]['difference'].text(sign=True)} {verdicts[cell, name]['verdict']}"
-                     if (cell, name) in verdicts else "-" for cell in kl)]
+            [name, *(f"{verdicts[test_set, name]['difference'].text(sign=True)} {verdicts[test_set, name]['verdict']}"
+                     if (test_set, name) in verdicts else "-" for test_set in kl)]
             for name in names if name != OURS
         ]  # fmt: skip
         lines += ["Paired by item, method minus ours: above zero, ours loses less (`worse` says so of the method).",
@@ -216,7 +216,7 @@ def _task_table(table: Any, names: Sequence[str]) -> list[str]:
 
 def _method_of_the_table(frame: Any) -> list[str]:
     have = tables.places(frame)
-    missing = [name for name in KL_CELLS if name not in set(frame[frame.sort == tables.KL].cell)]
+    missing = [name for name in KL_TEST_SETS if name not in set(frame[frame.sort == tables.KL].cell)]
     said = [
         "## How it is measured",
         "",

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib.data import longbench, ruler
-from sdtp_lib.data.test_sets import cell_samples
+from sdtp_lib.data.test_sets import samples_of
 from sdtp_lib.evaluation.items import Item, longbench_items, ruler_items
 
 KL, RULER, LONGBENCH, TIME, MEMORY = "kl", "ruler", "longbench", "time", "memory"
-KL_CELLS = ("text", "needle", "instructions")
+KL_TEST_SETS = ("text", "needle", "instructions")
 MEMORY_AT = 2  # the round after which peak memory is measured, once per speed-up and length
 CHAT_TOKENS = 64
 
@@ -33,7 +33,7 @@ class Step:
     ----------
     sort
         `KL`, `RULER`, `LONGBENCH`, `TIME` or `MEMORY`.
-    cell
+    test_set
         The test set, task or data set.
     length, number
         Prompt tokens; which item of the test set.
@@ -42,7 +42,7 @@ class Step:
     """
 
     sort: str
-    cell: str
+    test_set: str
     length: int
     number: int
     speedup: float
@@ -62,7 +62,7 @@ def steps(
     sizes: Sequence[Sizes],
     speedups: Sequence[float],
     *,
-    cells: Sequence[str] = KL_CELLS,
+    test_sets: Sequence[str] = KL_TEST_SETS,
     tasks: Sequence[str] = ruler.TASKS,
     datasets: Sequence[str] = (),
 ) -> list[Step]:
@@ -73,7 +73,7 @@ def steps(
         for speedup in speedups:
             early = 0
             for number in range(size.items):
-                found += [Step(KL, cell, size.length, number, speedup) for cell in cells]
+                found += [Step(KL, test_set, size.length, number, speedup) for test_set in test_sets]
                 if tasks and number < len(tasks) * size.ruler_items:
                     task = tasks[number % len(tasks)]
                     found.append(Step(RULER, task, size.length, number // len(tasks), speedup))
@@ -123,11 +123,11 @@ class Items:
         self._tokenizer, self._seed, self._texts, self._folder = tokenizer, seed, list(texts), folder
         self._sizes = {size.length: size for size in sizes}
         self._made: dict[tuple[str, str, int], list[Any]] = {}
-        self.missing: dict[str, str] = {}  # cell -> why there are no or fewer items
+        self.missing: dict[str, str] = {}  # test set -> why there are no or fewer items
 
     def of(self, step: Step) -> Any | None:
         """The step's item: a sample (`data`) or an `Item`; None where its data are not at hand."""
-        key = (step.sort, step.cell, step.length)
+        key = (step.sort, step.test_set, step.length)
         if key not in self._made:
             make: Callable[[Step], list[Any]] = {KL: self._samples, RULER: self._ruler, LONGBENCH: self._longbench}[
                 step.sort
@@ -135,26 +135,26 @@ class Items:
             try:
                 self._made[key] = make(step)
             except (OSError, ValueError) as error:
-                self.missing[f"{step.cell} at {step.length}"] = str(error)
+                self.missing[f"{step.test_set} at {step.length}"] = str(error)
                 self._made[key] = []
         made = self._made[key]
         if step.number >= len(made):
-            self.missing.setdefault(f"{step.cell} at {step.length}", f"{len(made)} items are at hand")
+            self.missing.setdefault(f"{step.test_set} at {step.length}", f"{len(made)} items are at hand")
             return None
         return made[step.number]
 
     def _samples(self, step: Step) -> list[Any]:
         count = self._sizes[step.length].items
-        return cell_samples(step.cell, self._tokenizer, prompt_tokens=step.length, count=count, seed=self._seed)
+        return samples_of(step.test_set, self._tokenizer, prompt_tokens=step.length, count=count, seed=self._seed)
 
     def _ruler(self, step: Step) -> list[Item]:
         count = self._sizes[step.length].ruler_items
-        made = ruler.records(step.cell, step.length, count, self._tokenizer, places=self._texts, seed=self._seed)
+        made = ruler.records(step.test_set, step.length, count, self._tokenizer, places=self._texts, seed=self._seed)
         return list(ruler_items(made, self._tokenizer))
 
     def _longbench(self, step: Step) -> list[Item]:
         if self._folder is None:
             raise OSError("no folder of LongBench's files was given (--longbench)")
-        records = longbench.read_records(self._folder, step.cell)[: self._sizes[step.length].longbench_items]
-        most = step.length - longbench.task(step.cell).max_new_tokens - CHAT_TOKENS
+        records = longbench.read_records(self._folder, step.test_set)[: self._sizes[step.length].longbench_items]
+        most = step.length - longbench.task(step.test_set).max_new_tokens - CHAT_TOKENS
         return list(longbench_items(records, self._tokenizer, max_tokens=max(128, most)))

@@ -69,24 +69,24 @@ def methods_in(frame: pandas.DataFrame) -> list[str]:
     return [name for name in frame.method.unique() if name != UNPRUNED]
 
 
-def kl_by_cell(part: pandas.DataFrame) -> dict[str, dict[str, Mean]]:
+def kl_by_test_set(part: pandas.DataFrame) -> dict[str, dict[str, Mean]]:
     """Test set -> method -> mean KL [nats per token] with its bootstrap interval."""
     found: dict[str, dict[str, Mean]] = {}
-    for cell, rows in part[part.sort == KL].groupby("cell", sort=False):
-        found[cell] = {}
+    for test_set, rows in part[part.sort == KL].groupby("cell", sort=False):
+        found[test_set] = {}
         for name, own in rows.groupby("method", sort=False):
             values = own.kl_nats.astype(float)
-            found[cell][name] = Mean(*paired_bootstrap(values, [0.0] * len(values)), len(values))
+            found[test_set][name] = Mean(*paired_bootstrap(values, [0.0] * len(values)), len(values))
     return found
 
 
 def kl_differences(part: pandas.DataFrame, ours: str = OURS) -> list[dict[str, Any]]:
-    """``cell, method, difference`` (method minus ours, a `Mean` over shared items) ``, verdict``.
+    """``test_set, method, difference`` (method minus ours, a `Mean` over shared items) ``, verdict``.
 
     ``better``: the method loses less, by an interval without zero; ``worse``; ``open``; ``too few`` under six items.
     """
     lines = []
-    for cell, rows in part[part.sort == KL].groupby("cell", sort=False):
+    for test_set, rows in part[part.sort == KL].groupby("cell", sort=False):
         wide = rows.pivot_table(index="sample", columns="method", values="kl_nats", aggfunc="first", sort=False)
         if ours not in wide:
             continue
@@ -97,7 +97,7 @@ def kl_differences(part: pandas.DataFrame, ours: str = OURS) -> list[dict[str, A
             mean = Mean(*paired_bootstrap(pair[name], pair[ours]), len(pair))
             verdict = "better" if mean.high < 0 else "worse" if mean.low > 0 else "open"
             verdict = verdict if len(pair) >= FEWEST_PAIRS else "too few"
-            lines.append({"cell": cell, "method": name, "difference": mean, "verdict": verdict})
+            lines.append({"cell": test_set, "method": name, "difference": mean, "verdict": verdict})
     return lines
 
 
@@ -189,7 +189,7 @@ def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
     lines = []
     for length, speedup in places(frame):
         part = at(frame, length, speedup)
-        kl, ruler, cost = kl_by_cell(part), answers(part), costs(part)
+        kl, ruler, cost = kl_by_test_set(part), answers(part), costs(part)
         for name in methods_in(part):
             own = [values[name] for values in kl.values() if name in values]
             solved = ruler.get(name, {}).get("solved")
@@ -214,4 +214,4 @@ def _share(right: pandas.Series) -> Mean:
 
 
 __all__ = ["KL", "LONGBENCH", "RULER", "Mean", "answers", "answers_kept", "at", "by_task", "costs", "frame_of",
-           "kl_by_cell", "kl_differences", "methods_in", "places", "scored_by", "summary", "unreached"]  # fmt: skip
+           "kl_by_test_set", "kl_differences", "methods_in", "places", "scored_by", "summary", "unreached"]  # fmt: skip

@@ -10,12 +10,12 @@ from typing import Any
 
 from sdtp_lib.data.ruler import TASKS
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS
-from sdtp_lib.leaderboard.plan import KL_CELLS
+from sdtp_lib.leaderboard.plan import KL_TEST_SETS
 from sdtp_lib.leaderboard.tables import (
     answers,
     at,
     costs,
-    kl_by_cell,
+    kl_by_test_set,
     kl_differences,
     methods_in,
     places,
@@ -61,14 +61,14 @@ def goals(frame: Any) -> list[str]:
     found = []
     for length in sorted({length for length, speedup in places(frame) if speedup == GOAL_SPEEDUP}):
         part = at(frame, length, GOAL_SPEEDUP)
-        for cell, values in kl_by_cell(part).items():
-            if cell not in KL_CELLS or OURS not in values:
+        for test_set, values in kl_by_test_set(part).items():
+            if test_set not in KL_TEST_SETS or OURS not in values:
                 continue
             best = min(values, key=lambda name, values=values: values[name].value)
             met = "met" if best == OURS else "MISSED"
             own = values[OURS]
             found.append(
-                f"{met}: lowest KL on {cell} at 2x, {length:,} tokens: ours {own.text()}, best `{best}` "
+                f"{met}: lowest KL on {test_set} at 2x, {length:,} tokens: ours {own.text()}, best `{best}` "
                 f"{values[best].text()}."
             )
         ours = answers(part).get(OURS)
@@ -91,7 +91,7 @@ def training_free(frame: Any) -> list[tuple[str, float, float, int]]:
     ranks: dict[str, list[float]] = {}
     logs: dict[str, list[float]] = {}
     for length, speedup in places(frame):
-        for values in kl_by_cell(at(frame, length, speedup)).values():
+        for values in kl_by_test_set(at(frame, length, speedup)).values():
             free = {
                 name: value.value
                 for name, value in values.items()
@@ -144,7 +144,7 @@ def extent(frame: Any) -> str:
     parts = []
     for length, speedup in places(frame):
         part = at(frame, length, speedup)
-        kl = kl_by_cell(part)
+        kl = kl_by_test_set(part)
         counts = [value.items for values in kl.values() for value in values.values()]
         ruler = answers(part)
         said = [f"{_span(counts)} per KL test set"] if counts else []

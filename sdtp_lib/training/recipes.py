@@ -162,7 +162,7 @@ def choose_blend(
         tried.blend = Blend(**blend)
         methods.append(Variant(json.dumps(dict(blend)), scorer=tried))
     with share.rows(rows, provenance) as writer:
-        compare_scorers(model, share.of(samples), {"blend": config}, methods, writer, cell="blend")
+        compare_scorers(model, share.of(samples), {"blend": config}, methods, writer, test_set="blend")
     logs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read_rows(rows):
         if row["kind"] == "scorer":

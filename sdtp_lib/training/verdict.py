@@ -84,7 +84,7 @@ def measure(
                 if "own_tokens" in sample and "response_ids" not in sample:
                     answer = own_response(model, sample["prompt_ids"], sample["own_tokens"])
                     sample = {**sample, "response_ids": answer}
-                compare_scorers(model, [sample], configs, methods, writer, cell=kind, progress=progress)
+                compare_scorers(model, [sample], configs, methods, writer, test_set=kind, progress=progress)
     return table(read_rows(rows))
 
 

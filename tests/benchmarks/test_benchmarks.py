@@ -40,7 +40,7 @@ def model_folder(tiny_model, tiny_tokenizer, tmp_path_factory):
 
 def test_the_measure_writes_rows_a_table_and_a_picture_and_a_second_run_adds_nothing(model_folder, tmp_path, capsys):
     arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "2", "--oracle-prompts", "1"]
-    arguments += ["--lengths", "128", "--cells", "text", "--settings", "r=0.9", "r=0.7", "--recency-weight", "1"]
+    arguments += ["--lengths", "128", "--test-sets", "text", "--settings", "r=0.9", "r=0.7", "--recency-weight", "1"]
     command("scorers")(arguments)
     rows = read_rows(tmp_path / "scorers.jsonl")
     assert len(rows) == 2 * (2 * 9 + 2) and {row["kind"] for row in rows} <= {"scorer", "out of reach"}
@@ -57,7 +57,7 @@ def test_the_measure_writes_rows_a_table_and_a_picture_and_a_second_run_adds_not
 
 def test_two_processes_share_the_measure_and_leave_one_file(model_folder, tmp_path):
     arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "2", "--oracle-prompts", "0"]
-    arguments += ["--lengths", "600", "--cells", "text", "needle", "--settings", "r=0.9"]
+    arguments += ["--lengths", "600", "--test-sets", "text", "needle", "--settings", "r=0.9"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -86,7 +86,7 @@ def test_the_latency_command_says_what_quality_costs_and_what_the_cost_model_mis
 
 def test_named_scores_alone_are_measured_on_answers_that_the_model_gets_right(model_folder, tmp_path, capsys):
     arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "2", "--oracle-prompts", "0"]
-    arguments += ["--lengths", "600", "--cells", "needle", "--settings", "r=0.9"]
+    arguments += ["--lengths", "600", "--test-sets", "needle", "--settings", "r=0.9"]
     command("scorers")([*arguments, "--scores", "recency"])
     rows = read_rows(tmp_path / "scorers.jsonl")
     assert {row["scorer"] for row in rows} == {"recency"} and len(rows) == 2
@@ -102,7 +102,7 @@ def test_named_scores_alone_are_measured_on_answers_that_the_model_gets_right(mo
 
 def test_the_weight_of_recency_is_tuned_on_training_samples_only(model_folder, tmp_path):
     arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--prompts", "1", "--oracle-prompts", "0"]
-    command("scorers")([*arguments, "--lengths", "2000", "--cells", "needle", "--settings", "r=0.7"])
+    command("scorers")([*arguments, "--lengths", "2000", "--test-sets", "needle", "--settings", "r=0.7"])
     rows = read_rows(tmp_path / "scorers.jsonl")
     tuning = {row["sample"] for row in rows if row["cell"] == "tuning"}
     measured = {row["sample"] for row in rows if row["cell"] != "tuning"}
@@ -175,7 +175,7 @@ def test_what_a_killed_shared_run_left_counts_as_done(trec_arguments, tmp_path):
 
 
 def test_labels_are_held_against_the_gold_check_and_a_second_run_adds_nothing(model_folder, tmp_path, capsys):
-    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--cells", "text", "--samples", "1"]
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--test-sets", "text", "--samples", "1"]
     arguments += ["--prompt-tokens", "96", "--layers", "4", "--labels", "removal", "gradient_x_hidden"]
     command("labels")([*arguments, "--presets", "keep09"])
     rows = read_rows(tmp_path / "labels.jsonl")
@@ -191,7 +191,7 @@ def test_labels_are_held_against_the_gold_check_and_a_second_run_adds_nothing(mo
 
 @pytest.mark.parametrize("what", ["first", "stages", "search"])
 def test_schedules_are_compared_at_the_budget_that_was_asked_for(model_folder, tmp_path, capsys, what):
-    arguments = [what, "--model", str(model_folder), "--scorer", "attention", "--cells", "text", "--samples", "1"]
+    arguments = [what, "--model", str(model_folder), "--scorer", "attention", "--test-sets", "text", "--samples", "1"]
     arguments += ["--prompt-tokens", "160", "--ratios", "0.8", "--speedup", "1.3", "--run-dir", str(tmp_path)]
     command("schedules")(arguments)
     rows = read_rows(tmp_path / "schedules.jsonl")
@@ -210,7 +210,7 @@ def test_schedules_are_compared_at_the_budget_that_was_asked_for(model_folder, t
 
 
 def test_training_free_scores_are_compared_in_pairs_with_schedules_at_equal_flops(model_folder, tmp_path, capsys):
-    arguments = ["pairs", "--model", str(model_folder), "--cells", "text", "needle", "--samples", "1"]
+    arguments = ["pairs", "--model", str(model_folder), "--test-sets", "text", "needle", "--samples", "1"]
     arguments += ["--prompt-tokens", "200", "--speedups", "1.2", "1.8", "--run-dir", str(tmp_path)]
     arguments += ["--scores", "recency", "pooled", "pooled, earlier layers + recency"]
     command("schedules")(arguments)
@@ -271,7 +271,7 @@ def test_unknown_names_end_a_command_before_it_loads_a_model(tmp_path):
     with pytest.raises(ValueError, match="dataset='qaspar'"):
         command("longbench")(["--datasets", "qaspar", "--run-dir", str(tmp_path)])
     with pytest.raises(SystemExit):
-        command("scorers")(["--cells", "nonsense"])
+        command("scorers")(["--test-sets", "nonsense"])
 
 
 @pytest.fixture
@@ -289,10 +289,11 @@ def other_folder(tiny_model, tiny_tokenizer, tmp_path):
 
 RUNS = {
     "latency": ["run", "--lengths", "64", "--new-tokens", "2", "--presets", "keep09", "--repeats", "1"],
-    "scorers": ["--prompts", "1", "--oracle-prompts", "0", "--lengths", "128", "--cells", "text", "--settings", "r=0.9",
-                "--recency-weight", "1"],
-    "labels": ["--cells", "text", "--samples", "1", "--prompt-tokens", "64", "--layers", "4", "--labels", "removal"],
-    "schedules": ["first", "--scorer", "attention", "--cells", "text", "--samples", "1", "--prompt-tokens", "128",
+    "scorers": ["--prompts", "1", "--oracle-prompts", "0", "--lengths", "128", "--test-sets", "text",
+                "--settings", "r=0.9", "--recency-weight", "1"],
+    "labels": ["--test-sets", "text", "--samples", "1", "--prompt-tokens", "64", "--layers", "4",
+               "--labels", "removal"],
+    "schedules": ["first", "--scorer", "attention", "--test-sets", "text", "--samples", "1", "--prompt-tokens", "128",
                   "--ratios", "0.8"],
 }  # fmt: skip
 
@@ -371,7 +372,7 @@ def test_chunks_are_held_against_one_shot_and_their_memory_is_read_in_a_process_
     model_folder, tmp_path, capsys, monkeypatch
 ):
     arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--preset", "keep07", "--scorers", "recency"]
-    arguments += ["--cells", "text", "--samples", "1", "--prompt-tokens", "200", "--chunks", "64"]
+    arguments += ["--test-sets", "text", "--samples", "1", "--prompt-tokens", "200", "--chunks", "64"]
     chunks = script("chunks")
     chunks.main([*arguments, "--parts", "quality"])
     rows = read_rows(tmp_path / "quality.jsonl")

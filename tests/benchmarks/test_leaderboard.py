@@ -22,7 +22,7 @@ def arguments(tiny_model, tiny_tokenizer, tmp_path):
     tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     return ["--model", str(tmp_path / "model"), "--name", "mine", "--run-dir", str(tmp_path / "run"),
-            "--lengths", "200", "--items", "2", "--tasks", "--cells", "text", "--speedups", "1.5",
+            "--lengths", "200", "--items", "2", "--tasks", "--test-sets", "text", "--speedups", "1.5",
             "--method", "lazyllm", "gemfilter"]  # fmt: skip
 
 

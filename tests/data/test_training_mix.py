@@ -92,9 +92,9 @@ def test_code_is_split_by_module_and_the_reference_is_trained_on_nowhere(tiny_to
     mix = training_mix.training_mix(tiny_tokenizer, 20, embedded, lengths=(600, 900))
     assert not any(sample["prompt"][100:300] in topic for sample in mix for topic in topics)
     sizes = {"prompt_tokens": 200, "count": 3}
-    windows = test_sets.cell_samples("reference", tiny_tokenizer, **sizes)
+    windows = test_sets.samples_of("reference", tiny_tokenizer, **sizes)
     assert len(windows) == 3 and all(len(window["prompt_ids"]) == 200 for window in windows)
-    assert test_sets.cell_samples("reference", tiny_tokenizer, split="train", **sizes) == []
+    assert test_sets.samples_of("reference", tiny_tokenizer, split="train", **sizes) == []
 
 
 def test_one_training_prompt_in_twelve_is_longer_than_the_others(records, tiny_tokenizer):

@@ -101,7 +101,7 @@ def test_a_method_that_cannot_be_so_fast_says_so_in_its_row(model, tmp_path):
     lines = published_methods(["fastkv", "lazyllm"])
     early = PruningConfig(layers=(1,), keep_ratio=0.3, min_local_tokens=4)
     with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
-        compare_scorers(model, [a_sample(0)], {"most": early}, lines, writer, cell="text")
+        compare_scorers(model, [a_sample(0)], {"most": early}, lines, writer, test_set="text")
     rows = {row["scorer"]: row for row in read_rows(tmp_path / "rows.jsonl")}
     assert rows["fastkv"]["kind"] == "out of reach" and "at most" in rows["fastkv"]["error"]
     assert rows["lazyllm"]["kind"] in ("scorer", "out of reach")
@@ -112,7 +112,7 @@ def test_a_comparison_has_a_row_for_each_method_and_budget_and_goes_on_where_it_
     configs = {"half": CONFIG, "most": CONFIG.replace(keep_ratio=0.8)}
     methods = [*baseline_methods(), *oracle_methods()]
     with RowWriter(path, {}) as writer:
-        compare_scorers(model, [a_sample(0)], configs, methods, writer, cell="text")
+        compare_scorers(model, [a_sample(0)], configs, methods, writer, test_set="text")
     first = read_rows(path)
     assert len(first) == 2 * len(methods) and {row["kind"] for row in first} == {"scorer"}
     assert all(row["kl_nats"] >= -1e-6 and isinstance(row["answer"], bool) for row in first)
@@ -120,7 +120,7 @@ def test_a_comparison_has_a_row_for_each_method_and_budget_and_goes_on_where_it_
     assert by_method["random"]["compression_ratio"] == by_method["oracle: removal"]["compression_ratio"]
     assert by_method["oracle: removal"]["kl_nats"] < by_method["random"]["kl_nats"]
     with RowWriter(path, {}) as writer:
-        compare_scorers(model, [a_sample(0), a_sample(1)], configs, methods, writer, cell="text")
+        compare_scorers(model, [a_sample(0), a_sample(1)], configs, methods, writer, test_set="text")
     again = read_rows(path)
     assert again[: len(first)] == first and len(again) == 2 * len(first)
 
@@ -131,7 +131,7 @@ def test_a_method_that_fails_on_an_item_is_a_row_and_does_not_end_the_run(model,
 
     with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
         methods = [Variant("broken", scorer=fails), Variant("random", scorer=scorers.random())]
-        compare_scorers(model, [a_sample()], {"half": CONFIG}, methods, writer, cell="text")
+        compare_scorers(model, [a_sample()], {"half": CONFIG}, methods, writer, test_set="text")
     rows = {row["scorer"]: row for row in read_rows(tmp_path / "rows.jsonl")}
     assert rows["broken"]["kind"] == "failure" and "out of memory" in rows["broken"]["error"]
     assert rows["random"]["kind"] == "scorer"
@@ -154,7 +154,8 @@ def test_a_comparison_refuses_rows_of_another_scorer_prompt_or_budget_of_the_sam
 
     def compare(sample, config, scorer):
         with RowWriter(path, {}) as writer:
-            compare_scorers(model, [sample], {"half": config}, [Variant("random", scorer=scorer)], writer, cell="text")
+            variants = [Variant("random", scorer=scorer)]
+            compare_scorers(model, [sample], {"half": config}, variants, writer, test_set="text")
         return len(read_rows(path))
 
     assert compare(a_sample(), CONFIG, scorers.random(0)) == compare(a_sample(), CONFIG, scorers.random(0)) == 1
@@ -179,6 +180,6 @@ def test_a_method_that_failed_is_measured_again_by_the_next_run(model, tmp_path)
     for kind in ("failure", "scorer", "scorer"):
         with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
             methods = [Variant("shaky", scorer=fails_once)]
-            compare_scorers(model, [a_sample()], {"half": CONFIG}, methods, writer, cell="text")
+            compare_scorers(model, [a_sample()], {"half": CONFIG}, methods, writer, test_set="text")
         assert [row["kind"] for row in read_rows(tmp_path / "rows.jsonl")] == [kind]
     assert len(calls) == 3, "failed at the first stage, then two stages, then nothing"

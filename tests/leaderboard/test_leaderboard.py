@@ -100,7 +100,7 @@ def test_the_method_that_is_first_after_the_unpruned_model_changes_with_the_item
 
 def test_steps_come_test_set_by_test_set_with_one_item_of_ruler_and_two_fold_first():
     steps = plan.steps([plan.Sizes(1024, 3, 2)], [2.0, 1.5], tasks=("A", "B"))
-    assert [(s.cell, s.number) for s in steps if s.speedup == 2.0 and s.sort != plan.MEMORY][:9] == [
+    assert [(s.test_set, s.number) for s in steps if s.speedup == 2.0 and s.sort != plan.MEMORY][:9] == [
         ("text", 0), ("needle", 0), ("instructions", 0), ("A", 0),
         ("text", 1), ("needle", 1), ("instructions", 1), ("B", 0), ("text", 2),
     ]  # fmt: skip

@@ -12,13 +12,13 @@ STAMP = {
 FREE = "attention_pooled"
 
 
-def kl_rows(values: dict[str, float], cell: str = "text", count: int = 8, speedup: float = 2.0) -> list[dict]:
+def kl_rows(values: dict[str, float], test_set: str = "text", count: int = 8, speedup: float = 2.0) -> list[dict]:
     """``count`` items by methods of these mean KLs, the items spread evenly about them."""
     return [
-        {**STAMP, "kind": "item", "sort": plan.KL, "cell": cell, "length": 64, "sample": f"{cell}{n}", "method": name,
-         "speedup": speedup, "scorer": "learned" if name == "sdtp" else name, "kl_nats": value * (0.9 + n / 35),
-         "answer": n % 2 == 0, "answer_full": n < 4, "prefill_ms": 60.0, "unpruned_prefill_ms": 90.0, "kv_bytes": 1,
-         "unpruned_kv_bytes": 2, "flops_speedup": speedup}
+        {**STAMP, "kind": "item", "sort": plan.KL, "cell": test_set, "length": 64, "sample": f"{test_set}{n}",
+         "method": name, "speedup": speedup, "scorer": "learned" if name == "sdtp" else name,
+         "kl_nats": value * (0.9 + n / 35), "answer": n % 2 == 0, "answer_full": n < 4, "prefill_ms": 60.0,
+         "unpruned_prefill_ms": 90.0, "kv_bytes": 1, "unpruned_kv_bytes": 2, "flops_speedup": speedup}
         for n in range(count) for name, value in values.items()
     ]  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_under_six_items_no_verdict_is_given():
 
 def test_an_item_that_a_running_command_has_not_finished_does_not_count():
     rows = kl_rows({"sdtp": 0.2, "lazyllm": 0.1})[:-1]
-    values = tables.kl_by_cell(tables.at(framed(rows), 64, 2.0))["text"]
+    values = tables.kl_by_test_set(tables.at(framed(rows), 64, 2.0))["text"]
     assert {name: value.items for name, value in values.items()} == {"sdtp": 7, "lazyllm": 7}
     begun = ruler_rows({"sdtp": [1.0]}, [1.0])  # the first item of a task, by the first method alone
     assert tables.answers(tables.at(framed(rows, begun), 64, 2.0)) == {}
@@ -68,7 +68,7 @@ def test_an_item_that_a_running_command_has_not_finished_does_not_count():
 def test_an_item_on_which_one_method_failed_still_counts_for_the_others():
     rows = kl_rows({"sdtp": 0.2, "lazyllm": 0.1})
     rows[-1] |= {"kind": "failure", "kl_nats": None, "error": "out of memory"}
-    values = tables.kl_by_cell(tables.at(framed(rows), 64, 2.0))["text"]
+    values = tables.kl_by_test_set(tables.at(framed(rows), 64, 2.0))["text"]
     assert {name: value.items for name, value in values.items()} == {"sdtp": 8, "lazyllm": 7}
 
 

@@ -109,7 +109,7 @@ def test_the_tables_command_measures_each_press_alone_and_behind_sdtp(tiny_model
     folder = tmp_path / "model"
     tiny_model(max_position_embeddings=2048).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    arguments = ["--model", str(folder), "--scorer", "recency", "--cells", "needle", "--samples", "2"]
+    arguments = ["--model", str(folder), "--scorer", "recency", "--test-sets", "needle", "--samples", "2"]
     arguments += ["--prompt-tokens", "600", "--run-dir", str(tmp_path / "run")]
     main(arguments)
     rows = [json.loads(line) for line in (tmp_path / "run" / "compression.jsonl").read_text().splitlines()]
