@@ -184,10 +184,9 @@ def draw(summary, rows_path: Path, frame) -> Path:
         plots.quality_over_flops(part, ax)
         ax.set_title(f"{test_set} (n = {part['items'].max()})")
         ax.set_xlim(0, 1)
-        ax.get_legend().remove()
     for ax in list(axes.flat)[len(test_sets) :]:
         ax.set_visible(False)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    plots.one_legend(axes.flat[: len(test_sets)])
     stamp = {name: frame[name].iloc[0] for name in ("commit", "model", "weights", "device", "dtype", "seed")}
     path = plots.save(figure, rows_path.with_name("quality_over_flops.png"), stamp | {"rows": rows_path.name})
     plt.close(figure)

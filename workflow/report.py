@@ -142,7 +142,7 @@ def _pareto_by_test_set(lines: Any) -> Any:
         ax.remove()
     for ax, test_set in zip(axes.flat, test_sets, strict=False):
         part = lines[(lines.cell == test_set) & (lines.kl_nats > 0)]
-        plots.pareto(part, ax, x="prefill_flops_share", y="kl_nats", hue="scorer", text="setting", legend=False)
+        plots.pareto(part, ax, x="prefill_flops_share", y="kl_nats", hue="scorer", text="setting")
         ax.set_title(str(test_set).replace("_", " "))
     plots.one_legend(axes.flat[: len(test_sets)])
     return figure

@@ -29,13 +29,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
 
     if unknown := [name for name in given.presets if name not in PRESETS]:
         raise ValueError(f"--presets {' '.join(unknown)}: choose among {', '.join(PRESETS)}.")
+    from sdtp_lib.latency import report  # first, so that a missing package is said before anything is loaded
+
     model, _ = shared.load(given)
 
     import torch
     from tqdm import tqdm
 
     from sdtp_lib.config import PruningConfig
-    from sdtp_lib.latency import report, run
+    from sdtp_lib.latency import run
     from sdtp_lib.model_shape import ModelShape
     from sdtp_lib.pruning.stage import name_of
     from sdtp_lib.records import RowWriter, provenance_of, read_rows

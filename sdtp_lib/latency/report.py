@@ -9,14 +9,16 @@ milliseconds if prefill reached its limit and decode moved only weights and the 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sdtp_lib.extras import extra
 from sdtp_lib.records import markdown_table
 
+with extra("train"):
+    import pandas
+
 UNPRUNED = "unpruned"
-PIPELINE = ("filter pass", "pruned pass", "prefill", "second pass", "cache cut")
 _TIMES = ("prefill_ms", "decode_ms", "end_to_end_ms")
 _COUNTED = ("family", "keep_ratio", "prune_layers", "tflops", "compression_ratio", "kv_bytes", "kv_tokens_per_layer",
             "new_tokens", "weight_bytes", "device", "dtype", "model", "weights")  # fmt: skip
@@ -32,44 +34,53 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ``tflops, flops_reduction_percent, kv_bytes, kv_reduction_percent, kv_tokens_per_layer, kept_tokens,
     peak_memory_mb, energy_j, decode_tokens_per_s, compression_ratio, family, keep_ratio``.
     """
-    cells = _cells(row for row in rows if row.get("kind") == "latency")
     table = []
-    for (tokens, method), group in cells.items():
-        measured = [row for row in group if row.get("status") == "ok"]
-        entry: dict[str, Any] = {"prompt_tokens": tokens, "method": method, "repetitions": len(measured)}
-        entry["status"] = "ok" if measured else "out of memory"
-        entry |= {name: group[-1].get(name) for name in _COUNTED}
+    # Of type object: a missing number is None then, and a whole one stays whole.
+    frame = pandas.DataFrame([row for row in rows if row.get("kind") == "latency"], dtype=object)
+    frame = frame.where(frame.notna(), None)
+    for (tokens, method), group in frame.groupby(["prompt_tokens", "method"], sort=False) if len(frame) else ():
+        ok = frame[(frame.prompt_tokens == tokens) & (frame.status == "ok")].set_index("repetition")
+        own, base = ok[ok.method == method], ok[ok.method == UNPRUNED]
+        entry = {"prompt_tokens": tokens, "method": method, "repetitions": len(own)}
+        entry["status"] = "ok" if len(own) else "out of memory"
+        entry |= {name: group.iloc[-1].get(name) for name in _COUNTED}
         for name in (*_TIMES, "decode_tokens_per_s", "peak_memory_mb", "memory_growth_mb", "energy_j"):
-            _spread(entry, name, [row[name] for row in measured if row.get(name) is not None])
+            entry |= _spread(name, own.get(name))
         lengths = entry["kv_tokens_per_layer"]
         entry["kept_tokens"] = lengths[-1] if lengths else None
-        base_rows = [row for row in cells.get((tokens, UNPRUNED), []) if row.get("status") == "ok"]
-        if measured and base_rows:
-            _compare_to_unpruned(entry, measured, base_rows)
+        if len(own) and len(base):
+            for name in _TIMES:
+                entry |= _spread(name.replace("_ms", "_speedup"), base[name].astype(float) / own[name].astype(float))
+            entry |= _beside_limits(entry, base)
         table.append(entry)
     return table
 
 
-def _compare_to_unpruned(entry: dict[str, Any], measured: list, base_rows: list) -> None:
-    by_repetition = {row["repetition"]: row for row in base_rows}
-    for name in _TIMES:
-        pairs = [(by_repetition[row["repetition"]].get(name), row.get(name)) for row in measured
-                 if row["repetition"] in by_repetition]  # fmt: skip
-        _spread(entry, name.replace("_ms", "_speedup"), [base / own for base, own in pairs if base and own])
-    base = base_rows[0]
-    entry["flops_reduction_percent"] = 100 * (1 - entry["tflops"] / base["tflops"])
-    entry["kv_reduction_percent"] = 100 * (1 - entry["kv_bytes"] / base["kv_bytes"])
-    entry["prefill_limit"] = base["tflops"] / entry["tflops"]
-    prefill = statistics.median(row["prefill_ms"] for row in base_rows)
-    decodes = [row["decode_ms"] for row in base_rows if row.get("decode_ms") is not None]
-    entry["end_to_end_limit"] = None
-    if decodes:
-        moved = (base["weight_bytes"] + entry["kv_bytes"]) / (base["weight_bytes"] + base["kv_bytes"])
-        decode = statistics.median(decodes)
-        entry["end_to_end_limit"] = (prefill + decode) / (prefill / entry["prefill_limit"] + decode * moved)
+def _beside_limits(entry: Mapping[str, Any], base: pandas.DataFrame) -> dict[str, Any]:
+    first = base.iloc[0]
+    prefill_limit = first.tflops / entry["tflops"]
+    moved = (first.weight_bytes + entry["kv_bytes"]) / (first.weight_bytes + first.kv_bytes)
+    prefill, decode = (base[name].astype(float).median() for name in ("prefill_ms", "decode_ms"))
+    found: dict[str, Any] = {
+        "flops_reduction_percent": 100 * (1 - entry["tflops"] / first.tflops),
+        "kv_reduction_percent": 100 * (1 - entry["kv_bytes"] / first.kv_bytes),
+        "prefill_limit": prefill_limit,
+        "end_to_end_limit": _or_none((prefill + decode) / (prefill / prefill_limit + decode * moved)),
+    }
     for name in ("prefill", "end_to_end"):
-        limit, reached = entry[f"{name}_limit"], entry.get(f"{name}_speedup")
-        entry[f"{name}_share_of_limit"] = reached / limit if limit and reached else None
+        limit, reached = found[f"{name}_limit"], entry[f"{name}_speedup"]
+        found[f"{name}_share_of_limit"] = reached / limit if limit and reached else None
+    return found
+
+
+def _spread(name: str, values: pandas.Series | None) -> dict[str, float | None]:
+    """Median and quartiles; None where there is no value."""
+    quartiles = pandas.Series([] if values is None else values, dtype=float).quantile([0.5, 0.25, 0.75])
+    return dict(zip((name, f"{name}_q1", f"{name}_q3"), map(_or_none, quartiles), strict=True))
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
 
 
 def by_length(rows: Iterable[Mapping[str, Any]], sdtp: str = "keep09") -> dict[str, dict[str, Any]]:
@@ -143,10 +154,10 @@ def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, An
     """
     old, new = ({(row["prompt_tokens"], row["method"]): row for row in summary(rows)} for rows in (before, after))
     found = []
-    for cell in dict.fromkeys([*old, *new]):
+    for place in dict.fromkeys([*old, *new]):
         for field in ("prefill_ms", "decode_ms"):
-            a, b = old.get(cell, {}), new.get(cell, {})
-            entry = {"prompt_tokens": cell[0], "method": cell[1], "field": field, "before_ms": a.get(field),
+            a, b = old.get(place, {}), new.get(place, {})
+            entry = {"prompt_tokens": place[0], "method": place[1], "field": field, "before_ms": a.get(field),
                      "after_ms": b.get(field), "ratio": None, "verdict": "missing"}  # fmt: skip
             if a.get(field) and b.get(field):
                 entry["ratio"] = ratio = b[field] / a[field]
@@ -208,22 +219,17 @@ def equal_quality_table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def quality_points(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One point per text and method: mean KL over samples, median prefill time, its paired speed-up over unpruned."""
-    cells: dict[tuple, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row.get("kind") == "quality":
-            cells.setdefault((row["text"], row["method"]), []).append(row)
-    points = []
-    for (text, method), group in cells.items():
-        base = {row["sample"]: row["prefill_ms"] for row in cells.get((text, UNPRUNED), [])}
-        gains = [base[row["sample"]] / row["prefill_ms"] for row in group if row["sample"] in base]
-        points.append(
-            {"text": text, "method": method, "family": group[0]["family"], "keep_ratio": group[0]["keep_ratio"],
-             "samples": len(group), "tflops": group[0]["tflops"],
-             "kl_nats": statistics.fmean(row["kl_nats"] for row in group),
-             "prefill_ms": statistics.median(row["prefill_ms"] for row in group),
-             "prefill_speedup": statistics.median(gains) if gains else None}
-        )  # fmt: skip
-    return points
+    frame = pandas.DataFrame([row for row in rows if row.get("kind") == "quality"])
+    if frame.empty:
+        return []
+    base = frame[frame.method == UNPRUNED].set_index(["text", "sample"]).prefill_ms.rename("unpruned_ms")
+    frame = frame.join(base, on=["text", "sample"])
+    points = frame.assign(speedup=frame.unpruned_ms / frame.prefill_ms).groupby(["text", "method"], sort=False).agg(
+        family=("family", "first"), keep_ratio=("keep_ratio", "first"), samples=("sample", "size"),
+        tflops=("tflops", "first"), kl_nats=("kl_nats", "mean"), prefill_ms=("prefill_ms", "median"),
+        prefill_speedup=("speedup", "median"),
+    )  # fmt: skip
+    return points.reset_index().to_dict("records")
 
 
 def _reached(line: list[dict[str, Any]], kl: float) -> tuple[dict[str, float] | None, str]:
@@ -238,21 +244,6 @@ def _reached(line: list[dict[str, Any]], kl: float) -> tuple[dict[str, float] | 
     span = math.log(left["kl_nats"]) - math.log(max(right["kl_nats"], 1e-12))
     share = (math.log(left["kl_nats"]) - math.log(kl)) / span
     return {name: left[name] + share * (right[name] - left[name]) for name in ("prefill_ms", "tflops")}, "interpolated"
-
-
-def _cells(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:
-    cells: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault((row["prompt_tokens"], row["method"]), []).append(row)
-    return cells
-
-
-def _spread(entry: dict[str, Any], name: str, values: list[float]) -> None:
-    if not values:
-        entry[name] = entry[f"{name}_q1"] = entry[f"{name}_q3"] = None
-        return
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    entry[f"{name}_q1"], entry[name], entry[f"{name}_q3"] = quartiles
 
 
 def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,22 +261,3 @@ def _gain(row: Mapping[str, Any], name: str) -> str:
     if gain is None or row["method"] == UNPRUNED:
         return "-"
     return f"{gain:.2f}x" + (f" ({share:.3f})" if share else "")
-
-
-def parts(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Where the prefill of each method goes: ``method, part, ms``, medians over the samples of ``quality`` rows."""
-    values: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        if row.get("kind") == "quality":
-            for part, ms in row["parts_ms"].items():
-                values.setdefault((row["method"], part), []).append(ms)
-    methods = list(dict.fromkeys(method for method, _ in values))
-    table = []
-    for method in methods:
-        for part in PIPELINE:
-            ms = statistics.median(values.get((method, part), [0.0]))
-            # The first method names every part, so that a picture stacks them in the order in which they happen. What
-            # is left for "prefill" after a method's last part of its own is no time at all.
-            if method == methods[0] or ms > 0.05:
-                table.append({"method": method, "part": part, "ms": ms})
-    return table

@@ -13,7 +13,7 @@ with extra("study"):
     import seaborn  # noqa: F401
 
 from sdtp_lib.plots import readings
-from sdtp_lib.plots.cost import memory_over_length, speedup_over_length, stacked_time
+from sdtp_lib.plots.cost import memory_over_length, speedup_over_length, time_bars
 from sdtp_lib.plots.leaderboard import quality_lost
 from sdtp_lib.plots.needles import needle_map
 from sdtp_lib.plots.results import (
@@ -59,7 +59,7 @@ __all__ = [
     "short",
     "slope_chart",
     "speedup_over_length",
-    "stacked_time",
+    "time_bars",
     "text_and_map",
     "token_layer_map",
     "use_style",

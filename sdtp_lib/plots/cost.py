@@ -1,4 +1,4 @@
-"""Figures of measured cost: speed-up beside its limit, time split into prefill and decode, memory over length.
+"""Figures of measured cost: speed-up beside its limit, time to the first token, memory over length.
 
 Knows frames by their column names; the defaults are those of the latency rows. Draws on given axes, never shows or
 saves.
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from sdtp_lib.plots.style import PALETTE, axes_or_new, legend_beside, lines_by, need_columns, short
-
-_PART_COLOURS = (PALETTE["blue"], PALETTE["orange"], PALETTE["vermillion"], PALETTE["green"], PALETTE["purple"])
-_HATCHES = ("", "///", "...", "xx", "--")
 
 
 def length_axis(ax: Axes, lengths: Sequence[float]) -> None:
@@ -69,40 +66,22 @@ def speedup_over_length(
     return ax
 
 
-def stacked_time(
+def time_bars(
     frame: pd.DataFrame,
     ax: Axes | None = None,
     *,
     method: str = "method",
-    part: str = "part",
-    value: str = "ms",
-    x_label: str = "time [ms]",
+    value: str = "prefill_ms",
+    x_label: str = "time to the first token [ms]",
 ) -> Axes:
-    """One horizontal bar per ``method`` from its ``part``s, the total written at its end.
-
-    ``frame`` is long: one row per method and part with its time in ``value``; several rows of one
-    method and part are drawn as their median.
-    """
+    """One horizontal bar per ``method``: the median of ``value`` over its rows with their range, written at its end."""
     ax = axes_or_new(ax)
-    need_columns(frame, method, part, value, what="stacked_time")
-    methods, parts = list(frame[method].unique()), list(frame[part].unique())
-    middle = frame.pivot_table(index=method, columns=part, values=value, aggfunc="median").reindex(methods)[parts]
-    at = np.arange(len(methods))
-    left = np.zeros(len(methods))
-    for i, name in enumerate(parts):
-        width = middle[name].fillna(0.0).to_numpy()
-        # hatching keeps the parts apart in grey prints
-        look = {"color": _PART_COLOURS[i % 5], "hatch": _HATCHES[i % 5], "edgecolor": "white"}
-        ax.barh(at, width, 0.62, left=left, label=str(name), zorder=2, **look)
-        left += width
-    for position, total in zip(at, left, strict=True):
-        ax.annotate(f" {short(total)}", (total, position), va="center", fontsize=9.5)
-    ax.set_yticks(at, [str(name) for name in methods])
-    ax.invert_yaxis()
-    ax.set_xlabel(x_label)
-    ax.set_xlim(0, 1.14 * left.max() if len(left) and left.max() > 0 else 1)
+    need_columns(frame, method, value, what="time_bars")
+    sns.barplot(frame, x=value, y=method, estimator="median", errorbar=("pi", 100), color=PALETTE["blue"], ax=ax)
+    ax.bar_label(ax.containers[0], fmt=short, padding=4, fontsize=9.5)
+    ax.margins(x=0.14)
+    ax.set(xlabel=x_label, ylabel="")
     ax.grid(False, axis="y")
-    ax.legend(ncols=min(len(parts), 4), loc="lower left", bbox_to_anchor=(0, 1.0))
     return ax
 
 

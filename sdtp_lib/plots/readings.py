@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 
 from sdtp_lib.pruning.token_fates import TokenFates
@@ -197,19 +196,3 @@ def _percent(share: float) -> str:
 
 def _list(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" and {parts[-1]}"
-
-
-def find_place(tokens: Sequence[str], text: str) -> tuple[int, int] | None:
-    """First and last token that hold the last occurrence of ``text``; None where it is not, or empty."""
-    start = "".join(tokens).rfind(text) if text else -1
-    if start < 0:
-        return None
-    ends = np.cumsum([len(token) for token in tokens])
-    return int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, start + len(text) - 1, "right"))
-
-
-def places_of(tokens: Sequence[str], question: str, answer: str) -> dict[str, tuple[int, int]]:
-    """Where a prompt asks and where its answer is read from: names -> first and last token, of what is found."""
-    asked = find_place(tokens, question)
-    told = find_place(tokens[: asked[0]] if asked else tokens, answer)
-    return {name: place for name, place in (("question", asked), ("answer", told)) if place}

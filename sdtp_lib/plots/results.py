@@ -64,7 +64,6 @@ def pareto(
     x_is_cost: bool | None = None,
     y_is_cost: bool | None = None,
     text: str | None = None,
-    legend: bool = True,
 ) -> Axes:
     """All measured points, and the dashed line through those that no other point beats in both ``x`` and ``y``.
 
@@ -77,8 +76,6 @@ def pareto(
         ``loss``. A KL is drawn on a log scale.
     text
         Column written beside each point.
-    legend
-        False where the figure has one legend for several axes.
     """
     ax = axes_or_new(ax)
     need_columns(frame, x, y, what="pareto")
@@ -103,8 +100,7 @@ def pareto(
         ax.set_yscale("log")
     ax.set_xlabel(_axis_name(x, x_is_cost))
     ax.set_ylabel(_axis_name(y, y_is_cost))
-    if legend:
-        legend_beside(ax)
+    legend_beside(ax)
     return ax
 
 

@@ -52,7 +52,6 @@ _FIXED = {
     "paper's pruner": ("yellow", "d"),
     "recency": ("green", "^"),
     "random": ("vermillion", "v"),
-    "hidden_norm": ("sky", "D"),
     "hidden norm": ("sky", "D"),
     "keep09": ("blue", "o"),
     "keep08": ("orange", "s"),
@@ -141,7 +140,7 @@ def series_look(names: list[Any]) -> dict[Any, dict[str, str]]:
     """
     look: dict[Any, dict[str, str]] = {}
     for name in names:
-        fixed = _FIXED.get(str(name))
+        fixed = _FIXED.get(str(name)) or _FIXED.get(str(name).replace("_", " "))  # as typed, as shown
         if fixed:
             look[name] = dict(zip(("color", "marker", "linestyle"), (PALETTE[fixed[0]], *fixed[1:]), strict=False))
     taken = {entry["color"] for entry in look.values()}
@@ -243,6 +242,11 @@ def save(fig: Figure, path: str | Path, provenance: Mapping[str, Any] | None = N
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for legend in fig.legends:
+        # A tight picture is larger than its figure. A legend placed by the picture's edge would leave its place for it
+        # and lie on the line below.
+        if legend.get_bbox_to_anchor() is fig.bbox:
+            legend.set_bbox_to_anchor((0, 0, 1, 1), fig.transFigure)
     _name_origin(fig, provenance or {})
     written = []
     for kind in ("png", "svg") if svg else ("png",):

@@ -39,6 +39,11 @@ LOSS_ON = ("response", "all", "continuation")
 _ODDS_SEED = 20250404
 
 
+def label_column(layer: int, label: str, labels: Sequence[str]) -> str:
+    """The column of a labelled data set with ``label`` at ``layer``; the first of its ``labels`` has no suffix."""
+    return f"layer_{layer}" if label == labels[0] else f"layer_{layer}_{label}"
+
+
 def saliency_of(
     model: nn.Module | Architecture,
     input_ids: Tensor,

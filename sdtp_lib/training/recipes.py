@@ -26,6 +26,7 @@ from sdtp_lib.records import read_rows
 from sdtp_lib.scorers.blend import Blend, average_of_neighbours
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training.config import TrainingConfig
+from sdtp_lib.training.labels import label_column
 
 DEFAULT = "sdtp"
 # Below this many nats per token a difference matters to nobody: needles must not decide the blend by 0.0001 or 0.0002.
@@ -128,8 +129,7 @@ def joined_label(row: dict, layers: Sequence[int], labels: Sequence[str], smooth
     """``layer_<l>``: the sum of ``labels``, each over its mean, averaged over ``smoothing`` neighbours."""
     joined = {}
     for layer in layers:
-        columns = [f"layer_{layer}" if name == labels[0] else f"layer_{layer}_{name}" for name in labels]
-        parts = [torch.tensor(row[column], dtype=torch.float64) for column in columns]
+        parts = [torch.tensor(row[label_column(layer, name, labels)], dtype=torch.float64) for name in labels]
         total = sum(part / part.mean().clamp(min=1e-30) for part in parts)[None]
         joined[f"layer_{layer}"] = average_of_neighbours(total, torch.ones_like(total).bool(), smoothing)[0].tolist()
     return joined

@@ -268,8 +268,7 @@ def _labelled(
     measuring = MEASURED_RUNS * measured / share.count * seconds / len(first) * 0.15
     then = f", and very roughly {measuring / 60:.0f} for measuring on {measured} held-out prompts" if measured else ""
     say(f"first {len(first)} labels: {seconds:.0f} s; about {left / 60:.0f} minutes for the others{then}", flush=True)
-    compute_saliency(model, train, layers, progress=progress and share.is_first,
-                     share=(share.index, share.count), **about)  # fmt: skip
+    compute_saliency(model, share.of(train), layers, progress=progress and share.is_first, **about)
     share.wait()
     labelled = compute_saliency(model, train, layers, progress=False, **about)
     joined = {"layers": layers, "labels": recipe.labels, "smoothing": recipe.smoothing}

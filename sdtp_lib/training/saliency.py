@@ -25,7 +25,7 @@ from sdtp_lib.models import cache_directory
 from sdtp_lib.provenance import adapters_fingerprint, fingerprint
 from sdtp_lib.pruning.stage import QUERY_TOKENS, earlier_layers
 from sdtp_lib.records import atomic_write
-from sdtp_lib.training.labels import DEFAULT_LABEL, LOSS_ON, checked_labels, saliency_of
+from sdtp_lib.training.labels import DEFAULT_LABEL, LOSS_ON, checked_labels, label_column, saliency_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +44,6 @@ def compute_saliency(
     cache_dir: str | Path | None = None,
     progress: bool = True,
     store_hidden: bool = False,
-    share: tuple[int, int] = (0, 1),
 ) -> Dataset:
     """Label the prompt tokens of ``samples`` at each of ``layers``.
 
@@ -62,13 +61,11 @@ def compute_saliency(
         ``"response"``; ``"all"`` tokens (what an earlier reproduction did, and worse); ``"continuation"``: the model's
         own greedy answer in place of the response.
     cache_dir
-        Where the labels are kept, default the user's cache. What is there already is not computed again.
+        Where the labels are kept, default the user's cache. What is there already is not computed again: several
+        processes may label a part each (`processes.Share.of`), and whoever asks for all then reads them.
     store_hidden
         Also keep the other inputs of pruners at ``layers``, in bfloat16, so that they train without the model: hidden
         states of the prompt, and the attention paid to its tokens before (`pruning.stage.earlier_layers`).
-    share
-        ``(i, n)``: label only every n-th sample, from the i-th; n processes share the work so, and whoever comes
-        after them with the whole reads all.
 
     Returns
     -------
@@ -107,8 +104,7 @@ def compute_saliency(
     folder = Path(cache_dir or cache_directory()) / "saliency" / _digest(about)
     folder.mkdir(parents=True, exist_ok=True)
     files = {sample["id"]: folder / f"{_digest(sample)}.safetensors" for sample in tokenised}
-    mine = tokenised[share[0] :: share[1]]
-    missing = [s for s in mine if not _complete(files[s["id"]], layers if store_hidden else ())]
+    missing = [s for s in tokenised if not _complete(files[s["id"]], layers if store_hidden else ())]
     bar = tqdm(total=len(missing), desc=f"saliency ({', '.join(labels)})", disable=not progress, unit="sample")
     with bar:
         for batch in _batches(missing, batch_size):
@@ -118,7 +114,7 @@ def compute_saliency(
                 with atomic_write(files[sample["id"]]) as temporary:
                     save_file(tensors, str(temporary), metadata=meta)
                 bar.update()
-    rows = [_row(files[name], layers, labels) for name in ids if files[name].exists()]
+    rows = [_row(files[name], layers, labels) for name in ids]
     if protect:
         rows = [{**row, "protect": protect[row["sample_id"]]} for row in rows]
     return Dataset.from_list(rows)
@@ -277,10 +273,9 @@ def _row(file: Path, layers: tuple[int, ...], labels: tuple[str, ...]) -> dict[s
             "input_ids": stored.get_tensor("input_ids").tolist(),
             "prompt_length": int(stored.get_tensor("prompt_length")[0]),
         }
-        for number, name in enumerate(labels):
+        for name in labels:
             for layer in layers:
-                column = f"layer_{layer}" if number == 0 else f"layer_{layer}_{name}"
-                row[column] = stored.get_tensor(f"{name}_{layer}").tolist()
+                row[label_column(layer, name, labels)] = stored.get_tensor(f"{name}_{layer}").tolist()
     return {**row, "file": str(file)}
 
 

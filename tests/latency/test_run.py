@@ -92,19 +92,6 @@ def test_equal_quality_is_interpolated_between_measured_ratios():
     assert found["propagation"]["verdict"] == "better throughout"
 
 
-def test_parts_come_in_the_order_in_which_they_happen():
-    rows = [
-        {**quality("unpruned", "unpruned", None, 9.0, 0.0), "parts_ms": {"prefill": 9.0}},
-        {
-            **quality("f", "filter", 0.9, 5.0, 0.0),
-            "parts_ms": {"filter pass": 3.0, "second pass": 2.0, "prefill": 0.01},
-        },
-    ]
-    found = latency_report.parts(rows)
-    assert [entry["part"] for entry in found[:5]] == list(latency_report.PIPELINE)
-    assert [(entry["part"], entry["ms"]) for entry in found[5:]] == [("filter pass", 3.0), ("second pass", 2.0)]
-
-
 @pytest.fixture(scope="module")
 def model(tiny_model):
     return tiny_model()

@@ -184,27 +184,16 @@ def test_a_speedup_without_a_limit_is_drawn_alone(ax):
     assert ax.get_ylabel() == "decode speed-up [times]"
 
 
-def test_times_are_stacked_to_their_total(ax):
-    rows = [
-        ("unpruned", "prefill", 2.0),
-        ("unpruned", "decode", 3.0),
-        ("keep09", "prefill", 1.0),
-        ("keep09", "decode", 2.5),
-    ]
-    plots.stacked_time(pd.DataFrame(rows, columns=["method", "part", "ms"]), ax)
-    assert [bar.get_width() for bar in ax.patches] == [2.0, 1.0, 3.0, 2.5]
-    assert [bar.get_x() for bar in ax.patches] == [0, 0, 2.0, 1.0]
-    assert {text.get_text().strip() for text in ax.texts} == {"5", "3.5"}
+def test_a_bar_is_the_median_of_its_method_and_says_so(ax):
+    frame = pd.DataFrame({"method": ["unpruned"] * 3 + ["keep09"], "prefill_ms": [4.0, 5.0, 9.0, 3.5]})
+    plots.time_bars(frame, ax)
+    assert [bar.get_width() for bar in ax.patches] == [5.0, 3.5]
+    assert [text.get_text() for text in ax.texts] == ["5", "3.5"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["unpruned", "keep09"]
 
 
 def test_numbers_on_bars_have_no_exponent():
     assert [plots.short(value) for value in (10780.4, 236.2, 3.5, 0.0421, 0)] == ["10,780", "236", "3.5", "0.0421", "0"]
-
-
-def test_a_method_without_a_part_has_none_of_it(ax):
-    rows = [("earlier", "prefill", 2.0), ("earlier", "second prefill", 1.0), ("keep09", "prefill", 1.5)]
-    plots.stacked_time(pd.DataFrame(rows, columns=["method", "part", "ms"]), ax)
-    assert [bar.get_width() for bar in ax.patches] == [2.0, 1.5, 1.0, 0.0]
 
 
 def test_memory_is_shown_in_the_unit_that_suits_it(ax):

@@ -93,9 +93,3 @@ def test_the_best_scores_are_those_of_the_table():
     )
     assert "text: recency (0.100), then SDTP (0.300); needle: SDTP (0.010)" in readings.best_scores(frame)
     assert "recency is number 1 on running text, and 2.0 in the mean over tasks" in readings.text_and_tasks(frame)
-
-
-def test_the_place_of_the_answer_is_the_one_before_the_question():
-    tokens = ["The ", "code ", "is ", "42", "17", ". ", "What ", "code? ", "4217"]
-    assert readings.places_of(tokens, "What code?", "4217") == {"question": (6, 7), "answer": (3, 4)}
-    assert readings.places_of(tokens, "Who?", "nobody") == {}

@@ -262,12 +262,6 @@ def test_a_killed_label_pass_goes_on_where_it_stopped(tiny_model, tmp_path, monk
     assert len(calls) == 2
 
 
-def test_processes_share_the_work_without_overlap(tiny_model, tmp_path):
-    model = tiny_model()
-    first = compute_saliency(model, samples(), LAYERS, cache_dir=tmp_path, progress=False, share=(0, 2))
-    assert [row["sample_id"] for row in first] == ["s0", "s2"]
-
-
 def test_stored_hidden_states_are_what_enters_the_layer(tiny_model, tmp_path):
     model = tiny_model()
     rows = compute_saliency(model, samples(2), LAYERS, cache_dir=tmp_path, progress=False, store_hidden=True)

@@ -65,7 +65,7 @@ def work():
     share, model = Share(), AutoModelForCausalLM.from_pretrained("model")
     model.requires_grad_(False).eval()
     about = {"cache_dir": "labels", "progress": False, "store_hidden": True}
-    own = compute_saliency(model, samples(), LAYERS, share=(share.index, share.count), **about)
+    own = compute_saliency(model, share.of(samples()), LAYERS, **about)
     share.wait()
     labelled = compute_saliency(model, samples(), LAYERS, **about)
     config = QUICK.replace(epochs=4, eval_share=0.0)
