@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, load_model
+from sdtp_lib.evaluation.answer_run import print_failures
 from sdtp_lib.evaluation.answer_tables import fewshot_table
 from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
 from sdtp_lib.evaluation.tables import markdown
@@ -85,8 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, (full, pruned) in PAPER.items():
         if name.lower() in str(frame.model.iloc[0]).lower():
             print(f"\nThe paper's mean over the eight tasks for {name}: full {full}, SDTP {pruned} (65 % pruned)")
-    for row in frame[frame.kind == "failure"].itertuples():
-        print(f"failed: {row.dataset} {row.item} {row.variant}: {row.error}")
+    print_failures(frame)
     print(f"rows: {path}")
 
 

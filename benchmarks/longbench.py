@@ -18,14 +18,13 @@ from pathlib import Path
 import pandas
 
 from sdtp_lib.data import longbench
-from sdtp_lib.evaluation.answer_run import Part, add_arguments, load, positions, print_failures, run_parts
+from sdtp_lib.evaluation.answer_run import Part, add_arguments, load, measured, positions, print_failures, run_parts
 from sdtp_lib.evaluation.answer_tables import answers_table
 from sdtp_lib.evaluation.answers import FULL
 from sdtp_lib.evaluation.items import longbench_items
 from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.paper import TABLE1
 from sdtp_lib.processes import Share
-from sdtp_lib.records import read_frame
 
 CHAT_TOKENS = 64
 
@@ -60,12 +59,9 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     path = options.run_dir / "longbench.jsonl"
-    share = Share()
-    if not options.tables:
-        measure(options, path, share)
-    if not share.is_first:
+    frame = measured(options, path, measure)
+    if frame is None:
         return
-    frame = read_frame(path)
     print("\nScores (official metric, x 100), paired difference to full with its 95 % bootstrap interval\n")
     print(markdown(answers_table(frame, against=FULL), digits=2))
     full = frame[(frame.kind == "item") & (frame.variant == FULL)].groupby("dataset").score.mean()

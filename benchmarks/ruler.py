@@ -23,13 +23,12 @@ import pandas
 
 from sdtp_lib import plots
 from sdtp_lib.data import copying, longbench2, ruler
-from sdtp_lib.evaluation.answer_run import Part, add_arguments, load, positions, print_failures, run_parts
+from sdtp_lib.evaluation.answer_run import Part, add_arguments, load, measured, positions, print_failures, run_parts
 from sdtp_lib.evaluation.answer_tables import answers_table, means_over_tasks
 from sdtp_lib.evaluation.answers import FULL
 from sdtp_lib.evaluation.items import copying_items, longbench2_items, ruler_items
 from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.processes import Share
-from sdtp_lib.records import read_frame
 
 LONGBENCH2 = "longbench2"
 CHAT_TOKENS = 64
@@ -131,12 +130,9 @@ def draw_needles(frame: pandas.DataFrame, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     path = options.run_dir / "ruler.jsonl"
-    share = Share()
-    if not options.tables:
-        measure(options, path, share)
-    if not share.is_first:
+    frame = measured(options, path, measure)
+    if frame is None:
         return
-    frame = read_frame(path)
     if frame.empty:
         raise SystemExit(f"{path} has no rows: no task had its data, see above.")
     done = frame[frame.kind == "item"]

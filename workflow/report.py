@@ -118,7 +118,7 @@ def pareto_svg(rows: Sequence[Mapping[str, Any]]) -> str | None:
     with plots.use_style():
         if lines.setting.nunique() == 1:  # one budget: nothing varies along the axis of costs
             figure, ax = plt.subplots(figsize=(13, 5), layout="constrained")
-            plots.score_by_group(lines, ax, group="cell", score="kl_nats", y_label="KL [nats/token]", log=True)
+            plots.score_by_group(lines, ax, x="cell", y="kl_nats", y_label="KL [nats/token]", log=True)
             ax.set_title(f"{lines.setting.iloc[0]}: KL to the unpruned model (lower is better)")
         else:
             figure = _pareto_by_test_set(lines)

@@ -22,7 +22,7 @@ from sdtp_lib.evaluation.items import Item
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.models import load_model
 from sdtp_lib.processes import Share
-from sdtp_lib.records import project_root, provenance_of
+from sdtp_lib.records import project_root, provenance_of, read_frame
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.scorers.simple import NAMED
 
@@ -66,6 +66,19 @@ def _method(text: str) -> tuple[str, methods.Method]:
         return text, methods.named(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def measured(
+    options: argparse.Namespace, path: Path, measure: Callable[[argparse.Namespace, Path, Share], None]
+) -> Any:
+    """The rows of ``path`` as a frame, after ``measure`` unless ``--tables`` was given.
+
+    None in a process that is not the first of its launch: one prints.
+    """
+    share = Share()
+    if not options.tables:
+        measure(options, path, share)
+    return read_frame(path) if share.is_first else None
 
 
 def load(options: argparse.Namespace, share: Share) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from sdtp_lib.architectures.caches import cache_argument, cache_in
+from sdtp_lib.architectures.layers import pad_left
 from sdtp_lib.evaluation.items import Item
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.pruning.token_fates import TokenFates
@@ -144,12 +145,10 @@ def _answered(model: Any, tokenizer: Any, items: Sequence[Item], variant: Varian
     ends = model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     filler = ends[0] if ends else 0
-    ids = [[filler] * (longest - len(item.prompt_ids)) + list(item.prompt_ids) for item in items]
-    mask = [[0] * (longest - len(item.prompt_ids)) + [1] * len(item.prompt_ids) for item in items]
     ends += items[0].stop_ids
     settings = {"max_new_tokens": items[0].max_new_tokens, "min_new_tokens": 1, "do_sample": False}
     settings |= {"eos_token_id": ends or None, "pad_token_id": filler, "return_dict_in_generate": True}
-    ids, mask = torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+    ids, mask = (tensor.to(model.device) for tensor in pad_left([item.prompt_ids for item in items]))
     clock, first = _FirstToken(), {}
     started = time.perf_counter()
     with variant.applied(model) as trace:

@@ -135,26 +135,26 @@ def score_by_group(
     frame: pd.DataFrame,
     ax: Axes | None = None,
     *,
-    group: str = "group",
-    score: str = "score",
+    x: str = "group",
+    y: str = "score",
     hue: str = "scorer",
     y_label: str = "score (higher is better)",
     log: bool = False,
 ) -> Axes:
-    """Bars of ``score`` for each ``group`` (a task, a category), one colour per ``hue``, values written on top.
+    """Bars of ``y`` for each ``x`` (a task, a category), one colour per ``hue``, values written on top.
 
-    Rows of one bar are averaged; ``<score>_low`` and ``<score>_high`` give error bars. On a ``log`` axis, which has no
+    Rows of one bar are averaged; ``<y>_low`` and ``<y>_high`` give error bars. On a ``log`` axis, which has no
     zero for a bar to stand on, points are drawn instead.
     """
     ax = axes_or_new(ax)
-    need_columns(frame, group, score, what="score_by_group")
-    groups = list(frame[group].unique())
+    need_columns(frame, x, y, what="score_by_group")
+    groups = list(frame[x].unique())
     series = list(frame[hue].unique()) if hue in frame.columns else [None]
     look = series_look(series)
     width = 0.84 / len(series)
     for i, name in enumerate(series):
         part = frame if name is None else frame[frame[hue] == name]
-        means = part.groupby(group).mean(numeric_only=True).reindex(groups)
+        means = part.groupby(x).mean(numeric_only=True).reindex(groups)
         at = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         label = None if name is None else str(name)
         bars = None
@@ -162,13 +162,13 @@ def score_by_group(
             # Open where lines would be dashed: a second series of the same colour.
             open_face = {"markerfacecolor": "white"} if "linestyle" in look[name] else {}
             points = {"color": look[name]["color"], "marker": look[name]["marker"], "linestyle": "none", "zorder": 4}
-            ax.plot(at, means[score], label=label, **points, **open_face)
+            ax.plot(at, means[y], label=label, **points, **open_face)
         else:
             hatch = "//" if "linestyle" in look[name] else None
-            bars = ax.bar(at, means[score], width * 0.92, label=label, color=look[name]["color"], hatch=hatch, zorder=2)
-        if {f"{score}_low", f"{score}_high"} <= set(means.columns):
-            reach = np.clip([means[score] - means[f"{score}_low"], means[f"{score}_high"] - means[score]], 0, None)
-            ax.errorbar(at, means[score], yerr=reach, fmt="none", color="#666666", capsize=2, linewidth=1, zorder=3)
+            bars = ax.bar(at, means[y], width * 0.92, label=label, color=look[name]["color"], hatch=hatch, zorder=2)
+        if {f"{y}_low", f"{y}_high"} <= set(means.columns):
+            reach = np.clip([means[y] - means[f"{y}_low"], means[f"{y}_high"] - means[y]], 0, None)
+            ax.errorbar(at, means[y], yerr=reach, fmt="none", color="#666666", capsize=2, linewidth=1, zorder=3)
         elif bars is not None and len(groups) * len(series) <= 24:
             ax.bar_label(bars, fmt=short, fontsize=8, padding=2, rotation=90 if len(series) > 2 else 0)
     if log:
@@ -279,34 +279,34 @@ def recall_by_layer(
     frame: pd.DataFrame,
     ax: Axes | None = None,
     *,
-    value: str = "recall",
+    y: str = "recall",
     hue: str = "scorer",
     chance: float | None = None,
-    label: str | None = None,
+    y_label: str | None = None,
 ) -> Axes:
     """Held-out agreement with the label at each pruned layer.
 
     Parameters
     ----------
     frame
-        ``layer``, ``value`` and (optionally) ``hue``; several rows per layer are drawn as their median with quartiles.
-    value
+        ``layer``, ``y`` and (optionally) ``hue``; several rows per layer are drawn as their median with quartiles.
+    y
         ``"recall"`` (share of the label's top k that is found, 0 to 1) or e.g. ``"rank_correlation"`` (-1 to 1).
     chance
         What a random score reaches, drawn as a dotted line.
     """
     ax = axes_or_new(ax)
-    need_columns(frame, "layer", value, what="recall_by_layer")
+    need_columns(frame, "layer", y, what="recall_by_layer")
     keys = ["layer", *([hue] if hue in frame.columns else [])]
-    spread = frame.groupby(keys, sort=False)[value].quantile([0.25, 0.5, 0.75]).unstack()
-    spread.columns = ["_low", value, "_high"]
-    lines_by(spread.reset_index(), ax, "layer", value, hue, low="_low", high="_high")
+    spread = frame.groupby(keys, sort=False)[y].quantile([0.25, 0.5, 0.75]).unstack()
+    spread.columns = ["_low", y, "_high"]
+    lines_by(spread.reset_index(), ax, "layer", y, hue, low="_low", high="_high")
     if chance is not None:
         ax.axhline(chance, linestyle=":", color=PALETTE["black"], linewidth=1.5, label=f"chance ({chance:g})")
-    correlation = "correlation" in value
-    ax.set_ylim(min(-0.05, frame[value].min() - 0.05) if correlation else 0, 1.02)
+    correlation = "correlation" in y
+    ax.set_ylim(min(-0.05, frame[y].min() - 0.05) if correlation else 0, 1.02)
     ax.set_xlabel("pruned layer")
-    ax.set_ylabel(label or ("rank correlation with the label" if correlation else "recall of the label's top tokens"))
+    ax.set_ylabel(y_label or ("rank correlation with the label" if correlation else "recall of the label's top tokens"))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_beside(ax)
     return ax

@@ -339,7 +339,7 @@ def test_published_methods_are_variants_by_the_names_that_were_typed(tiny_model,
     options = parser.parse_args(["--scorers", "recency", "--method", "lazyllm@1.5x", "gemfilter"])
     found = variants(options, tiny_model())
     assert [variant.name for variant in found] == [FULL, "lazyllm@1.5x", "gemfilter"]
-    assert found[1].config.speedup == 1.5 and found[2].config.speedup is None and found[1].scorer.name == "lazyllm"
+    assert found[1].budget.speedup == 1.5 and found[2].budget.speedup is None and found[1].scorer.name == "lazyllm"
     with pytest.raises(SystemExit):
         parser.parse_args(["--method", "lazzyllm"])
     assert "did you mean 'lazyllm'" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_points_and_bars_take_dashed_series_too(ax):
     plots.pareto(frame, ax)
     assert {line.get_linestyle() for line in ax.lines if line.get_label() in names} == {"None"}
     figure, bars = plt.subplots()
-    plots.score_by_group(frame.assign(group="text"), bars, group="group", score="kl_nats", hue="method")
+    plots.score_by_group(frame.assign(group="text"), bars, x="group", y="kl_nats", hue="method")
     assert [bar.get_hatch() for bar in bars.patches] == [None, "//"]
     plt.close(figure)
 
@@ -158,7 +158,7 @@ def test_recall_is_drawn_as_the_median_of_its_samples_with_chance_beside_it(ax):
 
 def test_a_negative_rank_correlation_is_inside_the_axes(ax):
     frame = pd.DataFrame({"layer": [4, 7], "rank_correlation": [-0.3, 0.8]})
-    plots.recall_by_layer(frame, ax, value="rank_correlation")
+    plots.recall_by_layer(frame, ax, y="rank_correlation")
     assert ax.get_ylim()[0] < -0.3
     assert "correlation" in ax.get_ylabel()
 
