@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtp_lib import load_failures
 from sdtp_lib.data.lm_eval_files import private_module, settings, task_folder
 from sdtp_lib.data.samples import chat_prompt, tokenise_prompt
-from sdtp_lib.data.texts import instead, json_lines
+from sdtp_lib.data.texts import from_hub, instead, json_lines
 
 GROUPS = {
     "Single-document QA": ("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"),
@@ -143,7 +142,7 @@ def read_records(source: str | os.PathLike[str], dataset: str) -> list[dict[str,
         For a record that lacks an official field; the line is named.
     """
     task(dataset)
-    source = _downloaded() if os.fspath(source) == "hub" else Path(source)
+    source = from_hub(HUB_DATASET, "data.zip") if os.fspath(source) == "hub" else Path(source)
     member = f"{dataset}.jsonl"
     if source.is_dir():
         paths = [path for path in (source / member, source / "data" / member) if path.is_file()]
@@ -263,13 +262,3 @@ def _metrics() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fuzzywuzzy and jieba warn about themselves on import
         return private_module(task_folder("longbench") / "metrics.py", {})
-
-
-def _downloaded() -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(HUB_DATASET, "data.zip", repo_type="dataset"))
-    except Exception as error:
-        told = load_failures.sentence(error, "check the network")
-        raise OSError(f"Cannot download data.zip of {HUB_DATASET} {told} Or give the file or a folder.") from error

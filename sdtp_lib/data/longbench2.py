@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdtp_lib import load_failures
 from sdtp_lib.data.lm_eval_files import settings, task_folder
 from sdtp_lib.data.longbench import cut_middle
 from sdtp_lib.data.samples import chat_prompt, tokenise_prompt
+from sdtp_lib.data.texts import from_hub
 
 HUB_DATASET = "THUDM/LongBench-v2"
 FIELDS = ("_id", "domain", "difficulty", "length", "question", "choice_A", "choice_B", "choice_C", "choice_D",
@@ -40,7 +40,7 @@ def read_records(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
     ValueError
         For a record that lacks an official field.
     """
-    path = _downloaded() if os.fspath(source) == "hub" else Path(source)
+    path = from_hub(HUB_DATASET, "data.json") if os.fspath(source) == "hub" else Path(source)
     if path.is_dir():
         path = path / "data.json"
     if not path.is_file():
@@ -71,13 +71,3 @@ def score(record: Mapping[str, Any], prediction: str) -> float:
 @functools.cache
 def _template() -> str:
     return settings(task_folder("longbench2") / "_longbench_common_yaml")["doc_to_text"]
-
-
-def _downloaded() -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(HUB_DATASET, "data.json", repo_type="dataset"))
-    except Exception as error:
-        told = load_failures.sentence(error, "check the network")
-        raise OSError(f"Cannot download data.json of {HUB_DATASET} {told} Or give the file.") from error

@@ -129,6 +129,23 @@ def instead(content: bytes) -> str:
     return ""
 
 
+def from_hub(dataset: str, file: str) -> Path:
+    """A benchmark's official file, from the cache or the Hub.
+
+    Raises
+    ------
+    OSError
+        If it cannot be had.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(dataset, file, repo_type="dataset"))
+    except Exception as error:
+        told = load_failures.sentence(error, "check the network")
+        raise OSError(f"Cannot download {file} of {dataset} {told} Or give the file, or its folder.") from error
+
+
 def hub_records(name: str) -> Iterator[dict[str, Any]]:
     with extra("train"):
         import datasets

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sdtp_lib.data import copying, longbench, longbench2, ruler, tasks
@@ -55,75 +56,55 @@ def longbench_items(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max
     for record in records:
         rules = longbench.task(record["dataset"])
         ids, cut = longbench.build_prompt(record, tokenizer, max_tokens)
-        yield Item(
-            dataset=record["dataset"],
-            identifier=record["_id"],
-            prompt_ids=ids,
-            max_new_tokens=rules.max_new_tokens,
-            score=lambda prediction, record=record: longbench.score(record, prediction),
-            stop_ids=tuple(newline) if rules.stop_at_newline else (),
-            cut=cut,
-        )
+        stop_ids = tuple(newline) if rules.stop_at_newline else ()
+        yield _item(record, longbench.score, ids, rules.max_new_tokens, stop_ids=stop_ids, cut=cut)
 
 
 def longbench2_items(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_tokens: int) -> Iterator[Item]:
     """Items of LongBench v2 (see `longbench2`), by domain."""
     for record in records:
         ids, cut = longbench2.build_prompt(record, tokenizer, max_tokens)
-        yield Item(
-            dataset=f"LongBench v2 {record['domain']}",
-            identifier=record["_id"],
-            prompt_ids=ids,
-            max_new_tokens=longbench2.MAX_NEW_TOKENS,
-            score=lambda prediction, record=record: longbench2.score(record, prediction),
-            cut=cut,
-            labels={"difficulty": record["difficulty"]},
-        )
+        named = {**record, "dataset": f"LongBench v2 {record['domain']}"}
+        labels = {"difficulty": record["difficulty"]}
+        yield _item(named, longbench2.score, ids, longbench2.MAX_NEW_TOKENS, cut=cut, labels=labels)
 
 
 def synthetic_items(records: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator[Item]:
     """Items of the synthetic tasks (see `tasks`)."""
     for record in records:
         chat = record["dataset"] not in tasks.UNCHATTED
-        yield Item(
-            dataset=record["dataset"],
-            identifier=record["_id"],
-            prompt_ids=tokenise_prompt(tokenizer, tasks.as_prompt(record, tokenizer), chat=chat),
-            max_new_tokens=tasks.MOST_NEW_TOKENS[record["dataset"]],
-            score=lambda prediction, record=record: tasks.score(record, prediction),
-        )
+        ids = tokenise_prompt(tokenizer, tasks.as_prompt(record, tokenizer), chat=chat)
+        yield _item(record, tasks.score, ids, tasks.MOST_NEW_TOKENS[record["dataset"]])
 
 
 def ruler_items(records: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator[Item]:
     """Items of RULER (see `ruler`)."""
     for record in records:
-        yield Item(
-            dataset=record["dataset"],
-            identifier=record["_id"],
-            prompt_ids=ruler.build_prompt(record, tokenizer),
-            max_new_tokens=ruler.task(record["dataset"]).max_new_tokens,
-            score=lambda prediction, record=record: ruler.score(record, prediction),
-            labels={"target_tokens": record["length"]}
-            | {name: record[name] for name in ("answers", "answer_depth", "text_source", "chat")},
-        )
+        labels = {name: record[name] for name in ("answers", "answer_depth", "text_source", "chat")}
+        yield _item(
+            record, ruler.score, ruler.build_prompt(record, tokenizer), ruler.task(record["dataset"]).max_new_tokens,
+            labels={"target_tokens": record["length"], **labels},
+        )  # fmt: skip
 
 
 def copying_items(records: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator[Item]:
     """Items of the copies and second questions (see `copying`)."""
     for record in records:
-        yield Item(
-            dataset=record["dataset"],
-            identifier=record["_id"],
-            prompt_ids=copying.build_prompt(record, tokenizer),
-            max_new_tokens=record["max_new_tokens"],
-            score=lambda prediction, record=record: copying.score(record, prediction),
+        answers = record.get("first_answers")
+        yield _item(
+            record, copying.score, copying.build_prompt(record, tokenizer), record["max_new_tokens"],
             follow_up_ids=tuple(copying.follow_up_ids(record, tokenizer)),
-            first_score=_first_score(record),
-            labels={"target_tokens": record["length"], "answers": record["answers"], "text_source": "embedded"}
-            | {"answer_depth": record["answer_depth"], "chat": bool(getattr(tokenizer, "chat_template", None))},
-        )
+            first_score=None if answers is None else partial(copying.score, {**record, "answers": answers}),
+            labels={"target_tokens": record["length"], "answers": record["answers"], "text_source": "embedded",
+                    "answer_depth": record["answer_depth"], "chat": bool(getattr(tokenizer, "chat_template", None))},
+        )  # fmt: skip
 
 
-def _first_score(record: Mapping[str, Any]) -> Callable[[str], float] | None:
-    answers = record.get("first_answers")
-    return None if answers is None else lambda prediction: copying.score({**record, "answers": answers}, prediction)
+def _item(
+    record: Mapping[str, Any],
+    score: Callable[[Mapping[str, Any], str], float],
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    **more: Any,
+) -> Item:
+    return Item(record["dataset"], record["_id"], prompt_ids, max_new_tokens, partial(score, record), **more)
