@@ -19,7 +19,7 @@ from sdtp_lib.evaluation.methods import baseline_methods
 from sdtp_lib.evaluation.statistics import paired_bootstrap
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.processes import Share
-from sdtp_lib.records import read_rows
+from sdtp_lib.records import markdown_table, read_rows
 from sdtp_lib.training.saliency import own_response
 
 RATIOS = (0.9, 0.8, 0.7)
@@ -123,7 +123,7 @@ def as_text(lines: Sequence[Line], markdown: bool = False) -> str:
         for line in lines
     ]  # fmt: skip
     if markdown:
-        return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *body))
+        return markdown_table(head, body)
     widths = [max(len(row[column]) for row in (head, *body)) for column in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                      for row in (head, *body))  # fmt: skip
