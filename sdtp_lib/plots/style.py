@@ -7,9 +7,10 @@ colour, marker and dash in every figure, so that a figure also reads in grey.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,11 +243,6 @@ def save(fig: Figure, path: str | Path, provenance: Mapping[str, Any] | None = N
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for legend in fig.legends:
-        # A tight picture is larger than its figure. A legend placed by the picture's edge would leave its place for it
-        # and lie on the line below.
-        if legend.get_bbox_to_anchor() is fig.bbox:
-            legend.set_bbox_to_anchor((0, 0, 1, 1), fig.transFigure)
     _name_origin(fig, provenance or {})
     written = []
     for kind in ("png", "svg") if svg else ("png",):
@@ -255,11 +251,30 @@ def save(fig: Figure, path: str | Path, provenance: Mapping[str, Any] | None = N
         metadata = {"Date": None} if kind == "svg" else {"Software": "sdtp_lib.plots"}
         # A figure without a layout engine would come back from saving with that of rcParams, and move its axes.
         engineless = {"figure.constrained_layout.use": False, "figure.autolayout": False}
-        with records.atomic_write(target) as temporary, matplotlib.rc_context(engineless):
+        with records.atomic_write(target) as temporary, matplotlib.rc_context(engineless), _as_laid_out(fig):
             fig.savefig(temporary, format=kind, metadata=metadata)
         written.append(target.name)
     records.write_json(path.with_suffix(".json"), {"pictures": written, **(provenance or {})})
     return path.with_suffix(".png")
+
+
+@contextlib.contextmanager
+def _as_laid_out(fig: Figure) -> Iterator[None]:
+    """Keep axes and legends in their place while a picture is written that is larger than the figure, for being tight.
+
+    A legend outside of all axes is placed by the edge: that of the picture, once there is one, on the line below.
+    """
+    fig.draw_without_rendering()
+    engine, legends = fig.get_layout_engine(), [each for each in fig.legends if each.get_bbox_to_anchor() is fig.bbox]
+    fig.set_layout_engine("none")
+    for legend in legends:
+        legend.set_bbox_to_anchor((0, 0, 1, 1), fig.transFigure)
+    try:
+        yield
+    finally:
+        fig.set_layout_engine(engine)
+        for legend in legends:
+            legend.set_bbox_to_anchor(None)
 
 
 def _name_origin(fig: Figure, provenance: Mapping[str, Any]) -> None:

@@ -376,6 +376,25 @@ def test_one_legend_names_each_series_once_for_all_axes():
     assert not [ax for ax in axes if ax.get_legend()]
 
 
+def test_a_legend_under_the_figure_lies_neither_on_the_axes_nor_on_the_line_that_names_the_model(tmp_path):
+    figure, axes = plt.subplots(1, 2, layout="constrained")
+    for ax in axes:
+        ax.set_xlabel("x")
+        for number in range(9):
+            ax.plot([0, 1], [0, number], label=f"method number {number}")
+    plots.one_legend(axes)
+    drawn = {}
+
+    def while_drawn(event):
+        origin = [text for text in figure.texts if text.get_gid() == "origin"][0]
+        parts = {"legend": figure.legends[0], "origin": origin, "axis": axes[0].xaxis.label}
+        drawn.update({name: part.get_window_extent(event.renderer) for name, part in parts.items()})
+
+    figure.canvas.mpl_connect("draw_event", while_drawn)
+    plots.save(figure, tmp_path / "two-rows.png", {"model": "embedded", "device": "cpu"})
+    assert drawn["origin"].y1 < drawn["legend"].y0 < drawn["legend"].y1 < drawn["axis"].y0
+
+
 def test_a_saved_picture_names_model_and_device_once(tmp_path):
     figure = plt.subplots()[0]
     for _ in range(2):
