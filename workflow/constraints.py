@@ -1,7 +1,8 @@
 """What this environment holds of the project's needs, as a constraints file: `make constraints` rewrites it.
 
 Follows the requirements of the installed packages from pyproject.toml's dependencies and extras down, so that the file
-names what the project pulls in and nothing that only happened to be installed.
+names what the project pulls in and nothing that only happened to be installed. `uv pip compile` was tried for it: it
+reads PyPI and not the environment, thus adds what PyPI's torch needs on Linux, 19 CUDA packages that were not tested.
 """
 
 from __future__ import annotations
