@@ -102,7 +102,7 @@ def token_pruning(
         cleanup.enter_context(guarded_generate(model, session.in_chunks))
         yield session.trace
         session.check_pending()
-        session.say_if_nothing_was_pruned()
+        session.remarks.on_exit()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What the hooks of one ``with token_pruning`` do: tell which forward is a prefill, and pass layer inputs through it.
 
 The session decides when something is cut; `prefill` and `continuation` decide what. One thread at a time: a second one
-is refused. Where a ``with`` saw tokens and pruned none, it says so once, with the reason.
+is refused. Where a ``with`` saw tokens and pruned none, `remarks` says so.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +27,7 @@ from sdtp_lib.pruning.packed_prefill import PackedPrefill
 from sdtp_lib.pruning.plan import Budget, prompt_lengths, tokens_plan
 from sdtp_lib.pruning.prefill import Prefill
 from sdtp_lib.pruning.pruned_cache import PrunedCache, remembered
+from sdtp_lib.pruning.remarks import Remarks
 from sdtp_lib.pruning.second_pass import SecondPass, TwoPasses, choose_by
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.trace import PruningTrace
@@ -60,9 +60,8 @@ class Session:
         # The thread whose forward is under way. Looked at and set under the lock, so that two cannot both find it free.
         self._thread: int | None = None
         self._lock = threading.Lock()
-        self._said: set[str] = set()
+        self.remarks = Remarks(config, budget, self.trace)
         self._for_this_forward = contextlib.ExitStack()
-        self._not_pruned = ""
         self._outside: dict[str, Any] = {}  # what a multimodal model was called with: ids and padding of its text
 
     def before_model(self, names: tuple[str, ...]):
@@ -153,21 +152,16 @@ class Session:
                 uneven = rows > 1 and min(lengths) < columns
                 packs = uneven and kv is None and serves_rows(self.architecture, arguments)
                 self._pass = (PackedPrefill if packs else Prefill)(*given, cache, protected, kv=kv)
-                self._warn_if_nothing_goes(self._pass.plan)
+                self.remarks.on_plan(self._pass.plan)
             else:
                 first = Prefill(*given, None, protected)
-                self._warn_if_nothing_goes(first.plan)
+                self.remarks.on_plan(first.plan)
                 self._run_first_pass(module, first, arguments)
                 self._pass = SecondPass(first, cache, self.two_passes, self.kv)
         elif remembered(cache) is not None:
             self._pass = ForwardPass(self.architecture, self.config.positions == "compact", rows, columns, cache)
         elif not getattr(cache, "prefilled_inside", False) and self.config.prune == "first":
-            self._not_pruned = self._not_pruned or (
-                f"the cache held {seen} token(s) before the first forward inside the `with`, and what is added to a "
-                "cache is computed in full: prefill the whole prompt inside the `with`, or give a PruningConfig with "
-                "prune='every'"
-            )
-            self._say_once("prefix", f"nothing is pruned: {self._not_pruned}.")
+            self.remarks.on_held_before(seen)
         if isinstance(cache, PrunedCache):
             cache.inside = True
         if isinstance(self._pass, PackedPrefill):  # at the very end: nothing may fail between here and `after_stack`
@@ -182,7 +176,7 @@ class Session:
         longer = whole.with_queries(arguments)
         self._pass = ChunkPrefill(whole, self.architecture, self.budget, self.scorer, self.trace, cache)
         if not whole.number:
-            self._warn_if_nothing_goes(whole.plan())
+            self.remarks.on_plan(whole.plan())
         return longer
 
     def end_forward(self) -> None:
@@ -323,40 +317,6 @@ class Session:
             return (given.pop("hidden_states"),), given
 
         return replace
-
-    def _warn_if_nothing_goes(self, plan: list[list[int]]) -> None:
-        if plan[-1] != plan[0] or not self._wants_less():
-            return
-        if max(plan[0]) < self.config.min_prompt_tokens:
-            self.trace.not_pruned = (
-                f"the prompt of {max(plan[0])} tokens is shorter than min_prompt_tokens={self.config.min_prompt_tokens}"
-            )
-        elif self.config.keep_tokens is not None:
-            kept = f"keep_tokens={self.config.keep_tokens}"
-            self._say_once("short", f"the prompt of {max(plan[0])} tokens is no longer than what is kept ({kept}).")
-        else:
-            self._say_once(
-                "short",
-                f"the prompt of {max(plan[0])} tokens is too short to prune: the first {self.config.sink_tokens} and "
-                f"at least the last {self.config.min_local_tokens} tokens always stay.",
-            )
-
-    def _wants_less(self) -> bool:
-        config = self.config
-        if config is not self.budget or config.keep_tokens is not None or config.keep_mass is not None:
-            return True
-        return any(config.ratio_at(layer) < 1 for layer in config.layers)
-
-    def say_if_nothing_was_pruned(self) -> None:
-        """On the way out: a ``with`` that saw tokens and no prefill says why."""
-        if self._not_pruned and not self.trace.prefills:
-            self.trace.not_pruned = self._not_pruned
-            self._say_once("prefix", f"nothing was pruned: {self._not_pruned}.")
-
-    def _say_once(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            warnings.warn(text, stacklevel=2)
 
 
 def _tokens_of(arguments: dict[str, Any]) -> torch.Tensor | None:
