@@ -91,18 +91,19 @@ def parser() -> argparse.ArgumentParser:
 def run_latency(options: argparse.Namespace) -> int:
     from sdtp_lib.config import PruningConfig
     from sdtp_lib.latency import run as latency_run
+    from sdtp_lib.latency import variants
     from sdtp_lib.latency.measure import threads
     from sdtp_lib.methods.variant import Variant
 
     model, _, scorer, writer = _prepared(options)
 
     def methods_at(tokens: int) -> list[Variant]:
-        found = latency_run.presets(model, scorer, options.presets)
+        found = variants.presets(model, scorer, options.presets)
         if options.identity:
             whole = PruningConfig.preset("keep09", model.config.num_hidden_layers, keep_ratio=1.0)
             found.insert(1, Variant("keep1.0", whole, scorer, kind="SDTP"))
-        found += latency_run.alternatives(model, scorer, tokens, options.alternatives)
-        return found + latency_run.named(model, options.method, tokens, scorer)
+        found += variants.alternatives(model, scorer, tokens, options.alternatives)
+        return found + variants.named(model, options.method, tokens, scorer)
 
     with threads(options.threads), writer, tqdm(unit=" run") as bar:
         latency_run.run(
@@ -117,6 +118,7 @@ def run_quality(options: argparse.Namespace) -> int:
 
     from sdtp_lib.evaluation import tables as evaluation_tables
     from sdtp_lib.latency import run as latency_run
+    from sdtp_lib.latency import variants
     from sdtp_lib.latency.measure import threads
 
     model, tokenizer, scorer, writer = _prepared(options)
@@ -126,7 +128,7 @@ def run_quality(options: argparse.Namespace) -> int:
     )  # fmt: skip
 
     def methods_at(length: int):
-        return latency_run.every_method(model, scorer, latency_run.PRESETS, length)
+        return variants.every_method(model, scorer, variants.PRESETS, length)
 
     with threads(options.threads), writer, tqdm(unit=" sample") as bar:
         latency_run.run_quality(model, writer, methods_at, samples, progress=latency_run.progress_on(bar))
@@ -185,11 +187,12 @@ def run_training(options: argparse.Namespace) -> int:
 def run_memory(options: argparse.Namespace) -> int:
     from sdtp_lib.latency import measure as profiling
     from sdtp_lib.latency import run as latency_run
+    from sdtp_lib.latency import variants
 
     model, _, scorer, writer = _prepared(options)
     with writer:
         for tokens in options.lengths:
-            for method in latency_run.presets(model, scorer, ("keep09",)):
+            for method in variants.presets(model, scorer, ("keep09",)):
                 if writer.done(f"memory/{tokens}/{method.name}"):
                     continue
                 ids = latency_run.prompt_ids(model.config.vocab_size, tokens, options.seed).to(model.device)

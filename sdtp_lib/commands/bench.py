@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     from tqdm import tqdm
 
     from sdtp_lib.config import PruningConfig
-    from sdtp_lib.latency import run
+    from sdtp_lib.latency import run, variants
     from sdtp_lib.model_shape import ModelShape
     from sdtp_lib.pruning.stage import name_of
     from sdtp_lib.records import RowWriter, provenance_of, read_rows
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     with writer, tqdm(unit=" run") as bar:
         run.run(
             model, writer,
-            lambda tokens: run.presets(model, scorer, given.presets) + run.named(model, given.method, tokens, scorer),
+            lambda tokens: variants.presets(model, scorer, given.presets)
+            + variants.named(model, given.method, tokens, scorer),
             given.lengths,
             new_tokens=given.new_tokens, repeats=given.repeats, progress=run.progress_on(bar),
         )  # fmt: skip

@@ -14,6 +14,7 @@ from sdtp_lib import budget, scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.latency import report as latency_report
 from sdtp_lib.latency import run as latency_run
+from sdtp_lib.latency import variants
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.records import OtherProvenance, RowWriter, read_rows
 
@@ -158,11 +159,11 @@ def test_every_alternative_computes_the_flops_of_its_preset_or_is_left_out(prese
     shape = budget.ModelShape.from_model(model)
     counts = budget.tokens_per_layer(PruningConfig.preset(preset, 30), 30, tokens)
     wanted = budget.prefill_flops(shape, counts) / 1e12
-    found = latency_run.alternatives(model, scorers.recency(), tokens, [preset])
-    assert {method.kind for method in found} == {*latency_run.SCALED, "snapkv", "earlier-scheme"} - too_slow
+    found = variants.alternatives(model, scorers.recency(), tokens, [preset])
+    assert {method.kind for method in found} == {*variants.SCALED, "snapkv", "earlier-scheme"} - too_slow
     for method in found:
         assert method.name == f"{method.kind} {preset}"
-        if method.kind in latency_run.SCALED:
+        if method.kind in variants.SCALED:
             tflops = latency_run.describe(method, model, tokens)["tflops"]
             assert tflops == pytest.approx(wanted, rel=0.05), method.name
             assert tflops <= wanted * 1.0001
