@@ -6,14 +6,13 @@ known. Needs a tokenizer, no model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdtp_lib.data.samples import chat_prompt, tokenise_prompt
 from sdtp_lib.data.tasks import as_sample, synthetic_tasks
 from sdtp_lib.explorer.state import Prompt
-from sdtp_lib.explorer.typed import find_spans
+from sdtp_lib.views.places import places_of
 from sdtp_lib.views.tokens import display_tokens
 
 # Task of `data.tasks` -> the name that a reader chooses by.
@@ -66,15 +65,5 @@ def task_prompt(record: Mapping[str, Any], tokenizer: Any) -> Prompt:
 
 
 def _with_places(tokenizer: Any, ids: Sequence[int], question: str, right_answer: str = "") -> Prompt:
-    tokens = display_tokens(tokenizer, ids)
-    places = {}
-    asked = find_spans(tokens, question)
-    if asked:
-        places["question"] = asked[-1]
-    told = [span for span in find_spans(tokens, right_answer) if not asked or span[1] < asked[-1][0]]
-    if told:
-        # An answer's word may stand in other passages too: the one beside most names of the question is meant.
-        names = set(re.findall(r"\b[A-Z]\w+", question)[1:])
-        near = ["".join(tokens[max(0, first - 40) : last + 40]) for first, last in told]
-        places["answer"] = max(zip(told, near, strict=True), key=lambda one: sum(name in one[1] for name in names))[0]
+    places = places_of(display_tokens(tokenizer, ids), question, right_answer)
     return Prompt(tuple(int(i) for i in ids), question, right_answer, places)

@@ -6,6 +6,8 @@ import itertools
 import re
 from collections.abc import Sequence
 
+from sdtp_lib.views.places import find_spans
+
 
 def parse_protected(text: str, tokens: Sequence[str]) -> tuple[int, ...]:
     """Token positions out of ``"120-131, 300"``, or of every place where ``text`` stands in the prompt.
@@ -26,18 +28,6 @@ def parse_protected(text: str, tokens: Sequence[str]) -> tuple[int, ...]:
         if not spans:
             raise ValueError(f"protect: {text!r} is not in the prompt; select text, or give tokens such as 120-131.")
     return tuple(sorted({p for first, last in spans for p in range(first, last + 1)}))
-
-
-def find_spans(tokens: Sequence[str], text: str) -> list[tuple[int, int]]:
-    """First and last token of each occurrence of ``text`` in the joined ``tokens``.
-
-    ``find_spans(["The", " code", " is", " 4", "2"], "42")`` is ``[(3, 4)]``.
-    """
-    if not text.strip():
-        return []
-    owner = [position for position, token in enumerate(tokens) for _ in token]
-    joined = "".join(tokens)
-    return [(owner[m.start()], owner[m.end() - 1]) for m in re.finditer(re.escape(text.strip()), joined)]
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ import pytest
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.explorer import controls, live_html, widgets
 from sdtp_lib.explorer.state import ExplorerState
-from sdtp_lib.explorer.typed import find_spans, parse_layers, parse_protected
+from sdtp_lib.explorer.typed import parse_layers, parse_protected
+from sdtp_lib.views.places import find_spans
 from tests.explorer.made_up import LAYERS, MadeUpSource
 
 

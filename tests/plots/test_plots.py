@@ -386,8 +386,7 @@ def test_a_legend_under_the_figure_lies_neither_on_the_axes_nor_on_the_line_that
     drawn = {}
 
     def while_drawn(event):
-        origin = [text for text in figure.texts if text.get_gid() == "origin"][0]
-        parts = {"legend": figure.legends[0], "origin": origin, "axis": axes[0].xaxis.label}
+        parts = {"legend": figure.legends[0], "axis": axes[0].xaxis.label, **{t.get_gid(): t for t in figure.texts}}
         drawn.update({name: part.get_window_extent(event.renderer) for name, part in parts.items()})
 
     figure.canvas.mpl_connect("draw_event", while_drawn)
