@@ -20,7 +20,8 @@ from torch import nn
 from sdtp_lib.architectures.caches import cache_of, is_cache
 from sdtp_lib.architectures.row_attention import MasksMade, RowsCache, as_usual, pack, unpack
 from sdtp_lib.architectures.row_masks import RowMask
-from sdtp_lib.pruning.prefill import LAST_TOKENS, Prefill
+from sdtp_lib.pruning.earlier_layers import LAST_TOKENS
+from sdtp_lib.pruning.prefill import Prefill
 
 _TABLES = ("position_embeddings", "position_ids")
 

@@ -19,24 +19,20 @@ import torch
 from torch import nn
 
 from sdtp_lib import budget
-from sdtp_lib.architectures.caches import cache_of, cached_keys, cached_past, kv_bytes, without_cache
+from sdtp_lib.architectures.caches import cache_of, cached_keys, kv_bytes, without_cache
 from sdtp_lib.architectures.layers import Architecture
-from sdtp_lib.architectures.masks import last_rows
 from sdtp_lib.config import PruningConfig, PruningNotSupported
-from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.cut_record import Segment, record_of
-from sdtp_lib.pruning.far_sight import FarSight
+from sdtp_lib.pruning.earlier_layers import EarlierLayers
 from sdtp_lib.pruning.kv_budget import KVBudget, cut_cache
 from sdtp_lib.pruning.plan import Budget, on_device, tokens_plan
 from sdtp_lib.pruning.pruned_cache import remember
 from sdtp_lib.pruning.selection import count_for_mass, gather_tokens, protected_tokens, select_positions
-from sdtp_lib.pruning.stage import LAYERS_AT_HAND, LayerBefore, Scorer, Stage, real_scores
+from sdtp_lib.pruning.stage import Scorer, Stage, real_scores
 from sdtp_lib.pruning.trace import PruningTrace
 
-LAST_TOKENS = 128  # whose queries each layer keeps for scorers that read the attention of the last tokens in it
 
-
-class Prefill(ForwardPass):
+class Prefill(EarlierLayers):
     """A forward that cuts: which of the new tokens are kept, and the record that the cache takes along.
 
     Parameters
@@ -61,11 +57,10 @@ class Prefill(ForwardPass):
         kv: KVBudget | None = None,
     ) -> None:
         config, plan = self._planned(architecture, wanted, lengths)
-        super().__init__(architecture, config.positions == "compact", len(lengths), columns, cache)
+        super().__init__(architecture, config.positions == "compact", len(lengths), columns, cache, config.layers)
         self.config, self.scorer, self.trace, self.lengths, self.plan = config, scorer, trace, lengths, plan
         self.wanted, self.protected = wanted, None if protected is None else protected.to(device)
         self.kv, self.ran, self.keys_kept = kv, None, {}
-        self.stages = config.layers
         if config.keep_mass is not None and len(lengths) > 1:
             raise PruningNotSupported(
                 f"keep_mass={config.keep_mass} with a batch of {len(lengths)}: rows would keep different numbers of "
@@ -87,11 +82,6 @@ class Prefill(ForwardPass):
         self.positions = torch.arange(columns, device=device).expand(len(lengths), -1)
         if self.padded:
             self.positions = (self.positions - (columns - self.prompt_lengths)[:, None]).clamp_min(-1)
-        self.last_queries: dict[int, torch.Tensor] = {}  # of the layers since the last cut
-        self.last_masks: dict[int, Any] = {}
-        self._to_keep: int | None = None  # the layer now running, if its queries are to be kept
-        self.windowed, self.far = architecture.windowed_layers(), None  # the last `FarSight`, where others see a window
-        self.near = self.windowed | architecture.state_layers
         self.carried: dict[str, torch.Tensor] = {}  # what the scorer left for later stages, of the kept tokens
         self.segments: list[Segment] = []
         self._not_finite: list[tuple[int, torch.Tensor]] = []
@@ -123,30 +113,6 @@ class Prefill(ForwardPass):
         self._keep_for_later(index, given)
         self._look_far(index, layer, given)
         return given
-
-    def _keep_for_later(self, index: int, given: dict[str, Any]) -> None:
-        self._to_keep = index if self._is_read_later(index) else None
-        if self._to_keep is not None:
-            self.last_masks[index] = last_rows(given.get("attention_mask"), LAST_TOKENS)
-
-    def keep_queries(self, index: int, queries: torch.Tensor) -> None:
-        """Keep the last of the queries (B, N, H * d) that layer ``index`` has projected, if it is the one running."""
-        if index == self._to_keep:  # scorers ask layers for queries, too, before they run and after
-            self.last_queries[index], self._to_keep = self._last_by_rows(queries), None
-
-    def _last_by_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, w, any) of the last tokens. A copy: a view would keep the whole tensor in memory."""
-        return values[:, -LAST_TOKENS:].clone()
-
-    def _look_far(self, index: int, layer: nn.Module, given: dict[str, Any]) -> None:
-        if self.windowed and index not in self.near and any(index < stage for stage in self.stages):
-            # For stages whose layers see a window. A copy: some families write into their hidden states.
-            hidden = self._by_rows(given["hidden_states"]).clone()
-            valid = (self.positions >= 0).to(hidden.device) if self.padded else None
-            self.far = FarSight(index, layer, hidden, without_cache(given), valid, self._past(index))
-
-    def _is_read_later(self, index: int) -> bool:
-        return any(index < stage <= index + LAYERS_AT_HAND for stage in self.stages)
 
     def cut_tokens(self, index: int, layer: nn.Module, given: dict[str, Any]) -> torch.Tensor | None:
         """Score the kept tokens before layer ``index``, drop the worst: hidden states (B, K, D), None if all stay."""
@@ -220,10 +186,6 @@ class Prefill(ForwardPass):
         self.carried = stage.carried
         self.check_scores()
 
-    def _by_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (B, N, D) as a scorer sees them."""
-        return hidden
-
     def _stage(self, index: int, layer: nn.Module, given: dict[str, Any], **known: Any) -> Stage:
         hidden = given["hidden_states"]
         positions = self.positions.to(hidden.device)
@@ -269,35 +231,6 @@ class Prefill(ForwardPass):
         # Later layers compute these tokens, until the next stage plans anew from what is then left.
         self.plan[index:] = [counts] * (len(self.plan) - index)
         return counts
-
-    def _layers_before(self, index: int, device: torch.device) -> dict[int, LayerBefore]:
-        found = {}
-        for earlier in range(max(0, index - LAYERS_AT_HAND), index):
-            keys = cached_keys(self.cache, earlier, self._held_before(earlier) + self.positions.shape[1])
-            # Neither across the devices of a device_map, nor from a window's cache, which holds the last keys only.
-            whole = keys is not None and self.architecture.sliding_window(earlier) is None
-            if whole and earlier in self.last_queries and keys.device == device:
-                found[earlier] = LayerBefore(
-                    self.architecture.layers[earlier], keys, self.last_queries[earlier], self.last_masks[earlier]
-                )
-        return found
-
-    def _held_before(self, layer: int) -> int:
-        """Keys that ``layer`` held before this prefill."""
-        if self.record is None:
-            return self.seen
-        return self.record.held[layer] + self.seen - self.record.columns
-
-    def _past(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if not self.seen or index in self.architecture.state_layers:
-            return None
-        past = cached_past(self.cache, index)
-        if past is None:
-            raise PruningNotSupported(
-                f"prune='every' on past_key_values={type(self.cache).__name__}, whose keys cannot be read, and scores "
-                "need the attention that goes to them: use a dynamic cache."
-            )
-        return past
 
     def _checked_scores(self, index: int, scores: Any, valid: torch.Tensor) -> torch.Tensor:
         scores = real_scores(index, scores, valid)
