@@ -67,10 +67,12 @@ params: $(READY) ## print every notebook's parameters: type, default, help
 	@$(BIN)/python workflow/run_notebook.py --list
 
 WORKSPACES := .jupyter/workspaces
+# No question about news, and nothing asked of another host.
+OFFLINE := --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 .PHONY: lab
 lab: $(READY) $(WORKSPACES)/.made ## open JupyterLab at the project's root, on notebook 03; later where you left it
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" \
-	    --LabApp.workspaces_dir="$(CURDIR)/$(WORKSPACES)" $(ARGS)
+	    --LabApp.workspaces_dir="$(CURDIR)/$(WORKSPACES)" $(OFFLINE) $(ARGS)
 
 # The first layout: the address of a notebook alone would move the file browser into its folder.
 $(WORKSPACES)/.made: app/lab-workspace.json | $(READY)

@@ -123,6 +123,12 @@ def take_lock(path: Path) -> int:
         os.close(descriptor)
 
 
+def shown_path(path: str | os.PathLike) -> str:
+    """A path as it is printed and stored: from the project's root where it lies there, so no page names a machine."""
+    path, root = Path(path), project_root()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
 def plain(name: str, value: Any) -> Any:
     """``value`` in JSON's types."""
     if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
@@ -138,7 +144,5 @@ def plain(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(name, item) for item in value]
     if isinstance(value, os.PathLike):
-        path = Path(value)
-        root = project_root()
-        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+        return shown_path(value)
     raise ValueError(f"{name} is a {type(value).__name__}, which a row cannot hold: give numbers, strings or lists.")

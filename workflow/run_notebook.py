@@ -19,7 +19,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,7 +34,7 @@ from notebook_parameters import (
     words,
 )
 
-from sdtp_lib.files import locked
+from sdtp_lib.files import locked, shown_path
 from sdtp_lib.records import commit, project_root, write_json
 
 ORPHANED = 3
@@ -129,14 +129,13 @@ def run(
             )
 
 
-def _execute(
-    notebook: Path, parameters: dict[str, Any], executed: Path, out: Tee, err: Tee, shown: bool
-) -> None:
+def _execute(notebook: Path, parameters: dict[str, Any], executed: Path, out: Tee, err: Tee, shown: bool) -> None:
     # Figures belong into the executed copy: a non-interactive backend forced from outside would leave them out.
     os.environ.pop("MPLBACKEND", None)
     # The kernel of this environment, whatever else a user's Jupyter knows under the same name.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
+    _wait_asleep(os.environ)
     import papermill
 
     print(f"--- {notebook.stem}: {json.dumps(parameters, default=str)}", file=out)
@@ -154,6 +153,16 @@ def _execute(
         stdout_file=out,
         stderr_file=err,
     )
+
+
+def _wait_asleep(environment: MutableMapping[str, str]) -> None:
+    """Let a kernel's threads spin for a tenth of a millisecond and then sleep, unless the user has said how they wait.
+
+    By default libgomp spins for milliseconds whenever threads wait for each other. Beside other work a prefill of
+    seconds took minutes so: the thread that is waited for has no core, since the waiting one is busy on it.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
+        environment["GOMP_SPINCOUNT"] = "2000"
 
 
 def _forget_stale(folder: Path, name: str, stamp: Path) -> None:
@@ -206,9 +215,7 @@ def report_failure(
         lines.append(f"  the cell begins with: {first.strip()}")
     lines += [f"  {what.strip()}", f"  parameters: {json.dumps(parameters, default=str)}"]
     if executed.exists():
-        root = project_root()
-        shown = executed.relative_to(root) if executed.is_relative_to(root) else executed
-        lines.append(f"  executed copy: {shown}")
+        lines.append(f"  executed copy: {shown_path(executed)}")
     text = "\n".join(lines)
     if log is not None:
         write_json(failure_path(log), {"notebook": notebook.stem, "text": text})

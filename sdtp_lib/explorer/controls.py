@@ -36,7 +36,7 @@ HELP = {
     "applies it.",
     "positions": "“original”: kept tokens keep the positions they had in the prompt. “compact”: they are numbered "
     "anew, without gaps, after each cut.",
-    "map shows tokens": "Zooms the map. While it shows 200 tokens or fewer, pointing at a column names its token.",
+    "zoom the map": "The tokens that it shows. At 200 or fewer, pointing at a column names its token.",
     "token number": "All that is known of one token, without a mouse.",
     "protect": "Text that is never dropped: select it in the prompt below, or type it, or type token numbers such as "
     "120-131. Empty the box to protect nothing.",

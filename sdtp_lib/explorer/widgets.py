@@ -68,7 +68,7 @@ class Explorer:
         self.against = ipywidgets.Dropdown(description="compare with", options=[_NOTHING], **WIDE)
         self.layers = ipywidgets.Text(description="cut before layers", continuous_update=False, **WIDE)
         self.positions = ipywidgets.Dropdown(description="positions", options=POSITION_MODES, **WIDE)
-        self.zoom = ipywidgets.IntRangeSlider(description="map shows tokens", min=0, max=1, **WIDE)
+        self.zoom = ipywidgets.IntRangeSlider(description="zoom the map", min=0, max=1, **WIDE)
         self.token = ipywidgets.BoundedIntText(description="token number", min=0, max=0, **WIDE)
         self.protect = ipywidgets.Text(
             description="protect", placeholder="select text below", continuous_update=False, **WIDE

@@ -232,6 +232,12 @@ def quality_points(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return points.reset_index().to_dict("records")
 
 
+def with_shorter_prefill(points: pandas.DataFrame) -> pandas.DataFrame:
+    """The points of families that save FLOPs in the prefill at some ratio: what cuts the cache alone is left out."""
+    whole = points[points.method == UNPRUNED].tflops.max()
+    return points[points.family.isin(points[points.tflops < whole].family)]
+
+
 def _reached(line: list[dict[str, Any]], kl: float) -> tuple[dict[str, float] | None, str]:
     """Milliseconds and TFLOPs at which a family's points, ascending in time, reach ``kl``, interpolated on log KL."""
     good = [point for point in line if point["kl_nats"] <= kl]

@@ -25,7 +25,7 @@ def best_tokens(best: Mapping[str, Sequence[int]], place: tuple[int, int] | None
     inside = {name: sum(first <= int(i) <= last for i in tokens) for name, tokens in best.items()}
     counts = _list([f"{count} of the {len(best[name])} best by {_words(name)}" for name, count in inside.items()])
     where = f"tokens {first} to {last}, {1 + last - first} of them"
-    return f"The answer is read from {where}. At layer {layer} {counts} stand there."
+    return f"The answer is read from {where}. At layer {layer}, {counts} stand there."
 
 
 def concentration(rows: pd.DataFrame, threshold: float) -> str:
@@ -149,11 +149,19 @@ def equal_quality(found: Sequence[Mapping]) -> str:
         of_text = [entry for entry in found if entry["text"] == text]
         reached = {e["family"]: e["sdtp_is_faster_by"] for e in of_text if e["prefill_ms"] is not None}
         faster = [family for family, factor in reached.items() if factor < 1]
-        names = _list(list(reached)) if reached else "none"
-        goal = of_text[0]["reference"]
-        as_good = f"{len(reached)} of {len(of_text)} other families are as good as {goal} at some ratio"
-        said.append(f"On {text} {as_good} ({names}), and {_list(faster) if faster else 'none'} in less time.")
+        goal, others = of_text[0]["reference"], f"of {len(of_text)} other families"
+        if reached:
+            as_good = f"{len(reached)} {others} are as good as {goal} at some ratio ({_list(list(reached))})"
+            said.append(f"On {text} {as_good}, and {_list(faster) if faster else 'none'} in less time.")
+        else:
+            said.append(f"On {text} none {others} is as good as {goal} at any of its ratios.")
     return " ".join(said)
+
+
+def whole_prefills(points: pd.DataFrame, shorter: pd.DataFrame) -> str:
+    """What a figure of prefill times leaves out, and why; of `latency.report.with_shorter_prefill`; ``family``."""
+    whole = [name for name in points.family.unique() if name not in ("unpruned", *shorter.family)]
+    return f"Not drawn, since they shorten the cache alone, after a whole prefill: {_list(whole)}." if whole else ""
 
 
 def prediction_error(predicted: pd.DataFrame) -> str:
@@ -172,6 +180,12 @@ def best_scores(summary: pd.DataFrame) -> str:
         best, then = (f"{line.scorer} ({line.kl_nats:.3f})" for line in (first, second))
         said.append(f"{_words(cell)}: {best}, then {then}")
     return f"Lowest KL of {summary.scorer.nunique()} scores, nats per token. {'; '.join(said)}."
+
+
+def without_figures(compared: Sequence[str], summary: pd.DataFrame) -> str:
+    """Which methods of a comparison have no line in its table, and why; ``scorer``."""
+    missing = [name for name in compared if name not in set(summary.scorer)]
+    return f"No figures, since they cannot save as many FLOPs: {_list(missing)}." if missing else ""
 
 
 def text_and_tasks(summary: pd.DataFrame, scorer: str = "recency") -> str:

@@ -47,8 +47,13 @@ def choose_prompts(
         held_out["own"] = own_held[:heldout]
     for line in told:
         say(line)
-    say(f"{len(train)} prompts to train on:", dict(Counter(sample["category"] for sample in train)), flush=True)
+    say(f"{len(train)} prompts to train on: {listed(Counter(sample['category'] for sample in train))}", flush=True)
     return train, held_out, told
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """Names with their values as a person reads them: ``text 4, needle 2``."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
 
 
 def _upper(lengths: tuple[int, int]) -> tuple[int, int]:

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import shutil
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import nn
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import training_mix
 from sdtp_lib.data.samples import DOLLY
-from sdtp_lib.files import refuse_existing, whole_folder, write_json
+from sdtp_lib.files import refuse_existing, shown_path, whole_folder, write_json
 from sdtp_lib.models import cache_directory, cpu_computes_bfloat16
 from sdtp_lib.processes import Share
 from sdtp_lib.provenance import adapters_fingerprint, content_id, fingerprint, provenance_of
@@ -31,7 +30,7 @@ from sdtp_lib.shipped import folder_for
 from sdtp_lib.training import trainer, verdict
 from sdtp_lib.training.card import write_card
 from sdtp_lib.training.labels import checked_labels
-from sdtp_lib.training.prompts import choose_prompts, interleaved
+from sdtp_lib.training.prompts import choose_prompts, interleaved, listed
 from sdtp_lib.training.recipes import DEFAULT, Recipe, choose_blend, joined_label, kind_of, recipe_named, with_blend
 from sdtp_lib.training.saliency import compute_saliency
 
@@ -153,7 +152,7 @@ def train_by_recipe(
     )
     work = _work_folder(cache_dir, marks, model, layers, chosen, train, begun)
     fast = _fast_copy(model)
-    say(f"labels in {str(fast.dtype).removeprefix('torch.')}; what is done is kept in {work.parent.parent}")
+    say(f"labels in {str(fast.dtype).removeprefix('torch.')}; what is done is kept in {shown_path(work.parent.parent)}")
     measured = sum(map(len, held_out.values()))
     labelled = _labelled(fast, train, layers, chosen, share, cache_dir, say, progress, measured)
     del fast
@@ -170,10 +169,13 @@ def train_by_recipe(
         )
         history, pruners = pruners.history, with_blend(work / "pruners", blend).to(model.device)
         pruners.history = history
-        say(f"blend: {blend}")
+        say(f"blend: {listed(blend)}")
     lines = []
     if heldout:
-        say(f"measuring on held-out prompts: {dict(Counter({k: len(v) for k, v in held_out.items()}))}", flush=True)
+        say(
+            f"measuring on held-out prompts: {listed({kind: len(samples) for kind, samples in held_out.items()})}",
+            flush=True,
+        )
         lines = verdict.measure(model, pruners, held_out, layers, work / "heldout.jsonl", provenance, share)
         say(verdict.as_text(lines))
         say(verdict.in_words(lines), flush=True)
@@ -192,7 +194,7 @@ def train_by_recipe(
             write_card(fresh / "README.md", name, named, chosen, layers, told, len(train), lines, provenance)
         shutil.rmtree(work, ignore_errors=True)
     share.wait()
-    say(f"saved to {out}")
+    say(f"saved to {shown_path(out)}")
     return pruners
 
 

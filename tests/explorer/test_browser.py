@@ -267,18 +267,22 @@ def test_a_prompt_of_ones_own_a_prompt_that_fails_and_another_model(page, lab, s
 def test_make_lab_opens_notebook_03_with_the_files_of_the_root(page, tmp_path):
     recipe = (ROOT / "Makefile").read_text()
     assert re.search(r'--ServerApp.root_dir="\$\(CURDIR\)"', recipe) and "workspaces import $<" in recipe
+    assert "$(OFFLINE) $(ARGS)" in recipe
+    offline = re.search(r"^OFFLINE := (.*)$", recipe, flags=re.M)[1].split()
     lab = [sys.executable, "-m", "jupyterlab"]
     workspace = [str(ROOT / "app" / "lab-workspace.json"), f"--LabWorkspaceImportApp.workspaces_dir={tmp_path}"]
     subprocess.run([*lab, "workspaces", "import", *workspace], check=True)
     port, token = free_port(), secrets.token_hex(16)
     command = [
         *lab, "--no-browser", "--allow-root", f"--ServerApp.port={port}", f"--IdentityProvider.token={token}",
-        f"--LabApp.workspaces_dir={tmp_path}", f"--ServerApp.root_dir={ROOT}",
+        f"--LabApp.workspaces_dir={tmp_path}", f"--ServerApp.root_dir={ROOT}", *offline,
     ]  # fmt: skip
     with serving(command, tmp_path, f"http://127.0.0.1:{port}/api"):
         page.goto(f"http://127.0.0.1:{port}/?token={token}")
         page.wait_for_selector(".jp-Notebook h1:has-text('03 · Which tokens survive')", timeout=60_000)
         page.wait_for_selector(".jp-DirListing-item >> text=Makefile")
+        page.wait_for_timeout(2000)
+        assert page.get_by_text("Jupyter news").count() == 0 and page.wrong == []
 
 
 @pytest.mark.embedded

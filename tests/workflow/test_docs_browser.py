@@ -15,6 +15,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(280)]
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.html"))
 RENDERED = (ROOT / "docs" / "index.html").is_file()
+CUT_OFF = """[...document.querySelectorAll('.wide, [class*=output]')]
+  .filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.innerText.slice(0, 40))"""
 SHOTS = ROOT / "data" / "results" / "browser" / "docs"
 
 
@@ -38,6 +40,7 @@ def chromium():
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_page_opens_from_a_file_and_asks_nobody_else(chromium, scheme, width):
     context = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context.set_offline(True)
     page = context.new_page()
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -49,10 +52,28 @@ def test_every_page_opens_from_a_file_and_asks_nobody_else(chromium, scheme, wid
         page.screenshot(path=SHOTS / f"{path.stem}-{scheme}-{width}.png")
         if page.evaluate("document.documentElement.scrollWidth > window.innerWidth + 1"):
             wrong.append(f"{path.name} is wider than {width} pixels")
+        if width > 1000 and (cut := page.evaluate(CUT_OFF)):
+            wrong.append(f"{path.name} has tables that do not fit {width} pixels: {cut}")
         if page.evaluate("[...document.images].some(image => image.complete && !image.naturalWidth)"):
             wrong.append(f"{path.name} has a picture that is not there")
     context.close()
     assert wrong == []
+
+
+@pytest.mark.skipif(not (ROOT / "docs" / "explorer.html").is_file(), reason="python -m sdtp_lib.explorer.publish")
+def test_the_published_explorer_moves_with_the_network_off(chromium):
+    explorer = ROOT / "docs" / "explorer.html"
+    assert explorer.stat().st_size < 3e6
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    context.set_offline(True)
+    page = context.new_page()
+    page.goto(explorer.as_uri())
+    assert page.locator("#prompt option").count() == 3 and page.locator("#scorer option").count() >= 5
+    before = page.inner_text("#numbers")
+    page.focus("#ratio")
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("#numbers") != before
+    context.close()
 
 
 @pytest.mark.skipif(not RENDERED, reason="docs/ is not rendered yet: make docs")

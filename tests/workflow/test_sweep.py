@@ -647,3 +647,11 @@ def test_an_unknown_set_is_refused_with_the_known_ones():
     ended = study(ROOT, "--params", "embeded")
     assert ended.returncode == 2
     assert "there is no parameter set embeded: did you mean embedded? There are embedded" in ended.stderr
+
+
+def test_a_kernels_threads_wait_asleep_unless_the_user_says_how():
+    """On a busy machine two spinning threads took minutes for a prefill of seconds."""
+    unsaid, said = {}, {"OMP_WAIT_POLICY": "ACTIVE"}
+    for environment in (unsaid, said):
+        run_notebook._wait_asleep(environment)
+    assert int(unsaid["GOMP_SPINCOUNT"]) <= 10_000 and said == {"OMP_WAIT_POLICY": "ACTIVE"}
