@@ -74,10 +74,10 @@ def time_bars(
     value: str = "prefill_ms",
     x_label: str = "time to the first token [ms]",
 ) -> Axes:
-    """One horizontal bar per ``method``: the median of ``value`` over its rows with their range, written at its end."""
+    """One horizontal bar per ``method``: the median of ``value`` over its rows, written at its end."""
     ax = axes_or_new(ax)
     need_columns(frame, method, value, what="time_bars")
-    sns.barplot(frame, x=value, y=method, estimator="median", errorbar=("pi", 100), color=PALETTE["blue"], ax=ax)
+    sns.barplot(frame, x=value, y=method, estimator="median", errorbar=None, color=PALETTE["blue"], ax=ax)
     ax.bar_label(ax.containers[0], fmt=short, padding=4, fontsize=9.5)
     ax.margins(x=0.14)
     ax.set(xlabel=x_label, ylabel="")
