@@ -12,7 +12,7 @@ from sdtp_lib import methods
 from sdtp_lib.architectures.layers import num_layers
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.provenance import content_id
-from sdtp_lib.scorers.found import TRAINING_FREE, default_scorer, scorer_called
+from sdtp_lib.scorers.found import TRAINING_FREE, default_scorer, scorer_called, training_free_layers
 
 OURS = "sdtp"
 # What this project needs no training for; all others but those in `LEARNED` are published methods.
@@ -20,8 +20,11 @@ LEARNED = ("sdtp", "sdtp-low", "earlier-scheme")
 
 
 def settings(entrant: Variant) -> str:
-    """A hash of the method's settings, its scorer's own numbers left out (rows say those by ``scorer_id``)."""
-    return content_id("schedule of the default" if entrant.budget is None else entrant.budget)
+    """A hash of the method's settings, its scorer's own numbers left out (rows say those by ``scorer_id``).
+
+    The default's schedule is a rule for every depth; its layers of 32 stand for it.
+    """
+    return content_id(list(training_free_layers(32)) if entrant.budget is None else entrant.budget)
 
 
 def out_of_reach(entrant: Variant, model: Any, speedup: float, tokens: int) -> str:

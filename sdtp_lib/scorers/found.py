@@ -23,12 +23,13 @@ _loaded: weakref.WeakKeyDictionary[Any, dict[tuple[str, float], TokenPruners]] =
 
 
 def training_free_layers(num_layers: int) -> tuple[int, ...]:
-    """The stages of `TRAINING_FREE` where nothing else fixes them: every third layer from a third of the depth on.
+    """The stages of `TRAINING_FREE` where nothing else fixes them: every fifth layer from layer 4 on, earlier only in
+    models of under twelve layers.
 
-    30 layers: 10, 13, 16, 19, 22, 25, 28. At equal FLOPs a first cut at layer 4 was as good over two models and two
-    speed-ups (`benchmarks/schedules.py pairs`; LOG.md, "Which training-free score and schedule").
+    30 layers: 4, 9, 14, 19, 24, 29. At equal FLOPs the least KL of the schedules that were tried
+    (`benchmarks/schedules.py pairs`; LOG.md, "Which stages for the training-free default?").
     """
-    return tuple(range(max(1, num_layers // 3), num_layers, 3))
+    return tuple(range(min(4, max(1, num_layers // 3)), num_layers, 5))
 
 
 def scorer_called(name: str, model: Any) -> Scorer:
