@@ -170,7 +170,7 @@ def pair_tables(path: Path, configs: Sequence[str], suffix: str) -> dict[str, An
     for speedup, part in frame.groupby("speedup", sort=False):
         wide = part.pivot_table(index=["stages", "scorer"], columns="cell", values="kl_nats", sort=False)
         wide["geometric mean"] = numpy.exp(numpy.log(wide + NEGLIGIBLE_NATS).mean(axis=1))
-        wide.insert(0, "items", part.groupby(["first cut", "scorer"])["sample"].count())
+        wide.insert(0, "items", part.groupby(["stages", "scorer"])["sample"].count())
         tables[speedup] = wide.sort_values("geometric mean").reset_index()
     return tables
 
