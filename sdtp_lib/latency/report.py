@@ -234,7 +234,7 @@ def quality_points(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def with_shorter_prefill(points: pandas.DataFrame) -> pandas.DataFrame:
     """The points of families that save FLOPs in the prefill at some ratio: what cuts the cache alone is left out."""
-    whole = points[points.method == UNPRUNED].tflops.max()
+    whole = points.text.map(points[points.method == UNPRUNED].set_index("text").tflops)
     return points[points.family.isin(points[points.tflops < whole].family)]
 
 

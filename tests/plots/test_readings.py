@@ -94,12 +94,13 @@ def test_what_a_figure_or_table_leaves_out_is_named_with_the_reason():
     """Methods that cut the cache alone were zigzag lines over prefill time; one without figures was not spoken of."""
     points = pd.DataFrame(
         {"method": ["unpruned", "keep09", "twice 0.9", "twice 0.5", "snapkv 0.9"], "tflops": [2.0, 1.2, 2.1, 0.8, 2.0],
-         "family": ["unpruned", "SDTP", "twice", "twice", "snapkv"]}
+         "family": ["unpruned", "SDTP", "twice", "twice", "snapkv"], "text": "a short one"}
     )  # fmt: skip
+    points = pd.concat([points, points.assign(tflops=10 * points.tflops, text="a long one")], ignore_index=True)
     shorter = with_shorter_prefill(points)
-    assert list(shorter.family) == ["SDTP", "twice", "twice"]
+    assert list(shorter.family) == 2 * ["SDTP", "twice", "twice"]
     assert readings.whole_prefills(points, shorter).endswith("after a whole prefill: snapkv.")
-    assert readings.whole_prefills(points[:4], shorter) == ""
+    assert readings.whole_prefills(shorter, shorter) == ""
     assert readings.without_figures(["SDTP", "fastkv"], points.rename(columns={"family": "scorer"})).endswith(
         ": fastkv."
     )
