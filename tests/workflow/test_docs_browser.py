@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(280)]
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.html"))
 RENDERED = (ROOT / "docs" / "index.html").is_file()
-CUT_OFF = """[...document.querySelectorAll('.wide, [class*=output]')]
+CUT_OFF = """[...document.querySelectorAll('.wide:has(table), [class*=output]:has(table)')]
   .filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.innerText.slice(0, 40))"""
 SHOTS = ROOT / "data" / "results" / "browser" / "docs"
 
