@@ -6,7 +6,8 @@
 
 All print medians of paired repetitions on random prompts, with quartiles where there are enough. Goals: a batch within
 1.1 of the sum of its rows; keep ratio 1.0 and the scoring within 1 % of a prefill. A missed goal is printed as one.
-Nothing else should run on the machine meanwhile.
+On a CPU all times are this process's CPU time, so that who else runs counts little: give it one thread
+(OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def run_batches(options: argparse.Namespace, model: Any, scorer: Any, config: Pr
     variants = {f"{how.__name__} {kind}": (lambda how=how, kind=kind: how(kind))
                 for kind in kinds for how in (together, one_by_one)}  # fmt: skip
     forward(kinds[0], slice(0, 1), slice(width - 64, None))
-    rows = measure(variants, repeats=options.repeats, warmup=0, device=model.device, on_row=_say)
+    rows = _measured(variants, options.repeats, 0, model.device, _say)
     print(f"\n{len(options.lengths)} prompts of {min(options.lengths)} to {width} tokens, {options.preset}, medians of "
           f"{options.repeats}\n\n| | together s | one by one s | ratio | peak MB together | one by one |\n"
           "|---|---|---|---|---|---|")  # fmt: skip
@@ -94,7 +95,7 @@ def run_batches(options: argparse.Namespace, model: Any, scorer: Any, config: Pr
     for kind in kinds:
         names = [f"{how} {kind}" for how in ("one_by_one", "together")]
         ratios[kind] = statistics.median(_paired(rows, names[1], names[0]))
-        seconds = [statistics.median(row["latency_ms"] / 1e3 for row in rows if row["variant"] == n) for n in names]
+        seconds = [statistics.median(row["seconds"] for row in rows if row["variant"] == name) for name in names]
         peaks = ["-", "-"]
         if options.memory:
             peaks = [f"{peak_allocated_bytes(variants[name], model.device) / 1e6:,.0f}" for name in names]
@@ -118,7 +119,7 @@ def run_identity(options: argparse.Namespace, model: Any, scorer: Any, config: P
                 model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
         variants = {"plain": plain, "free": lambda: inside(scorers.recency()), "shipped": lambda: inside(scorer)}
-        rows = measure(variants, repeats=options.repeats, warmup=1, device=model.device)
+        rows = _measured(variants, options.repeats, 1, model.device)
         for name in ("free", "shipped"):
             low, middle, high = quartiles(ratio - 1 for ratio in _paired(rows, name, "plain"))
             print(f"{length} tokens, {name} scorer: {middle:+.2%} ({low:+.2%} to {high:+.2%})")
@@ -129,26 +130,28 @@ def run_identity(options: argparse.Namespace, model: Any, scorer: Any, config: P
 def run_scoring(options: argparse.Namespace, model: Any, scorer: Any, config: PruningConfig) -> None:
     spent = 0.0
 
+    def clock() -> float:
+        if model.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize(model.device)
+        return time.perf_counter()
+
     def timed(stage: Any) -> torch.Tensor:
         nonlocal spent
-        _wait(model.device)
-        start = time.perf_counter()
+        start = clock()
         scores = scorer(stage)
-        _wait(model.device)
-        spent += time.perf_counter() - start
+        spent += clock() - start
         return scores
 
     for length in options.lengths:
         ids, shares = _prompt(model, length, options.seed), []
         for repetition in range(-1, options.repeats):
             with token_pruning(model, config, timed):
-                spent = 0.0
-                _wait(model.device)
-                start = time.perf_counter()
+                spent, start = 0.0, clock()
                 model(input_ids=ids, use_cache=True, logits_to_keep=1)
-                _wait(model.device)
+                whole = clock() - start
             if repetition >= 0:
-                shares.append(spent / (time.perf_counter() - start))
+                shares.append(spent / whole)
         low, middle, high = quartiles(shares)
         print(f"{length} tokens, {options.preset}: scoring {middle:.2%} ({low:.2%} to {high:.2%}) of the prefill")
         _verdict(f"scoring at {length} tokens", middle, SHARE_GOAL)
@@ -170,8 +173,18 @@ def _prompt(model: Any, length: int, seed: int) -> torch.Tensor:
 
 def _paired(rows: list[dict[str, Any]], variant: str, baseline: str) -> list[float]:
     """Time of ``variant`` over that of ``baseline``, repetition by repetition."""
-    times = {(row["variant"], row["repetition"]): row["latency_ms"] for row in rows}
-    return [ms / times[baseline, repetition] for (name, repetition), ms in times.items() if name == variant]
+    times = {(row["variant"], row["repetition"]): row["seconds"] for row in rows}
+    return [spent / times[baseline, repetition] for (name, repetition), spent in times.items() if name == variant]
+
+
+def _measured(
+    variants: dict[str, Callable[[], None]], repeats: int, warmup: int, device: torch.device, on_row: Any = None
+) -> list[dict[str, Any]]:
+    """Rows of `measure` with ``seconds``: on a CPU its time per thread, else the clock's."""
+    rows = measure(variants, repeats=repeats, warmup=warmup, device=device, on_row=on_row)
+    for row in rows:
+        row["seconds"] = row["latency_ms"] / 1e3 * (1 if device.type == "cuda" else row["cpu_share"])
+    return rows
 
 
 def _say(row: dict[str, Any]) -> None:
@@ -182,11 +195,6 @@ def _say(row: dict[str, Any]) -> None:
 def _verdict(what: str, found: float, goal: float) -> None:
     shown: Sequence[str] = [f"{value:.2%}" if goal < 1 else f"{value:.3f}" for value in (found, goal)]
     print(f"{'met' if found <= goal else 'MISSED'}: {what} is {shown[0]}, goal at most {shown[1]}")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,6 @@ a command line, `found` the scorer that a model gets when nobody names one.
 
 from __future__ import annotations
 
-from sdtp_lib.scorers.simple import attention, given, hidden_norm, name_of, random, recency, weighted
+from sdtp_lib.scorers.simple import attention, given, hidden_norm, name_of, random, recency, uniform, weighted
 
-__all__ = ["attention", "given", "hidden_norm", "name_of", "random", "recency", "weighted"]
+__all__ = ["attention", "given", "hidden_norm", "name_of", "random", "recency", "uniform", "weighted"]

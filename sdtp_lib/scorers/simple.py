@@ -27,6 +27,11 @@ def recency() -> Scorer:
     return _Recency()
 
 
+def uniform() -> Scorer:
+    """Evenly spread over the prompt, whatever the tokens say: for a document that is pruned before anybody asks."""
+    return _Uniform()
+
+
 def hidden_norm() -> Scorer:
     """The L2 norm of the hidden state that enters the layer."""
     return _HiddenNorm()
@@ -82,6 +87,16 @@ class _Random:
             state = (state ^ (state >> shift)) * factor
         state = state ^ (state >> 31)
         return (state & 0xFFFFFF).to(torch.float32) / 0x1000000
+
+
+@dataclass(frozen=True)
+class _Uniform:
+    name: str = "uniform"
+    asking_tokens: ClassVar[int] = 1
+
+    def __call__(self, stage: Stage) -> torch.Tensor:
+        # Multiples of the golden ratio fill a circle evenly, whatever share of it is cut off.
+        return (stage.positions.double() * 0.6180339887498949) % 1.0
 
 
 @dataclass(frozen=True)
@@ -192,6 +207,7 @@ class _Weighted:
 # Scores that need no training, as a person names them; one registry for every command line and argument.
 NAMED: dict[str, Callable[[], Scorer]] = {
     "random": random,
+    "uniform": uniform,
     "recency": recency,
     "hidden_norm": hidden_norm,
     "attention": attention,

@@ -11,6 +11,7 @@ CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.5, min_local_tokens=4, sink_t
 ALL = {
     "random": scorers.random(seed=3),
     "recency": scorers.recency(),
+    "uniform": scorers.uniform(),
     "hidden norm": scorers.hidden_norm(),
     "attention": scorers.attention(window=4),
     "attention, pooled": scorers.attention(window=4, kernel=5),
@@ -141,3 +142,12 @@ def test_the_short_way_to_queries_and_keys_equals_the_layers_own(tiny_model, fam
     for layer in CONFIG.layers:
         # Their own functions take the softmax in float32.
         torch.testing.assert_close(short[layer], own[layer], rtol=0, atol=1e-7)
+
+
+def test_a_uniform_score_keeps_the_same_share_everywhere(tiny_model):
+    config = CONFIG.replace(min_local_tokens=1, local_ratio=0.0, sink_tokens=1)
+    kept = _run(tiny_model(), scorers.uniform(), torch.arange(3, 123)[None], config).kept_positions
+    for stage, share in ((2, 0.5), (4, 0.25)):
+        for start in range(0, 120, 20):
+            count = int(((kept[stage] >= start) & (kept[stage] < start + 20)).sum())
+            assert abs(count - 20 * share) <= 2
