@@ -34,7 +34,7 @@ from sdtp_lib.scorers.by_name import scorer_named
 
 RANDOM = {
     "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 1,
-    "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 1 << 20,
+    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 1 << 20,
 }  # fmt: skip
 
 

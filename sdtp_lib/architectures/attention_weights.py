@@ -9,7 +9,7 @@ heads, w queries, D hidden size, d head size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,8 +72,8 @@ def attention_from_last(
         normed = layer.input_layernorm(hidden_states)
         if split:  # queries of the last tokens only, and no values
             tables = arguments.get("position_embeddings")
-            query = _rotated(attention, attention.q_proj(normed[:, -window:]), "q", tables)
-            key = _rotated(attention, attention.k_proj(normed), "k", tables)
+            (query,) = _rotated([attention], [attention.q_proj(normed[:, -window:])], "q", tables)
+            (key,) = _rotated([attention], [attention.k_proj(normed)], "k", tables)
             scale = float(attention.scaling)
         else:  # BLOOM: fused projection, alibi, no attention interface
             query, key, _ = attention._reshape(attention.query_key_value(normed))
@@ -105,23 +105,29 @@ def _after(past: tuple[torch.Tensor, torch.Tensor] | None, which: int, new: torc
 
 
 def attention_from_cached_keys(
-    layer: nn.Module,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
+    layers: Sequence[nn.Module],
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
     position_embeddings: Any,
-    rows: torch.Tensor | None,
+    rows: Sequence[torch.Tensor | None],
     valid: torch.Tensor | None,
-) -> torch.Tensor:
-    """The same (B, H, w, n) where ``layer`` has run and its ``keys`` (B, G, n, d) are at hand: nothing is projected.
+) -> list[torch.Tensor]:
+    """The same (B, H, w, n) for each of ``layers``, which have run on the same tokens: nothing is projected.
 
-    ``queries`` (B, w, H * d) are what its `query_projection` gave for the last tokens, ``rows`` (B, 1, w, n) of the
-    mask that they had there.
+    ``queries`` (B, w, H * d) are what a layer's `query_projection` gave for the last tokens, ``keys`` (B, G, n, d) are
+    cached there, ``rows`` (B, 1, w, n) are those of the mask that the last tokens had there.
     """
-    attention = attention_module(layer)
-    query, scale = _rotated(attention, queries, "q", position_embeddings), float(attention.scaling)
-    if rows is None and valid is None and getattr(attention, "is_causal", True):
-        return _causal_weights(query, keys, scale)
-    return _plain_weights(query, keys, scale, _visible(attention, rows, queries.shape[1], keys, valid))
+    attentions = [attention_module(layer) for layer in layers]
+    asked = _rotated(attentions, queries, "q", position_embeddings)
+    scales = [float(attention.scaling) for attention in attentions]
+    causal = all(getattr(attention, "is_causal", True) for attention in attentions)
+    if causal and valid is None and not any(mask is not None for mask in rows) and len({k.shape for k in keys}) == 1:
+        return _causal_weights(asked, keys, scales)
+    window = queries[0].shape[1]
+    return [
+        _plain_weights(query, key, scale, _visible(attention, mask, window, key, valid))
+        for attention, query, key, scale, mask in zip(attentions, asked, keys, scales, rows, strict=True)
+    ]
 
 
 # --- masks
@@ -186,36 +192,53 @@ def _is_split(attention: nn.Module | None) -> bool:
 
 
 def _plain_weights(query: torch.Tensor, key: torch.Tensor, scale: float, added: torch.Tensor) -> torch.Tensor:
-    """Softmax (B, H, w, N) over all keys, without repeating them for the heads that share them."""
+    """Softmax (B, H, w, N) over all keys."""
+    logits = _products(query, key, scale) + added
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+
+
+def _causal_weights(
+    queries: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], scales: Sequence[float]
+) -> list[torch.Tensor]:
+    """`_plain_weights` of several layers' last tokens without padding: of their keys only the last may be hidden."""
+    logits = torch.cat(list(map(_products, queries, keys, scales)), dim=1)
+    window = logits.shape[2]
+    later = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., -window:].masked_fill_(later, torch.finfo(logits.dtype).min)
+    paid = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+    return list(paid.split([query.shape[1] for query in queries], dim=1))
+
+
+def _products(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """Scaled products (B, H, w, N), without repeating keys for the heads that share them."""
     # The H / G heads that share a key head become more queries of it: (B, G, H / G * w, d) against keys (B, G, N, d).
     rows, heads, window, size = query.shape
     groups, tokens = key.shape[1:3]
-    query = (query * scale).reshape(rows, groups, heads // groups * window, size)
-    logits = (query @ key.transpose(-1, -2)).reshape(rows, heads, window, tokens) + added
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+    query = (query * scale).reshape(rows * groups, heads // groups * window, size)
+    return torch.bmm(query, key.flatten(0, 1).transpose(1, 2)).view(rows, heads, window, tokens)
 
 
-def _causal_weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """`_plain_weights` of the last tokens without padding: of all their keys only the last few may be hidden."""
-    rows, heads, window, size = query.shape
-    groups, tokens = key.shape[1:3]
-    query = (query * scale).reshape(rows, groups, heads // groups * window, size)
-    logits = (query @ key.transpose(-1, -2)).reshape(rows, heads, window, tokens)
-    later = torch.ones(window, window, dtype=torch.bool, device=query.device).triu(1)
-    logits[..., -window:].masked_fill_(later, torch.finfo(logits.dtype).min)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+def _rotated(
+    attentions: Sequence[nn.Module], projected: Sequence[torch.Tensor], which: str, tables: Any
+) -> list[torch.Tensor]:
+    """Queries (``which="q"``) or keys (``"k"``) (B, heads, n, d) of the last n tokens in each layer, normed, rotated.
 
-
-def _rotated(attention: nn.Module, found: torch.Tensor, which: str, tables: Any) -> torch.Tensor:
-    """Projected queries (``which="q"``) or keys (``"k"``) (B, n, heads * d) of the last n tokens, normed, rotated."""
-    found = found.unflatten(-1, (-1, attention.head_dim))
-    if hasattr(attention, f"{which}_norm"):
-        found = getattr(attention, f"{which}_norm")(found)
-    found = found.transpose(1, 2)
-    if getattr(attention, "use_rope", True):
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        cos, sin = (table[:, -found.shape[2] :] for table in tables)
-        found = rotate(found, found[:, :1], cos, sin)[0]
+    ``projected`` are (B, n, heads * d) each. They are rotated all at once: positions are the same in all layers.
+    """
+    found, turned = [], []
+    for attention, values in zip(attentions, projected, strict=True):
+        values = values.unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, f"{which}_norm"):
+            values = getattr(attention, f"{which}_norm")(values)
+        found.append(values.transpose(1, 2))
+        turned.append(getattr(attention, "use_rope", True))
+    if any(turned):
+        rotate = sys.modules[type(attentions[0]).__module__].apply_rotary_pos_emb
+        cos, sin = (table[:, -found[0].shape[2] :] for table in tables)
+        some = [values for values, turns in zip(found, turned, strict=True) if turns]
+        together = rotate(torch.cat(some, dim=1), some[0][:, :1], cos, sin)[0]
+        parts = iter(together.split([values.shape[1] for values in some], dim=1))
+        found = [next(parts) if turns else values for values, turns in zip(found, turned, strict=True)]
     return found
 
 

@@ -213,8 +213,8 @@ class Stage:
         if queries is not None:
             mask = mask_rows(self.layer_arguments.get("attention_mask"), window, self.positions.shape[1])
             return attention_from_cached_keys(
-                self.layer, queries, self.keys, self.position_embeddings, mask, self.padding_mask
-            )
+                [self.layer], [queries], [self.keys], self.position_embeddings, [mask], self.padding_mask
+            )[0]
         return attention_from_last(
             self.layer, self.hidden_states, self.layer_arguments, window, self.padding_mask, self.past
         )
@@ -225,7 +225,7 @@ class Stage:
         Costs no key projection. Where those keys are not at hand (a first layer, a cache that holds others, families
         with one fused projection, a layer with a window): `attention_from_last`.
         """
-        paid = self._paid_at(self.layer_index - 1, window)
+        (paid,) = self._paid_at([self.layer_index - 1], window)
         return self.attention_from_last(window) if paid is None else paid
 
     def attention_paid(self, layers: Sequence[int], window: int) -> list[torch.Tensor]:
@@ -234,7 +234,7 @@ class Stage:
         Where a layer's keys are not at hand (more than `LAYERS_AT_HAND` back, before a cut, fused projections, a
         window), this stage's own layer stands for all of them.
         """
-        paid = [self._paid_at(layer, window) for layer in layers]
+        paid = self._paid_at(layers, window)
         if any(each is None for each in paid):
             return [self.attention_from_last(window)] * len(layers)
         return paid
@@ -263,7 +263,7 @@ class Stage:
         get attention too, all is scaled by keys over tokens, so that an even share is 1 / N with a past as without.
         """
         paid, tokens, asked = self.attention_paid(layers, window), self.positions.shape[1], list(layers)
-        held = [self.before[layer].keys.shape[2] if self._paid_at(layer, window) is not None else 0 for layer in layers]
+        held = [self.before[layer].keys.shape[2] if (layer, window) in self.read else 0 for layer in layers]
         if not all(held):
             past = 0 if self.past is None else self.past[0].shape[2]
             held, asked = [tokens + past] * len(layers), [self.layer_index]
@@ -285,16 +285,25 @@ class Stage:
                 f"chunk: give the scorer an attribute query_tokens = {window}."
             )
 
-    def _paid_at(self, layer: int, window: int) -> torch.Tensor | None:
+    def _paid_at(self, layers: Sequence[int], window: int) -> list[torch.Tensor | None]:
+        """Attention (B, H, w, N) that was paid at each of earlier ``layers``, None where its keys are not at hand."""
         self._refuse_more_queries(window)
-        before = self.before.get(layer)
-        if before is None or min(window, self.positions.shape[1]) > before.last_queries.shape[1]:
-            return None
-        if (layer, window) not in self.read:
-            queries = before.last_queries[:, -window:]
-            rows = mask_rows(before.mask_rows, queries.shape[1], before.keys.shape[2])
+        tokens = self.positions.shape[1]
+        new = {
+            layer: self.before[layer]
+            for layer in layers
+            if layer in self.before
+            and (layer, window) not in self.read
+            and min(window, tokens) <= self.before[layer].last_queries.shape[1]
+        }
+        if new:
+            queries = [each.last_queries[:, -window:] for each in new.values()]
+            keys = [each.keys for each in new.values()]
+            rows = [mask_rows(each.mask_rows, queries[0].shape[1], each.keys.shape[2]) for each in new.values()]
+            modules = [each.layer for each in new.values()]
             paid = attention_from_cached_keys(
-                before.layer, queries, before.keys, self.position_embeddings, rows, self.padding_mask
+                modules, queries, keys, self.position_embeddings, rows, self.padding_mask
             )
-            self.read[layer, window] = paid[..., -self.positions.shape[1] :]
-        return self.read[layer, window]
+            for layer, found in zip(new, paid, strict=True):
+                self.read[layer, window] = found[..., -tokens:]
+        return [self.read.get((layer, window)) for layer in layers]

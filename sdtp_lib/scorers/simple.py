@@ -92,7 +92,7 @@ class _Random:
 @dataclass(frozen=True)
 class _Uniform:
     name: str = "uniform"
-    asking_tokens: ClassVar[int] = 1
+    query_tokens: ClassVar[int] = 1
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         # Multiples of the golden ratio fill a circle evenly, whatever share of it is cut off.
