@@ -77,6 +77,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "qwen2:window": {"use_sliding_window": True, "max_window_layers": 2},
     "doge:moe": {"is_moe": True},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", _FULL] * 3},
     "lfm2": {"layer_types": ["conv", _FULL] * 3},

@@ -26,6 +26,7 @@ from torch import nn
 # Masks of something other than self-attention over tokens.
 _OTHER_MASKS = ("head", "encoder", "cross", "expert", "padding")
 
+_TOWERS = ("vision", "visual", "image", "audio")
 _WITH_STATE = ("linear_attention", "conv", "mamba", "mamba2", "recurrent")
 _WITH_BOTH = ("hybrid", "hybrid_sliding")  # such layers also attend: of these the part that keeps a state is run so
 
@@ -35,9 +36,15 @@ class NoReference(RuntimeError):
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers: of all lists of ``num_hidden_layers`` modules the one with the most parameters."""
+    """The decoder layers: of all lists of ``num_hidden_layers`` modules the one with the most parameters.
+
+    A multimodal model's towers, whose layers may be as many, are told by their names.
+    """
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    lists = [
+        module for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and not any(part in path for part in _TOWERS)
+    ]  # fmt: skip
     if not lists:
         raise NoReference(f"{type(model).__name__} has no list of {count} layers")
     return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
