@@ -12,6 +12,7 @@ says so.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from sdtp_lib import load_model
 from sdtp_lib.data.samples import DOLLY
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--recipe", choices=list(RECIPES), default=DEFAULT, help="labels, inputs and losses")
     parser.add_argument("--start", help="pruners to go on from: a folder, or the name of shipped ones; default: anew")
     parser.add_argument("--learning-rate", type=float, help="default: the recipe's")
+    parser.add_argument("--first-blend", action="store_true", help="the recipe's first blend instead of the best")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, order, ratios and weights")
     parser.add_argument("--labels-only", action="store_true", help="label and stop")
     target = parser.add_mutually_exclusive_group()
@@ -40,13 +42,17 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     model, tokenizer = load_model(device=Share().device)
     out = shipped_pruners()[shipped_for("embedded")] if given.replace_shipped else project_root() / given.out
-    asked = {name: getattr(given, name) for name in ("recipe", "prompts", "epochs", "start", "learning_rate")}
+    fields = ("recipe", "prompts", "epochs", "start", "learning_rate", "first_blend")
+    asked = {name: getattr(given, name) for name in fields}
     recipe = RECIPES[given.recipe]
     if given.learning_rate:
         recipe = recipe.changed("training", learning_rate=given.learning_rate)
+    if given.first_blend:
+        recipe = dataclasses.replace(recipe, blends=recipe.blends[:1])
     train_by_recipe(
-        model, tokenizer, recipe=recipe, instructions=given.dolly, prompts=given.prompts, epochs=given.epochs,
-        heldout=given.heldout, start=given.start, out=out, force=given.force or given.replace_shipped, seed=given.seed,
+        model, tokenizer, recipe=given.recipe if recipe == RECIPES[given.recipe] else recipe,
+        instructions=given.dolly, prompts=given.prompts, epochs=given.epochs, heldout=given.heldout, start=given.start,
+        out=out, force=given.force or given.replace_shipped, seed=given.seed,
         model_name="HuggingFaceTB/SmolLM2-135M-Instruct", labels_only=given.labels_only, asked=asked,
     )  # fmt: skip
 

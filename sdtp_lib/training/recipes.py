@@ -153,8 +153,10 @@ def choose_blend(
     """The blend of the pruners in ``folder`` with the lowest KL on ``samples``, and each blend's figure.
 
     The figure is a geometric mean of KL: over the samples of a kind first, then over kinds, so that none outweighs
-    another. Rows are resumable, and shared among the processes of a launch.
+    another. Rows are resumable, and shared among the processes of a launch. A single blend is not measured.
     """
+    if len(blends) == 1:
+        return dict(blends[0]), {}
     pruners = TokenPruners.from_pretrained(str(folder)).to(model.device).eval()
     methods = []
     for blend in blends:
