@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heldout", type=int, default=0, help="held-out prompts per kind to measure on")
     parser.add_argument("--recipe", choices=list(RECIPES), default=DEFAULT, help="labels, inputs and losses")
     parser.add_argument("--start", help="pruners to go on from: a folder, or the name of shipped ones; default: anew")
+    parser.add_argument("--start-share", type=float, default=0.0, help="share of --start in the averaged weights")
     parser.add_argument("--learning-rate", type=float, help="default: the recipe's")
     parser.add_argument("--first-blend", action="store_true", help="the recipe's first blend instead of the best")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, order, ratios and weights")
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     model, tokenizer = load_model(device=Share().device)
     out = shipped_pruners()[shipped_for("embedded")] if given.replace_shipped else project_root() / given.out
-    fields = ("recipe", "prompts", "epochs", "start", "learning_rate", "first_blend")
+    fields = ("recipe", "prompts", "epochs", "start", "start_share", "learning_rate", "first_blend")
     asked = {name: getattr(given, name) for name in fields}
     recipe = RECIPES[given.recipe]
     if given.learning_rate:
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     train_by_recipe(
         model, tokenizer, recipe=given.recipe if recipe == RECIPES[given.recipe] else recipe,
         instructions=given.dolly, prompts=given.prompts, epochs=given.epochs, heldout=given.heldout, start=given.start,
-        out=out, force=given.force or given.replace_shipped, seed=given.seed,
+        start_share=given.start_share, out=out, force=given.force or given.replace_shipped, seed=given.seed,
         model_name="HuggingFaceTB/SmolLM2-135M-Instruct", labels_only=given.labels_only, asked=asked,
     )  # fmt: skip
 

@@ -69,6 +69,7 @@ def train_by_recipe(
     heldout: int = 24,
     layers: Sequence[int] | None = None,
     start: str | Path | None = None,
+    start_share: float = 0.0,
     out: str | Path | None = None,
     force: bool = False,
     model_name: str | None = None,
@@ -100,8 +101,10 @@ def train_by_recipe(
         Held-out prompts per kind that the pruners are measured on; 0: not measured.
     layers
         Before which to prune, default ``range(4, L, 3)``.
-    start
+    start, start_share
         Pruners to go on from, a folder or the name of shipped ones, of the recipe's inputs and sizes; default: anew.
+        The result is an average of weights, ``start_share`` of it the start's: what the new prompts lack is not
+        unlearned (arXiv 2109.01903).
     out, force
         Folder of the pruners, default the user's own (`shipped.folder_for`), where `token_pruning` finds them by the
         model's fingerprint; whether what is there may be replaced.
@@ -145,12 +148,14 @@ def train_by_recipe(
     logged = max(1, min(chosen.training.logging_steps, int(steps / 20)))
     chosen = dataclasses.replace(chosen, training=chosen.training.replace(seed=seed, logging_steps=logged))
     checked_labels(model, layers, chosen.labels)
+    if not 0 <= start_share < 1 or (start_share and start is None):
+        raise ValueError(f"start_share={start_share} needs start= and a share in [0, 1).")
     begun = None if start is None else _begun(start, model, layers)
 
     train, held_out, told = choose_prompts(
         tokenizer, data, instructions, prompts, prompt_tokens, most_tokens, heldout, seed, say
     )
-    work = _work_folder(cache_dir, marks, model, layers, chosen, train, begun)
+    work = _work_folder(cache_dir, marks, model, layers, chosen, train, begun, start_share)
     fast = _fast_copy(model)
     say(f"labels in {str(fast.dtype).removeprefix('torch.')}; what is done is kept in {shown_path(work.parent.parent)}")
     measured = sum(map(len, held_out.values()))
@@ -159,6 +164,13 @@ def train_by_recipe(
     if labels_only:
         return None
     pruners = _trained(model, labelled, layers, chosen, work, name, share, progress, seed, begun)
+    if start_share:
+        first = _begun(start, model, layers).state_dict()
+        trained = pruners.state_dict()
+        pruners.load_state_dict({key: start_share * first[key] + (1 - start_share) * trained[key] for key in first})
+        if share.is_first:
+            pruners.save_pretrained(work / "pruners")
+        share.wait()
     provenance = provenance_of(model, model_name=name, seed=seed, recipe=content_id(chosen.to_dict()))
     blends: dict[str, float] = {}
     if chosen.blends:
@@ -226,10 +238,11 @@ def _work_folder(
     recipe: Recipe,
     train: Sequence[dict],
     begun: TokenPruners | None,
+    start_share: float,
 ) -> Path:
     """Where this very run keeps what it has done: another model, recipe or prompt is another run."""
     made_from = (
-        *(() if begun is None else (begun.identity,)),
+        *(() if begun is None else (begun.identity, start_share)),
         marks,
         adapters_fingerprint(model),
         layers,

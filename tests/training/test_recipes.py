@@ -137,6 +137,9 @@ def test_training_goes_on_from_given_pruners_and_refuses_those_of_other_layers(t
     anew = sdtp_lib.train_pruners(model, tiny_tokenizer, out=first, **options)
     further = sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "second", start=first, **options)
     assert further.notes["start"] == anew.identity != further.identity
+    half = sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "half", start=first, start_share=0.5, **options)
+    for name, weight in half.state_dict().items():
+        torch.testing.assert_close(weight, (anew.state_dict()[name] + further.state_dict()[name]) / 2)
     with pytest.raises(ValueError, match=r"has layers \[4\]; wanted are \[5\]"):
         sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "third", start=first, layers=[5], **options)
 
