@@ -67,7 +67,7 @@ params: $(READY) ## print every notebook's parameters: type, default, help
 	@$(BIN)/python workflow/run_notebook.py --list
 
 WORKSPACES := .jupyter/workspaces
-# No question about news, and nothing asked of another host.
+# JupyterLab's server fetches no news and no version from another host, whatever is answered to its question about news.
 OFFLINE := --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 .PHONY: lab
 lab: $(READY) $(WORKSPACES)/.made ## open JupyterLab at the project's root, on notebook 03; later where you left it
