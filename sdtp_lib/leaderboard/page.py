@@ -101,7 +101,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _in_words(frame: Any) -> list[str]:
-    others = words.better_elsewhere(frame)
+    others, against = words.better_elsewhere(frame), words.against_the_default(frame)
     goals = [f"- {goal}" for goal in words.goals(frame)] or ["- not measured at 2x yet"]
     places = [f"- {sentence}" for sentence in others] or ["- On no test set is another method's mean lower than ours."]
     return [
@@ -117,8 +117,8 @@ def _in_words(frame: Any) -> list[str]:
         "",
         words.best_training_free(frame),
         "",
-        *[f"- {sentence}" for sentence in words.against_the_default(frame)],
-        "",
+        *(f"- {sentence}" for sentence in against),
+        *([""] if against else []),
         "Measured time to the first token:",
         "",
         *[f"- {sentence}" for sentence in words.fastest(frame)],
@@ -177,7 +177,7 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
             own = ruler[name]
             solved = own["solved"]
             body.append([
-                name, f"{own['all']:.1f} ({own['items']} of {own['tasks']} tasks)", own["lost"].text(1),
+                name, f"{own['all']:.1f} ({own['items']} items, {own['tasks']} tasks)", own["lost"].text(1),
                 solved.text(1) if solved else "-", f"{100 - solved.value:.1f}" if solved else "-",
             ])  # fmt: skip
         first = next(iter(ruler.values()))
