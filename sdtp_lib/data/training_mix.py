@@ -127,7 +127,7 @@ def _text(tokenizer, count, records, split, lengths, seed) -> list[dict[str, Any
     addresses, code = (
         text_windows(some, tokenizer, **sizes) for some in (long_documents(split), code_documents(split))
     )
-    return _by_turns(addresses, [{**sample, "category": "code"} for sample in code])[:count]
+    return _by_turns(addresses, [{**sample, "category": "code"} for sample in code], first=seed)[:count]
 
 
 def _tasks(tokenizer, count, records, split, lengths, seed) -> list[dict[str, Any]]:
@@ -139,7 +139,7 @@ def _tasks(tokenizer, count, records, split, lengths, seed) -> list[dict[str, An
         for name in tasks.TASKS
     ]
     tables = table_lookups(tokenizer, tokens=lengths, count=2 * each, seed=seed, split=split)
-    return _by_turns(*made, tables[0::2], tables[1::2])[:count]
+    return _by_turns(*made, tables[0::2], tables[1::2], first=seed)[:count]
 
 
 def _instructions(tokenizer, count, records, split, lengths, seed) -> list[dict[str, Any]]:
@@ -148,14 +148,18 @@ def _instructions(tokenizer, count, records, split, lengths, seed) -> list[dict[
     sizes = {"tokens": lengths, "seed": seed}
     third = -(-count // 3)
     packed = pack_contexts(known, tokenizer, limit=count, response_tokens=RESPONSE_TOKENS, asked_anywhere=True, **sizes)
-    turns = _by_turns(
-        chats(known, tokenizer, count=third, **sizes), second_questions(known, tokenizer, count=third, **sizes)
-    )[:third]
+    several = chats(known, tokenizer, count=third, **sizes)
+    turns = _by_turns(several, second_questions(known, tokenizer, count=third, **sizes), first=seed)[:third]
     return _by_turns(packed[0::2], packed[1::2], turns)[:count]
 
 
-def _by_turns(*lists: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first of each list, the second of each, and so on; a list that has run out is passed over."""
+def _by_turns(*lists: Sequence[dict[str, Any]], first: int = 0) -> list[dict[str, Any]]:
+    """The first of each list, the second of each, and so on; a list that has run out is passed over.
+
+    ``first`` (a seed) turns the order, so that a few from each of several calls are not always of the same lists.
+    """
+    place = stable_number("turns", first) % len(lists) if first else 0
+    lists = lists[place:] + lists[:place]
     return [sample for turn in itertools.zip_longest(*lists) for sample in turn if sample is not None]
 
 
