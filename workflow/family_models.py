@@ -54,6 +54,7 @@ SIZES: dict[str, Any] = {
 
 # model_type[:variant] -> what its tiny configuration needs beyond the sizes, or what makes it a further variant.
 _FULL, _WINDOW, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
+_PLACEHOLDERS = ("image", "video", "audio", "boi", "eoi", "boa")
 EXTRAS: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 1e4},
@@ -69,6 +70,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "gemma4_text:shared": {"num_kv_shared_layers": 2, "layer_types": [_WINDOW, _FULL] * 3},
     "gemma4_text:bidirectional": {"use_bidirectional_attention": "all"},
     "gemma3_text:bidirectional": {"use_bidirectional_attention": True},
+    # Its own ids lie outside a tiny vocabulary, and it looks them up.
+    "gemma4": {f"{name}_token_id": VOCABULARY - 1 - place for place, name in enumerate(_PLACEHOLDERS)},
     "falcon": {"new_decoder_architecture": False, "multi_query": False, "num_ln_in_parallel_attn": None},
     "falcon:alibi": {"alibi": True},
     "falcon:new": {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS},

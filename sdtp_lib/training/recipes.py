@@ -25,9 +25,12 @@ from sdtp_lib.processes import Share
 from sdtp_lib.records import read_rows
 from sdtp_lib.scorers.blend import Blend, average_of_neighbours
 from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.training import trainer
 from sdtp_lib.training.config import TrainingConfig
 from sdtp_lib.training.labels import label_column
+from sdtp_lib.training.prompts import interleaved
 
+BLEND_PROMPTS = 16  # to choose a blend on
 DEFAULT = "sdtp"
 # Below this many nats per token a difference matters to nobody: needles must not decide the blend by 0.0001 or 0.0002.
 NEGLIGIBLE_NATS = 0.003
@@ -182,3 +185,14 @@ def choose_blend(
 def with_blend(folder: Path, blend: Mapping[str, Any]) -> TokenPruners:
     """The pruners of ``folder`` under another blend."""
     return TokenPruners.from_pretrained(str(folder), blend=dict(blend)).eval()
+
+def held_back(labelled: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    """Prompts that training has kept back for its own measure, as samples; the first ones where it kept back none."""
+    kept = trainer.split_by_id(labelled, recipe.training)[1]
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for row in kept if kept is not None else labelled:
+        prompt, ids = row["prompt_length"], row["input_ids"]
+        sample = {"id": row["sample_id"], "category": row["category"], "prompt_ids": ids[:prompt],
+                  "response_ids": ids[prompt:]}  # fmt: skip
+        by_kind.setdefault(kind_of(row["category"]), []).append(sample)
+    return interleaved(*by_kind.values())[:BLEND_PROMPTS]

@@ -30,12 +30,19 @@ from sdtp_lib.shipped import folder_for
 from sdtp_lib.training import trainer, verdict
 from sdtp_lib.training.card import write_card
 from sdtp_lib.training.labels import checked_labels
-from sdtp_lib.training.prompts import choose_prompts, interleaved, listed
-from sdtp_lib.training.recipes import DEFAULT, Recipe, choose_blend, joined_label, kind_of, recipe_named, with_blend
+from sdtp_lib.training.prompts import choose_prompts, listed
+from sdtp_lib.training.recipes import (
+    DEFAULT,
+    Recipe,
+    choose_blend,
+    held_back,
+    joined_label,
+    recipe_named,
+    with_blend,
+)  # fmt: skip
 from sdtp_lib.training.saliency import compute_saliency
 
 FIRST_LABELS = 6  # timed, before the time of a run is told
-BLEND_PROMPTS = 16
 BLEND_RATIO = 0.8
 MEASURED_RUNS = 1 + len(verdict.RATIOS) * (1 + len(verdict.TRAINING_FREE))  # prefills per held-out prompt
 
@@ -174,7 +181,7 @@ def train_by_recipe(
     provenance = provenance_of(model, model_name=name, seed=seed, recipe=content_id(chosen.to_dict()))
     blends: dict[str, float] = {}
     if chosen.blends:
-        tuned_on = _held_back(labelled, chosen)
+        tuned_on = held_back(labelled, chosen)
         say(f"blend: {len(chosen.blends)} candidates on {len(tuned_on)} of the training prompts", flush=True)
         blend, blends = choose_blend(
             model, work / "pruners", chosen.blends, tuned_on, config, work / "blends.jsonl", provenance, share
@@ -321,15 +328,3 @@ def _trained(
     )
     share.wait()
     return pruners
-
-
-def _held_back(labelled: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Prompts that training has kept back for its own measure, as samples; the first ones where it kept back none."""
-    kept = trainer.split_by_id(labelled, recipe.training)[1]
-    by_kind: dict[str, list[dict[str, Any]]] = {}
-    for row in kept if kept is not None else labelled:
-        prompt, ids = row["prompt_length"], row["input_ids"]
-        sample = {"id": row["sample_id"], "category": row["category"], "prompt_ids": ids[:prompt],
-                  "response_ids": ids[prompt:]}  # fmt: skip
-        by_kind.setdefault(kind_of(row["category"]), []).append(sample)
-    return interleaved(*by_kind.values())[:BLEND_PROMPTS]

@@ -99,7 +99,7 @@ def test_a_scorer_may_be_named_and_an_unknown_name_lists_the_known_ones(tiny_mod
     assert torch.equal(
         _trace(model, CONFIG, "recency").kept_positions[3], _trace(model, CONFIG, scorers.recency()).kept_positions[3]
     )
-    with pytest.raises(ValueError, match="scorer='recent' is unknown: give one of random, recency"):
+    with pytest.raises(ValueError, match="scorer='recent' is unknown: give one of random, uniform, recency"):
         _trace(model, CONFIG, "recent")
 
 

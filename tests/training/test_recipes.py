@@ -62,7 +62,7 @@ def test_a_users_whole_way_from_a_folder_and_forty_lines_to_pruners_found_by_the
     model_folder, tmp_path, capsys
 ):
     mine = tmp_path / "mine.jsonl"
-    lines = [*map(a_line, range(37)), a_line(0), {"instruction": "Why?"}, {"text": "no question here"}]
+    lines = [*map(a_line, range(37)), a_line(0), {"instruction": "Why?"}, {"remark": "no question here"}]
     mine.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = [str(model_folder), "--data", str(mine), "--instructions", "embedded", "--prompts", "20",
                  "--prompt-tokens", "1000", "1100", "--epochs", "1", "--heldout", "2"]  # fmt: skip
