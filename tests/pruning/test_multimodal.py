@@ -41,12 +41,27 @@ def _qwen():
     return model.to(torch.float64).eval().requires_grad_(False)
 
 
+def _carries_positions_over(model) -> bool:
+    """Whether one row fails after a padded batch of two, nothing pruned: Qwen2.5-VL of transformers 5.2."""
+    rows, mask = torch.arange(5, 21)[None].repeat(2, 1), torch.ones(2, 16, dtype=torch.long)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        model.generate(rows, attention_mask=mask, max_new_tokens=1, pad_token_id=0)
+        try:
+            model(input_ids=rows[:1])
+        except RuntimeError:
+            return True
+    return False
+
+
 MODELS = {"gemma3": _gemma, "qwen2_5_vl": _qwen}
 
 
 @pytest.mark.parametrize("check", ENGINE)
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_a_text_prompt_equals_the_masked_reference(build, check):
+    if check == "padded" and _carries_positions_over(build()):
+        pytest.skip("this transformers' model takes a batch's positions for the next call's, without pruning too")
     found = judged(CHECKS[check], Subject(build()))
     assert found.outcome == RIGHT, found
 
