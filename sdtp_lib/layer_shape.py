@@ -22,10 +22,12 @@ _CHOSEN_EXPERTS = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "moe_top
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # An attention with one of these parts is not softmax(QK)V over all keys: a sparse index, differential attention.
 _OTHER_ATTENTION = ("indexer", "lambda_q1")
-# A layer with one of these parts also multiplies activations with each other outside attention (Gemma 3n's streams).
-_OTHER_LAYER = ("altup",)
-# One of these holds weights of which each of the layers that share it uses a part of its own (Zamba 2's adapters).
-_SHARED = ("shared_transformer", "shared_transf")
+# Parts of a layer whose FLOPs are not those of all their weights -> why: Gemma 3n's streams multiply activations with
+# each other; of what Zamba's layers share, each uses adapters of its own.
+_UNCOUNTED = {
+    "altup": "whose products are not all of weights",
+    **dict.fromkeys(("shared_transformer", "shared_transf"), "of which it uses only some weights"),
+}
 _FULL_ATTENTION = ("full_attention", "attention", "global")
 # Words for layers that keep a state of all tokens; for layers that do so beside attention; for layers without either.
 _WITH_STATE = ("linear_attention", "conv", "mamba", "mamba2", "recurrent")
@@ -104,10 +106,9 @@ def count_layer(layer: Any, config: Any, index: int) -> LayerShape:
     if loops := loops_of(config):
         raise ValueError(f"{where} runs more than once per forward ({loops}): {REMEDY}.")
     kind = layer_kind(config, index)
-    if other := [name for name in _OTHER_LAYER if hasattr(layer, name)]:
-        raise ValueError(f"{where} has the part {other[0]!r}, whose products are not all of weights: {REMEDY}.")
-    if shared := [name for name in _SHARED if hasattr(layer, name)]:
-        raise ValueError(f"{where} has the part {shared[0]!r}, of which it uses only some weights: {REMEDY}.")
+    for part, why in _UNCOUNTED.items():
+        if hasattr(layer, part):
+            raise ValueError(f"{where} has the part {part!r}, {why}: {REMEDY}.")
     if any(_is_table(part) for part in layer.modules()):
         raise ValueError(f"{where} looks weights up in a table: {REMEDY}.")
     path, window, heads, key_heads, key_size, value_size, cache_width = "", None, 0, 0, 0, 0, 0
