@@ -6,6 +6,7 @@
     python benchmarks/leaderboard.py --params gpu-llama3.1-8b     # or a YAML file of yours with these arguments
     python benchmarks/leaderboard.py --model FOLDER --name gemma-3-270m --pruners FOLDER     # another model of yours
     accelerate launch --num_processes 4 benchmarks/leaderboard.py --params gpu-qwen3-8b
+    torchrun --nproc-per-node 6 benchmarks/leaderboard.py --no-times --name NAME    # a small model, six times on one GPU
 
 The order is that of `sdtp_lib.leaderboard.plan`: item by item over all methods, 2x first. A fresh clone goes on from
 the rows that are committed (``--fresh`` does not). RULER's answers are cut to the length of the right ones. With
@@ -64,6 +65,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         "out")  # fmt: skip
     parser.add_argument("--datasets", nargs="+", default=["multi_news"], help="of LongBench")
     parser.add_argument("--hours", type=float, default=None, help="stop before the item that would begin later")
+    parser.add_argument("--no-times", action="store_true", help="leave prefill times out of the rows: for several "
+                        "processes on one GPU")  # fmt: skip
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; rows of one file have one number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=None, help="default data/results/leaderboard, or -PARAMS")
@@ -164,7 +167,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
         ends_at = time.monotonic() + 3600 * options.hours if options.hours else None
         with share.rows(path, stamp) as writer:
             rows = read_rows(path) if path.exists() else []
-            work = Measurement(model, tokenizer, found, writer, rows)
+            work = Measurement(model, tokenizer, found, writer, rows, times=not options.no_times)
             model(torch.arange(8, device=model.device)[None])  # what only a process's first forward pays
             bar = tqdm(share.of(steps), unit="item", desc="leaderboard", mininterval=10, disable=not share.is_first)
             for step in bar:

@@ -37,10 +37,14 @@ class Share:
             with extra("train"):
                 from accelerate import PartialState
 
-            self._state = PartialState(cpu=not torch.cuda.is_available())
+            # More processes than GPUs: each GPU serves several, and what they wait for goes through the CPU.
+            gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+            self._state = PartialState(cpu=gpus < here)
         self.index: int = self._state.process_index if self._state else 0
         self.count: int = self._state.num_processes if self._state else 1
         self.device: torch.device | None = self._state.device if self._state else None
+        if self._state and 0 < gpus < here:
+            self.device = torch.device("cuda", self._state.local_process_index % gpus)
 
     @property
     def is_first(self) -> bool:

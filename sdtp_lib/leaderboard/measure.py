@@ -39,11 +39,21 @@ class Measurement:
     rows
         The rows that ``writer``'s file has already: where the unpruned answer to an item is known, it is not asked for
         again.
+    times
+        Whether rows tell the prefill's time; without, several processes may share a device.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, entrants: Sequence[Variant], writer: RowWriter, rows: Sequence[Mapping]
+        self,
+        model: Any,
+        tokenizer: Any,
+        entrants: Sequence[Variant],
+        writer: RowWriter,
+        rows: Sequence[Mapping],
+        *,
+        times: bool = True,
     ) -> None:
+        self._times = times
         self._model, self._tokenizer, self._entrants, self._writer = model, tokenizer, list(entrants), writer
         self._shape = ModelShape.from_model(model)
         self._scorers = writer.scored_by({UNPRUNED: None} | {each.name: each.scorer for each in entrants})
@@ -133,6 +143,8 @@ class Measurement:
             del found["new_ids"]
         else:
             found, trace = self._answered(item, variant)
+        if not self._times:
+            found.pop("prefill_ms", None)
         if trace is not None:
             whole = budget.prefill_flops(self._shape, [len(prompt)] * self._shape.num_layers)
             found["flops_speedup"] = whole / variant.flops(self._model, len(prompt), trace.tokens_per_layer)

@@ -81,7 +81,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             "yes" if _is_learned(name, used) else "no",
             *(f"{values[name].value:.3f}" if name in values else "" for values in kl.values()),
             f"{solved.value:.0f}" if solved else "",
-            f"{cost['speedup']:.2f}x" if cost else "",
+            f"{cost['speedup']:.2f}x" if cost and cost["speedup"] else "",
             f"{100 * cost['kv']:.0f} %" if cost else "",
             str(min((values[name].items for values in kl.values() if name in values), default=0)),
         ))  # fmt: skip
@@ -121,7 +121,8 @@ def _in_words(frame: Any) -> list[str]:
         *([""] if against else []),
         "Measured time to the first token:",
         "",
-        *[f"- {sentence}" for sentence in words.fastest(frame)],
+        *([f"- {sentence}" for sentence in words.fastest(frame)]
+          or ["- not measured: several processes shared the device"]),
         "",
     ]
 
@@ -191,10 +192,10 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
     if costs:
         header = ["method", "TTFT speed-up (quartiles)", "limit by FLOPs", "KV cache", "peak memory", "n"]
         body = [
-            [name, f"{each['speedup']:.2f}x ({each['quartiles'][0]:.2f} to {each['quartiles'][1]:.2f})",
-             f"{each['limit']:.2f}x", f"{100 * each['kv']:.0f} %",
+            [name, f"{each['speedup']:.2f}x ({each['quartiles'][0]:.2f} to {each['quartiles'][1]:.2f})"
+             if each["speedup"] else "-", f"{each['limit']:.2f}x", f"{100 * each['kv']:.0f} %",
              f"{100 * each['peak']:.0f} %" if each["peak"] is not None else "-", str(each["items"])]
-            for name, each in sorted(costs.items(), key=lambda pair: -pair[1]["speedup"])
+            for name, each in sorted(costs.items(), key=lambda pair: -(pair[1]["speedup"] or 0))
         ]  # fmt: skip
         lines += ["Time to the first token against the unpruned run of the same turn, scoring included; cache and peak "
                   "memory as shares of the unpruned ones.", "", markdown_table(header, body, RULE), ""]  # fmt: skip

@@ -153,21 +153,23 @@ def by_task(part: pandas.DataFrame, sort: str = RULER) -> pandas.DataFrame:
 
 
 def costs(part: pandas.DataFrame) -> dict[str, dict[str, Any]]:
-    """Method -> ``speedup`` (measured time to the first token: the median of paired ratios), ``items``, ``limit`` (by
-    FLOPs), ``kv`` (share of the unpruned cache), ``peak`` (share of the unpruned peak memory)."""
+    """Method -> ``speedup`` (measured time to the first token: the median of paired ratios; None where rows have no
+    times), ``quartiles``, ``items``, ``limit`` (by FLOPs), ``kv`` (share of the unpruned cache), ``peak`` (share of
+    the unpruned peak memory)."""
     found = {}
     for name, own in part[part.method != UNPRUNED].groupby("method", sort=False):
-        timed = own[own.prefill_ms.notna() & own.unpruned_prefill_ms.notna()]
+        held = own[own.kv_bytes.notna() & own.unpruned_kv_bytes.notna()]
+        timed = held[held.prefill_ms.notna() & held.unpruned_prefill_ms.notna()]
         memory = own[(own.sort == MEMORY) & own.peak_bytes.notna()]
-        if timed.empty:
+        if held.empty:
             continue
         ratios = (timed.unpruned_prefill_ms / timed.prefill_ms).astype(float)
         found[name] = {
-            "speedup": float(ratios.median()),
+            "speedup": float(ratios.median()) if len(ratios) else None,
             "quartiles": (float(ratios.quantile(0.25)), float(ratios.quantile(0.75))),
-            "items": len(ratios),
-            "limit": float(timed.flops_speedup.astype(float).median()),
-            "kv": float(timed.kv_bytes.sum() / timed.unpruned_kv_bytes.sum()),
+            "items": len(held),
+            "limit": float(held.flops_speedup.astype(float).median()),
+            "kv": float(held.kv_bytes.sum() / held.unpruned_kv_bytes.sum()),
             "peak": float((memory.peak_bytes / memory.unpruned_peak_bytes).mean()) if len(memory) else None,
         }
     return found

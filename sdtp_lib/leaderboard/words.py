@@ -165,7 +165,7 @@ def fastest(frame: Any) -> list[str]:
     """Which method is ahead of ours in measured time to the first token, place by place."""
     found = []
     for length, speedup in places(frame):
-        lines = costs(at(frame, length, speedup))
+        lines = {name: cost for name, cost in costs(at(frame, length, speedup)).items() if cost["speedup"]}
         if OURS in lines:
             best = max(lines, key=lambda name, lines=lines: lines[name]["speedup"])
             found.append(

@@ -31,6 +31,8 @@ class TrainingConfig:
     lm_weight, distill_weight
         Weights of the pruned model's cross-entropy on the response (paper) and of its KL to the unpruned model, both
         through simulated pruning; 0 leaves the language model out of the gradient, and training is much cheaper.
+    distill_floor
+        Nats: above 0 the distillation loss is each prompt's ``log(KL + distill_floor)`` instead of its KL.
     keep_ratios
         (low, high): each step draws its keep ratio from here, so that one set of pruners serves every ratio.
     temperature, keep_floor
@@ -69,6 +71,7 @@ class TrainingConfig:
     staged: bool = True
     lm_weight: float = 0.0
     distill_weight: float = 0.0
+    distill_floor: float = 0.0
     keep_ratios: tuple[float, float] = (0.6, 0.95)
     temperature: float = 0.3
     keep_floor: float = 1e-3
@@ -86,7 +89,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_ratios", tuple(self.keep_ratios))
-        for name in ("mse_weight", "rank_weight", "drop_weight", "lm_weight", "distill_weight", "rank_width"):
+        for name in ("mse_weight", "rank_weight", "drop_weight", "lm_weight", "distill_weight", "distill_floor",
+                     "rank_width"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative: give 0 to switch it off, or more.")
         if not any(self.weights().values()):

@@ -143,11 +143,22 @@ def highest(scores: Tensor, valid: Tensor, kept: Tensor) -> Tensor:
     return valid & (_ranks(scores, valid) < kept[:, None])
 
 
-def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) in nats, mean over the (N, V) positions given; gradients reach the student only."""
+def distillation(
+    student_logits: Tensor, teacher_logits: Tensor, prompt: Tensor | None = None, floor: float = 0.0
+) -> Tensor:
+    """KL(teacher || student) in nats, mean over the (N, V) positions given; gradients reach the student only.
+
+    With a ``floor`` above 0: the mean over prompts of ``log(KL + floor)``, where ``prompt`` (N,) says whose position
+    each is. Then twice as good counts as much for a prompt of little divergence as for one of much.
+    """
     teacher = teacher_logits.detach().float().log_softmax(-1)
     student = student_logits.float().log_softmax(-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    if not floor:
+        return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    each = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    sums = each.new_zeros(int(prompt.max()) + 1).index_add(0, prompt, each)
+    counts = torch.bincount(prompt, minlength=len(sums))
+    return (sums[counts > 0] / counts[counts > 0] + floor).log().mean()
 
 
 def soft_keep(scores: Tensor, valid: Tensor, kept: Tensor, temperature: float, floor: float = 1e-3) -> Tensor:

@@ -53,6 +53,9 @@ class Recipe:
         Losses and schedule.
     blends
         Fields of `Blend` to choose from on training-side prompts; none: the learned score alone.
+    refinement
+        Losses and schedule of a second training, from where the first ended and under the first of ``blends``: through
+        simulated pruning, on what a cut does to the model's predictions. None: there is none.
     """
 
     labels: tuple[str, ...]
@@ -60,6 +63,7 @@ class Recipe:
     pruner: Mapping[str, Any]
     training: TrainingConfig
     blends: tuple[Mapping[str, Any], ...] = ()
+    refinement: TrainingConfig | None = None
 
     def pruner_options(self, hidden_size: int) -> dict[str, Any]:
         """`pruner` for a model of this size: a set ``width`` is the least, a sixteenth of the hidden size the rule."""
@@ -68,7 +72,9 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**dataclasses.asdict(self), "training": self.training.to_dict()}
+        known = {**dataclasses.asdict(self), "training": self.training.to_dict()}
+        refinement = known.pop("refinement")
+        return known if refinement is None else {**known, "refinement": self.refinement.to_dict()}
 
     def changed(self, part: str, **changes: Any) -> Recipe:
         """The same with fields of ``pruner`` or ``training`` changed."""
@@ -95,8 +101,14 @@ _OURS = Recipe(
         )
     ),
 )  # fmt: skip
+# Thousands of forwards and backwards of the language model: minutes on a GPU, a day on two cores.
+_REFINEMENT = TrainingConfig(
+    mse_weight=0, rank_weight=0, distill_weight=1.0, distill_floor=NEGLIGIBLE_NATS, keep_ratios=(0.65, 0.95),
+    **{**_SCHEDULE, "epochs": 4.0, "learning_rate": 5e-4},
+)  # fmt: skip
 RECIPES = {
     DEFAULT: _OURS,
+    "sdtp, refined": dataclasses.replace(_OURS, refinement=_REFINEMENT),
     # Gradient x hidden, the hidden state alone, D / 4, regression and ranking over all pairs. The paper's
     # language-model loss is left out: it costs four forwards per prompt and step.
     "paper": Recipe(

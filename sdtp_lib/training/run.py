@@ -25,6 +25,7 @@ from sdtp_lib.files import refuse_existing, shown_path, whole_folder, write_json
 from sdtp_lib.models import cache_directory, cpu_computes_bfloat16
 from sdtp_lib.processes import Share
 from sdtp_lib.provenance import adapters_fingerprint, content_id, fingerprint, provenance_of
+from sdtp_lib.scorers.blend import Blend
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.shipped import folder_for
 from sdtp_lib.training import trainer, verdict
@@ -154,6 +155,8 @@ def train_by_recipe(
     steps = prompts * chosen.training.epochs / chosen.training.batch_size
     logged = max(1, min(chosen.training.logging_steps, int(steps / 20)))
     chosen = dataclasses.replace(chosen, training=chosen.training.replace(seed=seed, logging_steps=logged))
+    if chosen.refinement is not None:
+        chosen = dataclasses.replace(chosen, refinement=chosen.refinement.replace(seed=seed, logging_steps=logged))
     checked_labels(model, layers, chosen.labels)
     if not 0 <= start_share < 1 or (start_share and start is None):
         raise ValueError(f"start_share={start_share} needs start= and a share in [0, 1).")
@@ -326,5 +329,17 @@ def _trained(
     pruners = trainer.train_pruners(
         model, labelled, recipe.training, layers=layers, output_dir=work, progress=progress and share.is_first, **made
     )
+    share.wait()
+    if recipe.refinement is None:
+        return pruners
+    history = pruners.history
+    pruners.blend = Blend(**recipe.blends[0]) if recipe.blends else None
+    pruners = trainer.train_pruners(
+        model, labelled, recipe.refinement, layers=layers, output_dir=work / "refined", pruners=pruners.train(),
+        progress=progress and share.is_first,
+    )  # fmt: skip
+    pruners.history, pruners.blend = history + pruners.history, None
+    if share.is_first:
+        pruners.save_pretrained(work / "pruners")
     share.wait()
     return pruners

@@ -79,7 +79,8 @@ class PrunerLoss(nn.Module):
             if config.lm_weight:
                 parts["lm"] = F.cross_entropy(student.float(), targets)
             if config.distill_weight:
-                parts["distill"] = losses.distillation(student, teacher)
+                prompt = (attention_mask.bool() & ~prompt_mask).nonzero()[:, 0]
+                parts["distill"] = losses.distillation(student, teacher, prompt, config.distill_floor)
         weights = config.weights()
         total = sum(weights[name] * value for name, value in parts.items())
         return {"loss": total, **{f"{name}_loss": value.detach() for name, value in parts.items()}}

@@ -121,6 +121,7 @@ def test_two_tensor_parallel_ranks_give_the_ids_of_one_and_keep_the_same_tokens(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_on_a_gpu_the_prefill_waits_for_nothing_and_gives_the_cpus_tokens(tiny_model):
     expected, trace = _ids(tiny_model(dtype=torch.float64))
     model = tiny_model(dtype=torch.float64).cuda()
