@@ -6,7 +6,7 @@
     python benchmarks/leaderboard.py --params gpu-llama3.1-8b     # or a YAML file of yours with these arguments
     python benchmarks/leaderboard.py --model FOLDER --name gemma-3-270m --pruners FOLDER     # another model of yours
     accelerate launch --num_processes 4 benchmarks/leaderboard.py --params gpu-qwen3-8b
-    torchrun --nproc-per-node 6 benchmarks/leaderboard.py --no-times --name NAME    # a small model, six times on one GPU
+    torchrun --nproc-per-node 6 benchmarks/leaderboard.py --no-times --name NAME   # six on one GPU
 
 The order is that of `sdtp_lib.leaderboard.plan`: item by item over all methods, 2x first. A fresh clone goes on from
 the rows that are committed (``--fresh`` does not). RULER's answers are cut to the length of the right ones. With
@@ -87,7 +87,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{path.name}: {unknown[0]!r} is no argument of this command: see --help.")
         parser.set_defaults(**values)
     options = parser.parse_args(arguments)
-    called = Path(named).stem if named else options.name or options.model
+    called = path.stem if named else options.name or options.model
     options.name = options.name or options.model
     options.run_dir = options.run_dir or project_root() / "data" / "results" / f"leaderboard{committed.suffix(called)}"
     try:

@@ -54,6 +54,7 @@ class Measurement:
         times: bool = True,
     ) -> None:
         self._times = times
+        self._warm: set[tuple[str, float, int]] = set()
         self._model, self._tokenizer, self._entrants, self._writer = model, tokenizer, list(entrants), writer
         self._shape = ModelShape.from_model(model)
         self._scorers = writer.scored_by({UNPRUNED: None} | {each.name: each.scorer for each in entrants})
@@ -139,6 +140,9 @@ class Measurement:
             found, logits, trace = on_sample(self._model, item, variant, full, Stopwatch(self._model.device))
             found |= {"logits": logits} if full is None else {}
         elif step.sort == TIME:
+            if (place := (variant.name, step.speedup, step.length)) not in self._warm:
+                self._generated(prompt, variant, most=1)  # a GPU chooses and compiles kernels at first sight of a shape
+                self._warm.add(place)
             found, trace = self._generated(prompt, variant, most=1)
             del found["new_ids"]
         else:

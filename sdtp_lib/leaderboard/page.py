@@ -42,17 +42,17 @@ def page(
         f"Model: {origin_line(done[0])}. Measured {' to '.join(sorted({dates[0], dates[-1]}))}, commit "
         f"{', '.join(commits)}." + (f" Other models: {elsewhere}." if elsewhere else ""),
         "",
-        f"**How much was run.** {words.extent(frame)} Items in brackets after each mean; intervals are 95 % bootstrap "
-        "intervals.",
-        "",
     ]
     if timing_only:
-        lines += ["**Random weights of the true sizes**: time, cache and memory are real, quality is not measured.", ""]
-    elif picture:
+        lines += ["**Random weights of the true sizes**: time, cache and memory are real, quality is not measured. "
+                  "Learned methods score with untrained pruners of the size that trained ones have.", ""]  # fmt: skip
+    else:
+        lines += [f"**How much was run.** {words.extent(frame)} Items in brackets after each mean; intervals are 95 % "
+                  "bootstrap intervals.", ""]  # fmt: skip
+    if picture and not timing_only:
         lines += [f"![Quality lost over prefill speed-up, one line per method]({PICTURE})", ""]
     if not timing_only:
-        lines += _in_words(frame)
-    lines += _who(frame)
+        lines += [*_in_words(frame), *_who(frame)]
     for length, speedup in tables.places(frame):
         lines += _place(frame, length, speedup)
     lines += _method_of_the_table(frame)
@@ -217,24 +217,28 @@ def _task_table(table: Any, names: Sequence[str]) -> list[str]:
 
 def _method_of_the_table(frame: Any) -> list[str]:
     have = tables.places(frame)
-    missing = [name for name in KL_TEST_SETS if name not in set(frame[frame.sort == tables.KL].cell)]
-    said = [
-        "## How it is measured",
-        "",
-        "- Budgets: each method's own shape, scaled by one dial until its prefill has the wanted share of the unpruned "
-        "causal FLOPs, solved per prompt; scoring is not in the FLOPs but is on the clock.",
+    quality = frame.sort.isin([tables.KL, tables.RULER]).any()
+    missing = [name for name in KL_TEST_SETS if quality and name not in set(frame[frame.sort == tables.KL].cell)]
+    longbench = not quality or (frame.sort == tables.LONGBENCH).any()
+    of_quality = [
         "- KL: along a fixed continuation of 128 tokens or the answer, read from the pruned cache.",
         "- RULER: lm-eval's generators and metric; generation ends with the right answer or after half as many tokens "
         "again as it has plus 8, so that scores are below those of the official number of new tokens. Essays and "
         "questions are the embedded text unless rows say otherwise.",
+    ]
+    return [
+        "## How it is measured",
+        "",
+        "- Budgets: each method's own shape, scaled by one dial until its prefill has the wanted share of the unpruned "
+        "causal FLOPs, solved per prompt; scoring is not in the FLOPs but is on the clock.",
+        *(of_quality if quality else ()),
         "- Time: methods run in turn on each item, and their order changes with the item. A shared machine: read the "
         "ratios, not the third digit.",
         f"- Not run: lengths and speed-ups other than {', '.join(f'{s:g}x at {n:,}' for n, s in have)}"
         + (f"; {', '.join(missing)}" if missing else "")
-        + ("" if (frame.sort == tables.LONGBENCH).any() else "; LongBench (`--longbench FOLDER` names its files)")
+        + ("" if longbench else "; LongBench (`--longbench FOLDER` names its files)")
         + ". `make leaderboard` goes on from the committed rows.",
     ]
-    return said
 
 
 def _by_mean_kl(kl: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:

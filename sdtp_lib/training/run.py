@@ -25,11 +25,11 @@ from sdtp_lib.files import refuse_existing, shown_path, whole_folder, write_json
 from sdtp_lib.models import cache_directory, cpu_computes_bfloat16
 from sdtp_lib.processes import Share
 from sdtp_lib.provenance import adapters_fingerprint, content_id, fingerprint, provenance_of
-from sdtp_lib.scorers.blend import Blend
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.shipped import folder_for
 from sdtp_lib.training import trainer, verdict
 from sdtp_lib.training.card import write_card
+from sdtp_lib.training.fit import begun_from, trained
 from sdtp_lib.training.labels import checked_labels
 from sdtp_lib.training.prompts import choose_prompts, listed
 from sdtp_lib.training.recipes import (
@@ -160,7 +160,7 @@ def train_by_recipe(
     checked_labels(model, layers, chosen.labels)
     if not 0 <= start_share < 1 or (start_share and start is None):
         raise ValueError(f"start_share={start_share} needs start= and a share in [0, 1).")
-    begun = None if start is None else _begun(start, model, layers)
+    begun = None if start is None else begun_from(start, model, layers)
 
     train, held_out, told = choose_prompts(
         tokenizer, data, instructions, prompts, prompt_tokens, most_tokens, heldout, seed, say
@@ -173,11 +173,11 @@ def train_by_recipe(
     del fast
     if labels_only:
         return None
-    pruners = _trained(model, labelled, layers, chosen, work, name, share, progress, seed, begun)
+    pruners = trained(model, labelled, layers, chosen, work, name, share, progress, seed, begun)
     if start_share:
-        first = _begun(start, model, layers).state_dict()
-        trained = pruners.state_dict()
-        pruners.load_state_dict({key: start_share * first[key] + (1 - start_share) * trained[key] for key in first})
+        first = begun_from(start, model, layers).state_dict()
+        last = pruners.state_dict()
+        pruners.load_state_dict({key: start_share * first[key] + (1 - start_share) * last[key] for key in first})
         if share.is_first:
             pruners.save_pretrained(work / "pruners")
         share.wait()
@@ -218,22 +218,6 @@ def train_by_recipe(
     share.wait()
     say(f"saved to {shown_path(out)}")
     return pruners
-
-
-def _begun(start: str | Path, model: nn.Module, layers: Sequence[int]) -> TokenPruners:
-    """Pruners to train further, without a blend: it is chosen anew.
-
-    Raises
-    ------
-    ValueError
-        If they are for other layers, or for a model of other sizes.
-    """
-    pruners = TokenPruners.from_pretrained(start)
-    pruners = TokenPruners.from_pretrained(start, blend=None, notes={"start": pruners.identity})
-    if pruners.layers != tuple(layers):
-        raise ValueError(f"start={str(start)!r} has layers {list(pruners.layers)}; wanted are {list(layers)}.")
-    pruners.check(model, PruningConfig(layers=tuple(layers)))
-    return pruners.to(model.device).train()
 
 
 def _silent(*_: Any, **__: Any) -> None:
@@ -307,39 +291,3 @@ def _fits_on_disk(model: nn.Module, train: Sequence[dict], layers: Sequence[int]
     tokens = sum(len(sample["prompt_ids"]) for sample in train)
     needed = 2 * tokens * len(layers) * model.config.get_text_config().hidden_size
     return needed < shutil.disk_usage(folder).free / 2
-
-
-def _trained(
-    model: nn.Module,
-    labelled: Any,
-    layers: Sequence[int],
-    recipe: Recipe,
-    work: Path,
-    name: str,
-    share: Share,
-    progress: bool,
-    seed: int,
-    begun: TokenPruners | None,
-) -> TokenPruners:
-    """The pruners of the recipe, or ``begun`` trained further, from where a killed run stopped."""
-    options = recipe.pruner_options(model.config.get_text_config().hidden_size)
-    notes = {"recipe": content_id(recipe.to_dict()), "labels": list(recipe.labels), "smoothing": recipe.smoothing,
-             "prompts": len(labelled), "seed": seed}  # fmt: skip
-    made = {"base_model": name, "notes": notes, **options} if begun is None else {"pruners": begun}
-    pruners = trainer.train_pruners(
-        model, labelled, recipe.training, layers=layers, output_dir=work, progress=progress and share.is_first, **made
-    )
-    share.wait()
-    if recipe.refinement is None:
-        return pruners
-    history = pruners.history
-    pruners.blend = Blend(**recipe.blends[0]) if recipe.blends else None
-    pruners = trainer.train_pruners(
-        model, labelled, recipe.refinement, layers=layers, output_dir=work / "refined", pruners=pruners.train(),
-        progress=progress and share.is_first,
-    )  # fmt: skip
-    pruners.history, pruners.blend = history + pruners.history, None
-    if share.is_first:
-        pruners.save_pretrained(work / "pruners")
-    share.wait()
-    return pruners

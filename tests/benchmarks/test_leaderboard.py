@@ -54,6 +54,21 @@ def test_a_run_that_is_stopped_goes_on_and_is_reported_with_page_rows_and_pictur
     assert (tmp_path / "figures" / "leaderboard.png").stat().st_size > 5000
 
 
+def test_without_times_the_page_has_cache_and_limit_and_says_why(arguments, tmp_path, capsys):
+    leaderboard.main([*arguments, "--no-times"])
+    rows = [row for row in read_rows(tmp_path / "run" / "leaderboard.jsonl") if row["kind"] == "item"]
+    assert rows and not any("prefill_ms" in row or "unpruned_prefill_ms" in row for row in rows)
+    text = capsys.readouterr().out
+    assert "not measured: several processes shared the device" in text and "| lazyllm | - | 1.50x |" in text
+    leaderboard_report.write_report([{**row, "model": "embedded"} for row in rows], tmp_path)
+    assert (tmp_path / "figures" / "leaderboard.png").is_file()
+
+
+def test_a_parameter_sets_name_keeps_its_dots():
+    options = leaderboard.parse(["--params", "gpu-llama3.1-8b"])
+    assert options.run_dir.name == "leaderboard-gpu-llama3.1-8b"
+
+
 def test_a_run_goes_on_from_committed_rows_of_the_same_model(arguments, tmp_path, monkeypatch, capsys):
     leaderboard.main(arguments)
     path = tmp_path / "run" / "leaderboard.jsonl"

@@ -128,10 +128,11 @@ def test_on_a_gpu_the_prefill_waits_for_nothing_and_gives_the_cpus_tokens(tiny_m
     ids, gpu_trace = _ids(model, prompt=PROMPT.cuda())
     assert torch.equal(ids.cpu(), expected)
     assert torch.equal(gpu_trace.kept_positions[4].cpu(), trace.kept_positions[4])
+    prompt = PROMPT.cuda()  # this waits
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad(), token_pruning(model, CONFIG, scorers.attention(4)):
-            model(input_ids=PROMPT.cuda(), use_cache=True, logits_to_keep=1)
+            model(input_ids=prompt, use_cache=True, logits_to_keep=1)
             torch.cuda.set_sync_debug_mode("default")
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -133,6 +133,15 @@ def test_distillation_is_zero_for_equal_logits_and_positive_elsewhere():
     assert losses.distillation(student, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_with_a_floor_each_prompt_counts_by_the_logarithm_of_its_divergence():
+    generator = torch.Generator().manual_seed(2)
+    teacher, student = (torch.randn(6, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    prompt = torch.tensor([0, 0, 2, 2, 2, 3])  # prompt 1 has no position
+    found = losses.distillation(student, teacher, prompt, floor=0.01).item()
+    parts = [losses.distillation(student[prompt == n], teacher[prompt == n]).item() for n in (0, 2, 3)]
+    assert found == pytest.approx(sum(math.log(part + 0.01) for part in parts) / 3, rel=1e-5)
+
+
 def test_highest_takes_so_many_of_the_valid_tokens_and_the_later_of_equal_scores():
     scores = torch.tensor([[9.0, 1.0, 5.0, 5.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     valid = torch.tensor([[False, True, True, True, True], [True, True, True, True, False]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -120,6 +121,23 @@ def test_a_killed_run_goes_on_with_its_labels_and_leaves_no_half_folder(
     pruners = sdtp_lib.train_pruners(model, tiny_tokenizer, out=out, heldout=0, **SMALL)
     assert pruners.layers == (4,) and (out / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_refined_recipe_trains_on_through_simulated_pruning_and_says_so(tiny_model, tiny_tokenizer, tmp_path):
+    model, options = tiny_model(max_position_embeddings=4096), {"heldout": 0, **SMALL}
+    recipe = RECIPES["sdtp, refined"]
+    first = dataclasses.replace(recipe, refinement=None, blends=recipe.blends[:1])
+    refined = dataclasses.replace(first, refinement=recipe.refinement.replace(epochs=1.0))
+    sets = [
+        sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / name, recipe=each, **options)
+        for name, each in (("first", first), ("refined", refined))
+    ]
+    assert not any("distill_loss" in line for line in sets[0].history)
+    assert all(any(part in line for line in sets[1].history) for part in ("distill_loss", "mse_loss"))
+    assert sets[0].identity != sets[1].identity and sets[1].blend == sets[0].blend
+    said = json.loads((tmp_path / "refined" / "training.json").read_text())["recipe"]["refinement"]
+    assert said["distill_weight"] == 1.0 and said["distill_floor"] == recipes.NEGLIGIBLE_NATS
+    assert "refinement" not in json.loads((tmp_path / "first" / "training.json").read_text())["recipe"]
 
 
 def test_the_old_form_takes_samples_and_a_config(tiny_model, tiny_tokenizer, tmp_path):

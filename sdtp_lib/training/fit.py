@@ -1,0 +1,69 @@
+"""The trainings of a recipe: new pruners or given ones, on labels first, then on what a cut does to the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sdtp_lib.config import PruningConfig
+from sdtp_lib.processes import Share
+from sdtp_lib.provenance import content_id
+from sdtp_lib.scorers.blend import Blend
+from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.training import trainer
+from sdtp_lib.training.recipes import Recipe
+
+
+def begun_from(start: str | Path, model: nn.Module, layers: Sequence[int]) -> TokenPruners:
+    """Pruners to train further, without a blend: it is chosen anew.
+
+    Raises
+    ------
+    ValueError
+        If they are for other layers, or for a model of other sizes.
+    """
+    pruners = TokenPruners.from_pretrained(start)
+    pruners = TokenPruners.from_pretrained(start, blend=None, notes={"start": pruners.identity})
+    if pruners.layers != tuple(layers):
+        raise ValueError(f"start={str(start)!r} has layers {list(pruners.layers)}; wanted are {list(layers)}.")
+    pruners.check(model, PruningConfig(layers=tuple(layers)))
+    return pruners.to(model.device).train()
+
+
+def trained(
+    model: nn.Module,
+    labelled: Any,
+    layers: Sequence[int],
+    recipe: Recipe,
+    work: Path,
+    name: str,
+    share: Share,
+    progress: bool,
+    seed: int,
+    begun: TokenPruners | None,
+) -> TokenPruners:
+    """The pruners of the recipe, or ``begun`` trained further, from where a killed run stopped."""
+    options = recipe.pruner_options(model.config.get_text_config().hidden_size)
+    notes = {"recipe": content_id(recipe.to_dict()), "labels": list(recipe.labels), "smoothing": recipe.smoothing,
+             "prompts": len(labelled), "seed": seed}  # fmt: skip
+    made = {"base_model": name, "notes": notes, **options} if begun is None else {"pruners": begun}
+    pruners = trainer.train_pruners(
+        model, labelled, recipe.training, layers=layers, output_dir=work, progress=progress and share.is_first, **made
+    )
+    share.wait()
+    if recipe.refinement is None:
+        return pruners
+    history = pruners.history
+    pruners.blend = Blend(**recipe.blends[0]) if recipe.blends else None
+    pruners = trainer.train_pruners(
+        model, labelled, recipe.refinement, layers=layers, output_dir=work / "refined", pruners=pruners.train(),
+        progress=progress and share.is_first,
+    )  # fmt: skip
+    pruners.history, pruners.blend = history + pruners.history, None
+    if share.is_first:
+        pruners.save_pretrained(work / "pruners")
+    share.wait()
+    return pruners
