@@ -1,20 +1,28 @@
 """What a run says in two sentences: how much faster, and at what cost. README and docs/index.html begin with them.
 
 Views of the time table and the quality table (`result_tables`), so a sentence never says another number than its table.
+What a GPU measured comes from committed rows of the leaderboard.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from result_tables import Table
 
+from sdtp_lib.leaderboard import committed, page, tables
+from sdtp_lib.leaderboard.entrants import OURS
+from sdtp_lib.leaderboard.words import GOAL_SPEEDUP
 
-def headline(latency: Table | None, scorers: Table | None) -> Table | None:
+
+def headline(latency: Table | None, scorers: Table | None, gpu: str = "") -> Table | None:
     """README's first lines, as a block of `tables`: a table without columns, whose note is the text."""
     shown = [table for table in (latency, scorers) if table]
     if not shown:
         return None
     origins = dict.fromkeys(table.note.rpartition(". ")[2] for table in shown)
-    text = f"**How much faster:** {faster(latency)}\n\n**What it costs:** {cost(scorers)}\n\n{' '.join(origins)}"
+    gpu = f"\n\n**On a GPU:** {gpu}" if gpu else ""
+    text = f"**How much faster:** {faster(latency)}{gpu}\n\n**What it costs:** {cost(scorers)}\n\n{' '.join(origins)}"
     return Table("headline", "In two sentences", (), (), text)
 
 
@@ -44,3 +52,26 @@ def cost(table: Table | None) -> str:
         f"KL to the unpruned model's next-token distributions in nats per token, {own} at {table.body[0][1]} (and the "
         f"best simple score): {'; '.join(said)}."
     )
+
+
+def on_a_gpu(root: Path, folder: str = "docs/") -> str:
+    """What models of random weights, timed on a GPU, say of ours, model by model; empty without such rows.
+
+    ``folder`` stands before the names of the pages that are linked.
+    """
+    found = []
+    for suffix, rows in committed.every_committed(root).items():
+        if not rows or page.has_quality(rows) or not rows[0].get("device_name"):
+            continue
+        frame, said = tables.frame_of(rows), []
+        for length, speedup in tables.places(frame):
+            cost_of = tables.costs(tables.at(frame, length, speedup)).get(OURS)
+            if speedup == GOAL_SPEEDUP and cost_of and cost_of["speedup"]:
+                said.append(f"**{cost_of['speedup']:.2f}x** after {length:,} (n = {cost_of['items']})")
+        if said:
+            found.append(
+                f"{rows[0]['model']}, {rows[0]['dtype']} on one {rows[0]['device_name']}: time to the first token "
+                f"{', '.join(said)} tokens, where FLOPs allow {GOAL_SPEEDUP:g}x "
+                f"([every method]({folder}leaderboard{suffix}.md))."
+            )
+    return " ".join(found)

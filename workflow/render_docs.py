@@ -21,7 +21,7 @@ from typing import Any
 
 import docs_reference
 from docs_frame import Frame, markdown_html, notebook_html
-from headlines import cost, faster
+from headlines import cost, faster, on_a_gpu
 from notebook_parameters import load_notebook, source_of
 from result_tables import latency_table, rows_of, scorer_table
 
@@ -111,6 +111,7 @@ def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[
         "does it for causal models of `transformers` in one `with`; five notebooks measure what that saves and costs.",
         "",
         f"- **How much faster:** {faster(latency_table(rows))}",
+        *([f"- **On a GPU:** {gpu}"] if (gpu := on_a_gpu(project_root(), "")) else []),
         f"- **What it costs:** {cost(scorer_table(rows))}",
         f"- **On which model:** {origin_line(rows[0]) if rows else 'not measured yet'}. "
         "Larger ones: `make study PARAMS=gpu-qwen2-7b`.",

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import headlines
 import nbformat
 import pandas
 import pytest
@@ -14,6 +15,7 @@ import result_tables
 import tables
 from result_tables import Table
 
+from sdtp_lib.leaderboard import committed
 from sdtp_lib.records import RowWriter, provenance_of, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,3 +152,24 @@ def test_the_pages_show_what_the_tables_hold():
         assert tables.render(text, kept, str(page.parent.relative_to(ROOT))) == text, "run `make tables`"
         shown |= {match["name"] for match in tables.BLOCK.finditer(text)}
     assert shown >= set(kept)
+
+
+def test_a_gpus_times_of_random_weights_stand_in_the_headline(tmp_path):
+    shared = {
+        "kind": "item", "model": "Big-7B, random weights", "device_name": "Chip", "dtype": "bfloat16", "sort": "time",
+        "cell": "time", "length": 8192, "speedup": 2.0, "unpruned_prefill_ms": 90, "kv_bytes": 5,
+        "unpruned_kv_bytes": 10, "flops_speedup": 2.0,
+    }  # fmt: skip
+    rows = [
+        shared | {"method": method, "sample": f"{n}", "key": f"{method}{n}", "prefill_ms": ms}
+        for n in range(3) for method, ms in (("sdtp", 50), ("lazyllm", 45))
+    ]  # fmt: skip
+    path = committed.path_of("big", tmp_path)
+    path.parent.mkdir()
+    committed.write_committed(path, rows)
+    said = headlines.on_a_gpu(tmp_path)
+    assert "Big-7B, random weights, bfloat16 on one Chip" in said and "**1.80x** after 8,192 (n = 3) tokens" in said
+    assert "(docs/leaderboard-big.md)" in said
+    assert f"**On a GPU:** {said}" in headlines.headline(Table("latency", "", (), (), "x. y"), None, said).note
+    committed.write_committed(path, [{**row, "sort": "kl"} for row in rows])
+    assert headlines.on_a_gpu(tmp_path) == "", "a model with quality has a page of its own"
