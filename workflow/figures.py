@@ -10,6 +10,7 @@ import shutil
 import sys
 
 import tables
+from result_tables import run_name
 
 from sdtp_lib.records import atomic_write, project_root
 
@@ -23,7 +24,7 @@ SHOWN = {
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", default="embedded", help="a folder of data/results")
+    parser.add_argument("run", nargs="?", type=run_name, default="embedded", help="a folder of data/results")
     options = parser.parse_args(arguments)
     source, target = project_root() / "data" / "results" / options.run, project_root() / "figures"
     missing = [f"{name}.png" for name in SHOWN.values() if not (source / f"{name}.png").exists()]

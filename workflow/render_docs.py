@@ -23,7 +23,7 @@ import docs_reference
 from docs_frame import Frame, markdown_html, notebook_html
 from headlines import cost, faster, on_a_gpu
 from notebook_parameters import load_notebook, source_of
-from result_tables import latency_table, rows_of, scorer_table
+from result_tables import latency_table, rows_of, run_name, scorer_table
 
 from sdtp_lib.provenance import commit, origin_line, project_root
 from sdtp_lib.records import atomic_write
@@ -66,11 +66,16 @@ def build(run: Path, docs: Path) -> list[Path]:
     for name, source in PICTURES.items():
         shutil.copyfile(run / f"{source}.png", docs / "pictures" / f"{name}.png")
     pages = {f"{name}.html": (titles[name], notebook_html(path, explorer=explorer)) for name, path in executed.items()}
-    for name, title in guides.items():
+    # Other models' leaderboards are reached from the first one.
+    others = {path.stem: f"Leaderboard, {path.stem.removeprefix('leaderboard-')}" for path in
+              sorted(docs.glob("leaderboard-*.md"))}  # fmt: skip
+    for name, title in (guides | others).items():
         text = _with_pictures((docs / f"{name}.md").read_text(encoding="utf-8"), docs)
         pages[f"{name}.html"] = title, markdown_html(text)
     pages["reference.html"] = "Reference", markdown_html(docs_reference.markdown())
-    pages["index.html"] = "SDTP: token pruning in prefill", index(rows, titles, dict(navigation))
+    pages["index.html"] = "SDTP: token pruning in prefill", index(
+        rows, titles, dict(navigation), on_a_gpu(docs.parent, "")
+    )
     written = []
     for name, (title, body) in pages.items():
         with atomic_write(docs / name) as temporary:
@@ -99,7 +104,7 @@ def _title(executed: Path) -> str:
     return first.lstrip("# ").strip()
 
 
-def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[str, str]) -> str:
+def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[str, str], gpu: str) -> str:
     """The story in one screen: what, how much faster, what it costs, on which model, how to use it."""
     explorer = " · [move the sliders](explorer.html)" if "explorer.html" in pages else ""
     lines = [
@@ -111,7 +116,7 @@ def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[
         "does it for causal models of `transformers` in one `with`; five notebooks measure what that saves and costs.",
         "",
         f"- **How much faster:** {faster(latency_table(rows))}",
-        *([f"- **On a GPU:** {gpu}"] if (gpu := on_a_gpu(project_root(), "")) else []),
+        *([f"- **On a GPU:** {gpu}"] if gpu else []),
         f"- **What it costs:** {cost(scorer_table(rows))}",
         f"- **On which model:** {origin_line(rows[0]) if rows else 'not measured yet'}. "
         "Larger ones: `make study PARAMS=gpu-qwen2-7b`.",
@@ -146,7 +151,7 @@ def broken_links(docs: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", default="embedded", help="a folder of data/results")
+    parser.add_argument("run", nargs="?", type=run_name, default="embedded", help="a folder of data/results")
     options = parser.parse_args(arguments)
     root = project_root()
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from docs_frame import BASE_STYLE, Frame, head, notebook_html
 from notebook_parameters import meant, words
-from result_tables import latency_table, origin, other_tables, rows_of, scorer_table, stamps_of
+from result_tables import latency_table, origin, other_tables, rows_of, run_name, scorer_table, stamps_of
 
 from sdtp_lib.records import atomic_write, project_root, provenance_of
 
@@ -157,7 +157,7 @@ def provenance(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", default="embedded", help="a folder of data/results")
+    parser.add_argument("run", nargs="?", type=run_name, default="embedded", help="a folder of data/results")
     options = parser.parse_args(arguments)
     results = project_root() / "data" / "results"
     run = results / options.run

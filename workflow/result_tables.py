@@ -22,12 +22,18 @@ ORIGIN = {
     "schema_version", "key", "kind", "notebook", "folder", "scorer_id", "sample_hash", "config_hash", *provenance_of()
 }  # fmt: skip
 AT_MOST_GROUPS = 12
+RESULTS = "data/results/"
 # Numbers that a run is given, not measures.
 SETTINGS = {"prompt_tokens", "keep_ratio", "new_tokens", "threads", "salient_above", "top_share"}
 
 
 BOLD = re.compile(r"^\*\*(.*)\*\*$")
 WIDEST = 11  # columns that fit a page of 1280 pixels
+
+
+def run_name(given: str) -> str:
+    """A run's name under data/results/, from the name or from the path that a shell completes to."""
+    return str(Path(given)).removeprefix(RESULTS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from headlines import headline, on_a_gpu
-from result_tables import Table, latency_table, other_tables, rows_of, scorer_table
+from result_tables import Table, latency_table, other_tables, rows_of, run_name, scorer_table
 
 from sdtp_lib.records import atomic_write, project_root, write_json
 
@@ -65,7 +65,8 @@ def render(page: str, tables: dict[str, Any], folder: str = ".") -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="*", default=["embedded"], help="folders of data/results, later ones win")
+    parser.add_argument("run", nargs="*", type=run_name, default=["embedded"],
+                        help="folders of data/results, later ones win")  # fmt: skip
     parser.add_argument("--render-only", action="store_true", help="leave tables.json as it is")
     options = parser.parse_args(arguments)
     root = project_root()

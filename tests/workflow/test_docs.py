@@ -58,13 +58,14 @@ def test_a_study_becomes_pages_without_a_broken_link_or_a_request(run, tmp_path)
     target = tmp_path / "docs"
     target.mkdir()
     (target / "method.md").write_text("# Method\n\nSee [clusters](slurm.md) and [the code](../workflow/study.py).\n")
-    (target / "leaderboard.md").write_text("# Leaderboard\n\n![Lost](../figures/speedup.png)\n")
+    (target / "leaderboard.md").write_text("# Leaderboard\n\n![Lost](../figures/speedup.png) [7B](leaderboard-7b.md)\n")
+    (target / "leaderboard-7b.md").write_text("# Leaderboard\n\nAnother model.\n")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "speedup.png").write_bytes(b"png")
     (target / "slurm.md").write_text("# Clusters\n\n| a | b |\n|---|---|\n| 1 | 2 |\n")
     written = docs.build(run, target)
     names = {path.name for path in written}
-    assert {"index.html", "03_pruning.html", "leaderboard.html", "reference.html", "slurm.html"} <= names
+    assert {"index.html", "03_pruning.html", "leaderboard.html", "leaderboard-7b.html", "reference.html"} <= names
     assert docs.broken_links(target) == []
     for path in written:
         text = path.read_text()

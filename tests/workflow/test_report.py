@@ -173,3 +173,8 @@ def test_a_gpus_times_of_random_weights_stand_in_the_headline(tmp_path):
     assert f"**On a GPU:** {said}" in headlines.headline(Table("latency", "", (), (), "x. y"), None, said).note
     committed.write_committed(path, [{**row, "sort": "kl"} for row in rows])
     assert headlines.on_a_gpu(tmp_path) == "", "a model with quality has a page of its own"
+
+
+@pytest.mark.parametrize("given", ["mine", "data/results/mine", "data/results/mine/", "./data/results/mine"])
+def test_a_run_is_named_by_its_name_or_by_its_path(given):
+    assert result_tables.run_name(given) == "mine"
