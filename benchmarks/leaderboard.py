@@ -149,7 +149,11 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             warnings.simplefilter("ignore")  # which method has no pruners of its own stands in its rows
             pruners = scorer_called(options.pruners, model) if options.pruners else None
             pruners = untrained_pruners(model) if random else pruners
-            found = entrants(model, options.methods, pruners=pruners)
+            left_out: dict[str, str] = {}
+            found = entrants(model, options.methods, pruners=pruners, left_out=left_out)
+        if share.is_first:
+            for name, why in left_out.items():
+                print(f"left out: {name}: {why}", file=sys.stderr)
         stamp = provenance_of(
             model, model_name=options.name, seed=options.seed, weights="random, true sizes" if random else None,
             threads=threads if model.device.type == "cpu" else None,

@@ -5,7 +5,7 @@ Each keeps what reaches a wanted prefill speed-up by FLOPs, or says that it cann
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from sdtp_lib import methods
@@ -36,15 +36,22 @@ def out_of_reach(entrant: Variant, model: Any, speedup: float, tokens: int) -> s
     return ""
 
 
-def entrants(model: Any, names: Sequence[str] | None = None, *, pruners: Any = None) -> list[Variant]:
+def entrants(
+    model: Any,
+    names: Sequence[str] | None = None,
+    *,
+    pruners: Any = None,
+    left_out: MutableMapping[str, str] | None = None,
+) -> list[Variant]:
     """All methods of the registry and the training-free default, each with the scorer that it gets on ``model``.
 
-    ``pruners`` replaces the learned scorer that would be found, for every method that learns.
+    ``pruners`` replaces the learned scorer that would be found, for every method that learns. ``left_out`` is filled
+    with the methods that this model cannot have, and why.
 
     Raises
     ------
     ValueError
-        For a name that is not known.
+        For a name that is not known, or one of ``names`` that this model cannot have.
     """
     known = [*methods.names(), TRAINING_FREE]
     for name in names or ():
@@ -60,7 +67,14 @@ def entrants(model: Any, names: Sequence[str] | None = None, *, pruners: Any = N
         method = methods.get(name)
         scorer = method.scorer_for(model)
         if scorer is None:
-            layers = method.config(num_layers(model)).layers
+            try:
+                layers = method.config(num_layers(model)).layers
+            except ValueError as error:  # a preset that needs more layers
+                if names is not None:
+                    raise
+                if left_out is not None:
+                    left_out[name] = str(error)
+                continue
             fits = pruners is not None and set(layers) <= set(getattr(pruners, "layers", layers))
             scorer = pruners if fits else default_scorer(model, layers)[0]
         found.append(Variant(name, method, scorer))

@@ -121,6 +121,14 @@ def test_every_method_takes_part_and_unknown_names_are_refused(tiny_model):
         entrants(model, ["lazzyllm"])
 
 
+def test_a_method_that_a_shallow_model_cannot_have_is_left_out_with_the_reason_or_refused_when_asked_for(tiny_model):
+    model, left_out = tiny_model(num_hidden_layers=18), {}
+    names = [each.name for each in entrants(model, left_out=left_out)]
+    assert "sdtp" in names and "sdtp-low" not in names and "at least 25 layers" in left_out["sdtp-low"]
+    with pytest.raises(ValueError, match="at least 25 layers"):
+        entrants(model, ["sdtp-low"])
+
+
 def test_committed_rows_come_back_whole_and_say_once_what_they_share(tmp_path):
     rows = [{"key": str(n), "kind": "item", "model": "m", "dtype": "float32", "kl_nats": n / 3} for n in range(3)]
     committed.write_committed(tmp_path / "rows.jsonl", rows)
