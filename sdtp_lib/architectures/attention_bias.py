@@ -91,14 +91,14 @@ def _through_keys(architecture: Architecture, bias_of: BiasOf) -> Iterator[None]
         bias = bias.to(key.dtype).expand(*key.shape[:-1])[..., None]
         # On a GPU zeros fill it up to a multiple of 8: for other sizes, and for unequal ones, sdpa falls back to its
         # T x T kernel.
-        size = query.shape[-1]
-        spare = -(size + 1) % 8 if query.is_cuda else 0
+        own_size = value.shape[-1]
+        spare = -(query.shape[-1] + 1) % 8 if query.is_cuda else 0
         constant = torch.nn.functional.pad(query.new_full((*query.shape[:-1], 1), 1 / scale), (0, spare))
         query = torch.cat([query, constant], dim=-1)
         key = torch.cat([key, torch.nn.functional.pad(bias, (0, spare))], dim=-1)
         value = torch.nn.functional.pad(value, (0, 1 + spare))
         output, weights = inner(module, query, key, value, attention_mask, scaling=scale, **kwargs)
-        return output[..., :size].contiguous(), weights  # as the functions of transformers return it
+        return output[..., :own_size].contiguous(), weights  # as the functions of transformers return it
 
     every = range(len(architecture.layers))
     with before_layers(architecture, every, enter), own_attention(architecture.config, biased, "sdpa"):
