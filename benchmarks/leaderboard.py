@@ -189,10 +189,11 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
 
 
 def start_from_committed(options: argparse.Namespace, path: Path, share: Share, stamp: dict[str, Any]) -> None:
-    """Lay down the repository's rows where this run has none yet and they are of this model and device."""
-    if options.fresh or path.exists() or not share.is_first:
+    """Lay down the repository's rows that this run does not have yet, if they are of this model and device."""
+    if options.fresh or not share.is_first:
         return
-    rows = committed.read_committed(committed.path_of(options.name))
+    known = {row["key"] for row in read_rows(path)} if path.exists() else set()
+    rows = [row for row in committed.read_committed(committed.path_of(options.name)) if row["key"] not in known]
     same = ("model", "weights_fingerprint", "device", "dtype", "threads", "attn_implementation", "seed")
     if rows and all(rows[0].get(name) == stamp.get(name) for name in same):
         with RowWriter(path, {}) as writer:

@@ -54,6 +54,21 @@ def test_a_run_that_is_stopped_goes_on_and_is_reported_with_page_rows_and_pictur
     assert (tmp_path / "figures" / "leaderboard.png").stat().st_size > 5000
 
 
+def test_a_run_with_other_rows_takes_the_committed_ones_in_and_a_report_loses_none(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(committed, "project_root", lambda: tmp_path)
+    leaderboard.main([*arguments, "--items", "1"])
+    path = tmp_path / "run" / "leaderboard.jsonl"
+    leaderboard_report.write_report(read_rows(path), tmp_path)
+    first = {row["key"] for row in read_rows(path)}
+    leaderboard.main([*arguments, "--fresh", "--speedups", "1.3", "--run-dir", str(tmp_path / "other")])
+    other = read_rows(tmp_path / "other" / "leaderboard.jsonl")
+    leaderboard_report.write_report(other, tmp_path)
+    kept = {row["key"] for row in committed.read_committed(committed.path_of("mine", tmp_path))}
+    assert kept == first | {row["key"] for row in other} > first
+    leaderboard.main([*arguments, "--speedups", "1.3", "--run-dir", str(tmp_path / "other")])
+    assert {row["key"] for row in read_rows(tmp_path / "other" / "leaderboard.jsonl")} == kept
+
+
 def test_without_times_the_page_has_cache_and_limit_and_says_why(arguments, tmp_path, capsys):
     leaderboard.main([*arguments, "--no-times"])
     rows = [row for row in read_rows(tmp_path / "run" / "leaderboard.jsonl") if row["kind"] == "item"]
