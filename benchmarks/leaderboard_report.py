@@ -67,7 +67,7 @@ def draw(models: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> Path:
     with plots.use_style():
         figure = plt.figure(figsize=(11.5, 4.6 * len(models)), layout="constrained")
         for part, each in zip(np.atleast_1d(figure.subfigures(len(models), 1)), models, strict=True):
-            found = tables.summary(tables.frame_of(each))
+            found = tables.summary(tables.same_kl_items(tables.frame_of(each)))
             length = int(found.length.min())
             made.setdefault("prompt_tokens", length)
             plots.quality_lost(found[found.length == length], part.subplots(1, 2), ours=OURS)

@@ -182,6 +182,17 @@ def unreached(frame: pandas.DataFrame, length: int, speedup: float) -> dict[str,
     return {row.method: row.error for row in rows.itertuples() if row.method not in have}
 
 
+def same_kl_items(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """The rows without the KL items that are not measured at every speed-up of their length: what a line connects must
+    be the same prompts."""
+    rows = frame[(frame.kind == "item") & (frame.sort == KL) & (frame.method != UNPRUNED)]
+    counts = rows.groupby(["length", "cell", "sample"]).speedup.nunique()
+    most = rows.groupby("length").speedup.nunique()
+    everywhere = {place for place, count in counts.items() if count == most[place[0]]}
+    places_of = zip(frame.length, frame.cell, frame["sample"], strict=True)
+    return frame[[sort != KL or place in everywhere for sort, place in zip(frame.sort, places_of, strict=True)]]
+
+
 def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
     """One line per length, speed-up and method, for the picture.
 
@@ -216,4 +227,5 @@ def _share(right: pandas.Series) -> Mean:
 
 
 __all__ = ["KL", "LONGBENCH", "RULER", "Mean", "answers", "answers_kept", "at", "by_task", "costs", "frame_of",
-           "kl_by_test_set", "kl_differences", "methods_in", "places", "scored_by", "summary", "unreached"]  # fmt: skip
+           "kl_by_test_set", "kl_differences", "methods_in", "places", "same_kl_items",
+           "scored_by", "summary", "unreached"]  # fmt: skip

@@ -72,6 +72,12 @@ def test_an_item_on_which_one_method_failed_still_counts_for_the_others():
     assert {name: value.items for name, value in values.items()} == {"sdtp": 8, "lazyllm": 7}
 
 
+def test_a_line_connects_the_same_prompts_only():
+    rows = [*kl_rows({"sdtp": 0.1}, count=8), *kl_rows({"sdtp": 0.2}, count=3, speedup=1.5)]
+    lines = tables.summary(tables.same_kl_items(framed(rows)))
+    assert lines.kl_items.tolist() == [3, 3] and len(tables.same_kl_items(framed(rows[:-3]))) == len(framed(rows[:-3]))
+
+
 def test_ruler_is_told_of_all_items_and_of_those_that_the_unpruned_model_solves():
     frame = framed(ruler_rows({"sdtp": [1, 1, 0, 1], "lazyllm": [0, 1, 0, 0]}, [1, 1, 0, 0.5]))
     found = tables.answers(tables.at(frame, 64, 2.0))
