@@ -50,10 +50,14 @@ def quality_lost(frame: pd.DataFrame, axes: Sequence[Axes], *, ours: str) -> Seq
         ax.set_ylabel(f"{label}\n(lower is better)")
         ax.set_xlabel("measured prefill speed-up, scoring included")
         ax.xaxis.set_major_formatter(lambda value, _place: f"{value:g}x")
-    axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[0].yaxis.set_major_formatter(lambda value, _place: short(value))
-    axes[0].yaxis.set_minor_formatter(NullFormatter())
+        if part.empty:
+            ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
+            ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes, color="gray")
+    if frame.kl_nats.notna().any():
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0].yaxis.set_major_formatter(lambda value, _place: short(value))
+        axes[0].yaxis.set_minor_formatter(NullFormatter())
     low, high = axes[1].get_ylim()
     axes[1].set_ylim(min(-5, low), max(105, high))
     entries = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
