@@ -108,13 +108,13 @@ _REFINEMENT = TrainingConfig(
 )  # fmt: skip
 RECIPES = {
     DEFAULT: _OURS,
-    "sdtp, refined": dataclasses.replace(_OURS, refinement=_REFINEMENT),
     # Gradient x hidden, the hidden state alone, D / 4, regression and ranking over all pairs. The paper's
     # language-model loss is left out: it costs four forwards per prompt and step.
     "paper": Recipe(
         labels=("gradient_x_hidden",), smoothing=1, pruner={"features": ("hidden",)},
         training=TrainingConfig(rank_at_cut=False, staged=False, **_SCHEDULE),
     ),
+    "sdtp, refined": dataclasses.replace(_OURS, refinement=_REFINEMENT),
     "sdtp, hidden alone": _OURS.changed("pruner", features=("hidden",), passage_tokens=0),
     "sdtp, without attention": _OURS.changed("pruner", features=("hidden", "distance", "query", "memory")),
     "sdtp, without passages": _OURS.changed("pruner", passage_tokens=0),
