@@ -7,7 +7,9 @@
 All print medians of paired repetitions on random prompts, with quartiles where there are enough. Goals: a batch within
 1.1 of the sum of its rows; keep ratio 1.0 and the scoring within 1 % of a prefill. A missed goal is printed as one.
 On a CPU all times are this process's CPU time, so that who else runs counts little: give it one thread
-(OMP_NUM_THREADS=1).
+(OMP_NUM_THREADS=1). glibc gives the large temporaries of a batch back to the system at every operation; with
+MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 it keeps them, and a batch costs what its
+rows cost.
 """
 
 from __future__ import annotations
