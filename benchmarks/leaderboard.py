@@ -194,8 +194,7 @@ def start_from_committed(options: argparse.Namespace, path: Path, share: Share, 
         return
     known = {row["key"] for row in read_rows(path)} if path.exists() else set()
     rows = [row for row in committed.read_committed(committed.path_of(options.name)) if row["key"] not in known]
-    same = ("model", "weights_fingerprint", "device", "dtype", "threads", "attn_implementation", "seed")
-    if rows and all(rows[0].get(name) == stamp.get(name) for name in same):
+    if rows and committed.of_one_origin(rows[0], stamp):
         with RowWriter(path, {}) as writer:
             for row in rows:
                 writer._append(row)

@@ -31,10 +31,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
     root = root or project_root()
     path = committed.path_of(rows[0]["model"], root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {row["key"]: row for row in committed.read_committed(path)}
-    if kept and next(iter(kept.values()))["weights_fingerprint"] == rows[0]["weights_fingerprint"]:
-        rows = list((kept | {row["key"]: row for row in rows}).values())  # what is committed is never lost
-    committed.write_committed(path, rows)
+    committed.write_committed(path, committed.joined(committed.read_committed(path), rows))
     models = committed.every_committed(root)
     shown = {suffix: each for suffix, each in models.items() if page.has_quality(each)}
     if shown:

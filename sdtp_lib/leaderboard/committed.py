@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sdtp_lib.files import atomic_write
 from sdtp_lib.provenance import project_root
 
 SHARED = "shared by all rows"
+_ORIGIN = ("model", "weights_fingerprint", "device", "dtype", "threads", "attn_implementation", "seed")
 
 
 def suffix(model: str) -> str:
@@ -33,6 +34,23 @@ def every_committed(root: Path | None = None) -> dict[str, list[dict[str, Any]]]
     """Suffix -> rows of every model that has some under ``root``, the embedded one first."""
     paths = sorted(((root or project_root()) / "docs").glob("leaderboard*.jsonl"), key=lambda path: path.stem)
     return {path.stem.removeprefix("leaderboard"): read_committed(path) for path in paths}
+
+
+def of_one_origin(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows, or a row and a run's provenance, are of the same model, device and settings."""
+    return all(one.get(name) == other.get(name) for name in _ORIGIN)
+
+
+def joined(kept: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """``rows`` and those of ``kept`` that they do not replace: of the same origin, and of methods that the same scorer
+    scored. A table never mixes two sets of pruners under one name."""
+    scored = {row["method"]: row.get("scorer_id") for row in rows}
+    staying = {
+        row["key"]: row
+        for row in kept
+        if of_one_origin(row, rows[0]) and row.get("scorer_id") == scored.get(row["method"], row.get("scorer_id"))
+    }
+    return list((staying | {row["key"]: row for row in rows}).values())
 
 
 def write_committed(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -44,18 +44,17 @@ def page(
         "",
     ]
     if timing_only:
-        lines += ["**Random weights of the true sizes**: time, cache and memory are real, quality is not measured. "
-                  "Learned methods score with untrained pruners of the size that trained ones have.", ""]  # fmt: skip
+        lines += ["**Random weights of the true sizes**: time, cache and memory are real, quality is not measured.", ""]
     else:
         lines += [f"**How much was run.** {words.extent(frame)} Items in brackets after each mean; intervals are 95 % "
                   "bootstrap intervals.", ""]  # fmt: skip
-    if picture and not timing_only:
-        lines += [f"![Quality lost over prefill speed-up, one line per method]({PICTURE})", ""]
-    if not timing_only:
-        lines += [*_in_words(frame), *_who(frame)]
+        if picture:
+            lines += [f"![Quality lost over prefill speed-up, one line per method]({PICTURE})", ""]
+        lines += _in_words(frame)
+    lines += _who(frame, "untrained pruners of the trained ones' sizes" if timing_only else "trained pruners")
     for length, speedup in tables.places(frame):
         lines += _place(frame, length, speedup)
-    lines += _method_of_the_table(frame)
+    lines += _method_of_the_table(frame, quality=not timing_only)
     return "\n".join(lines) + "\n"
 
 
@@ -127,11 +126,11 @@ def _in_words(frame: Any) -> list[str]:
     ]
 
 
-def _who(frame: Any) -> list[str]:
+def _who(frame: Any, pruners: str) -> list[str]:
     used = tables.scored_by(frame)
     learned = sorted({scorer for name, scorer in used.items() if _is_learned(name, used)})
     free = [name for name in LEARNED if name in used and not _is_learned(name, used)]
-    said = f"Scored by trained pruners ({', '.join(learned)}): " + (
+    said = f"Scored by {pruners} ({', '.join(learned)}): " + (
         ", ".join(f"`{name}`" for name in used if _is_learned(name, used)) or "none") + "."  # fmt: skip
     if free:
         said += (
@@ -215,9 +214,8 @@ def _task_table(table: Any, names: Sequence[str]) -> list[str]:
     return [markdown_table(["task", "n", UNPRUNED, *columns], body, RULE)]
 
 
-def _method_of_the_table(frame: Any) -> list[str]:
+def _method_of_the_table(frame: Any, *, quality: bool) -> list[str]:
     have = tables.places(frame)
-    quality = frame.sort.isin([tables.KL, tables.RULER]).any()
     missing = [name for name in KL_TEST_SETS if quality and name not in set(frame[frame.sort == tables.KL].cell)]
     longbench = not quality or (frame.sort == tables.LONGBENCH).any()
     of_quality = [

@@ -16,7 +16,8 @@ from sdtp_lib.scorers.simple import NAMED
 from sdtp_lib.scorers.token_pruners import TokenPruners, weights_fingerprint
 from sdtp_lib.shipped import about, pruner_folders, pruners_folder
 
-# The best of what needs no training by mean rank over test sets (docs/leaderboard.md, LOG.md "Held-out quality").
+# Of what needs no training the one that loses least on far answers at 2x (docs/leaderboard.md; LOG.md "Methods and
+# benchmarks" says where streamingllm is ahead).
 TRAINING_FREE = "attention_pooled"
 
 _loaded: weakref.WeakKeyDictionary[Any, dict[tuple[str, float], TokenPruners]] = weakref.WeakKeyDictionary()

@@ -129,6 +129,16 @@ def test_a_method_that_a_shallow_model_cannot_have_is_left_out_with_the_reason_o
         entrants(model, ["sdtp-low"])
 
 
+def test_rows_of_another_scorer_or_origin_do_not_stay_beside_new_ones():
+    def row(key: str, method: str, scorer: str, device: str = "cpu") -> dict:
+        return {"key": key, "method": method, "scorer_id": scorer, "model": "m", "device": device}
+
+    kept = [row("a", "sdtp", "old"), row("b", "lazyllm", "x"), row("c", "asl", "y"), row("d", "lazyllm", "x", "cuda:0")]
+    new = [row("e", "sdtp", "new"), row("b", "lazyllm", "x") | {"kl_nats": 1.0}]
+    assert committed.joined(kept, new) == [new[1], kept[2], new[0]]
+    assert committed.joined([], new) == new
+
+
 def test_committed_rows_come_back_whole_and_say_once_what_they_share(tmp_path):
     rows = [{"key": str(n), "kind": "item", "model": "m", "dtype": "float32", "kl_nats": n / 3} for n in range(3)]
     committed.write_committed(tmp_path / "rows.jsonl", rows)
