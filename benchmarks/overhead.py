@@ -1,10 +1,12 @@
-"""What pruning costs besides what it saves: uneven batches, a keep ratio of 1, and the scoring.
+"""What pruning costs besides what it saves: uneven batches, a keep ratio of 1, the scoring; and mixtures of experts.
 
     python benchmarks/overhead.py batches                 # 8 prompts of 500 to 4,000 tokens, together and one by one
     python benchmarks/overhead.py identity                # keep ratio 1.0 beside the plain model, in alternating pairs
     python benchmarks/overhead.py scoring                 # the share of a pruned prefill that the scorer takes
+    python benchmarks/overhead.py experts                 # speed-up of mixtures of experts beside their limit by FLOPs
 
-All print medians of paired repetitions on random prompts, with quartiles where there are enough. Goals: a batch within
+All print medians of paired repetitions on random prompts, with quartiles where there are enough. The models of
+`experts` are random ones of 16 layers, 512 wide, 2 of 8 experts at work, scored by attention. Goals: a batch within
 1.1 of the sum of its rows; keep ratio 1.0 and the scoring within 1 % of a prefill. A missed goal is printed as one.
 On a CPU all times are this process's CPU time, so that who else runs counts little: give it one thread
 (OMP_NUM_THREADS=1). glibc gives the large temporaries of a batch back to the system at every operation; with
@@ -22,13 +24,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from sdtp_lib import PruningConfig, TokenPruners, load_model, scorers, token_pruning
+from sdtp_lib import PruningConfig, TokenPruners, budget, load_model, scorers, token_pruning
 from sdtp_lib.latency.measure import measure, quartiles
 from sdtp_lib.latency.memory import peak_allocated_bytes
+from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.shipped import shipped_for
 
 BATCH_GOAL, SHARE_GOAL = 1.1, 0.01
+# What differs between the families beside the common sizes of `run_experts`.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"head_dim": 64, "intermediate_size": 1024, "moe_intermediate_size": 384, "num_experts": 8},
+    "mixtral": {"intermediate_size": 768, "num_local_experts": 8},
+    "olmoe": {"intermediate_size": 384, "num_experts": 8},
+    "gpt_oss": {"head_dim": 64, "intermediate_size": 512, "num_local_experts": 8},
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,8 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
                          help="plain: the model outside token_pruning, with transformers' mask")  # fmt: skip
     command("identity", run_identity, [1024, 2048], 8)
     command("scoring", run_scoring, [1024, 2048, 4096], 5)
+    experts = command("experts", run_experts, [2048], 5)
+    experts.add_argument("--families", nargs="+", default=list(EXPERTS), choices=list(EXPERTS), help="model types")
+    experts.add_argument("--layers", type=int, default=16)
     options = whole.parse_args(arguments)
-    options.call(options, *_loaded(options))
+    options.call(options, *(() if options.call is run_experts else _loaded(options)))
     return 0
 
 
@@ -157,6 +171,39 @@ def run_scoring(options: argparse.Namespace, model: Any, scorer: Any, config: Pr
         low, middle, high = quartiles(shares)
         print(f"{length} tokens, {options.preset}: scoring {middle:.2%} ({low:.2%} to {high:.2%}) of the prefill")
         _verdict(f"scoring at {length} tokens", middle, SHARE_GOAL)
+
+
+@torch.no_grad()
+def run_experts(options: argparse.Namespace) -> None:
+    """Eager attention (gpt_oss has no other) shrinks faster than FLOPs: its T x T matrices are moved, not computed."""
+    sizes = {"vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": options.layers, "num_attention_heads": 8,
+             "num_key_value_heads": 4, "num_experts_per_tok": 2, "max_position_embeddings": 8192}  # fmt: skip
+    config, scorer = PruningConfig.preset(options.preset, options.layers), scorers.attention(16)
+    columns = ("family", "tokens", "attention", "unpruned ms", "speed-up (quartiles)", "limit by FLOPs")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for family in options.families:
+        own = sizes | EXPERTS[family]
+        if family == "gpt_oss":
+            own["layer_types"] = ["full_attention"] * options.layers
+        torch.manual_seed(options.seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **own)).eval()
+        shape = ModelShape.from_model(model)
+        for length in options.lengths:
+            ids = _prompt(model, length, options.seed)
+
+            def plain(model=model, ids=ids) -> None:
+                model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+            def pruned(model=model, ids=ids) -> None:
+                with token_pruning(model, config, scorer):
+                    model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+            rows = _measured({"plain": plain, "pruned": pruned}, options.repeats, 1, model.device)
+            low, middle, high = quartiles(1 / share for share in _paired(rows, "pruned", "plain"))
+            before = 1e3 * statistics.median(row["seconds"] for row in rows if row["variant"] == "plain")
+            limit = budget.speedup_limit(shape, config, length)
+            print(f"| {family} | {length:,} | {model.config._attn_implementation} | {before:,.0f} | "
+                  f"{middle:.2f}x ({low:.2f} to {high:.2f}) | {limit:.2f}x |", flush=True)  # fmt: skip
 
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, Any, PruningConfig]:

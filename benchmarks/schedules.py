@@ -2,15 +2,16 @@
 
     python benchmarks/schedules.py first                   # Figure 4: KL by the first pruned layer, r = 0.9, 0.8, 0.7
     python benchmarks/schedules.py stages --speedup 2.2    # Figure 5: KL by number of stages at equal prefill FLOPs
-    python benchmarks/schedules.py search --speedup 2.2    # the best of a grid, chosen on training-side samples, then
+    python benchmarks/schedules.py search --speedups 1.5 2 3
+                                                           # the best of a grid, chosen on training-side samples, then
                                                            # measured on held-out ones beside the even schedule
     python benchmarks/schedules.py first --scorer attention
     python benchmarks/schedules.py pairs --test-sets text needle multi_news --speedups 1.5 2
                                                            # which training-free score with which stages
 
 A schedule is a list of layers with one keep ratio each. The learned score has only its own layers to choose from; the
-simple ones take any. ``--speedup`` is the ratio of causal prefill FLOPs (`sdtp_lib.budget.speedup_limit`). One row
-per sample and schedule; runs resume. Writes a picture beside the rows.
+simple ones take any. Speed-ups are ratios of causal prefill FLOPs (`sdtp_lib.budget.speedup_limit`). One row per sample
+and schedule; runs resume. Writes a picture beside the rows.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from schedule_search import PROFILES, at_budget, search
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, budget, evaluation, load_model, plots, scorers
+from sdtp_lib import PruningConfig, evaluation, load_model, plots, scorers
 from sdtp_lib.data.test_sets import TEST_SETS, samples_in_turn
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
@@ -32,9 +34,6 @@ from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
 from sdtp_lib.scorers.blend import strongest_neighbour
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.training.recipes import NEGLIGIBLE_NATS
-
-# How unevenly stages drop: the share that a stage drops, relative to the first, falls or rises linearly to this.
-PROFILES = {"even": 1.0, "early": 0.25, "late": 4.0}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,36 +46,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         choices=TEST_SETS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--samples", type=int, default=6, help="samples per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
-    parser.add_argument("--speedup", type=float, default=2.2, help="wanted ratio of causal prefill FLOPs")
+    parser.add_argument("--speedup", type=float, default=2.2, help="of `stages`: wanted ratio of FLOPs")
     parser.add_argument("--scores", nargs="+", choices=list(training_free()), help="of `pairs`: only these")
-    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0], help="of `pairs`")
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0], help="of `search` and `pairs`")
+    parser.add_argument("--starts", type=int, default=4, help="of `search`: begin at one of the first so many layers")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3], help="of `search`: use every n-th layer")
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(PROFILES), help="of `search`: which "
+                        "stages drop most")  # fmt: skip
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="keep ratios of `first`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "schedules")
     return parser.parse_args(arguments)
-
-
-def at_budget(
-    shape: ModelShape, layers: Sequence[int], tokens: int, speedup: float, last_share: float = 1.0
-) -> PruningConfig | None:
-    """The schedule at ``layers`` that reaches ``speedup``; None if they cannot.
-
-    ``last_share``: what the last stage drops, relative to the first; linear between.
-    """
-    steps = max(1, len(layers) - 1)
-    weights = [1 + (last_share - 1) * number / steps for number in range(len(layers))]
-
-    def config(drop: float) -> PruningConfig:
-        return PruningConfig(tuple(layers), tuple(max(1e-6, 1 - drop * w / max(weights)) for w in weights))
-
-    if budget.speedup_limit(shape, config(1 - 1e-6), tokens) < speedup:
-        return None
-    low, high = 0.0, 1 - 1e-6
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if budget.speedup_limit(shape, config(middle), tokens) >= speedup else (middle, high)
-    return config(high)
 
 
 def by_first_layer(layers: list[int], depth: int, ratios: Sequence[float]) -> dict[str, PruningConfig]:
@@ -100,21 +80,6 @@ def by_stages(shape: ModelShape, layers: list[int], tokens: int, speedup: float)
             config = at_budget(shape, sorted(set(places)), tokens, speedup)
             if config is not None:
                 found[f"{count} stages"] = config
-    return found
-
-
-def grid(
-    shape: ModelShape, layers: list[int], tokens: int, speedup: float, steps: Sequence[int]
-) -> dict[str, PruningConfig]:
-    """Candidates of a search: first layer, distance between stages and profile, all at equal FLOPs."""
-    found = {}
-    for start in range(min(4, len(layers))):
-        for step in steps:
-            for profile, last_share in PROFILES.items():
-                stages = layers[start::step]
-                config = at_budget(shape, stages, tokens, speedup, last_share)
-                if config is not None and (len(stages) > 1 or profile == "even"):
-                    found[f"from {stages[0]} every {step}, {profile}"] = config
     return found
 
 
@@ -218,25 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\nrows: {path}")
         return
     if options.what == "search":
-        target = f"x{options.speedup}"
-        made = grid(shape, layers, tokens, options.speedup, options.steps)
-        candidates = {f"{target}: {key}": config for key, config in made.items()}
-        measure(candidates, "train")
-        found, _ = summary_of(path, candidates, f"train|{tokens}", name)
-        print(evaluation_tables.markdown(found.sort_values("geometric mean").reset_index(), digits=4))
-        best = str(found["geometric mean"].idxmin())
-        even = next(iter(candidates))
-        pair = {key: candidates[key] for key in dict.fromkeys((even, best))}
-        measure(pair, "heldout")
-        held, rows = summary_of(path, pair, f"heldout|{tokens}", name)
-        print(f"\nHeld out, the chosen schedule beside '{even}':\n")
-        print(evaluation_tables.markdown(held.reset_index(), digits=4))
-        a, b = (rows[rows.setting == key].set_index("sample").kl_nats for key in (best, even))
-        mean, low, high = evaluation.paired_bootstrap(a, b.loc[a.index])
-        print(f"\nchosen: {best}\n  layers {list(candidates[best].layers)}, keep ratios "
-              f"{[round(r, 4) for r in candidates[best].keep_ratio]}\n"
-              f"KL difference {mean:+.4f} [{low:+.4f}, {high:+.4f}], n = {len(a)}")  # fmt: skip
-        print(f"rows: {path}")
+        search(shape, layers, options, path, name, measure, stamp)
         return
     if options.what == "first":
         configs = by_first_layer(layers, shape.num_layers, options.ratios)

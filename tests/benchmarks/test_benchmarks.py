@@ -16,6 +16,8 @@ from sdtp_lib.records import OtherProvenance, RowWriter, project_root, read_rows
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.shipped import shipped_pruners
 
+sys.path.insert(0, str(project_root() / "benchmarks"))  # as a command has it: scripts import one another
+
 
 def script(name):
     """One script of benchmarks/ as a module."""
@@ -192,7 +194,8 @@ def test_labels_are_held_against_the_gold_check_and_a_second_run_adds_nothing(mo
 @pytest.mark.parametrize("what", ["first", "stages", "search"])
 def test_schedules_are_compared_at_the_budget_that_was_asked_for(model_folder, tmp_path, capsys, what):
     arguments = [what, "--model", str(model_folder), "--scorer", "attention", "--test-sets", "text", "--samples", "1"]
-    arguments += ["--prompt-tokens", "160", "--ratios", "0.8", "--speedup", "1.3", "--run-dir", str(tmp_path)]
+    arguments += ["--prompt-tokens", "160", "--ratios", "0.8", "--run-dir", str(tmp_path)]
+    arguments += ["--speedups", "1.3"] if what == "search" else ["--speedup", "1.3"]
     command("schedules")(arguments)
     rows = read_rows(tmp_path / "schedules.jsonl")
     assert len(rows) >= 2 and {row["kind"] for row in rows} == {"scorer"}
@@ -206,7 +209,8 @@ def test_schedules_are_compared_at_the_budget_that_was_asked_for(model_folder, t
     if what == "search":
         chosen = printed.split("chosen: ")[1].splitlines()[0]
         held_out = {row["setting"] for row in rows if "|heldout|" in row["cell"]}
-        assert chosen in held_out and len(held_out) <= 2
+        assert chosen in held_out and len(held_out) == 2 and (tmp_path / "by_search.png").exists()
+        assert "from 4 every 1, even" not in chosen and "KL minus that of" in printed
 
 
 def test_training_free_scores_are_compared_in_pairs_with_schedules_at_equal_flops(model_folder, tmp_path, capsys):
@@ -402,3 +406,18 @@ def test_chunks_are_held_against_one_shot_and_their_memory_is_read_in_a_process_
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert "| random | 500 | one-shot | none |" in printed and "failed: random pruned 64: no room" in printed
+
+
+@pytest.mark.parametrize("arguments", [("batches", "--lengths", "60", "90"), ("identity", "--lengths", "64"),
+                                       ("scoring", "--lengths", "64")])  # fmt: skip
+def test_what_pruning_costs_is_printed_with_its_goal(model_folder, capsys, arguments):
+    command("overhead")([*arguments, "--model", str(model_folder), "--repeats", "2"])
+    verdicts = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("met: ", "MISSED: "))]
+    assert len(verdicts) == (1 if arguments[0] == "scoring" else 2)
+
+
+def test_a_mixture_of_experts_is_timed_beside_its_limit(capsys):
+    command("overhead")(["experts", "--families", "olmoe", "--layers", "6", "--lengths", "128", "--repeats", "2"])
+    family, tokens, _, _, speedup, limit = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert (family, tokens) == ("olmoe", "128") and float(speedup.partition("x")[0]) > 0
+    assert 1 < float(limit.removesuffix("x")) < 1.5, "a fifth of the tokens leaves before the last two of six layers"
