@@ -171,7 +171,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
         ends_at = time.monotonic() + 3600 * options.hours if options.hours else None
         with share.rows(path, stamp) as writer:
             rows = read_rows(path) if path.exists() else []
-            work = Measurement(model, tokenizer, found, writer, rows, times=not options.no_times)
+            work = Measurement(model, tokenizer, found, writer, rows, left_out=left_out, times=not options.no_times)
             model(torch.arange(8, device=model.device)[None])  # what only a process's first forward pays
             bar = tqdm(share.of(steps), unit="item", desc="leaderboard", mininterval=10, disable=not share.is_first)
             for step in bar:

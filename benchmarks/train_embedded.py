@@ -16,6 +16,7 @@ import dataclasses
 
 from sdtp_lib import load_model
 from sdtp_lib.data.samples import DOLLY
+from sdtp_lib.data.training_mix import LENGTHS
 from sdtp_lib.processes import Share
 from sdtp_lib.records import project_root
 from sdtp_lib.shipped import shipped_for, shipped_pruners
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dolly", default=DOLLY, help="Dolly-15k: a JSON-lines file or a Hub data set")
     parser.add_argument("--prompts", type=int, default=480, help="how many to label and train on")
+    parser.add_argument("--prompt-tokens", type=int, nargs=2, metavar=("FROM", "TO"), default=LENGTHS)
     parser.add_argument("--epochs", type=float, default=10.0, help="passes over the prompts")
     parser.add_argument("--heldout", type=int, default=0, help="held-out prompts per kind to measure on")
     parser.add_argument("--recipe", choices=list(RECIPES), default=DEFAULT, help="labels, inputs and losses")
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     model, tokenizer = load_model(device=Share().device)
     out = shipped_pruners()[shipped_for("embedded")] if given.replace_shipped else project_root() / given.out
-    fields = ("recipe", "prompts", "epochs", "start", "start_share", "learning_rate", "first_blend")
+    fields = ("recipe", "prompts", "prompt_tokens", "epochs", "start", "start_share", "learning_rate", "first_blend")
     asked = {name: getattr(given, name) for name in fields}
     recipe = RECIPES[given.recipe]
     if given.learning_rate:
@@ -52,8 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = dataclasses.replace(recipe, blends=recipe.blends[:1])
     train_by_recipe(
         model, tokenizer, recipe=given.recipe if recipe == RECIPES[given.recipe] else recipe,
-        instructions=given.dolly, prompts=given.prompts, epochs=given.epochs, heldout=given.heldout, start=given.start,
-        start_share=given.start_share, out=out, force=given.force or given.replace_shipped, seed=given.seed,
+        instructions=given.dolly, prompts=given.prompts, prompt_tokens=tuple(given.prompt_tokens),
+        epochs=given.epochs, heldout=given.heldout, start=given.start, start_share=given.start_share, out=out,
+        force=given.force or given.replace_shipped, seed=given.seed,
         model_name="HuggingFaceTB/SmolLM2-135M-Instruct", labels_only=given.labels_only, asked=asked,
     )  # fmt: skip
 

@@ -164,5 +164,3 @@ class RowsCache:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
-
-

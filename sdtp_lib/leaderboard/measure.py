@@ -39,6 +39,8 @@ class Measurement:
     rows
         The rows that ``writer``'s file has already: where the unpruned answer to an item is known, it is not asked for
         again.
+    left_out
+        Methods that this model cannot have, and why: a row per length and speed-up says so.
     times
         Whether rows tell the prefill's time; without, several processes may share a device.
     """
@@ -51,9 +53,10 @@ class Measurement:
         writer: RowWriter,
         rows: Sequence[Mapping],
         *,
+        left_out: Mapping[str, str] | None = None,
         times: bool = True,
     ) -> None:
-        self._times = times
+        self._left_out, self._times = dict(left_out or {}), times
         self._warm: set[tuple[str, float, int]] = set()
         self._model, self._tokenizer, self._entrants, self._writer = model, tokenizer, list(entrants), writer
         self._shape = ModelShape.from_model(model)
@@ -74,6 +77,8 @@ class Measurement:
         head = f"{step.sort} {step.test_set}@{step.length}|{name}"
         labels = {"sort": step.sort, "cell": step.test_set, "length": step.length, "sample": name}
         labels |= {"prompt_tokens": len(prompt)} | made_from
+        for method, why in self._left_out.items():
+            self._out_of_reach(method, step, why, None)
         todo = []
         for each in self._entrants:
             key = f"{head}|{step.speedup:g}|{each.name}"
@@ -104,13 +109,17 @@ class Measurement:
         place = (each.name, step.speedup, step.length)
         if place not in self._reach:
             self._reach[place] = why = out_of_reach(each, self._model, step.speedup, step.length)
-            key = f"reach@{step.length}|{step.speedup:g}|{each.name}"
-            if why and not self._writer.done(key):
-                self._writer.add(
-                    key, kind="out of reach", method=each.name, scorer_id=self._scorers[each.name], length=step.length,
-                    speedup=step.speedup, error=why[:300],
-                )  # fmt: skip
+            if why:
+                self._out_of_reach(each.name, step, why, self._scorers[each.name])
         return not self._reach[place]
+
+    def _out_of_reach(self, method: str, step: Step, why: str, scorer: str | None) -> None:
+        key = f"reach@{step.length}|{step.speedup:g}|{method}"
+        if not self._writer.done(key):
+            self._writer.add(
+                key, kind="out of reach", method=method, scorer_id=scorer, length=step.length, speedup=step.speedup,
+                error=why[:300],
+            )  # fmt: skip
 
     def _run_unpruned(self, step: Step, item: Any, prompt: Sequence[int], key: str, labels: Mapping[str, Any]) -> Any:
         """The unpruned run that pruned ones are compared with, and the fields of it that their rows repeat."""

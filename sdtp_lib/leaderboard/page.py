@@ -23,9 +23,7 @@ def has_quality(rows: Sequence[Mapping[str, Any]]) -> bool:
     return any(row.get("sort") in (tables.KL, tables.RULER) for row in rows)
 
 
-def page(
-    rows: Sequence[Mapping[str, Any]], *, picture: bool = True, others: Mapping[str, str] | None = None
-) -> str:
+def page(rows: Sequence[Mapping[str, Any]], *, picture: bool = True, others: Mapping[str, str] | None = None) -> str:
     """The whole page, as Markdown; ``others``: the name and the page of each other model."""
     frame = tables.frame_of(rows)
     done = [row for row in rows if row["kind"] == "item"]
@@ -120,8 +118,10 @@ def _in_words(frame: Any) -> list[str]:
         *([""] if against else []),
         "Measured time to the first token:",
         "",
-        *([f"- {sentence}" for sentence in words.fastest(frame)]
-          or ["- not measured: several processes shared the device"]),
+        *(
+            [f"- {sentence}" for sentence in words.fastest(frame)]
+            or ["- not measured: several processes shared the device"]
+        ),
         "",
     ]
 

@@ -40,9 +40,7 @@ class ChunkPrefill(Prefill):
         device = whole.ids.device
         real = whole.at(whole.real)
         self.query_rows = real[:, real.shape[1] - self.queries :].sum(dim=1).tolist()
-        super().__init__(
-            architecture, wanted, scorer, trace, real.sum(dim=1).tolist(), real.shape[1], device, cache
-        )
+        super().__init__(architecture, wanted, scorer, trace, real.sum(dim=1).tolist(), real.shape[1], device, cache)
         self.keeps_all = False  # one chunk knows its own scores only: they are noted for the whole prompt
         self.positions = whole.at(whole.positions)
         self.prompt_lengths = on_device(whole.lengths, device)

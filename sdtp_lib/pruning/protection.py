@@ -71,9 +71,7 @@ def _checked_spans(spans: Iterable[tuple[int, int]], text: str) -> list[tuple[in
     return checked
 
 
-def _spans_of_roles(
-    text: str, messages: Sequence[Mapping[str, Any]], roles: Sequence[str]
-) -> list[tuple[int, int]]:
+def _spans_of_roles(text: str, messages: Sequence[Mapping[str, Any]], roles: Sequence[str]) -> list[tuple[int, int]]:
     """Where the contents of the wanted messages stand in the rendered ``text``, in order."""
     if unknown := [role for role in roles if role not in ROLES]:
         raise ValueError(f"roles={tuple(roles)} has {unknown}: choose among {', '.join(ROLES)}.")

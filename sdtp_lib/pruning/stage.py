@@ -301,9 +301,7 @@ class Stage:
             keys = [each.keys for each in new.values()]
             rows = [mask_rows(each.mask_rows, queries[0].shape[1], each.keys.shape[2]) for each in new.values()]
             modules = [each.layer for each in new.values()]
-            paid = attention_from_cached_keys(
-                modules, queries, keys, self.position_embeddings, rows, self.padding_mask
-            )
+            paid = attention_from_cached_keys(modules, queries, keys, self.position_embeddings, rows, self.padding_mask)
             for layer, found in zip(new, paid, strict=True):
                 self.read[layer, window] = found[..., -tokens:]
         return [self.read.get((layer, window)) for layer in layers]

@@ -57,7 +57,6 @@ def scorer_named(text: str) -> NamedScorer:
     path = pruners_folder(folder or DEFAULT_PRUNERS)
     if not name or path is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: no pruners in {folder}; give NAME=DIR with pruners of this model, or one of "
-            f"{', '.join(NAMED)}."
+            f"{text!r}: no pruners in {folder}; give NAME=DIR with pruners of this model, or one of {', '.join(NAMED)}."
         )
     return NamedScorer(name, path)

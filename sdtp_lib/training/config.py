@@ -89,8 +89,15 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_ratios", tuple(self.keep_ratios))
-        for name in ("mse_weight", "rank_weight", "drop_weight", "lm_weight", "distill_weight", "distill_floor",
-                     "rank_width"):
+        for name in (
+            "mse_weight",
+            "rank_weight",
+            "drop_weight",
+            "lm_weight",
+            "distill_weight",
+            "distill_floor",
+            "rank_width",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative: give 0 to switch it off, or more.")
         if not any(self.weights().values()):

@@ -198,6 +198,7 @@ def with_blend(folder: Path, blend: Mapping[str, Any]) -> TokenPruners:
     """The pruners of ``folder`` under another blend."""
     return TokenPruners.from_pretrained(str(folder), blend=dict(blend)).eval()
 
+
 def held_back(labelled: Any, recipe: Recipe) -> list[dict[str, Any]]:
     """Prompts that training has kept back for its own measure, as samples; the first ones where it kept back none."""
     kept = trainer.split_by_id(labelled, recipe.training)[1]

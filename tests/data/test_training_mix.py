@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sdtp_lib.data import lookups, test_sets, training_mix
+from sdtp_lib.data import long_values, lookups, test_sets, training_mix
 from sdtp_lib.data.conversations import chats, second_questions
 from sdtp_lib.data.samples import code_documents, load_instructions, pack_contexts, reference_documents
 
@@ -39,6 +39,32 @@ def test_a_table_holds_the_asked_cell_once_among_keys_that_look_alike(tiny_token
     made = [keys() for _ in range(200)]
     assert len(set(made)) == 200
     assert sum(sorted(a) == sorted(b) for a in made for b in made) > 300, "many are digits of another, changed round"
+
+
+def test_a_long_value_stands_whole_in_the_text_and_in_the_answer(tiny_tokenizer):
+    sizes = {"tokens": (700, 900), "count": 24}
+    samples = long_values.long_values(tiny_tokenizer, **sizes)
+    assert samples == long_values.long_values(tiny_tokenizer, **sizes)
+    several = 0
+    for number, sample in enumerate(samples):
+        assert 550 <= len(sample["prompt_ids"]) <= 910
+        said = (
+            sample["response"]
+            .rstrip(".")
+            .replace(" and ", ", ")
+            .split(" is " if " is " in sample["response"] else " are ")
+        )
+        values, name = said[1].split(", "), said[0].split(" of ")[-1]
+        several += len(values) > 1
+        for value in values:
+            assert f" of {name} is {value}." in sample["prompt"] and len(value) > 6
+        assert sample["prompt"].count(f" of {name} is ") == len(values), "all that is asked for, and no more"
+        if number % 4 == 0:
+            assert len(values) == 1 and len(value) == 36, "an identifier"
+    assert several, "some ask for all values of one name"
+    held = long_values.long_values(tiny_tokenizer, **sizes, split="heldout")
+    assert not {s["prompt"] for s in samples} & {s["prompt"] for s in held}
+    assert not set(long_values._NOUNS["train"]) & set(long_values._NOUNS["heldout"])
 
 
 def test_a_second_question_is_in_the_response_and_no_label_counts_it(records, tiny_tokenizer):
@@ -98,6 +124,6 @@ def test_code_is_split_by_module_and_the_reference_is_trained_on_nowhere(tiny_to
 
 
 def test_one_training_prompt_in_twelve_is_longer_than_the_others(records, tiny_tokenizer):
-    mix = training_mix.training_mix(tiny_tokenizer, 50, records, lengths=(900, 1000))
+    mix = training_mix.training_mix(tiny_tokenizer, 64, records, lengths=(900, 1000))
     longer = [len(sample["prompt_ids"]) for sample in mix if len(sample["prompt_ids"]) > 1000]
     assert 2 <= len(longer) <= 6 and max(longer) <= 2000

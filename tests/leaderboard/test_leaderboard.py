@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdtp_lib.evaluation.items import Item
-from sdtp_lib.leaderboard import committed, plan
+from sdtp_lib.leaderboard import committed, plan, tables
 from sdtp_lib.leaderboard.entrants import OURS, entrants
 from sdtp_lib.leaderboard.measure import Measurement
 from sdtp_lib.methods.variant import UNPRUNED, Variant
@@ -127,6 +127,18 @@ def test_a_method_that_a_shallow_model_cannot_have_is_left_out_with_the_reason_o
     assert "sdtp" in names and "sdtp-low" not in names and "at least 25 layers" in left_out["sdtp-low"]
     with pytest.raises(ValueError, match="at least 25 layers"):
         entrants(model, ["sdtp-low"])
+
+
+def test_a_method_that_is_left_out_stands_in_the_rows_with_its_reason_once(tiny_model, tiny_tokenizer, tmp_path):
+    with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
+        work = Measurement(tiny_model(), tiny_tokenizer, [], writer, [], left_out={"sdtp-low": "25 layers are needed"})
+        for number in range(2):
+            work.run(plan.Step(plan.KL, "text", 120, number, 1.5), a_sample(number))
+    (row,) = [row for row in read_rows(tmp_path / "rows.jsonl") if row["kind"] == "out of reach"]
+    assert (row["method"], row["error"], row["scorer_id"]) == ("sdtp-low", "25 layers are needed", None)
+    assert tables.unreached(tables.frame_of(read_rows(tmp_path / "rows.jsonl")), 120, 1.5) == {
+        "sdtp-low": "25 layers are needed"
+    }
 
 
 def test_rows_of_another_scorer_or_origin_do_not_stay_beside_new_ones():

@@ -192,9 +192,7 @@ def test_tokens_that_ask_change_nothing_but_the_scores(tiny_model):
     caches = []
     for end in (_tokens(20, 8), _tokens(20, 9)):
         with token_pruning(model, CONFIG, scorers.random()):
-            out = model.generate(
-                torch.cat([_tokens(60), end], dim=1), max_new_tokens=1, prefill_chunk_size=20, **TOLD
-            )
+            out = model.generate(torch.cat([_tokens(60), end], dim=1), max_new_tokens=1, prefill_chunk_size=20, **TOLD)
         caches.append(cache_in(out))
     for mine, other in zip(*(cache.layers for cache in caches), strict=True):
         before_the_end = min(mine.keys.shape[2], 8)
@@ -253,9 +251,7 @@ def test_after_a_cached_prefix_and_in_turns_and_in_copies(tiny_model):
         visible = torch.ones(6, 400, dtype=torch.bool)
         with token_pruning(model, config, scorers.attention(4)) as trace:
             ids = torch.cat([system, first], dim=1)
-            out = model.generate(
-                ids, **cache_argument(model, cache), max_new_tokens=4, prefill_chunk_size=25, **TOLD
-            )
+            out = model.generate(ids, **cache_argument(model, cache), max_new_tokens=4, prefill_chunk_size=25, **TOLD)
             assert trace.prompt_lengths == [64]
             _hide(visible, 50, trace)
             branch = copy.deepcopy(cache_in(out))

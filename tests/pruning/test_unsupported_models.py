@@ -83,9 +83,7 @@ def test_a_window_that_a_layer_keeps_in_a_table_of_its_own_is_refused_and_a_caus
     sizes = {"hidden_size": 32, "num_layers": 6, "num_heads": 4, "window_size": 16, "max_position_embeddings": 128}
     model = tiny_model("gpt_neo", attn_implementation="eager", attention_types=[[kinds, 3]], **sizes)
     if "local" in kinds:
-        with pytest.raises(
-            PruningNotSupported, match=r"layer 1 \(GPTNeoBlock\) holds a window of its own.*bias"
-        ):
+        with pytest.raises(PruningNotSupported, match=r"layer 1 \(GPTNeoBlock\) holds a window of its own.*bias"):
             describe(model)
     else:
         with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency(), verify="always") as trace:
