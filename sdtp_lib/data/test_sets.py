@@ -1,8 +1,9 @@
 """The test sets of the benchmarks: which samples a comparison runs on, by name (``cell`` in rows) and prompt length.
 
 ``text`` (held-out documents), ``reference`` (Python's language reference, a domain that training never sees), the five
-synthetic tasks (test split), ``instructions`` (held-out Dolly items that have a context, packed; without the file the
-embedded records), ``multi_news`` (real LongBench, where its file is at hand).
+synthetic tasks (test split), ``long_values`` (identifiers and the like under names of the held-out side),
+``instructions`` (held-out Dolly items that have a context, packed; without the file the embedded records),
+``multi_news`` (real LongBench, where its file is at hand).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdtp_lib.data.long_values import long_values
 from sdtp_lib.data.longbench import as_sample as longbench_sample
 from sdtp_lib.data.longbench import read_records
 from sdtp_lib.data.samples import (
@@ -27,7 +29,7 @@ from sdtp_lib.data.samples import (
 from sdtp_lib.data.tasks import TASKS, as_sample, synthetic_tasks
 from sdtp_lib.records import project_root
 
-TEST_SETS = ("text", "reference", *TASKS, "instructions", "multi_news")
+TEST_SETS = ("text", "reference", *TASKS, "long_values", "instructions", "multi_news")
 CONTINUATION_TOKENS = 128
 
 
@@ -67,6 +69,9 @@ def samples_of(
             test_set, tokenizer=tokenizer, prompt_tokens=prompt_tokens, count=count, seed=seed, split=side
         )
         return [as_sample(record, tokenizer) for record in records]
+    if test_set == "long_values":
+        lengths = (prompt_tokens - prompt_tokens // 16, prompt_tokens)
+        return long_values(tokenizer, tokens=lengths, count=count, seed=seed, split=split)
     if test_set == "instructions":
         dolly = shared_data() / "dolly-15k.jsonl"
         records = load_instructions(dolly if dolly.is_file() else "embedded", split=split)
