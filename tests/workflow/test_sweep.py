@@ -11,6 +11,8 @@ import pytest
 import sweep
 from notebook_parameters import ParameterError
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def plan(project: Path, **settings) -> list[sweep.Job]:
     return sweep.plan({"run": "r", **settings}, project)
