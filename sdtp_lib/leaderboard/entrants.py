@@ -64,7 +64,7 @@ def entrants(
         if name == TRAINING_FREE:
             found.append(Variant(name, scorer=scorer_called(name, model)))
             continue
-        method = methods.get(name)
+        method = methods.get(name).that_runs_on(model)
         scorer = method.scorer_for(model)
         if scorer is None:
             try:

@@ -101,6 +101,7 @@ class Measurement:
         for key, each in todo[turn:] + todo[:turn]:
             own = labels | {"method": each.name, "speedup": step.speedup, "scorer": name_of(each.scorer)}
             own |= {"scorer_id": self._scorers[each.name], "config_hash": settings(each)}
+            own |= {"remark": remark} if (remark := getattr(each.budget, "remark", "")) else {}
             rows.append((key, own, functools.partial(measure, each)))
         add_rows(self._writer, rows, kind="item")
 

@@ -137,8 +137,8 @@ def _who(frame: Any, pruners: str) -> list[str]:
             f" {', '.join(f'`{name}`' for name in free)} found no pruners for the model and its stages and ran with "
             f"{', '.join(sorted({used[name] for name in free}))}."
         )
-    if "specprefill" in used:
-        said += " `specprefill` had no draft model: the same model's first layers stand in for one."
+    for name, remark in tables.remarks(frame).items():
+        said += f" `{name}`: {remark}."
     return [said, ""]
 
 
@@ -200,7 +200,7 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
                   "memory as shares of the unpruned ones.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
     out = tables.unreached(frame, length, speedup)
     if out:
-        lines += ["Out of reach:", "", *[f"- `{name}`: {_plain(why)}" for name, why in out.items()], ""]
+        lines += ["Out of reach, or failed:", "", *[f"- `{name}`: {_plain(why)}" for name, why in out.items()], ""]
     return lines
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdtp_lib import methods
 from sdtp_lib.evaluation.answer_tables import means_over_tasks
 from sdtp_lib.evaluation.statistics import paired_bootstrap
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
@@ -42,7 +43,7 @@ def frame_of(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
     frame = pandas.DataFrame.from_records(list(rows))
     for column in ("kl_nats", "score", "unpruned_score", "answer", "answer_full", "peak_bytes", "unpruned_peak_bytes",
                    "prefill_ms", "unpruned_prefill_ms", "kv_bytes", "unpruned_kv_bytes", "flops_speedup", "sort",
-                   "cell", "sample", "scorer", "error"):  # fmt: skip
+                   "cell", "sample", "scorer", "error", "remark", "key"):  # fmt: skip
         if column not in frame:
             frame[column] = None
     return frame
@@ -176,10 +177,23 @@ def costs(part: pandas.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def unreached(frame: pandas.DataFrame, length: int, speedup: float) -> dict[str, str]:
-    """Method -> why it has no items at this length and speed-up."""
-    rows = frame[(frame.kind == "out of reach") & (frame.length == length) & (frame.speedup == speedup)]
+    """Method -> why it has no items at this length and speed-up, or how many it failed on and why."""
+    here = frame[(frame.length == length) & (frame.speedup == speedup)]
     have = set(at(frame, length, speedup).method)
-    return {row.method: row.error for row in rows.itertuples() if row.method not in have}
+    found = {row.method: row.error for row in here[here.kind == "out of reach"].itertuples() if row.method not in have}
+    failed = here[(here.kind == "failure") & ~here.key.isin(set(here[here.kind == "item"].key))]
+    for method, rows in failed.groupby("method", sort=False):
+        count = rows.key.nunique()
+        found[str(method)] = f"failed on {count} item{'s' * (count != 1)}: {rows.error.iloc[-1]}"
+    return found
+
+
+def remarks(frame: pandas.DataFrame) -> dict[str, str]:
+    """Method -> in what it is not its paper's method on this model: by its rows, else by its settings."""
+    rows = frame[frame.kind == "item"]
+    known = {name: methods.get(name).remark for name in methods.names() if name in set(rows.method)}
+    said = {str(method): str(each.iloc[-1]) for method, each in rows.groupby("method").remark if each.notna().any()}
+    return {name: remark for name, remark in (known | said).items() if remark}
 
 
 def same_kl_items(frame: pandas.DataFrame) -> pandas.DataFrame:

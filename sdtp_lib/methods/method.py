@@ -20,7 +20,7 @@ import torch
 
 from sdtp_lib import budget
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
-from sdtp_lib.architectures.layers import num_layers
+from sdtp_lib.architectures.layers import describe, num_layers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.provenance import content_id
@@ -62,7 +62,17 @@ class Method:
     @property
     def remark(self) -> str:
         """What a table must say beside the name, where this is not the paper's method as it stands; else empty."""
-        return ""
+        renumbers = getattr(type(self), "positions", None) == "compact"
+        return "kept tokens are not renumbered" if renumbers and self.positions != "compact" else ""
+
+    def that_runs_on(self, model: Any) -> Method:
+        """The method as ``model`` can run it: one that renumbers keeps positions where the model cannot (two rotary
+        tables, say). `token_pruning` never does that unasked; a comparison may, and prints the `remark`.
+        """
+        renumbers = getattr(self, "positions", None) == "compact"
+        return (
+            dataclasses.replace(self, positions="original") if renumbers and describe(model).rotary() is None else self
+        )
 
     def config(self, layers: int) -> PruningConfig:
         """The paper's budget for a model of ``layers`` layers."""

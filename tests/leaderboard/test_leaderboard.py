@@ -129,6 +129,16 @@ def test_a_method_that_a_shallow_model_cannot_have_is_left_out_with_the_reason_o
         entrants(model, ["sdtp-low"])
 
 
+def test_a_method_that_renumbers_keeps_positions_where_the_model_cannot(tiny_model):
+    from sdtp_lib import methods
+
+    two_tables = tiny_model("gemma3_text", num_hidden_layers=12)
+    found = {each.name: each.budget for each in entrants(two_tables, ["streamingllm", "gemfilter"])}
+    for name, method in found.items():
+        assert method.positions == "original" and "not renumbered" in method.remark
+        assert methods.get(name).positions == "compact" and methods.get(name).that_runs_on(tiny_model()).remark == ""
+
+
 def test_a_method_that_is_left_out_stands_in_the_rows_with_its_reason_once(tiny_model, tiny_tokenizer, tmp_path):
     with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
         work = Measurement(tiny_model(), tiny_tokenizer, [], writer, [], left_out={"sdtp-low": "25 layers are needed"})

@@ -127,6 +127,17 @@ def test_the_page_says_how_much_was_run_who_is_out_of_reach_and_what_was_not_run
     assert "nan" not in text
 
 
+def test_the_page_says_what_failed_and_in_what_a_method_is_not_its_papers():
+    rows = kl_rows({"sdtp": 0.1, "specprefill": 0.3, "streamingllm": 0.2})
+    rows = [
+        {**row, "remark": "kept tokens are not renumbered"} if row["method"] == "streamingllm" else row for row in rows
+    ]
+    failed = {**rows[-1], "kind": "failure", "method": "gemfilter", "error": "no rotary table"}
+    text = page.page([*rows, {**failed, "key": "a"}, {**failed, "key": "b"}])
+    assert "- `gemfilter`: failed on 2 items: no rotary table" in text
+    assert "`streamingllm`: kept tokens are not renumbered." in text and "`specprefill`: without a draft model" in text
+
+
 def test_the_readmes_lines_are_the_best_ten_by_kl_and_name_their_count_and_origin():
     names = {"sdtp": 0.1} | {f"m{n:02d}": 0.2 + n / 10 for n in range(12)}
     table = page.readme_table(kl_rows(names))
