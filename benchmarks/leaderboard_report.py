@@ -16,7 +16,7 @@ import numpy as np
 
 from sdtp_lib import plots
 from sdtp_lib.files import atomic_write
-from sdtp_lib.leaderboard import committed, page, tables
+from sdtp_lib.leaderboard import committed, page, tables, words
 from sdtp_lib.leaderboard.entrants import OURS
 from sdtp_lib.provenance import origin_line
 from sdtp_lib.records import project_root, provenance_of, write_json
@@ -36,10 +36,12 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
     shown = {suffix: each for suffix, each in models.items() if page.has_quality(each)}
     if shown:
         draw(list(shown.values()), root / PICTURE)
+    called = {suffix: origin_line(each[0]).split(" · ")[0] for suffix, each in shown.items()}
+    sentence = words.over_models({called[suffix]: tables.frame_of(each) for suffix, each in shown.items()})
     for suffix, each in models.items():
         others = {str(other[0]["model"]): f"leaderboard{name}.md" for name, other in models.items() if name != suffix}
         with atomic_write(root / "docs" / f"leaderboard{suffix}.md") as temporary:
-            temporary.write_text(page.page(each, others=others), encoding="utf-8")
+            temporary.write_text(page.page(each, others=others, over_models=sentence), encoding="utf-8")
     store = root / STORE
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     if table := page.readme_table(models.get("", ())):

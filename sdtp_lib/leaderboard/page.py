@@ -48,7 +48,7 @@ def page(rows: Sequence[Mapping[str, Any]], *, picture: bool = True, others: Map
                   "bootstrap intervals.", ""]  # fmt: skip
         if picture:
             lines += [f"![Quality lost over prefill speed-up, one line per method]({PICTURE})", ""]
-        lines += _in_words(frame)
+        lines += _in_words(frame, over_models)
     lines += _who(frame, "untrained pruners of the trained ones' sizes" if timing_only else "trained pruners")
     for length, speedup in tables.places(frame):
         lines += _place(frame, length, speedup)
@@ -97,7 +97,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"name": "leaderboard", "title": "Leaderboard", "header": header, "body": body, "note": note}
 
 
-def _in_words(frame: Any) -> list[str]:
+def _in_words(frame: Any, over_models: str) -> list[str]:
     others, against = words.better_elsewhere(frame), words.against_the_default(frame)
     goals = [f"- {goal}" for goal in words.goals(frame)] or ["- not measured at 2x yet"]
     places = [f"- {sentence}" for sentence in others] or ["- On no test set is another method's mean lower than ours."]
@@ -114,6 +114,7 @@ def _in_words(frame: Any) -> list[str]:
         "",
         words.best_training_free(frame),
         "",
+        *([over_models, ""] if over_models else []),
         *(f"- {sentence}" for sentence in against),
         *([""] if against else []),
         "Measured time to the first token:",

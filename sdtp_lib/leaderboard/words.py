@@ -6,6 +6,7 @@ Each says what its own figures say, whichever way these turn out.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from sdtp_lib.data.ruler import TASKS
@@ -119,6 +120,22 @@ def best_training_free(frame: Any) -> str:
     return (
         f"Of the methods that need no training, `{name}`{how} is best by rows: mean rank {rank:.1f}, geometric mean KL "
         f"{kl:.3f}, over {count} test sets by length and speed-up.{rest}"
+    )
+
+
+def over_models(frames: Mapping[str, Any]) -> str:
+    """Which method that needs no training is best over all models: each model's geometric mean KL, and theirs."""
+    lines = {name: {method: kl for method, _, kl, _ in training_free(frame)} for name, frame in frames.items()}
+    common = set.intersection(*map(set, lines.values())) if len(lines) > 1 else set()
+    if not common:
+        return ""
+    means = {method: math.exp(sum(math.log(max(each[method], 1e-9)) for each in lines.values()) / len(lines))
+             for method in common}  # fmt: skip
+    order = sorted(means, key=means.__getitem__)[:4]
+    said = ", ".join(f"`{method}` {means[method]:.3f}" for method in order)
+    return (
+        f"Over {len(lines)} models ({', '.join(lines)}), geometric mean KL of methods without training that have rows "
+        f"in every place: {said}. The default of `token_pruning` without pruners is `{TRAINING_FREE}`."
     )
 
 

@@ -117,6 +117,15 @@ def test_the_best_method_without_training_is_found_by_rank_and_learned_ones_do_n
     assert first.endswith("better.") and second.endswith("worse.")
 
 
+def test_the_best_without_training_over_models_is_among_those_that_all_have():
+    one = framed(kl_rows({"sdtp": 0.01, FREE: 0.4, "lazyllm": 0.1, "asl": 0.01}))
+    other = framed(kl_rows({"sdtp": 0.01, FREE: 0.1, "lazyllm": 1.6}))
+    said = words.over_models({"small": one, "large": other})
+    assert "Over 2 models (small, large)" in said and f"`{FREE}` 0.200, `lazyllm` 0.400." in said
+    assert words.over_models({"small": one}) == ""
+    assert said in page.page(kl_rows({"sdtp": 0.1, FREE: 0.2}), over_models=said)
+
+
 def test_the_page_says_how_much_was_run_who_is_out_of_reach_and_what_was_not_run():
     reach = {**STAMP, "kind": "out of reach", "method": "snapkv", "length": 64, "speedup": 2.0, "error": "cache only"}
     rows = [*kl_rows({"sdtp": 0.1, "lazyllm": 0.2}), *ruler_rows({"sdtp": [1.0], "lazyllm": [0.0]}, [1.0]), reach]
