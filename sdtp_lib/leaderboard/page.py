@@ -23,8 +23,22 @@ def has_quality(rows: Sequence[Mapping[str, Any]]) -> bool:
     return any(row.get("sort") in (tables.KL, tables.RULER) for row in rows)
 
 
-def page(rows: Sequence[Mapping[str, Any]], *, picture: bool = True, others: Mapping[str, str] | None = None) -> str:
-    """The whole page, as Markdown; ``others``: the name and the page of each other model."""
+def page(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    picture: bool = True,
+    others: Mapping[str, str] | None = None,
+    over_models: str = "",
+) -> str:
+    """The whole page, as Markdown.
+
+    Parameters
+    ----------
+    others
+        The name and the page of each other model.
+    over_models
+        A sentence about all of them.
+    """
     frame = tables.frame_of(rows)
     done = [row for row in rows if row["kind"] == "item"]
     dates = sorted({row["utc"][:10] for row in done})
