@@ -56,11 +56,18 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
     print(f"written: {path.relative_to(root)}, {pages}, {PICTURE}")
 
 
+def _commits(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The commit of the newest row, and how many others there are: a foot line has no room for all."""
+    others = len({row["commit"] for row in rows}) - 1
+    newest = max(rows, key=lambda row: row["utc"])["commit"]
+    return newest + (f" and {others} earlier" if others else "")
+
+
 def draw(models: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> Path:
     """The picture: per model a line of panels, from its rows at their shortest length."""
     rows = models[0]
     made = {name: rows[0].get(name) for name in ORIGIN} | {
-        "commit": ", ".join(sorted({row["commit"] for each in models for row in each})),
+        "commit": _commits([row for each in models for row in each]),
         "drawn_at": provenance_of()["commit"], "models": [str(each[0]["model"]) for each in models],
     }  # fmt: skip
     with plots.use_style():
