@@ -36,8 +36,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
     shown = {suffix: each for suffix, each in models.items() if page.has_quality(each)}
     if shown:
         draw(list(shown.values()), root / PICTURE)
-    called = {suffix: origin_line(each[0]).split(" · ")[0] for suffix, each in shown.items()}
-    sentence = words.over_models({called[suffix]: tables.frame_of(each) for suffix, each in shown.items()})
+    sentence = words.over_models({_called(each): tables.frame_of(each) for each in shown.values()})
     for suffix, each in models.items():
         others = {str(other[0]["model"]): f"leaderboard{name}.md" for name, other in models.items() if name != suffix}
         with atomic_write(root / "docs" / f"leaderboard{suffix}.md") as temporary:
@@ -54,6 +53,11 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
         readme.main(["--render-only"])
     pages = ", ".join(f"docs/leaderboard{suffix}.md" for suffix in models)
     print(f"written: {path.relative_to(root)}, {pages}, {PICTURE}")
+
+
+def _called(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What people call the rows' model, with its weights: "SmolLM2-135M-Instruct (Q4_1, dequantised)"."""
+    return origin_line(rows[0]).split(" · ")[0]
 
 
 def _commits(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -77,7 +81,7 @@ def draw(models: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> Path:
             length = int(found.length.min())
             made.setdefault("prompt_tokens", length)
             plots.quality_lost(found[found.length == length], part.subplots(1, 2), ours=OURS)
-            title = f"{origin_line(each[0]).split(' · ')[0]}: quality lost over prefill speed-up, {length:,} tokens"
+            title = f"{_called(each)}: quality lost over prefill speed-up, {length:,} tokens"
             part.suptitle(title, x=0.01, ha="left", weight="bold")
         saved = plots.save(figure, path, made)
         plt.close(figure)

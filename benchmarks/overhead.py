@@ -128,11 +128,11 @@ def run_identity(options: argparse.Namespace, model: Any, scorer: Any, config: P
         ids = _prompt(model, length, options.seed)
 
         def plain(ids=ids) -> None:
-            model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            _prefill(model, ids)
 
         def inside(scorer: Any, ids=ids) -> None:
             with token_pruning(model, config, scorer):
-                model(input_ids=ids, use_cache=True, logits_to_keep=1)
+                _prefill(model, ids)
 
         variants = {"plain": plain, "free": lambda: inside(scorers.recency()), "shipped": lambda: inside(scorer)}
         rows = _measured(variants, options.repeats, 1, model.device)
@@ -164,7 +164,7 @@ def run_scoring(options: argparse.Namespace, model: Any, scorer: Any, config: Pr
         for repetition in range(-1, options.repeats):
             with token_pruning(model, config, timed):
                 spent, start = 0.0, clock()
-                model(input_ids=ids, use_cache=True, logits_to_keep=1)
+                _prefill(model, ids)
                 whole = clock() - start
             if repetition >= 0:
                 shares.append(spent / whole)
@@ -192,11 +192,11 @@ def run_experts(options: argparse.Namespace) -> None:
             ids = _prompt(model, length, options.seed)
 
             def plain(model=model, ids=ids) -> None:
-                model(input_ids=ids, use_cache=True, logits_to_keep=1)
+                _prefill(model, ids)
 
             def pruned(model=model, ids=ids) -> None:
                 with token_pruning(model, config, scorer):
-                    model(input_ids=ids, use_cache=True, logits_to_keep=1)
+                    _prefill(model, ids)
 
             rows = _measured({"plain": plain, "pruned": pruned}, options.repeats, 1, model.device)
             low, middle, high = quartiles(1 / share for share in _paired(rows, "pruned", "plain"))
@@ -212,6 +212,10 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, Any, PruningConfig]:
     shipped = shipped_for(options.model)
     scorer = TokenPruners.from_pretrained(str(shipped)).eval() if shipped else scorers.attention(8)
     return model, scorer, config
+
+
+def _prefill(model: Any, ids: torch.Tensor) -> None:
+    model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
 
 def _prompt(model: Any, length: int, seed: int) -> torch.Tensor:

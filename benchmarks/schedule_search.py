@@ -73,25 +73,37 @@ def at_speedups(
     return found
 
 
-def rows_of(path: Path, settings: Sequence[str], where: str, scorer: str) -> pd.DataFrame:
-    """The rows of these candidates on one split and length, with columns ``speedup`` and ``schedule``."""
+def scorer_rows(path: Path, settings: Sequence[str], where: str) -> pd.DataFrame:
+    """The rows of these settings on one split and length (``where``), ``cell`` being the test set alone."""
     frame = read_frame(path)
-    frame = frame[(frame.kind == "scorer") & (frame.scorer == scorer) & frame.setting.isin(list(settings))]
-    frame = frame[frame.cell.str.endswith(f"|{where}")].assign(cell=frame.cell.str.partition("|")[0])
+    frame = frame[(frame.kind == "scorer") & frame.setting.isin(list(settings)) & frame.cell.str.endswith(f"|{where}")]
+    return frame.assign(cell=frame.cell.str.partition("|")[0])
+
+
+def means_by(rows: pd.DataFrame, by: str | list[str], at_least: float = NEGLIGIBLE_NATS) -> pd.DataFrame:
+    """Items, mean KL by test set, and their geometric mean, a line for each value of the columns ``by``.
+
+    Each test set's mean counts from ``at_least`` on, so that needles at 0.0001 or 0.0002 do not decide.
+    """
+    wide = rows.pivot_table(index=by, columns="cell", values="kl_nats", sort=False)
+    wide["geometric mean"] = numpy.exp(numpy.log(wide + at_least).mean(axis=1))
+    wide.insert(0, "items", rows.groupby(by)["sample"].count())
+    return wide
+
+
+def rows_of(path: Path, settings: Sequence[str], where: str, scorer: str) -> pd.DataFrame:
+    """The rows of a search's candidates, with columns ``speedup`` and ``schedule``."""
+    frame = scorer_rows(path, settings, where)
+    frame = frame[frame.scorer == scorer].copy()
     frame[["speedup", "schedule"]] = frame.setting.str.split(": ", n=1, expand=True)
     return frame
 
 
 def means_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean KL by speed-up, schedule and test set; their geometric mean, in each speed-up the lowest first.
-
-    Each test set's mean counts from `NEGLIGIBLE_NATS` on, so that needles at 0.0001 or 0.0002 do not decide.
-    """
-    groups = rows.groupby(["speedup", "schedule"])
-    wide = rows.pivot_table(index=["speedup", "schedule"], columns="cell", values="kl_nats")
-    wide["geometric mean"] = numpy.exp(numpy.log(wide + NEGLIGIBLE_NATS).mean(axis=1))
-    wide.insert(0, "1/tau", groups.compression_ratio.mean())
-    wide.insert(0, "items", groups["sample"].count())
+    """`means_by` speed-up and schedule, with 1/tau; in each speed-up the lowest first."""
+    place = ["speedup", "schedule"]
+    wide = means_by(rows, place)
+    wide.insert(1, "1/tau", rows.groupby(place).compression_ratio.mean())
     return wide.sort_values(["speedup", "geometric mean"])
 
 

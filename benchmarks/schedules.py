@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from schedule_search import PROFILES, at_budget, search
+from schedule_search import PROFILES, at_budget, means_by, scorer_rows, search
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model, plots, scorers
@@ -30,10 +30,9 @@ from sdtp_lib.data.test_sets import TEST_SETS, samples_in_turn
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.stage import Stage, earlier_layers
-from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
+from sdtp_lib.records import RowWriter, project_root, provenance_of
 from sdtp_lib.scorers.blend import strongest_neighbour
 from sdtp_lib.scorers.by_name import scorer_named
-from sdtp_lib.training.recipes import NEGLIGIBLE_NATS
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -120,37 +119,22 @@ def pairs_at(shape: ModelShape, tokens: int, speedups: Sequence[float]) -> dict[
     return found
 
 
-def pair_tables(path: Path, configs: Sequence[str], suffix: str) -> dict[str, Any]:
-    """Speed-up -> mean KL by (schedule, score) and test set, best geometric mean over test sets first.
-
-    Each test set's mean counts from `NEGLIGIBLE_NATS` on, so that needles at 0.0001 or 0.0002 do not decide.
-    """
-    import numpy
-
-    frame = read_frame(path)
-    frame = frame[(frame.kind == "scorer") & frame.setting.isin(list(configs)) & frame.cell.str.endswith(suffix)]
-    frame = frame.assign(cell=frame.cell.str.partition("|")[0])
+def pair_tables(path: Path, configs: Sequence[str], where: str) -> dict[str, Any]:
+    """Speed-up -> mean KL by (schedule, score) and test set, best geometric mean over test sets first."""
+    frame = scorer_rows(path, configs, where)
     frame[["speedup", "stages"]] = frame.setting.str.split(", ", n=1, expand=True)
-    tables = {}
-    for speedup, part in frame.groupby("speedup", sort=False):
-        wide = part.pivot_table(index=["stages", "scorer"], columns="cell", values="kl_nats", sort=False)
-        wide["geometric mean"] = numpy.exp(numpy.log(wide + NEGLIGIBLE_NATS).mean(axis=1))
-        wide.insert(0, "items", part.groupby(["stages", "scorer"])["sample"].count())
-        tables[speedup] = wide.sort_values("geometric mean").reset_index()
-    return tables
+    return {
+        speedup: means_by(part, ["stages", "scorer"]).sort_values("geometric mean").reset_index()
+        for speedup, part in frame.groupby("speedup", sort=False)
+    }
 
 
-def summary_of(path: Path, settings: Sequence[str], split: str, scorer: str):
-    """Mean KL by schedule and test set, and the geometric mean over test sets."""
-    import numpy
-
-    frame = read_frame(path)
-    frame = frame[(frame.kind == "scorer") & (frame.scorer == scorer) & frame.setting.isin(list(settings))]
-    frame = frame[frame.cell.str.endswith(f"|{split}")].assign(cell=frame.cell.str.partition("|")[0])
-    wide = frame.pivot_table(index="setting", columns="cell", values="kl_nats", sort=False)
-    wide["geometric mean"] = numpy.exp(numpy.log(wide.clip(lower=1e-9)).mean(axis=1))
-    wide.insert(0, "1/tau", frame.groupby("setting").compression_ratio.mean())
-    wide.insert(0, "items", frame.groupby("setting")["sample"].count())
+def summary_of(path: Path, settings: Sequence[str], where: str, scorer: str):
+    """Mean KL by schedule and test set, and the geometric mean over test sets; and the rows."""
+    frame = scorer_rows(path, settings, where)
+    frame = frame[frame.scorer == scorer]
+    wide = means_by(frame, "setting", at_least=1e-9)
+    wide.insert(1, "1/tau", frame.groupby("setting").compression_ratio.mean())
     return wide, frame
 
 

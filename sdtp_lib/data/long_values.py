@@ -28,8 +28,7 @@ _NOISE = {
 
 
 def _identifier(draw: random.Random, _words: Sequence[str]) -> str:
-    digits = f"{draw.getrandbits(128):032x}"
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    return tasks.identifier(draw)
 
 
 def _number(draw: random.Random, _words: Sequence[str]) -> str:
@@ -62,11 +61,12 @@ def long_values(
 
 def _sample(tokenizer: Any, tokens: tuple[int, int], number: int, seed: int, split: str) -> dict[str, Any]:
     draw = random.Random(stable_number("long values", split, seed, tokens, number))
-    following = tasks.running_text(tasks.haystack("train" if split == "train" else "test"), draw)
+    side = "train" if split == "train" else "test"
+    following = tasks.running_text(tasks.haystack(side), draw)
     words = _words(following)
     value = _VALUES[number % len(_VALUES)]
     asked = 1 if value is _identifier else draw.choice(_ASKED)
-    noun, people = draw.choice(_NOUNS[split]), tasks.NAMES["train" if split == "train" else "test"].split()
+    noun, people = draw.choice(_NOUNS[split]), tasks.NAMES[side].split()
     name, *others = draw.sample(people, 1 + draw.choice(_OTHERS))
     values = [value(draw, words) for _ in range(asked)]
     facts = [f"The {noun} of {name} is {each}." for each in values]

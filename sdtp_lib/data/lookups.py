@@ -12,14 +12,9 @@ from typing import Any
 
 from sdtp_lib.data.conversations import two_answers
 from sdtp_lib.data.samples import chat_prompt, response_ids, stable_number, tokenise_prompt
-from sdtp_lib.data.tasks import NAMES
+from sdtp_lib.data.tasks import NAMES, identifier
 
 RESPONSE_TOKENS = 64
-
-
-def _code(draw: random.Random) -> str:
-    digits = f"{draw.getrandbits(128):032x}"
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 def _key(draw: random.Random) -> str:
@@ -36,9 +31,9 @@ def _date(draw: random.Random) -> str:
 
 # What stands in a column, by its head; names are drawn by the caller's split.
 _COLUMNS: dict[str, dict[str, Callable[[random.Random], str]]] = {
-    "train": {"serial number": _code, "access key": _key, "price": _price, "shipping date": _date,
+    "train": {"serial number": identifier, "access key": _key, "price": _price, "shipping date": _date,
               "owner": lambda draw: draw.choice(NAMES["train"].split())},
-    "heldout": {"licence code": _code, "checksum": _key, "weight": _price, "delivery date": _date,
+    "heldout": {"licence code": identifier, "checksum": _key, "weight": _price, "delivery date": _date,
                 "inspector": lambda draw: draw.choice(NAMES["test"].split())},
 }  # fmt: skip
 _FORMATS: tuple[Callable[[Sequence[str], Sequence[str]], str], ...] = (

@@ -245,6 +245,12 @@ def running_text(sentences: tuple[str, ...], draw: random.Random) -> Callable[[]
     return following
 
 
+def identifier(draw: random.Random) -> str:
+    """36 characters in the form of a UUID, such as ``82a1a39d-7ee0-46fc-9225-2f03aa1c5650``."""
+    digits = f"{draw.getrandbits(128):032x}"
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
 def _code(split: str, draw: random.Random) -> str:
     """A four-digit code; even digit sums train, odd ones test."""
     while True:

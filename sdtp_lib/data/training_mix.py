@@ -89,10 +89,10 @@ def training_mix(
         beyond = samples_of(kind, tokenizer, longer, records, "train", (lengths[1], 2 * lengths[1]), seed + 50)
         kinds[kind] = some + [sample for sample in beyond if sample["id"] not in known]
         random.Random(stable_number("mix", kind, seed)).shuffle(kinds[kind])
-    text, asked, tasks_ = ([kinds[kind][n :: PARTS[kind]] for n in range(PARTS[kind])]
+    text, asked, sought = ([kinds[kind][n :: PARTS[kind]] for n in range(PARTS[kind])]
                            for kind in ("text", "instructions", "tasks"))  # fmt: skip
     turns = itertools.zip_longest(
-        text[0], tasks_[0], asked[0], tasks_[1], text[1], asked[1], tasks_[2], kinds["summaries"]
+        text[0], sought[0], asked[0], sought[1], text[1], asked[1], sought[2], kinds["summaries"]
     )
     return [sample for turn in turns for sample in turn if sample is not None][:count]
 

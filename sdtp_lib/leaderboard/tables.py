@@ -241,5 +241,5 @@ def _share(right: pandas.Series) -> Mean:
 
 
 __all__ = ["KL", "LONGBENCH", "RULER", "Mean", "answers", "answers_kept", "at", "by_task", "costs", "frame_of",
-           "kl_by_test_set", "kl_differences", "methods_in", "places", "same_kl_items",
-           "scored_by", "summary", "unreached"]  # fmt: skip
+           "kl_by_test_set", "kl_differences", "methods_in", "places", "remarks",
+           "same_kl_items", "scored_by", "summary", "unreached"]  # fmt: skip
