@@ -6,7 +6,8 @@
     python benchmarks/leaderboard.py --params gpu-llama3.1-8b     # or a YAML file of yours with these arguments
     python benchmarks/leaderboard.py --model FOLDER --name gemma-3-270m --pruners FOLDER     # another model of yours
     accelerate launch --num_processes 4 benchmarks/leaderboard.py --params gpu-qwen3-8b
-    torchrun --nproc-per-node 6 benchmarks/leaderboard.py --no-times --name NAME   # six on one GPU
+    torchrun --nproc-per-node 6 benchmarks/leaderboard.py --no-times --run-dir FOLDER --fresh   # six on one GPU
+    python benchmarks/leaderboard.py --report --join FOLDER/leaderboard.jsonl    # its answers and KL beside these times
 
 The order is that of `sdtp_lib.leaderboard.plan`: item by item over all methods, 2x first. A fresh clone goes on from
 the rows that are committed (``--fresh`` does not). RULER's answers are cut to the length of the right ones. With
@@ -71,6 +72,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=None, help="default data/results/leaderboard, or -PARAMS")
     parser.add_argument("--fresh", action="store_true", help="do not go on from the committed rows")
+    parser.add_argument("--join", type=Path, nargs="+", default=[], metavar="FILE", help="rows that other machines "
+                        "measured with --no-times: the report has them too")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="write page, picture, rows and README's lines; compute "
                         "nothing")  # fmt: skip
     parser.add_argument("--report-after", action="store_true", help="measure, then as --report")
@@ -88,6 +91,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**values)
     options = parser.parse_args(arguments)
     called = path.stem if named else options.name or options.model
+    if missing := [file for file in options.join if not file.is_file()]:
+        parser.error(f"--join {missing[0]}: there is no such file.")
     options.name = options.name or options.model
     options.run_dir = options.run_dir or project_root() / "data" / "results" / f"leaderboard{committed.suffix(called)}"
     try:
@@ -189,12 +194,13 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
 
 
 def start_from_committed(options: argparse.Namespace, path: Path, share: Share, stamp: dict[str, Any]) -> None:
-    """Lay down the repository's rows that this run does not have yet, if they are of this model and device."""
+    """Lay down the repository's rows that this run does not have yet and that are of this model and device."""
     if options.fresh or not share.is_first:
         return
     known = {row["key"] for row in read_rows(path)} if path.exists() else set()
-    rows = [row for row in committed.read_committed(committed.path_of(options.name)) if row["key"] not in known]
-    if rows and committed.of_one_origin(rows[0], stamp):
+    rows = [row for row in committed.read_committed(committed.path_of(options.name))
+            if row["key"] not in known and committed.of_one_origin(row, stamp)]  # fmt: skip
+    if rows:
         with RowWriter(path, {}) as writer:
             for row in rows:
                 writer._append(row)
@@ -213,6 +219,11 @@ def main(arguments: list[str] | None = None) -> None:
     rows = read_rows(path) if path.exists() else committed.read_committed(committed.path_of(options.name))
     if not rows:
         raise SystemExit(f"there are no rows in {path}.")
+    if beside := [row for file in options.join for row in read_rows(file)]:
+        whole = committed.joined(beside, rows)
+        print(f"{len(whole) - len(rows)} of {len(beside)} rows of --join are joined: without times, of this model, of "
+              "the same scorers, not measured here", file=sys.stderr)  # fmt: skip
+        rows = whole
     text = page.page(rows)
     print(text)
     if options.report or options.report_after:

@@ -3,7 +3,10 @@
 The recipe, its prompts and the comparison at the end are the library's (`sdtp_lib.training`); this is
 ``python -m sdtp_lib train embedded`` with the study's folders, and with the set that ships as a possible target:
 
-    accelerate launch --num_processes 2 benchmarks/train_embedded.py --dolly PATH --labels-only
+    torchrun --nproc-per-node 2 benchmarks/train_embedded.py --dolly PATH --labels-only
+
+(`accelerate launch` starts one process where there is no GPU; `torchrun` takes ``--start`` for its own, so give it
+afterwards, in one process.)
 
 The set is written to ``--out``, whole or not at all; the set that ships is only replaced when ``--replace-shipped``
 says so.

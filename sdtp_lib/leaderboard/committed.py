@@ -16,7 +16,8 @@ from sdtp_lib.files import atomic_write
 from sdtp_lib.provenance import project_root
 
 SHARED = "shared by all rows"
-_ORIGIN = ("model", "weights_fingerprint", "device", "dtype", "threads", "attn_implementation", "seed")
+_QUALITY = ("model", "weights_fingerprint", "dtype", "seed")  # what decides a KL or an answer, up to rounding
+_ORIGIN = (*_QUALITY, "device", "threads", "attn_implementation")
 
 
 def suffix(model: str) -> str:
@@ -41,16 +42,25 @@ def of_one_origin(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(name) == other.get(name) for name in _ORIGIN)
 
 
+def of_other_device(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a row without times is of the same model and seed as ``other`` but was measured elsewhere."""
+    untimed = row.get("prefill_ms") is None and row.get("unpruned_prefill_ms") is None
+    return untimed and not of_one_origin(row, other) and all(row.get(name) == other.get(name) for name in _QUALITY)
+
+
 def joined(kept: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """``rows`` and those of ``kept`` that they do not replace: of the same origin, and of methods that the same scorer
-    scored. A table never mixes two sets of pruners under one name."""
+    """``rows`` and those of ``kept`` that they do not replace: of the same origin, or without times from another
+    device, and of methods that the same scorer scored. A table never mixes two sets of pruners under one name, nor
+    times of two devices."""
     scored = {row["method"]: row.get("scorer_id") for row in rows}
     staying = {
         row["key"]: row
         for row in kept
-        if of_one_origin(row, rows[0]) and row.get("scorer_id") == scored.get(row["method"], row.get("scorer_id"))
+        if (of_one_origin(row, rows[0]) or of_other_device(row, rows[0]))
+        and row.get("scorer_id") == scored.get(row["method"], row.get("scorer_id"))
     }
-    return list((staying | {row["key"]: row for row in rows}).values())
+    found = staying | {row["key"]: row for row in rows}
+    return sorted(found.values(), key=lambda row: of_other_device(row, rows[0]))  # the first says where times are of
 
 
 def write_committed(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -54,6 +54,7 @@ def page(
         f"Model: {origin_line(done[0])}. Measured {' to '.join(sorted({dates[0], dates[-1]}))}, commit "
         f"{', '.join(commits)}." + (f" Other models: {elsewhere}." if elsewhere else ""),
         "",
+        *_measured_elsewhere(done),
     ]
     if timing_only:
         lines += ["**Random weights of the true sizes**: time, cache and memory are real, quality is not measured.", ""]
@@ -68,6 +69,21 @@ def page(
         lines += _place(frame, length, speedup)
     lines += _method_of_the_table(frame, quality=not timing_only)
     return "\n".join(lines) + "\n"
+
+
+def _measured_elsewhere(done: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which rows are of another device than the first, and that they have no times."""
+    own = done[0].get("device")
+    others = [row for row in done if row.get("device") != own]
+    if not others:
+        return []
+    where = {}
+    for row in others:
+        name = row.get("device_name") or row.get("device")
+        place = f"{name}, torch {row.get('torch')}, transformers {row.get('transformers')}"
+        where[place] = where.get(place, 0) + 1
+    said = "; ".join(f"{count:,} of {len(done):,} rows on {place}" for place, count in where.items())
+    return [f"Measured elsewhere, without times and in the same dtype: {said}.", ""]
 
 
 def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -97,7 +113,8 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             str(min((values[name].items for values in kl.values() if name in values), default=0)),
         ))  # fmt: skip
     header = ("method", "trained", *(f"KL {test_set}" for test_set in kl), "RULER, solved", "TTFT", "KV cache", "n")
-    first = part[part.sort == tables.KL].iloc[0] if kl else part.iloc[0]
+    timed = part[part.unpruned_prefill_ms.notna()]
+    first = (timed if len(timed) else part).iloc[0].drop("commit", errors="ignore")
     dates = sorted({str(utc)[:10] for utc in part.utc})
     solved = max((each["solved_items"] for each in ruler.values()), default=0)
     everyone = len(tables.methods_in(part))

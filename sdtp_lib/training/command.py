@@ -30,7 +30,9 @@ def parser(prog: str = "python -m sdtp_lib train") -> argparse.ArgumentParser:
         prog=prog,
         description="Train token pruners for a model, measure them on held-out prompts and save them where "
         "token_pruning finds them. A killed run goes on where it stopped when the same command is given again. "
-        "Several processes or GPUs: accelerate launch -m sdtp_lib train MODEL ...",
+        "Several GPUs: accelerate launch -m sdtp_lib train MODEL ...; several processes on a CPU: torchrun "
+        "--nproc-per-node 2 -m sdtp_lib train MODEL ... (labels are made without --start, which torchrun takes for its "
+        "own; add it afterwards, in one process).",
         formatter_class=_SetDefaults,
     )
     made.add_argument("model", help="a folder, a .gguf file, a Hub id, or 'embedded'")

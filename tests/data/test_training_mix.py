@@ -45,26 +45,24 @@ def test_a_long_value_stands_whole_in_the_text_and_in_the_answer(tiny_tokenizer)
     sizes = {"tokens": (700, 900), "count": 24}
     samples = long_values.long_values(tiny_tokenizer, **sizes)
     assert samples == long_values.long_values(tiny_tokenizer, **sizes)
-    several = 0
+    begun = several = crowded = 0
     for number, sample in enumerate(samples):
         assert 550 <= len(sample["prompt_ids"]) <= 910
-        said = (
-            sample["response"]
-            .rstrip(".")
-            .replace(" and ", ", ")
-            .split(" is " if " is " in sample["response"] else " are ")
-        )
-        values, name = said[1].split(", "), said[0].split(" of ")[-1]
-        several += len(values) > 1
+        prompt, values = sample["prompt"], sample["values"]
+        several, begun = several + (len(values) > 1), begun + sample["response"].startswith(" ")
+        assert sample["response"].endswith(f" {long_values._listed(values)}.")
         for value in values:
-            assert f" of {name} is {value}." in sample["prompt"] and len(value) > 6
-        assert sample["prompt"].count(f" of {name} is ") == len(values), "all that is asked for, and no more"
+            assert prompt.count(value) == 1 and len(value) > 6, "in the text, once"
         if number % 4 == 0:
-            assert len(values) == 1 and len(value) == 36, "an identifier"
-    assert several, "some ask for all values of one name"
+            assert len(values) == 1 and len(values[0]) == 36, "an identifier"
+        crowded += max(prompt.count(noun) for noun in long_values._NOUNS["train"]) > 12
+    assert several and crowded, "some ask for several values, some hide one among dozens of its kind"
+    assert 0 < begun < len(samples), "some prompts end in the beginning of the answer, and the response goes on there"
+    assert not any("special magic" in sample["prompt"] for sample in samples), "RULER's wording is not trained on"
     held = long_values.long_values(tiny_tokenizer, **sizes, split="heldout")
     assert not {s["prompt"] for s in samples} & {s["prompt"] for s in held}
     assert not set(long_values._NOUNS["train"]) & set(long_values._NOUNS["heldout"])
+    assert len(set(long_values._WORDINGS["train"]) & set(long_values._WORDINGS["heldout"])) == 1, "the plainest one"
 
 
 def test_a_second_question_is_in_the_response_and_no_label_counts_it(records, tiny_tokenizer):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdtp_lib.evaluation.items import Item
-from sdtp_lib.leaderboard import committed, plan, tables
+from sdtp_lib.leaderboard import committed, page, plan, tables
 from sdtp_lib.leaderboard.entrants import OURS, entrants
 from sdtp_lib.leaderboard.measure import Measurement
 from sdtp_lib.methods.variant import UNPRUNED, Variant
@@ -155,10 +155,29 @@ def test_rows_of_another_scorer_or_origin_do_not_stay_beside_new_ones():
     def row(key: str, method: str, scorer: str, device: str = "cpu") -> dict:
         return {"key": key, "method": method, "scorer_id": scorer, "model": "m", "device": device}
 
-    kept = [row("a", "sdtp", "old"), row("b", "lazyllm", "x"), row("c", "asl", "y"), row("d", "lazyllm", "x", "cuda:0")]
+    kept = [
+        row("a", "sdtp", "old"),
+        row("b", "lazyllm", "x"),
+        row("c", "asl", "y"),
+        row("d", "lazyllm", "x", "cuda:0") | {"prefill_ms": 2.0},
+    ]
     new = [row("e", "sdtp", "new"), row("b", "lazyllm", "x") | {"kl_nats": 1.0}]
     assert committed.joined(kept, new) == [new[1], kept[2], new[0]]
     assert committed.joined([], new) == new
+
+
+def test_rows_of_another_device_stay_where_they_tell_no_time_and_no_other_scorer(tmp_path):
+    def row(key: str, method: str = "lazyllm", scorer: str = "x", **more) -> dict:
+        return {"key": key, "method": method, "scorer_id": scorer, "model": "m", "device": "cpu", **more}
+
+    gpu = {"device": "cuda:0", "device_name": "Big GPU", "torch": "2.9"}
+    beside = [row("a", **gpu), row("b", **gpu, prefill_ms=3.0), row("c", **gpu), row("d", "sdtp", "old", **gpu),
+              row("e", **gpu, seed=1)]  # fmt: skip
+    rows = [row("c", prefill_ms=9.0), row("f", "sdtp", "new")]
+    assert committed.joined(beside, rows) == [rows[0], rows[1], beside[0]]
+    assert page._measured_elsewhere(rows) == []
+    said = page._measured_elsewhere([rows[0], beside[0], rows[1]])[0]
+    assert "1 of 3 rows on Big GPU, torch 2.9" in said and "without times" in said
 
 
 def test_committed_rows_come_back_whole_and_say_once_what_they_share(tmp_path):
