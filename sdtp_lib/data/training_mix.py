@@ -37,7 +37,7 @@ from sdtp_lib.data.samples import (
 )
 from sdtp_lib.data.summaries import summaries
 
-PARTS = {"text": 2, "tasks": 5, "instructions": 2, "summaries": 1}  # of ten prompts
+PARTS = {"text": 3, "tasks": 5, "instructions": 2, "summaries": 1}  # of eleven prompts
 KINDS = tuple(PARTS)
 LENGTHS = (512, 2048)  # tokens of a prompt, from and to
 LONGER_OF = 12  # one training prompt in so many is longer than that, up to twice
@@ -76,7 +76,7 @@ def training_mix(
 ) -> list[dict[str, Any]]:
     """``count`` prompts of the training side, kinds interleaved: any beginning of the list has the mix.
 
-    Of ten prompts five are tasks, two each text and instructions, and one is a summary. One in `LONGER_OF` is longer
+    Of eleven prompts five are tasks, three text, two instructions, and one is a summary. One in `LONGER_OF` is longer
     than ``lengths``, up to twice.
     """
     each = -(-count // sum(PARTS.values()))
@@ -92,7 +92,8 @@ def training_mix(
     text, asked, sought = ([kinds[kind][n :: PARTS[kind]] for n in range(PARTS[kind])]
                            for kind in ("text", "instructions", "tasks"))  # fmt: skip
     turns = itertools.zip_longest(
-        text[0], sought[0], asked[0], sought[1], sought[2], text[1], sought[3], asked[1], sought[4], kinds["summaries"]
+        text[0], sought[0], asked[0], sought[1], text[1], sought[2], kinds["summaries"], sought[3], text[2], asked[1],
+        sought[4],
     )
     return [sample for turn in turns for sample in turn if sample is not None][:count]
 
@@ -137,16 +138,16 @@ def _text(tokenizer, count, records, split, lengths, seed) -> list[dict[str, Any
 
 
 def _tasks(tokenizer, count, records, split, lengths, seed) -> list[dict[str, Any]]:
-    """Each of the synthetic tasks as often as the others, tables twice and long values eight times as often."""
-    side, each = "train" if split == "train" else "test", -(-count // (len(tasks.TASKS) + 10))
+    """Each of the synthetic tasks as often as the others, tables twice and long values six times as often."""
+    side, each = "train" if split == "train" else "test", -(-count // (len(tasks.TASKS) + 8))
     sizes = {"prompt_tokens": sum(lengths) // 2, "count": each, "seed": seed, "split": side}
     made = [
         [tasks.as_sample(record, tokenizer) for record in tasks.synthetic_tasks(name, tokenizer=tokenizer, **sizes)]
         for name in tasks.TASKS
     ]
     tables = table_lookups(tokenizer, tokens=lengths, count=2 * each, seed=seed, split=split)
-    values = long_values(tokenizer, tokens=lengths, count=8 * each, seed=seed, split=split)
-    turns = [*made, tables[0::2], tables[1::2], *(values[n::8] for n in range(8))]
+    values = long_values(tokenizer, tokens=lengths, count=6 * each, seed=seed, split=split)
+    turns = [*made, tables[0::2], tables[1::2], *(values[n::6] for n in range(6))]
     return _by_turns(*turns, first=seed)[:count]
 
 

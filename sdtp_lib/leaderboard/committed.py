@@ -64,16 +64,20 @@ def joined(kept: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]])
 
 
 def write_committed(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write ``rows`` to ``path``: first what is equal in all of them, then what is not, one line per row.
+    """Write ``rows`` to ``path``, those of each device together: first what is equal in all of them, then the rest, one
+    line per row.
 
     Rows {"a": 1, "b": 2} and {"a": 1, "b": 3} become {"kind": "shared by all rows", "a": 1}, {"b": 2}, {"b": 3}.
     """
-    rows = list(rows)
-    first = rows[0] if rows else {}
-    shared = {name: value for name, value in first.items() if name != "kind" and all(
-        name in row and row[name] == value for row in rows)}  # fmt: skip
-    lines = [{"kind": SHARED, **shared}]
-    lines += [{name: _short(value) for name, value in row.items() if name not in shared} for row in rows]
+    devices: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        devices.setdefault((row.get("device"), row.get("device_name")), []).append(row)
+    lines = []
+    for some in devices.values():
+        shared = {name: value for name, value in some[0].items() if name != "kind" and all(
+            name in row and row[name] == value for row in some)}  # fmt: skip
+        lines.append({"kind": SHARED, **shared})
+        lines += [{name: _short(value) for name, value in row.items() if name not in shared} for row in some]
     with atomic_write(path) as temporary:
         text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
         temporary.write_text(text, encoding="utf-8")
@@ -83,9 +87,13 @@ def read_committed(path: Path) -> list[dict[str, Any]]:
     """The rows that `write_committed` wrote, whole again; none where there is no file."""
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    shared = {name: value for name, value in lines[0].items() if name != "kind"}
-    return [{**shared, **line} for line in lines[1:]]
+    rows, shared = [], {}
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        if line["kind"] == SHARED:
+            shared = {name: value for name, value in line.items() if name != "kind"}
+        else:
+            rows.append({**shared, **line})
+    return rows
 
 
 def _short(value: Any) -> Any:

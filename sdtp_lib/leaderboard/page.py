@@ -114,7 +114,9 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         ))  # fmt: skip
     header = ("method", "trained", *(f"KL {test_set}" for test_set in kl), "RULER, solved", "TTFT", "KV cache", "n")
     timed = part[part.unpruned_prefill_ms.notna()]
-    first = (timed if len(timed) else part).iloc[0].drop("commit", errors="ignore")
+    # Commits are many, and the page names them; a column that other rows have is NaN where this one has nothing.
+    first = {name: value for name, value in (timed if len(timed) else part).iloc[0].items()
+             if name != "commit" and value == value}  # fmt: skip
     dates = sorted({str(utc)[:10] for utc in part.utc})
     solved = max((each["solved_items"] for each in ruler.values()), default=0)
     everyone = len(tables.methods_in(part))

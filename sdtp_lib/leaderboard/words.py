@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtp_lib.data.ruler import TASKS
+from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS
 from sdtp_lib.leaderboard.plan import KL_TEST_SETS
 from sdtp_lib.leaderboard.tables import (
@@ -50,9 +51,10 @@ def better_elsewhere(frame: Any) -> list[str]:
         ours = ruler.get(OURS)
         for name, own in ruler.items() if ours else ():
             if name != OURS and own["all"] > ours["all"]:
+                few = ", too few items to say" if min(own["items"], ours["items"]) < FEWEST_PAIRS else ""
                 found.append(
                     f"RULER {where}: `{name}` scores {own['all']:.1f} over all items, ours {ours['all']:.1f} "
-                    f"(n = {own['items']} and {ours['items']})."
+                    f"(n = {own['items']} and {ours['items']}{few})."
                 )
     return found
 
@@ -76,6 +78,7 @@ def goals(frame: Any) -> list[str]:
         if ours and ours["solved"]:
             lost = 100 - ours["solved"].value
             met = "met" if lost <= GOAL_POINTS else "MISSED"
+            met = met if ours["solved_items"] >= FEWEST_PAIRS else "too few items to say"
             found.append(
                 f"{met}: at most {GOAL_POINTS:g} point lost on RULER's items that the unpruned model solves, 2x, "
                 f"{length:,} tokens: {lost:.1f} [{100 - ours['solved'].high:.1f}, {100 - ours['solved'].low:.1f}] "
@@ -86,18 +89,14 @@ def goals(frame: Any) -> list[str]:
 
 def training_free(frame: Any) -> list[tuple[str, float, float, int]]:
     """Methods that no training goes into, best first: name, mean rank over KL test sets, lengths and speed-ups,
-    geometric mean KL there, number of these places. Only methods that are in all of them that any is in at a speed-up.
+    geometric mean KL there, number of these places. Only methods that are in all of them that any is in at a speed-up;
+    a learned one that found no pruners is the default under another name, and left out.
     """
-    used = scored_by(frame)
     ranks: dict[str, list[float]] = {}
     logs: dict[str, list[float]] = {}
     for length, speedup in places(frame):
         for values in kl_by_test_set(at(frame, length, speedup)).values():
-            free = {
-                name: value.value
-                for name, value in values.items()
-                if name not in LEARNED or used.get(name) == used.get(TRAINING_FREE)
-            }
+            free = {name: value.value for name, value in values.items() if name not in LEARNED}
             for rank, name in enumerate(sorted(free, key=free.get), start=1):
                 ranks.setdefault(name, []).append(rank)
                 logs.setdefault(name, []).append(math.log(max(free[name], 1e-9)))

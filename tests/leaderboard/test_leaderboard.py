@@ -188,4 +188,10 @@ def test_committed_rows_come_back_whole_and_say_once_what_they_share(tmp_path):
     assert [r | {"kl_nats": 0} for r in again] == [r | {"kl_nats": 0} for r in rows]
     assert [r["kl_nats"] for r in again] == pytest.approx([0, 1 / 3, 2 / 3], rel=1e-5)
     assert committed.read_committed(tmp_path / "none.jsonl") == []
+    two = [rows[0] | {"device": "cpu"}, rows[1] | {"device": "cuda"}, rows[2] | {"device": "cuda"}]
+    committed.write_committed(tmp_path / "two.jsonl", two)
+    assert (tmp_path / "two.jsonl").read_text().count("cuda") == 1
+    assert [(row["key"], row["device"]) for row in committed.read_committed(tmp_path / "two.jsonl")] == [
+        ("0", "cpu"), ("1", "cuda"), ("2", "cuda")
+    ]  # fmt: skip
     assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[1])["key"] == "0"

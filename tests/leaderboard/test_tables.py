@@ -85,8 +85,8 @@ def test_ruler_is_told_of_all_items_and_of_those_that_the_unpruned_model_solves(
     assert found["sdtp"]["lost"].value == pytest.approx(-12.5) and found["sdtp"]["solved"].value == 100
     assert found["lazyllm"]["solved"].value == 50 and found["lazyllm"]["solved_items"] == 2
     assert words.goals(frame) == [
-        "met: at most 1 point lost on RULER's items that the unpruned model solves, 2x, 64 tokens: 0.0 [0.0, 0.0] "
-        "(n = 2)."
+        "too few items to say: at most 1 point lost on RULER's items that the unpruned model solves, 2x, 64 tokens: "
+        "0.0 [0.0, 0.0] (n = 2)."
     ]
 
 

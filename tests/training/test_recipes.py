@@ -198,13 +198,13 @@ def test_the_mix_is_the_same_each_time_holds_every_kind_and_shares_nothing_with_
     summaries = [{"instruction": f"Sum up {n}.", "context": STORY + f"Item {n}.", "response": f"A mill {n}.",
                   "category": "summarization", "id": f"{n:016x}"} for n in range(80)]  # fmt: skip
     lengths = (1000, 1200)
-    mix = training_mix.training_mix(tiny_tokenizer, 20, summaries, lengths=lengths)
-    again = training_mix.training_mix(tiny_tokenizer, 20, summaries, lengths=lengths)
+    mix = training_mix.training_mix(tiny_tokenizer, 22, summaries, lengths=lengths)
+    again = training_mix.training_mix(tiny_tokenizer, 22, summaries, lengths=lengths)
     assert [sample["id"] for sample in mix] == [sample["id"] for sample in again]
-    assert len(mix) == len({sample["id"] for sample in mix}) == 20
-    for part in (mix[:10], mix[10:]):
+    assert len(mix) == len({sample["id"] for sample in mix}) == 22
+    for part in (mix[:11], mix[11:]):
         kinds = [recipes.kind_of(sample["category"]) for sample in part]
-        assert {kind: kinds.count(kind) for kind in kinds} == {"text": 2, "instructions": 2, "tasks": 5, "summaries": 1}
+        assert {kind: kinds.count(kind) for kind in kinds} == {"text": 3, "instructions": 2, "tasks": 5, "summaries": 1}
     held = [s for kind in training_mix.KINDS
             for s in training_mix.samples_of(kind, tiny_tokenizer, 4, summaries, "heldout", lengths)]  # fmt: skip
     assert not {sample["id"] for sample in held} & {sample["id"] for sample in mix}
