@@ -151,13 +151,17 @@ def _sample(tokenizer: Any, tokens: tuple[int, int], number: int, seed: int, spl
 
 
 def _keys(draw: random.Random, words: Sequence[str], names: Sequence[str]) -> Callable[[], str]:
-    """Names, each once; when they have run out, or from the start, pairs of words or identifiers."""
-    kind, left = draw.choice(("names", "words", "identifiers")), draw.sample(names, len(names))
+    """Names; when they have run out, or from the start, pairs of words or identifiers. None comes twice."""
+    kind, left, known = draw.choice(("names", "words", "identifiers")), draw.sample(names, len(names)), set()
 
     def key() -> str:
         if kind == "names" and left:
             return left.pop()
-        return tasks.identifier(draw) if kind == "identifiers" else "-".join(draw.sample(words, 2))
+        while True:
+            made = tasks.identifier(draw) if kind == "identifiers" else "-".join(draw.sample(words, 2))
+            if made not in known:
+                known.add(made)
+                return made
 
     return key
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib.files import atomic_write
-from sdtp_lib.provenance import project_root
+from sdtp_lib.provenance import identity, project_root
 
 SHARED = "shared by all rows"
 _QUALITY = ("model", "weights_fingerprint", "dtype", "seed")  # what decides a KL or an answer, up to rounding
@@ -39,6 +39,7 @@ def every_committed(root: Path | None = None) -> dict[str, list[dict[str, Any]]]
 
 def of_one_origin(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two rows, or a row and a run's provenance, are of the same model, device and settings."""
+    one, other = identity(one), identity(other)  # ``cuda:0`` and ``cuda:1`` are one device
     return all(one.get(name) == other.get(name) for name in _ORIGIN)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdtp_lib.leaderboard import tables, words
+from sdtp_lib.leaderboard import committed, tables, words
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS
 from sdtp_lib.leaderboard.plan import KL_TEST_SETS
 from sdtp_lib.methods.variant import UNPRUNED
@@ -73,8 +73,7 @@ def page(
 
 def _measured_elsewhere(done: Sequence[Mapping[str, Any]]) -> list[str]:
     """Which rows are of another device than the first, and that they have no times."""
-    own = done[0].get("device")
-    others = [row for row in done if row.get("device") != own]
+    others = [row for row in done if committed.of_other_device(row, done[0])]
     if not others:
         return []
     where = {}

@@ -79,6 +79,23 @@ def test_without_times_the_page_has_cache_and_limit_and_says_why(arguments, tmp_
     assert (tmp_path / "figures" / "leaderboard.png").is_file()
 
 
+def test_the_page_has_rows_that_another_device_measured_without_times(arguments, tmp_path, capsys):
+    leaderboard.main([*arguments, "--items", "1"])
+    leaderboard.main([*arguments, "--no-times", "--fresh", "--run-dir", str(tmp_path / "gpu")])
+    rows = [{**row, "device": "cuda:0", "device_name": "Big GPU"}
+            for row in read_rows(tmp_path / "gpu" / "leaderboard.jsonl")]  # fmt: skip
+    beside = tmp_path / "gpu.jsonl"
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    leaderboard.main([*arguments, "--tables", "--join", str(beside)])
+    said = capsys.readouterr()
+    assert f"3 of {len(rows)} rows of --join are joined" in said.err, "one item, unpruned and by two methods"
+    assert "3 of 9 rows on Big GPU" in said.out and "2 items per KL test set" in said.out
+    with pytest.raises(SystemExit):
+        leaderboard.parse(["--join", str(tmp_path / "nowhere.jsonl")])
+    assert "nowhere.jsonl: there is no such file" in capsys.readouterr().err
+
+
 def test_a_parameter_sets_name_keeps_its_dots():
     options = leaderboard.parse(["--params", "gpu-llama3.1-8b"])
     assert options.run_dir.name == "leaderboard-gpu-llama3.1-8b"

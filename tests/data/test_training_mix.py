@@ -58,6 +58,9 @@ def test_a_long_value_stands_whole_in_the_text_and_in_the_answer(tiny_tokenizer)
         crowded += max(prompt.count(noun) for noun in long_values._NOUNS["train"]) > 12
     assert several and crowded, "some ask for several values, some hide one among dozens of its kind"
     assert 0 < begun < len(samples), "some prompts end in the beginning of the answer, and the response goes on there"
+    for seed in range(6):  # names, pairs of words, identifiers
+        key = long_values._keys(random.Random(seed), [f"word{n}" for n in range(40)], ["Anna", "Bruno"])
+        assert len({key() for _ in range(300)}) == 300, "all that is asked for, and no more: no key comes twice"
     assert not any("special magic" in sample["prompt"] for sample in samples), "RULER's wording is not trained on"
     held = long_values.long_values(tiny_tokenizer, **sizes, split="heldout")
     assert not {s["prompt"] for s in samples} & {s["prompt"] for s in held}

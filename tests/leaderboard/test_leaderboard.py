@@ -166,7 +166,7 @@ def test_rows_of_another_scorer_or_origin_do_not_stay_beside_new_ones():
     assert committed.joined([], new) == new
 
 
-def test_rows_of_another_device_stay_where_they_tell_no_time_and_no_other_scorer(tmp_path):
+def test_rows_of_another_device_stay_where_they_tell_no_time_and_no_other_scorer():
     def row(key: str, method: str = "lazyllm", scorer: str = "x", **more) -> dict:
         return {"key": key, "method": method, "scorer_id": scorer, "model": "m", "device": "cpu", **more}
 
@@ -176,6 +176,8 @@ def test_rows_of_another_device_stay_where_they_tell_no_time_and_no_other_scorer
     rows = [row("c", prefill_ms=9.0), row("f", "sdtp", "new")]
     assert committed.joined(beside, rows) == [rows[0], rows[1], beside[0]]
     assert page._measured_elsewhere(rows) == []
+    two_gpus = [row("g", **gpu, prefill_ms=1.0), row("h", **gpu | {"device": "cuda:1"}, prefill_ms=1.0)]
+    assert committed.joined(two_gpus[1:], two_gpus[:1]) == two_gpus[::-1] and page._measured_elsewhere(two_gpus) == []
     said = page._measured_elsewhere([rows[0], beside[0], rows[1]])[0]
     assert "1 of 3 rows on Big GPU, torch 2.9" in said and "without times" in said
 
