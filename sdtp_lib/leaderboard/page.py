@@ -170,9 +170,16 @@ def _who(frame: Any, pruners: str) -> list[str]:
             f" {', '.join(f'`{name}`' for name in free)} found no pruners for the model and its stages and ran with "
             f"{', '.join(sorted({used[name] for name in free}))}."
         )
+    for name in _of_other_pruners(frame, used):
+        said += f" `{name}` was measured with other pruners than `{OURS}`: an earlier set, or one of its own."
     for name, remark in tables.remarks(frame).items():
         said += f" `{name}`: {remark}."
     return [said, ""]
+
+
+def _of_other_pruners(frame: Any, used: Mapping[str, str]) -> list[str]:
+    sets = {name: set(frame[frame.method == name].scorer_id.dropna()) for name in used if _is_learned(name, used)}
+    return [name for name, found in sets.items() if OURS in sets and found != sets[OURS]]
 
 
 def _is_learned(name: str, used: Mapping[str, str]) -> bool:

@@ -8,6 +8,7 @@ from sdtp_lib.leaderboard import page, plan, tables, words
 
 STAMP = {
     "utc": "2026-01-02T03:04:05+00:00", "commit": "abc", "model": "m", "weights": "w", "device": "cpu", "dtype": "d",
+    "scorer_id": None,
 }  # fmt: skip
 FREE = "attention_pooled"
 
@@ -145,6 +146,15 @@ def test_the_page_says_what_failed_and_in_what_a_method_is_not_its_papers():
     text = page.page([*rows, {**failed, "key": "a"}, {**failed, "key": "b"}])
     assert "- `gemfilter`: failed on 2 items: no rotary table" in text
     assert "`streamingllm`: kept tokens are not renumbered." in text and "`specprefill`: without a draft model" in text
+
+
+def test_the_page_says_which_learned_method_ran_with_other_pruners_than_ours():
+    rows = [{**row, "scorer": "learned"} for row in kl_rows({"sdtp": 0.1, "earlier-scheme": 0.3})]
+    rows += kl_rows({FREE: 0.2})
+    said = "`earlier-scheme` was measured with other pruners than `sdtp`"
+    assert said not in page.page([{**row, "scorer_id": "TokenPruners 1"} for row in rows])
+    mixed = [{**row, "scorer_id": f"TokenPruners {len(row['method'])}"} for row in rows]
+    assert said in page.page(mixed) and f"`{FREE}` was measured" not in page.page(mixed)
 
 
 def test_the_readmes_lines_are_the_best_ten_by_kl_and_name_their_count_and_origin():
