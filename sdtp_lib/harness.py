@@ -220,7 +220,7 @@ usage: python -m sdtp_lib.harness run --model sdtp --model_args NAME=VALUE,... -
 Any task of lm-evaluation-harness on a model whose prompts are pruned. Of --model_args:
 
   pretrained=MODEL           embedded, a folder, or a Hub id (default: embedded)
-  preset=PRESET              keep09, keep08, keep07 or paper-low; without it nothing is pruned
+  preset=PRESET              keep09, keep08, keep07, paper-low or fast; without it nothing is pruned
   pruners=DIR                trained pruners: a folder, a Hub id, or a set that ships; or instead
   scorer=NAME                {scorers}
   method=NAME                instead of these: a published method (fastkv), or at a prefill speed-up (lazyllm@2x)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from sdtp_lib import PruningConfig
+from sdtp_lib import PruningConfig, budget
 
 
 def test_presets_name_the_users_eight_layers_and_the_papers_ten():
@@ -15,6 +15,17 @@ def test_presets_name_the_users_eight_layers_and_the_papers_ten():
     assert [PruningConfig.preset(name, 28).keep_ratio for name in ("keep09", "keep08", "keep07")] == [0.9, 0.8, 0.7]
     low = PruningConfig.preset("paper-low", num_layers=32)
     assert (low.layers, low.keep_ratio) == ((4, 9, 14, 19, 24), 0.9)
+
+
+@pytest.mark.parametrize("layers", [28, 30, 32, 36])
+def test_the_fast_preset_has_half_of_the_stages_and_drops_most_early_at_keep07s_compression(layers):
+    fast, even = (PruningConfig.preset(name, layers) for name in ("fast", "keep07"))
+    assert fast.layers == tuple(range(4, layers, 6)) and set(fast.layers) <= set(even.layers)
+    steps = [b - a for a, b in zip(fast.keep_ratio, fast.keep_ratio[1:], strict=False)]
+    assert min(steps) > 0 and max(steps) == pytest.approx(min(steps)), "rising evenly"
+    tau = [budget.compression_ratio(budget.tokens_per_layer(config, layers, 1024)) for config in (fast, even)]
+    assert tau[0] == pytest.approx(tau[1], rel=0.05)
+    assert PruningConfig.preset("fast", 6).keep_ratio == (0.475,)
 
 
 def test_defaults_are_the_papers_protected_tokens():

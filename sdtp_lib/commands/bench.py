@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
                               "should run on the machine meanwhile.")  # fmt: skip
     shared.add_model(parser)
     parser.add_argument("--presets", nargs="+", default=["keep09", "keep08", "keep07"], metavar="PRESET",
-                        help="keep09, keep08, keep07, paper-low")  # fmt: skip
+                        help="keep09, keep08, keep07, paper-low, fast")  # fmt: skip
     parser.add_argument("--method", type=shared.method_of, nargs="+", default=[], metavar="NAME",
                         help="timed too, in turn with the presets: " + shared.METHOD_HELP)  # fmt: skip
     parser.add_argument("--lengths", type=shared.count, nargs="+", default=[1024, 2048, 4096], metavar="T",

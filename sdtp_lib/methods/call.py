@@ -51,10 +51,10 @@ def token_pruning(
     model
         A decoder-only causal LM of transformers in eval mode, also wrapped by PEFT.
     budget
-        ``"keep09"``, ``"keep08"``, ``"keep07"``, ``"paper-low"``: a preset of `PruningConfig`. A number in (0, 1]: the
-        share of the current tokens kept at each of keep09's stages. ``"2x"``: a prefill of half the FLOPs, solved for
-        each prompt's length. A `PruningConfig`. Or an entry of `sdtp_lib.methods` (or its name), which brings its own
-        scorer.
+        ``"keep09"``, ``"keep08"``, ``"keep07"``, ``"paper-low"``, ``"fast"``: a preset of `PruningConfig`. A number in
+        (0, 1]: the share of the current tokens kept at each of keep09's stages. ``"2x"``: a prefill of half the FLOPs,
+        solved for each prompt's length. A `PruningConfig`. Or an entry of `sdtp_lib.methods` (or its name), which
+        brings its own scorer.
     scorer
         What says which tokens matter: `TokenPruners`, one of `sdtp_lib.scorers`, any callable from a `Stage` to scores
         (B, N); or a name: a training-free score's, a method's, a folder or Hub id of pruners. None: pruners made for

@@ -58,6 +58,7 @@ _FIXED = {
     "keep08": ("orange", "s"),
     "keep07": ("vermillion", "v"),
     "paper-low": ("green", "^"),
+    "fast": ("purple", "P"),
     "keep1.0": ("sky", "D"),
     "sdtp": ("blue", "o"),
     "sdtp-low": ("blue", "d", "--"),

@@ -50,10 +50,11 @@ def test_moving_the_keep_ratio_asks_no_model_and_is_marked_approximate(state, so
     assert (source.scored_calls, source.run_calls) == (calls, 0)
 
 
-def test_a_preset_brings_its_layers_and_its_ratio_back(state):
+@pytest.mark.parametrize("preset", ["keep07", "fast"])
+def test_a_preset_brings_its_layers_and_its_ratio_back(state, preset):
     state.update(keep_ratio=0.42, layers=(4,))
-    state.update(preset="keep07")
-    assert state.config == PruningConfig.preset("keep07", LAYERS) and state.preset == "keep07"
+    state.update(preset=preset)
+    assert state.config == PruningConfig.preset(preset, LAYERS) and state.preset == preset
 
 
 def test_the_position_mode_is_kept_by_a_preset_and_does_not_make_it_ones_own(state):
@@ -163,6 +164,12 @@ def test_choosing_a_preset_moves_the_slider_and_the_layers(source):
     explorer = widgets.Explorer(ExplorerState(source))
     explorer.preset.value = "keep07"
     assert explorer.keep_ratio.value == 0.7 and explorer.layers.value == "4, 7, 10"
+    explorer.preset.value = "fast"  # a ratio of its own per stage: the slider shows their mean
+    assert explorer.layers.value == "4, 10"
+    assert explorer.keep_ratio.value == pytest.approx((0.475 + 0.87) / 2, abs=0.006)
+    assert explorer.preset.value == "fast" and explorer.state.config.keep_ratio == (0.475, 0.87)
+    explorer.keep_ratio.value = 0.6
+    assert explorer.preset.value == "own" and explorer.state.config.keep_ratio == 0.6
 
 
 def test_a_bad_layer_list_is_answered_in_words_and_put_back(source):
