@@ -35,6 +35,7 @@ from sdtp_lib.leaderboard import committed, plan
 from sdtp_lib.leaderboard.entrants import entrants
 from sdtp_lib.leaderboard.measure import Measurement
 from sdtp_lib.processes import Share
+from sdtp_lib.provenance import scorer_id
 from sdtp_lib.records import RowWriter, project_root, provenance_of, read_rows
 from sdtp_lib.scorers.found import scorer_called
 
@@ -163,7 +164,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             model, model_name=options.name, seed=options.seed, weights="random, true sizes" if random else None,
             threads=threads if model.device.type == "cpu" else None,
         )  # fmt: skip
-        start_from_committed(options, path, share, stamp)
+        start_from_committed(options, path, share, stamp, {each.name: scorer_id(each.scorer) for each in found})
         chosen = sizes(options)
         items = None if random else plan.Items(
             tokenizer, chosen, seed=options.seed, texts=options.texts, folder=options.longbench)  # fmt: skip
@@ -193,13 +194,17 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
                 print(f"left out: {test_set}: {why}", file=sys.stderr)
 
 
-def start_from_committed(options: argparse.Namespace, path: Path, share: Share, stamp: dict[str, Any]) -> None:
-    """Lay down the repository's rows that this run does not have yet and that are of this model and device."""
+def start_from_committed(
+    options: argparse.Namespace, path: Path, share: Share, stamp: dict[str, Any], scorers: dict[str, str | None]
+) -> None:
+    """Lay down the repository's rows that this run does not have yet and that are of this model and device, and of the
+    scorers of this run (method -> id): rows of pruners that shipped before are measured again."""
     if options.fresh or not share.is_first:
         return
     known = {row["key"] for row in read_rows(path)} if path.exists() else set()
     rows = [row for row in committed.read_committed(committed.path_of(options.name))
-            if row["key"] not in known and committed.of_one_origin(row, stamp)]  # fmt: skip
+            if row["key"] not in known and committed.of_one_origin(row, stamp)
+            and row.get("scorer_id") == scorers.get(row.get("method"), row.get("scorer_id"))]  # fmt: skip
     if rows:
         with RowWriter(path, {}) as writer:
             for row in rows:

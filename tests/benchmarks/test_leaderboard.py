@@ -111,6 +111,13 @@ def test_a_run_goes_on_from_committed_rows_of_the_same_model(arguments, tmp_path
     leaderboard.main(arguments)
     assert "goes on from 9 committed rows" in capsys.readouterr().err
     assert [row["key"] for row in read_rows(path)] == [row["key"] for row in rows]
+    other = [row for row in rows if row["method"] == "lazyllm"]
+    old = [{**row, "scorer_id": "settings of before"} if row in other else row for row in rows]
+    committed.write_committed(tmp_path / "kept.jsonl", old)
+    path.unlink()
+    leaderboard.main(arguments)
+    assert f"goes on from {9 - len(other)} committed rows" in capsys.readouterr().err and other
+    assert {row["scorer_id"] for row in read_rows(path) if row["method"] == "lazyllm"} == {other[0]["scorer_id"]}
 
 
 def test_random_weights_of_a_yaml_files_sizes_are_timed_and_rows_say_so(tmp_path, capsys):
