@@ -198,7 +198,8 @@ def start_from_committed(
     options: argparse.Namespace, path: Path, share: Share, stamp: dict[str, Any], scorers: dict[str, str | None]
 ) -> None:
     """Lay down the repository's rows that this run does not have yet and that are of this model and device, and of the
-    scorers of this run (method -> id): rows of pruners that shipped before are measured again."""
+    scorers of this run (method -> id): rows of pruners that shipped before are measured again. Those of methods that
+    this run does not measure are laid down as they are."""
     if options.fresh or not share.is_first:
         return
     known = {row["key"] for row in read_rows(path)} if path.exists() else set()

@@ -31,7 +31,12 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
     root = root or project_root()
     path = committed.path_of(rows[0]["model"], root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    committed.write_committed(path, committed.joined(committed.read_committed(path), rows))
+    before = committed.read_committed(path)
+    rows, begun = committed.without_beginnings(before, rows)
+    for method, (now, there) in begun.items():
+        print(f"{method}: {now} rows of other pruners than those of {path.name}; its {there} rows stand until there "
+              "are as many", file=sys.stderr)  # fmt: skip
+    committed.write_committed(path, committed.joined(before, rows or before))
     models = committed.every_committed(root)
     shown = {suffix: each for suffix, each in models.items() if page.has_quality(each)}
     if shown:

@@ -105,7 +105,7 @@ class PruningConfig:
         keep09, keep08 and keep07 prune before layers ``range(4, L, 3)`` (ten stages on 32 layers, the paper's SDTP);
         paper-low before the first five of ``range(4, L, 5)`` at 0.9 (the paper's SDTP-low). fast is not the paper's:
         the FLOPs of keep07 on 30 layers with half its stages, ``range(4, L, 6)``, of which the first drop most (0.475
-        to 0.87, evenly between); it lost less on held-out prompts (LOG.md, "Does another schedule dominate").
+        to 0.87, evenly between); it lost less on held-out prompts (LOG.md, "Do the search's schedules hold").
         """
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} is unknown: choose one of {', '.join(PRESETS)}.")

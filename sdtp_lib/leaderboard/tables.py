@@ -43,7 +43,7 @@ def frame_of(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
     frame = pandas.DataFrame.from_records(list(rows))
     for column in ("kl_nats", "score", "unpruned_score", "answer", "answer_full", "peak_bytes", "unpruned_peak_bytes",
                    "prefill_ms", "unpruned_prefill_ms", "kv_bytes", "unpruned_kv_bytes", "flops_speedup", "sort",
-                   "cell", "sample", "scorer", "error", "remark", "key"):  # fmt: skip
+                   "cell", "sample", "scorer", "scorer_id", "error", "remark", "key"):  # fmt: skip
         if column not in frame:
             frame[column] = None
     return frame

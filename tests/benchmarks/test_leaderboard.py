@@ -118,6 +118,10 @@ def test_a_run_goes_on_from_committed_rows_of_the_same_model(arguments, tmp_path
     leaderboard.main(arguments)
     assert f"goes on from {9 - len(other)} committed rows" in capsys.readouterr().err and other
     assert {row["scorer_id"] for row in read_rows(path) if row["method"] == "lazyllm"} == {other[0]["scorer_id"]}
+    path.unlink()
+    leaderboard.main([*arguments[:-2], "gemfilter"])
+    laid = {row["scorer_id"] for row in read_rows(path) if row["method"] == "lazyllm"}
+    assert laid == {"settings of before"}, "this run does not measure it: its rows are laid down as they are"
 
 
 def test_random_weights_of_a_yaml_files_sizes_are_timed_and_rows_say_so(tmp_path, capsys):

@@ -166,6 +166,21 @@ def test_rows_of_another_scorer_or_origin_do_not_stay_beside_new_ones():
     assert committed.joined([], new) == new
 
 
+def test_a_beginning_with_other_pruners_does_not_take_the_place_of_many_committed_rows():
+    def row(key: str, method: str, scorer: str) -> dict:
+        return {"key": key, "method": method, "scorer_id": scorer, "model": "m", "device": "cpu"}
+
+    kept = [row(key, "sdtp", "old") for key in "abc"] + [row("d", "lazyllm", "x"), row("e", "lazyllm", "x")]
+    new = [row("a", "sdtp", "new"), row("d", "lazyllm", "x"), row("f", "asl", "y")]
+    rows, begun = committed.without_beginnings(kept, new)
+    assert rows == new[1:] and begun == {"sdtp": (1, 3)}
+    assert [r["scorer_id"] for r in committed.joined(kept, rows) if r["method"] == "sdtp"] == ["old"] * 3
+    whole = [row(key, "sdtp", "new") for key in "abc"]
+    assert committed.without_beginnings(kept, whole) == (whole, {})
+    elsewhere = [{**each, "model": "other"} for each in kept]
+    assert committed.without_beginnings(elsewhere, new) == (new, {})
+
+
 def test_rows_of_another_device_stay_where_they_tell_no_time_and_no_other_scorer():
     def row(key: str, method: str = "lazyllm", scorer: str = "x", **more) -> dict:
         return {"key": key, "method": method, "scorer_id": scorer, "model": "m", "device": "cpu", **more}

@@ -8,7 +8,6 @@ from sdtp_lib.leaderboard import page, plan, tables, words
 
 STAMP = {
     "utc": "2026-01-02T03:04:05+00:00", "commit": "abc", "model": "m", "weights": "w", "device": "cpu", "dtype": "d",
-    "scorer_id": None,
 }  # fmt: skip
 FREE = "attention_pooled"
 
