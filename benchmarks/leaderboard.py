@@ -205,7 +205,7 @@ def start_from_committed(
     known = {row["key"] for row in read_rows(path)} if path.exists() else set()
     rows = [row for row in committed.read_committed(committed.path_of(options.name))
             if row["key"] not in known and committed.of_one_origin(row, stamp)
-            and row.get("scorer_id") == scorers.get(row.get("method"), row.get("scorer_id"))]  # fmt: skip
+            and committed.of_scorers(row, scorers)]  # fmt: skip
     if rows:
         with RowWriter(path, {}) as writer:
             for row in rows:

@@ -125,9 +125,7 @@ class PruningConfig:
                     f"preset={name!r} prunes from layer 4 on, but num_layers={num_layers}: name the layers yourself, "
                     "PruningConfig(layers=(1,), keep_ratio=...)."
                 )
-            first, last = _FAST
-            rising = tuple(first + (last - first) * n / max(1, len(layers) - 1) for n in range(len(layers)))
-            ratio = rising if name == "fast" else {"keep09": 0.9, "keep08": 0.8, "keep07": 0.7}[name]
+            ratio = {"keep09": 0.9, "keep08": 0.8, "keep07": 0.7, "fast": _evenly(*_FAST, len(layers))}[name]
         return cls(**{"layers": layers, "keep_ratio": ratio, **changes})
 
     def ratio_at(self, layer_index: int) -> float:
@@ -188,6 +186,11 @@ def _real(field: str, value: Any) -> float:
     if math.isnan(number):
         raise ValueError(f"{field}={value!r} is not a number.")
     return number
+
+
+def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
+    """``count`` numbers from ``first`` to ``last``; ``first`` alone where there is one."""
+    return tuple(first + (last - first) * n / max(1, count - 1) for n in range(count))
 
 
 def _checked_layers(layers: Any) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from sdtp_lib import methods
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.architectures.layers import pad_left
-from sdtp_lib.config import PruningConfig
+from sdtp_lib.config import PRESETS, PruningConfig
 from sdtp_lib.extras import MissingExtra, extra
 from sdtp_lib.methods.call import token_pruning
 from sdtp_lib.models import load_model
@@ -220,7 +220,7 @@ usage: python -m sdtp_lib.harness run --model sdtp --model_args NAME=VALUE,... -
 Any task of lm-evaluation-harness on a model whose prompts are pruned. Of --model_args:
 
   pretrained=MODEL           embedded, a folder, or a Hub id (default: embedded)
-  preset=PRESET              keep09, keep08, keep07, paper-low or fast; without it nothing is pruned
+  preset=PRESET              {presets}; without it nothing is pruned
   pruners=DIR                trained pruners: a folder, a Hub id, or a set that ships; or instead
   scorer=NAME                {scorers}
   method=NAME                instead of these: a published method (fastkv), or at a prefill speed-up (lazyllm@2x)
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
-        print(_HELP.format(scorers=", ".join(NAMED), loader=", ".join(_LOADER_OPTIONS)))
+        print(_HELP.format(presets=", ".join(PRESETS), scorers=", ".join(NAMED), loader=", ".join(_LOADER_OPTIONS)))
         return
     if arguments is not None:
         sys.argv[1:] = given

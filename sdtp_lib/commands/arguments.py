@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtp_lib.config import PRESETS
+
 if TYPE_CHECKING:
     from sdtp_lib.data.prompts import Prompt
 
@@ -107,8 +109,8 @@ def prompt_ids(
 def add_budget(parser: argparse.ArgumentParser, default: str = "2x") -> None:
     """How much is pruned."""
     parser.add_argument("--budget", type=budget_of, default=default, metavar="B", help="a prefill of so many times "
-                        "fewer FLOPs (2x), a preset (keep09, keep08, keep07, paper-low, fast), or the share that "
-                        "every stage keeps (0.8)")  # fmt: skip
+                        f"fewer FLOPs (2x), a preset ({', '.join(PRESETS)}), or the share that every stage keeps "
+                        "(0.8)")  # fmt: skip
 
 
 METHOD_HELP = (

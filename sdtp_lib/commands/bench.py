@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdtp_lib.commands import arguments as shared
+from sdtp_lib.config import PRESETS, PruningConfig
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib bench") -> int:
@@ -15,7 +16,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
                               "should run on the machine meanwhile.")  # fmt: skip
     shared.add_model(parser)
     parser.add_argument("--presets", nargs="+", default=["keep09", "keep08", "keep07"], metavar="PRESET",
-                        help="keep09, keep08, keep07, paper-low, fast")  # fmt: skip
+                        help=", ".join(PRESETS))  # fmt: skip
     parser.add_argument("--method", type=shared.method_of, nargs="+", default=[], metavar="NAME",
                         help="timed too, in turn with the presets: " + shared.METHOD_HELP)  # fmt: skip
     parser.add_argument("--lengths", type=shared.count, nargs="+", default=[1024, 2048, 4096], metavar="T",
@@ -25,8 +26,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     parser.add_argument("--scorer", metavar="NAME", help="as in `generate`: its time is part of the prefill")
     parser.add_argument("--out", type=Path, default=Path("sdtp-bench"), metavar="DIR", help="folder of the rows")
     given = parser.parse_args(arguments)
-    from sdtp_lib.config import PRESETS
-
     if unknown := [name for name in given.presets if name not in PRESETS]:
         raise ValueError(f"--presets {' '.join(unknown)}: choose among {', '.join(PRESETS)}.")
     from sdtp_lib.latency import report  # first, so that a missing package is said before anything is loaded
@@ -36,7 +35,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     import torch
     from tqdm import tqdm
 
-    from sdtp_lib.config import PruningConfig
     from sdtp_lib.latency import run, variants
     from sdtp_lib.model_shape import ModelShape
     from sdtp_lib.pruning.stage import name_of

@@ -49,17 +49,22 @@ def of_other_device(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return untimed and not of_one_origin(row, other) and all(row.get(name) == other.get(name) for name in _QUALITY)
 
 
+def of_scorers(row: Mapping[str, Any], scorers: Mapping[str, str | None]) -> bool:
+    """Whether the scorer that ``scorers`` (method -> id) has for the row's method made it; true of other methods."""
+    own = row.get("scorer_id")
+    return scorers.get(row.get("method"), own) == own
+
+
+def _in_one_table(row: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    return of_one_origin(row, first) or of_other_device(row, first)
+
+
 def joined(kept: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """``rows`` and those of ``kept`` that they do not replace: of the same origin, or without times from another
     device, and of methods that the same scorer scored. A table never mixes two sets of pruners under one name, nor
     times of two devices."""
     scored = {row["method"]: row.get("scorer_id") for row in rows}
-    staying = {
-        row["key"]: row
-        for row in kept
-        if (of_one_origin(row, rows[0]) or of_other_device(row, rows[0]))
-        and row.get("scorer_id") == scored.get(row["method"], row.get("scorer_id"))
-    }
+    staying = {row["key"]: row for row in kept if _in_one_table(row, rows[0]) and of_scorers(row, scored)}
     found = staying | {row["key"]: row for row in rows}
     return sorted(found.values(), key=lambda row: of_other_device(row, rows[0]))  # the first says where times are of
 
@@ -72,14 +77,21 @@ def without_beginnings(
 
     A run of half an hour with new pruners measures 12 rows where 400 stand: they stand until there are as many.
     """
-    of_one_model = [row for row in kept if of_one_origin(row, rows[0]) or of_other_device(row, rows[0])]
-    begun = {}
-    for method in {row["method"] for row in rows}:
-        now, before = ([row for row in some if row["method"] == method] for some in (rows, of_one_model))
-        if len(before) > len(now) and {row.get("scorer_id") for row in before}.isdisjoint(
-                row.get("scorer_id") for row in now):  # fmt: skip
-            begun[method] = (len(now), len(before))
+    now, before = (_scorers_by_method(some) for some in (rows, [row for row in kept if _in_one_table(row, rows[0])]))
+    begun = {
+        method: (len(scorers), len(before[method]))
+        for method, scorers in now.items()
+        if len(before.get(method, ())) > len(scorers) and set(before[method]).isdisjoint(scorers)
+    }
     return [row for row in rows if row["method"] not in begun], begun
+
+
+def _scorers_by_method(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str | None]]:
+    """Method -> the scorer's id of each of its rows."""
+    found: dict[str, list[str | None]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row.get("scorer_id"))
+    return found
 
 
 def write_committed(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
