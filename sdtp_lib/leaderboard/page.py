@@ -225,9 +225,7 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
                   "per task the interval of the points lost resamples tasks.", "",
                   markdown_table(header, body, RULE), ""]  # fmt: skip
         lines += ["By task:", "", *_task_table(tables.by_task(part), names), ""]
-    longbench = tables.by_task(part, tables.LONGBENCH)
-    if len(longbench):
-        lines += ["LongBench, official metric x 100:", "", *_task_table(longbench, names), ""]
+    lines += _longbench(part, names)
     if costs:
         header = ["method", "TTFT speed-up (quartiles)", "limit by FLOPs", "KV cache", "peak memory", "n"]
         body = [
@@ -242,6 +240,25 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
     if out:
         lines += ["Out of reach, or failed:", "", *[f"- `{name}`: {_plain(why)}" for name, why in out.items()], ""]
     return lines
+
+
+def _longbench(part: Any, names: Sequence[str]) -> list[str]:
+    """Scores by method, what is lost against the unpruned answers of the same items, and what each is ahead of ours."""
+    found = tables.answers(part, tables.LONGBENCH)
+    if not found:
+        return []
+    against: dict[str, list[str]] = {}
+    for line in tables.score_differences(part, tables.LONGBENCH):
+        said = f"{line['difference'].text(2, sign=True)} {line['verdict']}"
+        against.setdefault(line["method"], []).append(said)
+    tasks = tables.by_task(part, tables.LONGBENCH)
+    header = ["method", "score", "points lost", "method minus ours"]
+    body = [[name, f"{found[name]['all']:.2f} ({found[name]['items']})", found[name]["lost"].text(2),
+             "; ".join(against.get(name, ["-"]))] for name in names if name in found]  # fmt: skip
+    unpruned = next(iter(found.values()))["unpruned"]
+    lines = [f"LongBench ({', '.join(tasks.task)}), official metric x 100; unpruned {unpruned:.2f}. Points lost and "
+             "differences are paired by item.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
+    return lines + (["By data set:", "", *_task_table(tasks, names), ""] if len(tasks) > 1 else [])
 
 
 def _task_table(table: Any, names: Sequence[str]) -> list[str]:

@@ -82,13 +82,23 @@ def kl_by_test_set(part: pandas.DataFrame) -> dict[str, dict[str, Mean]]:
 
 
 def kl_differences(part: pandas.DataFrame, ours: str = OURS) -> list[dict[str, Any]]:
-    """``test_set, method, difference`` (method minus ours, a `Mean` over shared items) ``, verdict``.
+    """``cell, method, difference`` (method minus ours, a `Mean` over shared items) ``, verdict`` by KL test set.
 
     ``better``: the method loses less, by an interval without zero; ``worse``; ``open``; ``too few`` under six items.
     """
+    return _differences(part[part.sort == KL], "kl_nats", ours, lower_is_better=True)
+
+
+def score_differences(part: pandas.DataFrame, sort: str, ours: str = OURS) -> list[dict[str, Any]]:
+    """The same of answers' scores x 100 by task, where more is better."""
+    rows = part[(part.sort == sort) & part.score.notna()]
+    return _differences(rows.assign(score=100 * rows.score.astype(float)), "score", ours, lower_is_better=False)
+
+
+def _differences(rows: pandas.DataFrame, value: str, ours: str, *, lower_is_better: bool) -> list[dict[str, Any]]:
     lines = []
-    for test_set, rows in part[part.sort == KL].groupby("cell", sort=False):
-        wide = rows.pivot_table(index="sample", columns="method", values="kl_nats", aggfunc="first", sort=False)
+    for cell, own in rows.groupby("cell", sort=False):
+        wide = own.pivot_table(index="sample", columns="method", values=value, aggfunc="first", sort=False)
         if ours not in wide:
             continue
         for name in wide.columns.drop(ours):
@@ -96,9 +106,10 @@ def kl_differences(part: pandas.DataFrame, ours: str = OURS) -> list[dict[str, A
             if pair.empty:
                 continue
             mean = Mean(*paired_bootstrap(pair[name], pair[ours]), len(pair))
-            verdict = "better" if mean.high < 0 else "worse" if mean.low > 0 else "open"
+            below, above = ("better", "worse") if lower_is_better else ("worse", "better")
+            verdict = below if mean.high < 0 else above if mean.low > 0 else "open"
             verdict = verdict if len(pair) >= FEWEST_PAIRS else "too few"
-            lines.append({"cell": test_set, "method": name, "difference": mean, "verdict": verdict})
+            lines.append({"cell": cell, "method": name, "difference": mean, "verdict": verdict})
     return lines
 
 
@@ -242,4 +253,4 @@ def _share(right: pandas.Series) -> Mean:
 
 __all__ = ["KL", "LONGBENCH", "RULER", "Mean", "answers", "answers_kept", "at", "by_task", "costs", "frame_of",
            "kl_by_test_set", "kl_differences", "methods_in", "places", "remarks",
-           "same_kl_items", "scored_by", "summary", "unreached"]  # fmt: skip
+           "same_kl_items", "score_differences", "scored_by", "summary", "unreached"]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from sdtp_lib.data.ruler import TASKS
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS
-from sdtp_lib.leaderboard.plan import KL_TEST_SETS
+from sdtp_lib.leaderboard.plan import KL_TEST_SETS, LONGBENCH
 from sdtp_lib.leaderboard.tables import (
     answers,
     at,
@@ -21,6 +21,7 @@ from sdtp_lib.leaderboard.tables import (
     kl_differences,
     methods_in,
     places,
+    score_differences,
     scored_by,
 )
 from sdtp_lib.scorers.found import TRAINING_FREE
@@ -36,17 +37,17 @@ def better_elsewhere(frame: Any) -> list[str]:
         part = at(frame, length, speedup)
         where = f"at {speedup:g}x and {length:,} tokens"
         for line in kl_differences(part):
-            difference = line["difference"]
-            if difference.value >= 0:
-                continue
-            how = {
-                "better": "better",
-                "open": "lower, but its interval holds zero",
-                "too few": "lower, on too few items to say",
-            }[line["verdict"]]
-            found.append(
-                f"{line['cell']} {where}: `{line['method']}` is {how}: KL {difference.text(sign=True)} to ours."
-            )
+            if line["difference"].value < 0:
+                found.append(
+                    f"{line['cell']} {where}: `{line['method']}` is {_how(line, 'lower')}: KL "
+                    f"{line['difference'].text(sign=True)} to ours."
+                )
+        for line in score_differences(part, LONGBENCH):
+            if line["difference"].value > 0:
+                found.append(
+                    f"LongBench's {line['cell']} {where}: `{line['method']}` is {_how(line, 'higher')}: "
+                    f"{line['difference'].text(2, sign=True)} points to ours."
+                )
         ruler = answers(part)
         ours = ruler.get(OURS)
         for name, own in ruler.items() if ours else ():
@@ -59,6 +60,13 @@ def better_elsewhere(frame: Any) -> list[str]:
     return found
 
 
+def _how(line: Mapping[str, Any], word: str) -> str:
+    """What a difference in a method's favour says: that it is better, or no more than its ``word``."""
+    return {"better": "better", "open": f"{word}, but its interval holds zero"}.get(
+        line["verdict"], f"{word}, on too few items to say"
+    )
+
+
 def goals(frame: Any) -> list[str]:
     """The goals of this project at 2x, each with its figure and whether it is met."""
     found = []
@@ -67,13 +75,14 @@ def goals(frame: Any) -> list[str]:
         for test_set, values in kl_by_test_set(part).items():
             if test_set not in KL_TEST_SETS or OURS not in values:
                 continue
-            best = min(values, key=lambda name, values=values: values[name].value)
-            met = "met" if best == OURS else "MISSED"
-            own = values[OURS]
-            found.append(
-                f"{met}: lowest KL on {test_set} at 2x, {length:,} tokens: ours {own.text()}, best `{best}` "
-                f"{values[best].text()}."
-            )
+            own, others = values[OURS], [name for name in values if name != OURS]
+            said = f"lowest KL on {test_set} at 2x, {length:,} tokens: ours {own.text()}"
+            if not others:
+                found.append(f"no other method to say: {said}.")
+                continue
+            next_best = min(others, key=lambda name, values=values: values[name].value)
+            met = "met" if own.value <= values[next_best].value else "MISSED"
+            found.append(f"{met}: {said}, best of the others `{next_best}` {values[next_best].text()}.")
         ours = answers(part).get(OURS)
         if ours and ours["solved"]:
             lost = 100 - ours["solved"].value
@@ -167,6 +176,8 @@ def extent(frame: Any) -> str:
         if ruler:
             items, tasks = ([each[name] for each in ruler.values()] for name in ("items", "tasks"))
             said.append(f"{_span(items)} of RULER ({max(tasks)} of its {len(TASKS)} tasks)")
+        if longbench := answers(part, LONGBENCH):
+            said.append(f"{_span([each['items'] for each in longbench.values()])} of LongBench")
         if said:
             parts.append(f"{length:,} tokens, {speedup:g}x: {', '.join(said)}, {len(methods_in(part))} methods")
     return "; ".join(parts) + "."

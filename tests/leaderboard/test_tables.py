@@ -23,9 +23,11 @@ def kl_rows(values: dict[str, float], test_set: str = "text", count: int = 8, sp
     ]  # fmt: skip
 
 
-def ruler_rows(scores: dict[str, list[float]], unpruned: list[float], task: str = "niah_single_1") -> list[dict]:
+def ruler_rows(
+    scores: dict[str, list[float]], unpruned: list[float], task: str = "niah_single_1", sort: str = plan.RULER
+) -> list[dict]:
     return [
-        {**STAMP, "kind": "item", "sort": plan.RULER, "cell": task, "length": 64, "sample": f"{task}{n}",
+        {**STAMP, "kind": "item", "sort": sort, "cell": task, "length": 64, "sample": f"{task}{n}",
          "method": name, "speedup": 2.0, "scorer": name, "score": score, "unpruned_score": unpruned[n],
          "prefill_ms": 30.0, "unpruned_prefill_ms": 90.0, "kv_bytes": 1, "unpruned_kv_bytes": 2, "flops_speedup": 2.0}
         for name, values in scores.items() for n, score in enumerate(values)
@@ -42,12 +44,18 @@ def test_a_method_that_loses_less_is_named_with_its_interval_and_its_count():
     assert sentence.startswith("text at 2x and 64 tokens: `lazyllm` is better: KL -0.1") and "(8)" in sentence
     verdicts = {line["method"]: line["verdict"] for line in tables.kl_differences(frame)}
     assert verdicts == {"lazyllm": "better", "gemfilter": "worse"}
-    assert words.goals(frame)[0].startswith("MISSED: lowest KL on text at 2x")
+    assert (
+        words.goals(frame)[0].startswith("MISSED: lowest KL on text at 2x")
+        and "others `lazyllm`" in words.goals(frame)[0]
+    )
 
 
 def test_where_none_is_ahead_the_goal_is_met_and_no_sentence_stands():
     frame = framed(kl_rows({"sdtp": 0.1, "lazyllm": 0.2}))
     assert words.better_elsewhere(frame) == [] and words.goals(frame)[0].startswith("met: lowest KL on text at 2x")
+    assert "best of the others `lazyllm` 0.2" in words.goals(frame)[0], "not ours again"
+    alone = framed(kl_rows({"sdtp": 0.1}))
+    assert words.goals(alone)[0].startswith("no other method to say: lowest KL on text")
     assert "On no test set is another method's mean lower" in page.page(frame.to_dict("records"))
 
 
@@ -88,6 +96,22 @@ def test_ruler_is_told_of_all_items_and_of_those_that_the_unpruned_model_solves(
         "too few items to say: at most 1 point lost on RULER's items that the unpruned model solves, 2x, 64 tokens: "
         "0.0 [0.0, 0.0] (n = 2)."
     ]
+
+
+def test_longbench_has_its_paired_losses_and_differences_and_its_count():
+    scores = {"sdtp": [0.1, 0.2, 0.2, 0.1, 0.2, 0.1], "lazyllm": [0.3, 0.4, 0.4, 0.2, 0.4, 0.3], "asl": [0.0] * 6}
+    rows = ruler_rows(scores, [0.25] * 6, "multi_news", plan.LONGBENCH)
+    verdicts = {line["method"]: line["verdict"] for line in tables.score_differences(framed(rows), plan.LONGBENCH)}
+    assert verdicts == {"lazyllm": "better", "asl": "worse"}, "more is better of scores"
+    (sentence,) = words.better_elsewhere(framed(rows))
+    assert sentence.startswith("LongBench's multi_news at 2x and 64 tokens: `lazyllm` is better: +18.33 [")
+    text = page.page([*kl_rows({"sdtp": 0.1, "lazyllm": 0.2, "asl": 0.3}), *rows])
+    assert "6 items of LongBench" in text and "| sdtp | 15.00 (6) | 10.00 [" in text and "unpruned 25.00" in text
+    assert "LongBench (`--longbench" not in text and "By data set" not in text
+    few = tables.score_differences(
+        framed(ruler_rows({"sdtp": [0.1], "asl": [1.0]}, [1], "x", plan.LONGBENCH)), plan.LONGBENCH
+    )
+    assert few[0]["verdict"] == "too few"
 
 
 def test_one_item_per_task_gives_an_interval_over_tasks_and_not_one_without_width():
