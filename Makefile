@@ -96,8 +96,8 @@ sweep: $(READY) ## every causal LM of transformers against the truth; writes doc
 	$(BIN)/python workflow/families.py $(if $(QUICK),--quick) $(FAMILIES)
 
 .PHONY: docs
-docs: $(READY) ## render the executed study into docs/: pages that open from a file (RUN=folder)
-	$(BIN)/python workflow/render_docs.py $(if $(RUN),"$(RUN)")
+docs: $(READY) ## render the executed study into docs/: pages that open from a file (RUN=folder; ARGS=--documents)
+	$(BIN)/python workflow/render_docs.py $(if $(RUN),"$(RUN)") $(ARGS)
 
 .PHONY: figures
 figures: $(READY) ## refresh the pictures that README shows, from result rows

@@ -1,6 +1,7 @@
 """`make docs`: the executed study as pages that open from a file, in docs/ (committed; GitHub Pages serves it).
 
     python workflow/render_docs.py embedded              # from data/results/embedded
+    python workflow/render_docs.py --documents           # the documents and the reference alone, no study needed
 
 Five notebooks with their outputs, an index that tells the story in one screen, the documents of docs/*.md, and the
 reference of the public face from docstrings. Nothing is computed again, no page asks another host for anything.
@@ -33,7 +34,7 @@ NOTEBOOKS = ("01_saliency", "02_training", "03_pruning", "04_latency", "05_longb
 GUIDES = {"leaderboard": "Leaderboard", "results": "Results", "method": "Method", "support": "Models", "study": "Runs",
           "measurements": "Measurements", "slurm": "Clusters"}  # fmt: skip
 PICTURES = {"dropped-tokens": "03_pruning_text", "speedup": "04_speedup"}
-USE = '''```python
+USE = """```python
 from sdtp_lib import load_model, token_pruning
 
 model, tokenizer = load_model("Qwen/Qwen2.5-7B-Instruct", dtype="bfloat16", device_map="auto")
@@ -41,7 +42,7 @@ inputs = tokenizer(long_prompt, return_tensors="pt").to(model.device)
 with token_pruning(model, "2x") as trace:          # or "keep08", 0.8, a PruningConfig, a method
     output = model.generate(**inputs, max_new_tokens=128)
 print(trace)                                       # tokens in and left, FLOPs and KV cache saved
-```'''
+```"""
 
 
 def build(run: Path, docs: Path) -> list[Path]:
@@ -54,35 +55,51 @@ def build(run: Path, docs: Path) -> list[Path]:
     """
     executed = {name: _executed(run, name) for name in NOTEBOOKS}
     rows = rows_of(run)
-    guides = {name: title for name, title in GUIDES.items() if (docs / f"{name}.md").is_file()}
     titles = {name: _title(path) for name, path in executed.items()}
-    navigation = [("index.html", "Study"), *((f"{name}.html", name[:2]) for name in NOTEBOOKS)]
-    navigation += [("explorer.html", "Explorer")] if (docs / "explorer.html").is_file() else []
-    navigation += [*((f"{name}.html", title) for name, title in guides.items()), ("reference.html", "Reference")]
-    made = f"commit {commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
-    frame, explorer = Frame(navigation, made), (docs / "explorer.html").is_file()
-
     (docs / "pictures").mkdir(parents=True, exist_ok=True)
     for name, source in PICTURES.items():
         shutil.copyfile(run / f"{source}.png", docs / "pictures" / f"{name}.png")
+    frame, explorer = _frame(docs), (docs / "explorer.html").is_file()
     pages = {f"{name}.html": (titles[name], notebook_html(path, explorer=explorer)) for name, path in executed.items()}
+    pages["index.html"] = (
+        "SDTP: token pruning in prefill",
+        index(rows, titles, dict(frame.navigation), on_a_gpu(docs.parent, "")),
+    )
+    (docs / ".nojekyll").touch()  # GitHub Pages serves the files as they are
+    return _written(pages, frame, docs) + documents(docs)
+
+
+def documents(docs: Path) -> list[Path]:
+    """Write the pages that need no study: the documents of docs/*.md and the reference; the files written."""
+    frame = _frame(docs)
     # Other models' leaderboards are reached from the first one.
     others = {path.stem: f"Leaderboard, {path.stem.removeprefix('leaderboard-')}" for path in
               sorted(docs.glob("leaderboard-*.md"))}  # fmt: skip
-    for name, title in (guides | others).items():
+    pages = {}
+    for name, title in (_guides(docs) | others).items():
         text = _with_pictures((docs / f"{name}.md").read_text(encoding="utf-8"), docs)
         pages[f"{name}.html"] = title, markdown_html(text)
     pages["reference.html"] = "Reference", markdown_html(docs_reference.markdown())
-    pages["index.html"] = "SDTP: token pruning in prefill", index(
-        rows, titles, dict(navigation), on_a_gpu(docs.parent, "")
-    )
-    written = []
+    return _written(pages, frame, docs)
+
+
+def _guides(docs: Path) -> dict[str, str]:
+    return {name: title for name, title in GUIDES.items() if (docs / f"{name}.md").is_file()}
+
+
+def _frame(docs: Path) -> Frame:
+    """What stands round every page: links to all of them, and when this one was made."""
+    navigation = [("index.html", "Study"), *((f"{name}.html", name[:2]) for name in NOTEBOOKS)]
+    navigation += [("explorer.html", "Explorer")] if (docs / "explorer.html").is_file() else []
+    navigation += [*((f"{name}.html", title) for name, title in _guides(docs).items()), ("reference.html", "Reference")]
+    return Frame(navigation, f"commit {commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}")
+
+
+def _written(pages: Mapping[str, tuple[str, str]], frame: Frame, docs: Path) -> list[Path]:
     for name, (title, body) in pages.items():
         with atomic_write(docs / name) as temporary:
             Path(temporary).write_text(frame.page(name, title, body), encoding="utf-8")
-        written.append(docs / name)
-    (docs / ".nojekyll").touch()  # GitHub Pages serves the files as they are
-    return written
+    return [docs / name for name in pages]
 
 
 def _with_pictures(text: str, docs: Path) -> str:
@@ -95,7 +112,10 @@ def _with_pictures(text: str, docs: Path) -> str:
 def _executed(run: Path, name: str) -> Path:
     found = sorted(run.glob(f"executed/{name}*.ipynb"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(f"data/results/{run.name} has no executed {name}: run `make study` first.")
+        raise FileNotFoundError(
+            f"data/results/{run.name} has no executed {name}: run `make study` first, or ask for the documents alone "
+            "(--documents)."
+        )
     return found[-1]
 
 
@@ -152,16 +172,19 @@ def broken_links(docs: Path) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=run_name, default="embedded", help="a folder of data/results")
+    parser.add_argument("--documents", action="store_true", help="render docs/*.md and the reference only; the study's "
+                        "pages stay as they are")  # fmt: skip
     options = parser.parse_args(arguments)
     root = project_root()
+    run, docs = root / "data" / "results" / options.run, root / "docs"
     try:
-        written = build(root / "data" / "results" / options.run, root / "docs")
+        written = documents(docs) if options.documents else build(run, docs)
     except FileNotFoundError as error:
         print(f"REFUSED  {error}", file=sys.stderr)
         return 2
-    size = sum(path.stat().st_size for path in (root / "docs").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in docs.rglob("*") if path.is_file())
     print(f"docs/: {len(written)} pages, {size / 1e6:.1f} MB; open docs/index.html")
-    if broken := broken_links(root / "docs"):
+    if broken := broken_links(docs):
         print("\n".join(["links that lead to nothing:", *broken]), file=sys.stderr)
         return 1
     return 0

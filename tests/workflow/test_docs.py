@@ -83,6 +83,14 @@ def test_a_run_without_an_executed_notebook_is_refused(run, tmp_path):
         docs.build(run, tmp_path)
 
 
+def test_documents_are_rendered_without_a_study_and_leave_its_pages_as_they_are(tmp_path):
+    (tmp_path / "method.md").write_text("# Method\n")
+    (tmp_path / "01_saliency.html").write_text("the study's")
+    assert {path.name for path in docs.documents(tmp_path)} == {"method.html", "reference.html"}
+    assert (tmp_path / "01_saliency.html").read_text() == "the study's"
+    assert 'href="01_saliency.html"' in (tmp_path / "method.html").read_text()
+
+
 def test_links_to_files_that_are_no_page_become_their_words():
     body = '<a href="../notebooks/04_latency.ipynb">time</a> <a href="../LOG.md">log</a> <a href="https://a.org">a</a>'
     assert link_pages(body) == '<a href="04_latency.html">time</a> log <a href="https://a.org">a</a>'
