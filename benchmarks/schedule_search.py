@@ -20,7 +20,8 @@ from sdtp_lib.records import read_frame
 from sdtp_lib.training.recipes import NEGLIGIBLE_NATS
 
 # How unevenly stages drop: the share that a stage drops, relative to the first, falls or rises linearly to this.
-PROFILES = {"even": 1.0, "early": 0.25, "late": 4.0}
+PROFILES = {"even": 1.0, "mild": 0.6, "medium": 0.4, "early": 0.25, "late": 4.0}
+COARSE = ("even", "early", "late")
 
 
 def at_budget(

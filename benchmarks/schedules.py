@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from schedule_search import PROFILES, at_budget, means_by, scorer_rows, search
+from schedule_search import COARSE, PROFILES, at_budget, means_by, scorer_rows, search
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model, plots, scorers
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0], help="of `search` and `pairs`")
     parser.add_argument("--starts", type=int, default=4, help="of `search`: begin at one of the first so many layers")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3], help="of `search`: use every n-th layer")
-    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(PROFILES), help="of `search`: which "
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(COARSE), help="of `search`: which "
                         "stages drop most")  # fmt: skip
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="keep ratios of `first`")
     parser.add_argument("--seed", type=int, default=0)
