@@ -2,6 +2,7 @@
 
     python benchmarks/leaderboard.py                              # the embedded model: hours on a CPU; stop it any time
     python benchmarks/leaderboard.py --hours 0.5 --threads 1      # what half an hour gives, balanced over methods
+    python benchmarks/leaderboard.py --as-measured --method sdtp  # new pruners, or a new method: on all others' items
     python benchmarks/leaderboard.py --report                     # docs/leaderboard.md, figures, README from the rows
     python benchmarks/leaderboard.py --params gpu-llama3.1-8b     # or a YAML file of yours with these arguments
     python benchmarks/leaderboard.py --model FOLDER --name gemma-3-270m --pruners FOLDER     # another model of yours
@@ -73,6 +74,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=None, help="default data/results/leaderboard, or -PARAMS")
     parser.add_argument("--fresh", action="store_true", help="do not go on from the committed rows")
+    parser.add_argument("--as-measured", action="store_true", help="just the items, lengths and speed-ups that there "
+                        "are rows of, whatever else is asked for: for a new method, or new pruners")  # fmt: skip
     parser.add_argument("--join", type=Path, nargs="+", default=[], metavar="FILE", help="rows that other machines "
                         "measured with --no-times: the report has them too")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="write page, picture, rows and README's lines; compute "
@@ -165,15 +168,14 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             threads=threads if model.device.type == "cpu" else None,
         )  # fmt: skip
         start_from_committed(options, path, share, stamp, {each.name: scorer_id(each.scorer) for each in found})
-        chosen = sizes(options)
+        measured = None
+        if options.as_measured:
+            known = read_rows(path) if path.exists() else []
+            measured = plan.Measured([*committed.read_committed(committed.path_of(options.name)), *known])
+        chosen = sizes(options) if measured is None else measured.sizes()
         items = None if random else plan.Items(
             tokenizer, chosen, seed=options.seed, texts=options.texts, folder=options.longbench)  # fmt: skip
-        steps = (
-            plan.timing_steps(chosen, options.speedups)
-            if random
-            else plan.steps(chosen, options.speedups, test_sets=options.test_sets, tasks=options.tasks,
-                            datasets=options.datasets if options.longbench else ())
-        )  # fmt: skip
+        steps = planned(options, chosen, items, measured)
         ends_at = time.monotonic() + 3600 * options.hours if options.hours else None
         with share.rows(path, stamp) as writer:
             rows = read_rows(path) if path.exists() else []
@@ -192,6 +194,28 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
         if items is not None and share.is_first:
             for test_set, why in items.missing.items():
                 print(f"left out: {test_set}: {why}", file=sys.stderr)
+
+
+def planned(
+    options: argparse.Namespace, chosen: list[plan.Sizes], items: plan.Items | None, measured: plan.Measured | None
+) -> list[plan.Step]:
+    """All steps in their order; with ``measured`` those alone that there are rows of."""
+    if measured is None:
+        if items is None:
+            return plan.timing_steps(chosen, options.speedups)
+        datasets = options.datasets if options.longbench else ()
+        return plan.steps(chosen, options.speedups, test_sets=options.test_sets, tasks=options.tasks, datasets=datasets)
+    if items is None:
+        raise SystemExit("--as-measured: a model of random weights has no items: name --lengths and --items.")
+    cells = {sort: measured.cells(sort) for sort in (plan.KL, plan.RULER, plan.LONGBENCH)}
+    steps = plan.steps(chosen, measured.speedups(), test_sets=cells[plan.KL], tasks=cells[plan.RULER],
+                       datasets=cells[plan.LONGBENCH])  # fmt: skip
+    found = [step for step in steps if measured.has(step, None if step.sort == plan.MEMORY else items.of(step))]
+    if not found:
+        raise SystemExit(f"--as-measured: there are no rows of {options.name} yet: name --lengths and --items.")
+    where = dict.fromkeys(f"{step.speedup:g}x at {step.length}" for step in found)
+    print(f"as measured: {len(found)} steps, {', '.join(where)}", file=sys.stderr)
+    return found
 
 
 def start_from_committed(

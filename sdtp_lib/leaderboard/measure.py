@@ -21,7 +21,7 @@ from sdtp_lib.latency.generation import end_tokens, plain_prefill, plain_step
 from sdtp_lib.latency.measure import Stopwatch
 from sdtp_lib.latency.run import peak_of_prefill, prompt_ids
 from sdtp_lib.leaderboard.entrants import out_of_reach, settings
-from sdtp_lib.leaderboard.plan import KL, MEMORY, TIME, Step
+from sdtp_lib.leaderboard.plan import KL, MEMORY, TIME, Step, name_of_sample
 from sdtp_lib.methods.variant import UNPRUNED, Variant
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.stage import name_of
@@ -67,13 +67,14 @@ class Measurement:
     def run(self, step: Step, item: Any) -> None:
         """The rows of a step that the file does not have yet; ``item`` is None for `TIME` and `MEMORY`."""
         if step.sort == KL:
-            prompt, name, made_from = item["prompt_ids"], str(item["id"]), {"sample_hash": sample_hash(item)}
+            prompt, made_from = item["prompt_ids"], {"sample_hash": sample_hash(item)}
         elif step.sort in (TIME, MEMORY):
             prompt = prompt_ids(self._shape.vocab_size, step.length, step.number)[0].tolist()
-            name, made_from = f"random tokens {step.number}", {"sample_hash": content_id(prompt)}
+            made_from = {"sample_hash": content_id(prompt)}
         else:
-            prompt, name = item.prompt_ids, item.identifier
+            prompt = item.prompt_ids
             made_from = {"sample_hash": content_id(prompt, self._most_new_tokens(item))}
+        name = name_of_sample(step, item)
         head = f"{step.sort} {step.test_set}@{step.length}|{name}"
         labels = {"sort": step.sort, "cell": step.test_set, "length": step.length, "sample": name}
         labels |= {"prompt_tokens": len(prompt)} | made_from

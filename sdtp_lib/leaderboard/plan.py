@@ -10,7 +10,7 @@ With 3 test sets, tasks A, B, and 3 items: text 0, needle 0, instructions 0, A 0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from sdtp_lib.data import longbench, ruler
 from sdtp_lib.data.test_sets import samples_of
 from sdtp_lib.evaluation.items import Item, longbench_items, ruler_items
+from sdtp_lib.methods.variant import UNPRUNED
 
 KL, RULER, LONGBENCH, TIME, MEMORY = "kl", "ruler", "longbench", "time", "memory"
 KL_TEST_SETS = ("text", "needle", "instructions")
@@ -89,6 +90,54 @@ def steps(
             ]
         found += later
     return found
+
+
+def name_of_sample(step: Step, item: Any) -> str:
+    """What rows call the step's item; ``item`` is None for `TIME` and `MEMORY`."""
+    if step.sort in (TIME, MEMORY):
+        return f"random tokens {step.number}"
+    return str(item["id"]) if step.sort == KL else item.identifier
+
+
+class Measured:
+    """What rows have been measured of: for a new method, or new pruners, on the same items as all others.
+
+    Rows of text items 0 and 1 and of niah_single_1's item 0 at 1,024 tokens give sizes of two items per KL test set and
+    one per task of RULER, and hold of these the very ones that they are of.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._places: dict[tuple[str, str, int], dict[str, set[float]]] = {}  # -> sample -> speed-ups
+        for row in rows:
+            if row["kind"] == "item" and row.get("method") != UNPRUNED:
+                samples = self._places.setdefault((row["sort"], row["cell"], row["length"]), {})
+                samples.setdefault(row["sample"], set()).add(row["speedup"])
+
+    def sizes(self) -> list[Sizes]:
+        """As many items as the fullest test set, task and data set of each length has."""
+
+        def most(sort: str, length: int) -> int:
+            return max((len(found) for (own, _, at), found in self._places.items() if (own, at) == (sort, length)),
+                       default=0)  # fmt: skip
+
+        lengths = sorted({length for _, _, length in self._places})
+        return [Sizes(n, most(KL, n), most(RULER, n), most(LONGBENCH, n)) for n in lengths]
+
+    def speedups(self) -> list[float]:
+        """In the order in which they are measured: 2x first."""
+        found = {speedup for samples in self._places.values() for own in samples.values() for speedup in own}
+        return sorted(found, key=lambda speedup: (speedup != 2.0, speedup))
+
+    def cells(self, sort: str) -> list[str]:
+        """The test sets, tasks or data sets that there are rows of."""
+        return sorted({cell for own, cell, _ in self._places if own == sort})
+
+    def has(self, step: Step, item: Any) -> bool:
+        """Whether some method has a row of the step."""
+        if item is None and step.sort not in (TIME, MEMORY):
+            return False
+        samples = self._places.get((step.sort, step.test_set, step.length), {})
+        return step.speedup in samples.get(name_of_sample(step, item), ())
 
 
 def timing_steps(sizes: Sequence[Sizes], speedups: Sequence[float]) -> list[Step]:

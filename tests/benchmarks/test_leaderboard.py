@@ -124,6 +124,27 @@ def test_a_run_goes_on_from_committed_rows_of_the_same_model(arguments, tmp_path
     assert laid == {"settings of before"}, "this run does not measure it: its rows are laid down as they are"
 
 
+def test_a_new_method_is_measured_on_the_items_that_there_are_rows_of(arguments, tmp_path, monkeypatch, capsys):
+    leaderboard.main(arguments)
+    rows = read_rows(tmp_path / "run" / "leaderboard.jsonl")
+    samples = sorted({row["sample"] for row in rows if row["sort"] == "kl"})
+    kept = [row for row in rows if row["sort"] != "kl" or row["sample"] == samples[1]]
+    committed.write_committed(tmp_path / "kept.jsonl", kept)
+    monkeypatch.setattr(committed, "path_of", {"mine": tmp_path / "kept.jsonl"}.get)
+    capsys.readouterr()
+    here = ["--run-dir", str(tmp_path / "new"), "--lengths", "900", "--items", "5", "--as-measured"]
+    leaderboard.main([*arguments[:-2], "asl", *here])
+    assert "as measured: 2 steps, 1.5x at 200" in capsys.readouterr().err
+    found = [row for row in read_rows(tmp_path / "new" / "leaderboard.jsonl") if row["method"] == "asl"]
+    assert sorted((row["sort"], row["length"], row["speedup"]) for row in found) == [
+        ("kl", 200, 1.5), ("memory", 200, 1.5)
+    ]  # fmt: skip
+    assert found[0]["sample"] == samples[1], "not the first item, which nobody else has"
+    monkeypatch.setattr(committed, "path_of", {"mine": tmp_path / "nothing.jsonl"}.get)
+    with pytest.raises(SystemExit, match="no rows of mine yet"):
+        leaderboard.main([*arguments, "--run-dir", str(tmp_path / "none"), "--as-measured"])
+
+
 def test_random_weights_of_a_yaml_files_sizes_are_timed_and_rows_say_so(tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(
         "model: tiny, random weights\nlengths: [96]\nitems: [2]\nspeedups: [1.5]\nmethods: [sdtp, lazyllm]\n"
