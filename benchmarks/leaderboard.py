@@ -97,6 +97,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     called = path.stem if named else options.name or options.model
     if missing := [file for file in options.join if not file.is_file()]:
         parser.error(f"--join {missing[0]}: there is no such file.")
+    if options.as_measured and options.config is not None:
+        parser.error("--as-measured: a model of random weights has no items: name --lengths and --items.")
     options.name = options.name or options.model
     options.run_dir = options.run_dir or project_root() / "data" / "results" / f"leaderboard{committed.suffix(called)}"
     try:
@@ -151,9 +153,9 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             model, tokenizer = random_model(options.config, options.dtype, share.device), None
         else:
             model, tokenizer = load_model(options.model, dtype=options.dtype, device=share.device)
-        known = getattr(model.config, "max_position_embeddings", None)
-        if known and max(options.lengths) > known:
-            raise SystemExit(f"--lengths {max(options.lengths)}: the model has {known} positions.")
+        most = getattr(model.config, "max_position_embeddings", None)
+        if most and max(options.lengths) > most and not options.as_measured:
+            raise SystemExit(f"--lengths {max(options.lengths)}: the model has {most} positions.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # which method has no pruners of its own stands in its rows
             pruners = scorer_called(options.pruners, model) if options.pruners else None
@@ -170,8 +172,10 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
         start_from_committed(options, path, share, stamp, {each.name: scorer_id(each.scorer) for each in found})
         measured = None
         if options.as_measured:
-            known = read_rows(path) if path.exists() else []
-            measured = plan.Measured([*committed.read_committed(committed.path_of(options.name)), *known])
+            rows = read_rows(path) if path.exists() else []
+            rows = committed.read_committed(committed.path_of(options.name)) + rows
+            same = [row for row in rows if committed.of_one_origin(row, stamp) or committed.of_other_device(row, stamp)]
+            measured = plan.Measured(same, [each.name for each in found])
         chosen = sizes(options) if measured is None else measured.sizes()
         items = None if random else plan.Items(
             tokenizer, chosen, seed=options.seed, texts=options.texts, folder=options.longbench)  # fmt: skip
@@ -205,16 +209,14 @@ def planned(
             return plan.timing_steps(chosen, options.speedups)
         datasets = options.datasets if options.longbench else ()
         return plan.steps(chosen, options.speedups, test_sets=options.test_sets, tasks=options.tasks, datasets=datasets)
-    if items is None:
-        raise SystemExit("--as-measured: a model of random weights has no items: name --lengths and --items.")
-    cells = {sort: measured.cells(sort) for sort in (plan.KL, plan.RULER, plan.LONGBENCH)}
-    steps = plan.steps(chosen, measured.speedups(), test_sets=cells[plan.KL], tasks=cells[plan.RULER],
-                       datasets=cells[plan.LONGBENCH])  # fmt: skip
-    found = [step for step in steps if measured.has(step, None if step.sort == plan.MEMORY else items.of(step))]
+    found, lacking = measured.steps(items)
     if not found:
         raise SystemExit(f"--as-measured: there are no rows of {options.name} yet: name --lengths and --items.")
     where = dict.fromkeys(f"{step.speedup:g}x at {step.length}" for step in found)
     print(f"as measured: {len(found)} steps, {', '.join(where)}", file=sys.stderr)
+    if lacking:
+        print(f"as measured: {lacking} that there are rows of cannot be made here (other texts, or no --longbench)",
+              file=sys.stderr)  # fmt: skip
     return found
 
 

@@ -15,7 +15,7 @@ from sdtp_lib.provenance import content_id
 from sdtp_lib.scorers.found import TRAINING_FREE, default_scorer, scorer_called, training_free_layers
 
 OURS = "sdtp"
-# What this project needs no training for; all others but those in `LEARNED` are published methods.
+# Methods that trained pruners score where the model has some; all others need no training.
 LEARNED = ("sdtp", "sdtp-low", "earlier-scheme")
 
 

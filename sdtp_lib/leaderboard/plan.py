@@ -102,42 +102,61 @@ def name_of_sample(step: Step, item: Any) -> str:
 class Measured:
     """What rows have been measured of: for a new method, or new pruners, on the same items as all others.
 
-    Rows of text items 0 and 1 and of niah_single_1's item 0 at 1,024 tokens give sizes of two items per KL test set and
-    one per task of RULER, and hold of these the very ones that they are of.
+    An item counts where all methods of its length and speed-up have been tried on it: a table leaves out the others.
+
+    Parameters
+    ----------
+    methods
+        Those that are to be measured; their own rows do not count.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        self._places: dict[tuple[str, str, int], dict[str, set[float]]] = {}  # -> sample -> speed-ups
+    def __init__(self, rows: Iterable[Mapping[str, Any]], methods: Iterable[str] = ()) -> None:
+        own, places, everyone = {UNPRUNED, *methods}, {}, {}
         for row in rows:
-            if row["kind"] == "item" and row.get("method") != UNPRUNED:
-                samples = self._places.setdefault((row["sort"], row["cell"], row["length"]), {})
-                samples.setdefault(row["sample"], set()).add(row["speedup"])
+            if row.get("sample") and row.get("method") not in own:  # measured, failed, or out of reach on this item
+                place = (row["sort"], row["cell"], row["length"], row["sample"], row["speedup"])
+                places.setdefault(place, set()).add(row["method"])
+                everyone.setdefault((row["length"], row["speedup"]), set()).add(row["method"])
+        self._places = {
+            (sort, cell, length, sample, speedup) for (sort, cell, length, sample, speedup), tried in places.items()
+            if tried == everyone[length, speedup]
+        }  # fmt: skip
 
-    def sizes(self) -> list[Sizes]:
-        """As many items as the fullest test set, task and data set of each length has."""
+    def sizes(self, spare: int = 8) -> list[Sizes]:
+        """As many items as the fullest test set, task and data set of each length has, and some for gaps between."""
+        samples: dict[tuple[str, str, int], set[str]] = {}
+        for sort, cell, length, sample, _ in self._places:
+            samples.setdefault((sort, cell, length), set()).add(sample)
 
         def most(sort: str, length: int) -> int:
-            return max((len(found) for (own, _, at), found in self._places.items() if (own, at) == (sort, length)),
-                       default=0)  # fmt: skip
+            counts = [len(found) for (own, _, at), found in samples.items() if (own, at) == (sort, length)]
+            return max(counts) + spare if counts else 0
 
-        lengths = sorted({length for _, _, length in self._places})
+        lengths = sorted({length for _, _, length in samples})
         return [Sizes(n, most(KL, n), most(RULER, n), most(LONGBENCH, n)) for n in lengths]
 
     def speedups(self) -> list[float]:
         """In the order in which they are measured: 2x first."""
-        found = {speedup for samples in self._places.values() for own in samples.values() for speedup in own}
-        return sorted(found, key=lambda speedup: (speedup != 2.0, speedup))
+        return sorted({place[-1] for place in self._places}, key=lambda speedup: (speedup != 2.0, speedup))
 
     def cells(self, sort: str) -> list[str]:
         """The test sets, tasks or data sets that there are rows of."""
-        return sorted({cell for own, cell, _ in self._places if own == sort})
+        return sorted({cell for own, cell, *_ in self._places if own == sort})
 
-    def has(self, step: Step, item: Any) -> bool:
-        """Whether some method has a row of the step."""
-        if item is None and step.sort not in (TIME, MEMORY):
-            return False
-        samples = self._places.get((step.sort, step.test_set, step.length), {})
-        return step.speedup in samples.get(name_of_sample(step, item), ())
+    def steps(self, items: Items) -> tuple[list[Step], int]:
+        """The steps that there are rows of, and of how many rows' items there were none among ``items``."""
+        planned = steps(self.sizes(), self.speedups(), test_sets=self.cells(KL), tasks=self.cells(RULER),
+                        datasets=self.cells(LONGBENCH))  # fmt: skip
+        found, seen = [], set()
+        for step in planned:
+            item = None if step.sort in (TIME, MEMORY) else items.of(step)
+            if item is None and step.sort not in (TIME, MEMORY):
+                continue
+            place = (step.sort, step.test_set, step.length, name_of_sample(step, item), step.speedup)
+            if place in self._places and place not in seen:
+                found.append(step)
+                seen.add(place)
+        return found, len(self._places - seen)
 
 
 def timing_steps(sizes: Sequence[Sizes], speedups: Sequence[float]) -> list[Step]:
@@ -158,8 +177,8 @@ class Items:
 
     Parameters
     ----------
-    counts
-        Length -> how many items of each sort to make.
+    sizes
+        How many items of each sort to make, by length.
     texts
         Places of RULER's essays and questions (see `ruler_texts`).
     folder

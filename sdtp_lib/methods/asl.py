@@ -10,7 +10,7 @@ import torch
 
 from sdtp_lib import budget
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.methods.method import Method, MethodScorer, depth
+from sdtp_lib.methods.method import Method, MethodBudget, MethodScorer, depth
 from sdtp_lib.methods.votes import decided, votes
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.stage import Scorer, Stage
@@ -38,6 +38,7 @@ class ASL(Method):
 
     name: ClassVar[str] = "asl"
     paper: ClassVar[str] = "2601.07667"
+    ranks: ClassVar[bool] = False
     first_depth: float = 0.25
     last_depth: float = 0.75
     threshold: float = 0.1
@@ -50,8 +51,17 @@ class ASL(Method):
         at = range(depth(self.first_depth, layers), depth(self.last_depth, layers) + 1)
         return PruningConfig(tuple(at), keep_mass=1.0, sink_tokens=0, local_ratio=0.0, min_local_tokens=self.window)
 
-    def budget_for(self, model: Any) -> PruningConfig:
-        return self.config(ModelShape.from_model(model).num_layers)
+    def budget_for(self, model: Any) -> PruningConfig | ASLBudget:
+        shape = ModelShape.from_model(model)
+        config = self.config(shape.num_layers)
+        return config if self.speedup is None else ASLBudget(config, self.speedup, shape, method=self)
+
+    def _once(self, layer: int) -> PruningConfig:
+        return PruningConfig((layer,), sink_tokens=0, local_ratio=0.0, min_local_tokens=self.window)
+
+    def highest(self, shape: ModelShape, layer: int, tokens: int) -> float:
+        """The speed-up by FLOPs if a cut before ``layer`` leaves the window alone."""
+        return budget.speedup_limit(shape, self._once(layer).replace(keep_ratio=1e-6), tokens)
 
     def scorer_for(self, model: Any) -> Scorer:
         return MethodScorer(self, self._score_of(ModelShape.from_model(model)))
@@ -63,9 +73,9 @@ class ASL(Method):
             """How many a cut before ``layer`` leaves; None where it comes too late for the wanted speed-up."""
             if self.speedup is None:
                 return max(self.window, int(self.keep * tokens + 1e-9))
-            once = PruningConfig((layer,), sink_tokens=0, local_ratio=0.0, min_local_tokens=self.window)
-            if budget.speedup_limit(shape, once.replace(keep_ratio=1e-6), tokens) < self.speedup:
+            if self.highest(shape, layer, tokens) < self.speedup:
                 return None
+            once = self._once(layer)
             ratio = budget.find_keep_ratio(shape, once, tokens, speedup=self.speedup)
             return budget.keep_count(tokens, layer, once.replace(keep_ratio=ratio))
 
@@ -93,3 +103,17 @@ class ASL(Method):
             return decided(torch.where(cut, best, everything))
 
         return score
+
+
+@dataclass(frozen=True)
+class ASLBudget(MethodBudget):
+    """ASL's stages where a cut before the first of them reaches the wanted speed-up; its score counts the tokens."""
+
+    def _solve(self, tokens: int) -> PruningConfig:
+        highest = self.method.highest(self.shape, self.config.layers[0], tokens)
+        if highest < self.speedup and tokens > self.method.window:
+            raise budget.SpeedupOutOfReach(
+                f"speedup={self.speedup:g}: {self.method.name} prefills {tokens} tokens at most {highest:.2f}x as fast "
+                f"with its first cut before layer {self.config.layers[0]}: ask for less."
+            )
+        return self.config

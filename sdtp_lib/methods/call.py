@@ -21,6 +21,7 @@ from sdtp_lib.architectures.layers import describe, num_layers
 from sdtp_lib.budget import SpeedupBudget
 from sdtp_lib.config import PRESETS, PruningConfig
 from sdtp_lib.methods import registry
+from sdtp_lib.methods.method import MethodScorer
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning import engine
 from sdtp_lib.pruning.prefill import Budget
@@ -91,7 +92,7 @@ def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tupl
 
     Where the schedule is free, it is the scorer's own.
     """
-    around = None
+    around = method = None
     if inspect.isclass(budget) or inspect.isroutine(budget):
         raise ValueError(f"budget={budget.__name__} makes budgets and is none itself: call it, {budget.__name__}(...).")
     if isinstance(budget, str) and budget in registry.names():
@@ -105,6 +106,8 @@ def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tupl
         scorer = registry.get(scorer).scorer_for(model) if named else scorer_called(scorer, model)
     speedup = speedup_in(budget)
     config = None if speedup is not None else config_of(budget, num_layers(model))
+    if isinstance(scorer, MethodScorer):
+        scorer = _under(scorer, method, config, speedup, model)
     layers = None if config is None else getattr(config, "config", config).layers
     if scorer is None:
         scorer, missing = default_scorer(model, layers)
@@ -114,6 +117,27 @@ def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tupl
         layers = getattr(scorer, "layers", None) or training_free_layers(num_layers(model))
         config = SpeedupBudget(PruningConfig(tuple(layers)), speedup, ModelShape.from_model(model))
     return config, scorer, around
+
+
+def _under(scorer: MethodScorer, method: Any, config: Any, speedup: float | None, model: nn.Module) -> Scorer:
+    """A method's score as the budget needs it: the one of the same speed-up; a ranking where the budget is not the
+    method's own and says itself how many stay.
+
+    Raises
+    ------
+    ValueError
+        For a method that says where to cut and ranks nothing, under another budget than its own.
+    """
+    if method is not None:
+        return scorer.at(method.speedup, model)
+    if config is not None and getattr(config, "keep_mass", None) is not None:
+        return scorer
+    if not scorer.method.ranks:
+        raise ValueError(
+            f"scorer={scorer.name} decides where to cut and gives tokens no order: give the method as the budget, "
+            f"token_pruning(model, {scorer.name!r})."
+        )
+    return scorer.at(speedup or 1.0, model)
 
 
 def config_of(budget: Any, layers: int) -> Budget:

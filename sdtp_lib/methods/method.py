@@ -51,12 +51,15 @@ class Method:
     ----------
     name, paper
         As tables and legends show it; arXiv number.
+    ranks
+        Whether its score orders tokens, so that another budget can use it too.
     speedup
         The prefill speed-up by FLOPs that its budget is scaled to (`at_speedup`); None: the paper's own budget.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    ranks: ClassVar[bool] = True
     speedup: float | None = None
 
     @property
@@ -171,8 +174,17 @@ class MethodScorer:
 
     @property
     def identity(self) -> str:
-        """The same at every speed-up: how much is dropped belongs to the budget, not to the score."""
+        """The same at every speed-up: rows tell that by a field of its own."""
         return f"{self.name} {content_id(dataclasses.replace(self.method, speedup=None))}"
+
+    def at(self, speedup: float | None, model: Any) -> Scorer:
+        """The score of the same method whose budget is scaled to ``speedup``; None: its paper's budget.
+
+        Some methods decide who stays under their paper's budget (scores 1 and 0), and rank under one that is scaled.
+        """
+        if self.method.speedup == speedup:
+            return self
+        return dataclasses.replace(self.method, speedup=speedup).scorer_for(model)
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         return self.score(stage)

@@ -15,7 +15,7 @@ from sdtp_lib.methods.variant import UNPRUNED, Variant
 from sdtp_lib.pruning.stage import name_of
 from sdtp_lib.records import RowWriter, read_rows
 
-NAMES = ["lazyllm", "gemfilter", "snapkv", "attention_pooled"]
+NAMES = ["lazyllm", "gemfilter", "snapkv", "attention_pooled", "asl", "specprefill"]
 
 
 def draw(tokens: int, seed: int = 0) -> list[int]:
@@ -59,7 +59,8 @@ def test_each_item_is_run_unpruned_once_and_then_by_every_method_that_can_be_so_
             {UNPRUNED, *NAMES} - {"snapkv"}), sort  # fmt: skip
     for row in done:
         if row["method"] != UNPRUNED and row["sort"] != plan.MEMORY:
-            assert row["flops_speedup"] >= 1.5 and row["kv_bytes"] < row["unpruned_kv_bytes"]
+            assert 1.5 <= row["flops_speedup"] < 1.5 * 1.06, row["method"]
+            assert row["kv_bytes"] < row["unpruned_kv_bytes"]
             assert row["prefill_ms"] > 0 and row["unpruned_prefill_ms"] > 0
         if row["sort"] == plan.MEMORY:
             assert row["peak_bytes"] > 0

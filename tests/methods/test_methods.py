@@ -120,6 +120,45 @@ def test_every_method_computes_the_flops_that_a_common_speedup_allows(name, spee
     assert speedup <= full / computed * 1.0000001 and full / computed < speedup * 1.06
 
 
+@pytest.mark.parametrize("name", [name for name in methods.names() if name not in (*CACHE_ONLY, "sdtp-low")])
+def test_a_methods_score_follows_the_speedup_of_its_budget_wherever_it_was_made(name, model):
+    method, call = methods.get(name, **SMALL.get(name, {})), lambda: model(input_ids=IDS, use_cache=True)
+    scorer = method.scorer_for(model) or scorers.recency()  # of the method with its paper's own budget
+    kept = {}
+    for speedup in (1.3, 1.6):
+        with torch.no_grad(), token_pruning(model, method.at_speedup(speedup), scorer) as trace:
+            call()
+        _, expected = inside(model, method.at_speedup(speedup), call, scorers.recency())
+        assert trace.tokens_per_layer == expected.tokens_per_layer
+        for layer, positions in expected.kept_positions.items():
+            assert torch.equal(trace.kept_positions[layer], positions), layer
+        kept[speedup] = sum(trace.tokens_per_layer)
+    assert kept[1.6] < kept[1.3]
+
+
+@pytest.mark.parametrize("name", ["uniprefill", "specprefill"])
+def test_a_methods_score_ranks_under_a_budget_that_is_not_its_own(name, model):
+    config = PruningConfig((4,), 0.5, sink_tokens=0, local_ratio=0.0, min_local_tokens=1)
+    seen = []
+    scorer = methods.get(name, **SMALL[name]).scorer_for(model)
+    for given in (scorer, scorer.at(2.0, model)):
+        with torch.no_grad(), token_pruning(model, config, given) as trace:
+            model(input_ids=IDS, use_cache=True)
+        seen.append((trace.scores[4], trace.kept_positions[4]))
+    (decided, kept), (ranked, expected) = seen
+    assert torch.equal(kept, expected) and torch.equal(decided, ranked) and len(ranked.unique()) > 2
+
+
+def test_asl_says_how_far_it_can_go_and_gives_other_budgets_no_order(model):
+    with pytest.raises(ValueError, match=r"speedup=9: asl prefills 300 tokens at most \d\.\d\dx .*before layer 2: ask"):
+        methods.get("asl").at_speedup(9.0).budget_for(model).for_prompt(300)
+    with (
+        pytest.raises(ValueError, match="scorer=asl decides where to cut .*the method as the budget"),
+        token_pruning(model, "1.5x", "asl"),
+    ):
+        pass
+
+
 def test_a_speedup_that_cannot_be_had_is_refused_with_the_highest():
     for name in CACHE_ONLY:
         with pytest.raises(ValueError, match=f"{name} shortens the cache only"):
