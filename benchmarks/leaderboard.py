@@ -1,8 +1,9 @@
 """Every method at equal prefill FLOPs on the same items: KL, RULER, LongBench, time, cache and memory; resumable.
 
-    python benchmarks/leaderboard.py                              # the embedded model: hours on a CPU; stop it any time
-    python benchmarks/leaderboard.py --hours 0.5 --threads 1      # what half an hour gives, balanced over methods
-    python benchmarks/leaderboard.py --as-measured --method sdtp  # new pruners, or a new method: on all others' items
+    python benchmarks/leaderboard.py --params embedded              # hours on a CPU; stop it any time
+    python benchmarks/leaderboard.py --params embedded --hours 0.5  # what half an hour gives, balanced over methods
+    python benchmarks/leaderboard.py --params embedded --as-measured --method sdtp     # new pruners, or a new method:
+                                                                  # on the items that all others have
     python benchmarks/leaderboard.py --report                     # docs/leaderboard.md, figures, README from the rows
     python benchmarks/leaderboard.py --params gpu-llama3.1-8b     # or a YAML file of yours with these arguments
     python benchmarks/leaderboard.py --model FOLDER --name gemma-3-270m --pruners FOLDER     # another model of yours

@@ -21,6 +21,7 @@ from sdtp_lib.training.recipes import NEGLIGIBLE_NATS
 
 # How unevenly stages drop: the share that a stage drops, relative to the first, falls or rises linearly to this.
 PROFILES = {"even": 1.0, "mild": 0.6, "medium": 0.4, "early": 0.25, "late": 4.0}
+# A grid that is not told otherwise; mild and medium stand between even and early.
 COARSE = ("even", "early", "late")
 
 

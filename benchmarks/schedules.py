@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=4, help="of `search`: begin at one of the first so many layers")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3], help="of `search`: use every n-th layer")
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(COARSE), help="of `search`: which "
-                        "stages drop most")  # fmt: skip
+                        f"stages drop most (default: {', '.join(COARSE)})")  # fmt: skip
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="keep ratios of `first`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "schedules")

@@ -104,6 +104,7 @@ def _written(pages: Mapping[str, tuple[str, str]], frame: Frame, docs: Path) -> 
 
 def _with_pictures(text: str, docs: Path) -> str:
     """A document whose pictures of figures/ lie beside the page, where GitHub Pages finds them."""
+    (docs / "pictures").mkdir(parents=True, exist_ok=True)
     for name in set(re.findall(r"\]\(\.\./figures/([\w-]+\.png)\)", text)):
         shutil.copyfile(docs.parent / "figures" / name, docs / "pictures" / name)
     return text.replace("](../figures/", "](pictures/")
@@ -171,10 +172,13 @@ def broken_links(docs: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=run_name, default="embedded", help="a folder of data/results")
+    parser.add_argument("run", nargs="?", type=run_name, help="a folder of data/results (default: embedded)")
     parser.add_argument("--documents", action="store_true", help="render docs/*.md and the reference only; the study's "
                         "pages stay as they are")  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.documents and options.run is not None:
+        parser.error(f"--documents renders no study: leave {options.run!r} out.")
+    options.run = options.run or "embedded"
     root = project_root()
     run, docs = root / "data" / "results" / options.run, root / "docs"
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,12 @@ def samples_of(
         return long_values(tokenizer, tokens=lengths, count=count, seed=seed, split=split)
     if test_set == "instructions":
         dolly = shared_data() / "dolly-15k.jsonl"
+        if not dolly.is_file():
+            warnings.warn(
+                f"instructions are made of the embedded records, for there is no {dolly.name} (SDTP_SHARED_DATA names "
+                "its folder): other prompts than those of Dolly-15k, not to be put into one mean with them.",
+                stacklevel=2,
+            )
         records = load_instructions(dolly if dolly.is_file() else "embedded", split=split)
         records = [record for record in records if record["category"] in CONTEXT_CATEGORIES]
         lengths = (prompt_tokens - prompt_tokens // 16, prompt_tokens)

@@ -55,6 +55,11 @@ def of_scorers(row: Mapping[str, Any], scorers: Mapping[str, str | None]) -> boo
     return scorers.get(row.get("method"), own) == own
 
 
+def of_other_origin(kept: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of ``kept`` that can stand in no table with ``rows``: another model, device, dtype or number of threads."""
+    return [row for row in kept if not _in_one_table(row, rows[0])]
+
+
 def _in_one_table(row: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
     return of_one_origin(row, first) or of_other_device(row, first)
 

@@ -19,7 +19,7 @@ RULE = " --- "
 
 
 def has_quality(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether rows say more than time, cache and memory."""
+    """Whether rows say of the quality that the picture shows, beyond time, cache and memory."""
     return any(row.get("sort") in (tables.KL, tables.RULER) for row in rows)
 
 
@@ -43,7 +43,7 @@ def page(
     done = [row for row in rows if row["kind"] == "item"]
     dates = sorted({row["utc"][:10] for row in done})
     commits = sorted({row["commit"] for row in done})
-    timing_only = not has_quality(rows)
+    timing_only = not has_quality(rows) and not any(row.get("sort") == tables.LONGBENCH for row in rows)
     elsewhere = ", ".join(f"[{name}]({file})" for name, file in (others or {}).items())
     lines = [
         "# Leaderboard",
@@ -132,7 +132,8 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _in_words(frame: Any, over_models: str) -> list[str]:
     others, against = words.better_elsewhere(frame), words.against_the_default(frame)
     goals = [f"- {goal}" for goal in words.goals(frame)] or ["- not measured at 2x yet"]
-    places = [f"- {sentence}" for sentence in others] or ["- On no test set is another method's mean lower than ours."]
+    none = "- On no test set, task or data set is another method's mean better than ours."
+    places = [f"- {sentence}" for sentence in others] or [none]
     return [
         "## In words",
         "",
@@ -248,10 +249,10 @@ def _longbench(part: Any, names: Sequence[str]) -> list[str]:
     if not found:
         return []
     against: dict[str, list[str]] = {}
+    tasks = tables.by_task(part, tables.LONGBENCH)
     for line in tables.score_differences(part, tables.LONGBENCH):
         said = f"{line['difference'].text(2, sign=True)} {line['verdict']}"
-        against.setdefault(line["method"], []).append(said)
-    tasks = tables.by_task(part, tables.LONGBENCH)
+        against.setdefault(line["method"], []).append(f"{line['cell']}: {said}" if len(tasks) > 1 else said)
     header = ["method", "score", "points lost", "method minus ours"]
     body = [[name, f"{found[name]['all']:.2f} ({found[name]['items']})", found[name]["lost"].text(2),
              "; ".join(against.get(name, ["-"]))] for name in names if name in found]  # fmt: skip
@@ -292,7 +293,7 @@ def _method_of_the_table(frame: Any, *, quality: bool) -> list[str]:
         f"- Not run: lengths and speed-ups other than {', '.join(f'{s:g}x at {n:,}' for n, s in have)}"
         + (f"; {', '.join(missing)}" if missing else "")
         + ("" if longbench else "; LongBench (`--longbench FOLDER` names its files)")
-        + ". `make leaderboard` goes on from the committed rows.",
+        + ". The same command goes on from the committed rows.",
     ]
 
 

@@ -58,11 +58,20 @@ def places(frame: pandas.DataFrame) -> list[tuple[int, float]]:
 def at(frame: pandas.DataFrame, length: int, speedup: float) -> pandas.DataFrame:
     """The measured rows of one length and speed-up; an item that a running command has not finished is left out.
 
-    Where a method failed on an item, the others keep it: their counts then differ, and each says its own.
+    Where a method failed on an item, the others keep it: their counts then differ, and each says its own. A method that
+    has been `begun` only takes none of the others' items out.
     """
     here = frame[(frame.length == length) & (frame.speedup == speedup) & frame["sample"].notna()]
+    here = here[~here.method.isin(list(begun(frame, length, speedup)))]
     tried = here.groupby(["sort", "cell", "sample"]).method.transform("nunique")
     return here[(tried == here.method.nunique()) & (here.kind == "item")]
+
+
+def begun(frame: pandas.DataFrame, length: int, speedup: float) -> dict[str, tuple[int, int]]:
+    """Methods tried on fewer than half of the items that the most measured one was tried on: (their items, its)."""
+    here = frame[(frame.length == length) & (frame.speedup == speedup) & frame["sample"].notna()]
+    tried = here.drop_duplicates(["method", "sort", "cell", "sample"]).method.value_counts()
+    return {str(name): (int(n), int(tried.max())) for name, n in tried.items() if 2 * n < tried.max()}
 
 
 def methods_in(frame: pandas.DataFrame) -> list[str]:
@@ -134,7 +143,7 @@ def answers(part: pandas.DataFrame, sort: str = RULER) -> dict[str, dict[str, An
         line = line[line.variant == name].iloc[0]
         count, solved = int(line["items"]), own[own.unpruned_score.astype(float) >= 1.0]
         lost = Mean(0.0 - line.difference, 0.0 - line.high, 0.0 - line.low, count)
-        if own.groupby("cell").size().min() < FEWEST_PAIRS:
+        if own.cell.nunique() > 1 and own.groupby("cell").size().min() < FEWEST_PAIRS:
             # One item resampled within its task is always itself: so few per task say only how tasks differ.
             tasks = own.assign(gap=100 * (own.unpruned_score.astype(float) - own.score)).groupby("cell").gap.mean()
             lost = Mean(*paired_bootstrap(tasks, [0.0] * len(tasks)), count)
@@ -192,6 +201,12 @@ def unreached(frame: pandas.DataFrame, length: int, speedup: float) -> dict[str,
     here = frame[(frame.length == length) & (frame.speedup == speedup)]
     have = set(at(frame, length, speedup).method)
     found = {row.method: row.error for row in here[here.kind == "out of reach"].itertuples() if row.method not in have}
+    for name, (items, most) in begun(frame, length, speedup).items():
+        found[name] = f"begun: {items} of {most} items, not in the tables yet"
+    some = here[(here.kind == "out of reach") & here["sample"].notna() & here.method.isin(have)]
+    for method, rows in some.groupby("method", sort=False):
+        count = rows.key.nunique()
+        found[str(method)] = f"out of reach on {count} item{'s' * (count != 1)}: {rows.error.iloc[-1]}"
     failed = here[(here.kind == "failure") & ~here.key.isin(set(here[here.kind == "item"].key))]
     for method, rows in failed.groupby("method", sort=False):
         count = rows.key.nunique()
@@ -251,6 +266,6 @@ def _share(right: pandas.Series) -> Mean:
     return Mean(*paired_bootstrap(100.0 * right.astype(float), [0.0] * len(right)), len(right))
 
 
-__all__ = ["KL", "LONGBENCH", "RULER", "Mean", "answers", "answers_kept", "at", "by_task", "costs", "frame_of",
+__all__ = ["KL", "LONGBENCH", "RULER", "Mean", "answers", "answers_kept", "at", "begun", "by_task", "costs", "frame_of",
            "kl_by_test_set", "kl_differences", "methods_in", "places", "remarks",
            "same_kl_items", "score_differences", "scored_by", "summary", "unreached"]  # fmt: skip

@@ -31,7 +31,8 @@ GOAL_POINTS = 1.0
 
 
 def better_elsewhere(frame: Any) -> list[str]:
-    """One sentence per place where a method's mean is lower than ours, and whether its interval leaves zero out."""
+    """One sentence per place where a method's mean is better than ours (KL lower, scores higher), and whether its
+    interval leaves zero out."""
     found = []
     for length, speedup in places(frame):
         part = at(frame, length, speedup)
@@ -62,9 +63,12 @@ def better_elsewhere(frame: Any) -> list[str]:
 
 def _how(line: Mapping[str, Any], word: str) -> str:
     """What a difference in a method's favour says: that it is better, or no more than its ``word``."""
-    return {"better": "better", "open": f"{word}, but its interval holds zero"}.get(
-        line["verdict"], f"{word}, on too few items to say"
-    )
+    said = {
+        "better": "better",
+        "open": f"{word}, but its interval holds zero",
+        "too few": f"{word}, on too few items to say",
+    }
+    return said[line["verdict"]]
 
 
 def goals(frame: Any) -> list[str]:
@@ -98,8 +102,8 @@ def goals(frame: Any) -> list[str]:
 
 def training_free(frame: Any) -> list[tuple[str, float, float, int]]:
     """Methods that no training goes into, best first: name, mean rank over KL test sets, lengths and speed-ups,
-    geometric mean KL there, number of these places. Only methods that are in all of them that any is in at a speed-up;
-    a learned one that found no pruners is the default under another name, and left out.
+    geometric mean KL there, number of these places. Only methods with rows in as many places as the fullest of them
+    has; a learned one that found no pruners is the default under another name, and left out.
     """
     ranks: dict[str, list[float]] = {}
     logs: dict[str, list[float]] = {}

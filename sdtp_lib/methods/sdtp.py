@@ -12,7 +12,7 @@ from sdtp_lib.pruning.stage import Scorer
 
 @dataclass(frozen=True, kw_only=True)
 class SDTP(Method):
-    """Before every third layer from the fourth on a tenth of the current tokens goes (the paper's S = 10 on 32 layers).
+    """Before every third layer from layer 4 on (0-based) a tenth of the tokens goes (the paper's S = 10 on 32 layers).
 
     Attributes
     ----------

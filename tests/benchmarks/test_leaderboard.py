@@ -69,6 +69,17 @@ def test_a_run_with_other_rows_takes_the_committed_ones_in_and_a_report_loses_no
     assert {row["key"] for row in read_rows(tmp_path / "other" / "leaderboard.jsonl")} == kept
 
 
+def test_a_report_of_rows_of_other_settings_loses_no_committed_row(arguments, tmp_path):
+    leaderboard.main([*arguments, "--items", "1"])
+    rows = read_rows(tmp_path / "run" / "leaderboard.jsonl")
+    leaderboard_report.write_report(rows, tmp_path)
+    path = committed.path_of("mine", tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="mine.jsonl: 3 of its 6 rows are of another device"):  # the timed
+        leaderboard_report.write_report([{**row, "threads": 16} for row in rows], tmp_path)
+    assert path.read_bytes() == before
+
+
 def test_without_times_the_page_has_cache_and_limit_and_says_why(arguments, tmp_path, capsys):
     leaderboard.main([*arguments, "--no-times"])
     rows = [row for row in read_rows(tmp_path / "run" / "leaderboard.jsonl") if row["kind"] == "item"]

@@ -124,6 +124,12 @@ def test_code_is_split_by_module_and_the_reference_is_trained_on_nowhere(tiny_to
     assert test_sets.samples_of("reference", tiny_tokenizer, split="train", **sizes) == []
 
 
+def test_instructions_of_other_records_than_dollys_are_said(tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("SDTP_SHARED_DATA", str(tmp_path))
+    with pytest.warns(UserWarning, match="instructions are made of the embedded records, for there is no dolly-15k"):
+        test_sets.samples_of("instructions", tiny_tokenizer, prompt_tokens=400, count=1)
+
+
 def test_one_training_prompt_in_twelve_is_longer_than_the_others(records, tiny_tokenizer):
     mix = training_mix.training_mix(tiny_tokenizer, 64, records, lengths=(900, 1000))
     longer = [len(sample["prompt_ids"]) for sample in mix if len(sample["prompt_ids"]) > 1000]

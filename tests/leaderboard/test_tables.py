@@ -56,7 +56,7 @@ def test_where_none_is_ahead_the_goal_is_met_and_no_sentence_stands():
     assert "best of the others `lazyllm` 0.2" in words.goals(frame)[0], "not ours again"
     alone = framed(kl_rows({"sdtp": 0.1}))
     assert words.goals(alone)[0].startswith("no other method to say: lowest KL on text")
-    assert "On no test set is another method's mean lower" in page.page(frame.to_dict("records"))
+    assert "On no test set, task or data set is another method's mean better" in page.page(frame.to_dict("records"))
 
 
 def test_under_six_items_no_verdict_is_given():
@@ -78,6 +78,24 @@ def test_an_item_on_which_one_method_failed_still_counts_for_the_others():
     rows[-1] |= {"kind": "failure", "kl_nats": None, "error": "out of memory"}
     values = tables.kl_by_test_set(tables.at(framed(rows), 64, 2.0))["text"]
     assert {name: value.items for name, value in values.items()} == {"sdtp": 8, "lazyllm": 7}
+
+
+def test_a_method_that_is_only_begun_takes_no_items_out_and_is_named():
+    rows = kl_rows({"sdtp": 0.2, "lazyllm": 0.1})
+    rows += [row for row in kl_rows({"asl": 0.3}) if row["sample"] in ("text0", "text1", "text2")]
+    frame = framed(rows)
+    values = tables.kl_by_test_set(tables.at(frame, 64, 2.0))["text"]
+    assert {name: value.items for name, value in values.items()} == {"sdtp": 8, "lazyllm": 8}
+    assert "- `asl`: begun: 3 of 8 items" in page.page(rows)
+    rows += [row for row in kl_rows({"asl": 0.3}) if row["sample"] == "text3"]
+    values = tables.kl_by_test_set(tables.at(framed(rows), 64, 2.0))["text"]
+    assert {name: value.items for name, value in values.items()} == {"sdtp": 4, "lazyllm": 4, "asl": 4}
+
+
+def test_items_that_a_method_cannot_shorten_so_far_are_counted():
+    rows = kl_rows({"sdtp": 0.2, "lazyllm": 0.1})
+    rows[-1] |= {"kind": "out of reach", "kl_nats": None, "error": "at most 1.8x", "key": "a"}
+    assert "- `lazyllm`: out of reach on 1 item: at most 1.8x" in page.page(rows)
 
 
 def test_a_line_connects_the_same_prompts_only():

@@ -85,8 +85,13 @@ def test_a_run_without_an_executed_notebook_is_refused(run, tmp_path):
 
 def test_documents_are_rendered_without_a_study_and_leave_its_pages_as_they_are(tmp_path):
     (tmp_path / "method.md").write_text("# Method\n")
+    (tmp_path / "leaderboard.md").write_text("![Lost](../figures/speedup.png)\n")
+    (tmp_path.parent / "figures").mkdir(exist_ok=True)
+    (tmp_path.parent / "figures" / "speedup.png").write_bytes(b"png")
     (tmp_path / "01_saliency.html").write_text("the study's")
-    assert {path.name for path in docs.documents(tmp_path)} == {"method.html", "reference.html"}
+    assert {path.name for path in docs.documents(tmp_path)} == {
+        "leaderboard.html", "method.html", "reference.html"
+    }  # fmt: skip
     assert (tmp_path / "01_saliency.html").read_text() == "the study's"
     assert 'href="01_saliency.html"' in (tmp_path / "method.html").read_text()
 
