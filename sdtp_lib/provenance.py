@@ -1,8 +1,7 @@
 """Where a number comes from: the commit, versions, model, device and settings that every result row repeats.
 
 Also what makes two origins the same: rows of one file may differ in time, commit and versions, and in nothing else that
-`provenance_of` says. Knows no torch: a model's device, dtype and numbers are read off its attributes. Asks git once per
-run and changes nothing.
+`provenance_of` says. Loads torch only to read a model's numbers. Asks git once per run and changes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -156,31 +154,66 @@ def weights_note(model: Any) -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """A short hash of some numbers of every matrix, so that a change of one of them tells; adapters are matrices too.
+    """A short hash of all numbers of a model, adapters and rotary frequencies included: any change of one tells.
 
     The same in float32 and bfloat16: values are rounded to bfloat16 first. Offloaded weights (``meta``) are left out.
+    Rotary frequencies and their scale stand in no weight file, but a context stretched by YaRN computes with others.
     """
-    names, rows = [], []
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 2 and parameter.device.type != "meta":
-            names.append(f"{name} {tuple(parameter.shape)}".encode())
-            # Rows from all over: the first tokens of a vocabulary are seldom trained.
-            rows.append(parameter.detach()[:: max(1, len(parameter) // 4)][:4, :64].float().flatten())
+    named = [(name, weight) for name, weight in sorted(model.named_parameters()) if weight.device.type != "meta"]
     digest = hashlib.sha256()
-    for name, values in zip(names, _bfloat16_pieces(rows), strict=True):
-        digest.update(name + values)
+    for (name, weight), total in zip(named, _sums([weight for _, weight in named]), strict=True):
+        digest.update(f"{name} {tuple(weight.shape)} {total}".encode())
+    frequencies, scales = rotary(model)
+    for total in _sums(frequencies):
+        digest.update(str(total).encode())
+    digest.update(str(scales).encode())
     return digest.hexdigest()[:16]
 
 
-def _bfloat16_pieces(rows: list[Any]) -> list[bytes]:
-    """The bytes of each of ``rows`` (flat float32 tensors) in bfloat16; rounded together, which is faster."""
-    import numpy
+def rotary(model: Any) -> tuple[list[Any], list[float]]:
+    """Frequencies of the rotary position embeddings (as they were before a long prompt), and what cos and sin are
+    multiplied by."""
+    frequencies, scales = [], []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq") and "original" not in name and buffer.device.type != "meta":
+                kind = name.removesuffix("inv_freq")
+                frequencies.append(getattr(module, f"{kind}original_inv_freq", buffer))
+                scales.append(float(getattr(module, f"{kind}attention_scaling", 1.0)))
+    return frequencies, scales
 
-    if not rows:
-        return []
-    together = _in_bfloat16(numpy.concatenate([values.cpu().numpy() for values in rows])).tobytes()
-    ends = [2 * end for end in itertools.accumulate(len(values) for values in rows)]
-    return [together[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+_AT_ONCE = 1 << 24  # numbers: 32 MB in bfloat16
+
+
+def _sums(tensors: list[Any]) -> list[list[int]]:
+    """Of each tensor the sums of its pieces, exact and the same on every device; one wait per device.
+
+    Four bfloat16 are read as one integer of 64 bits, and integers wrap round: no order of addition changes the result.
+    Example: 6 numbers become 2 integers, the second filled up with zeros.
+    """
+    import torch
+
+    sums = []
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
+            flat = flat.view(torch.uint8)  # quantised: bytes as they are
+        pieces = []
+        for piece in flat.split(_AT_ONCE) if len(flat) else ():
+            raw = piece if piece.dtype == torch.uint8 else piece.to(torch.bfloat16).view(torch.uint8)
+            pieces.append(torch.nn.functional.pad(raw, (0, -len(raw) % 8)).view(torch.int64).sum())
+        sums.append(torch.stack(pieces) if pieces else None)
+    places: dict[Any, list[int]] = {}
+    for place, total in enumerate(sums):
+        if total is not None:
+            places.setdefault(total.device, []).append(place)
+    found: list[list[int]] = [[] for _ in sums]
+    for some in places.values():
+        values = torch.cat([sums[place] for place in some]).tolist()
+        for place in some:
+            found[place], values = values[: len(sums[place])], values[len(sums[place]) :]
+    return found
 
 
 def _bfloat16_bytes(tensor: Any) -> bytes:

@@ -241,6 +241,13 @@ def read_frame(path: str | os.PathLike[str]) -> pandas.DataFrame:
     return pandas.DataFrame.from_records(read_rows(path))
 
 
+def failures(rows: Iterable[Mapping[str, Any]]) -> str:
+    """``"3 failed, the first: RuntimeError: ..."`` of rows that a later one did not mend; empty where none failed."""
+    last = {row["key"]: row for row in rows if "key" in row}
+    failed = [str(row.get("error")) for row in last.values() if _is_failure(row)]
+    return f"{len(failed)} failed, the first: {failed[0]}" if failed else ""
+
+
 def join_rows(
     path: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]], provenance: Mapping[str, Any]
 ) -> None:

@@ -140,6 +140,53 @@ def test_a_fingerprint_survives_a_change_of_dtype_and_tells_other_weights(small_
     assert weights_note(small_llama) == "as published"
 
 
+def _scaled_experts(model):
+    next(p for name, p in model.named_parameters() if p.ndim == 3).mul_(3)
+
+
+def _scaled_norms(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("layernorm.weight"):
+            parameter.mul_(1.5)
+
+
+def _one_number(model):
+    model.get_input_embeddings().weight[77, 31] += 1
+
+
+def _stretched_positions(model):
+    model.model.rotary_emb.original_inv_freq.div_(8)
+    model.model.rotary_emb.inv_freq.div_(8)
+
+
+def _scaled_rotation(model):
+    model.model.rotary_emb.attention_scaling = 1.2
+
+
+@pytest.mark.parametrize(
+    "change", [_scaled_experts, _scaled_norms, _one_number, _stretched_positions, _scaled_rotation]
+)
+def test_a_fingerprint_tells_every_change_that_the_model_computes_with(tiny_model, change):
+    """It read four rows of each matrix: experts (3 dimensions), norms and rotary frequencies went unseen."""
+    model = tiny_model("mixtral")
+    before = fingerprint(model)
+    assert before == fingerprint(tiny_model("mixtral"))
+    with torch.no_grad():
+        change(model)
+    assert fingerprint(model) != before
+
+
+def test_a_fingerprint_is_that_of_the_model_before_a_long_prompt_stretched_its_positions(tiny_model):
+    model = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+                       max_position_embeddings=32)  # fmt: skip
+    before = fingerprint(model)
+    short = model.model.rotary_emb.inv_freq.clone()
+    with torch.no_grad():
+        model(torch.ones(1, 48, dtype=torch.long))
+    assert not torch.equal(model.model.rotary_emb.inv_freq, short)
+    assert fingerprint(model) == before
+
+
 def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("SDTP_CACHE", raising=False)

@@ -21,7 +21,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
-from sdtp_lib.provenance import content_id, fingerprint
+from sdtp_lib.provenance import content_id, fingerprint, rotary
 from sdtp_lib.pruning.stage import LAYERS_BACK, QUERY_TOKENS, earlier_layers
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.pruner_files import HUB_OPTIONS, loaded_whole, weights_file
@@ -275,7 +275,7 @@ def weights_fingerprint(model: nn.Module) -> str | None:
     Each `with` asks for it, so it is read once per model object, and again where a parameter was replaced, moved or
     written to. A write through ``.data`` goes unseen; what result rows say is read anew each time.
     """
-    weights = list(model.parameters())
+    weights = [*model.parameters(), *rotary(model)[0]]
     if any(weight.is_meta for weight in weights):
         return None
     try:

@@ -22,7 +22,7 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.compare import compare_scorers
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.processes import Share
-from sdtp_lib.records import read_rows
+from sdtp_lib.records import failures, read_rows
 from sdtp_lib.scorers.blend import Blend, average_of_neighbours
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training import trainer
@@ -169,6 +169,11 @@ def choose_blend(
 
     The figure is a geometric mean of KL: over the samples of a kind first, then over kinds, so that none outweighs
     another. Rows are resumable, and shared among the processes of a launch. A single blend is not measured.
+
+    Raises
+    ------
+    RuntimeError
+        If no prompt could be measured.
     """
     if len(blends) == 1:
         return dict(blends[0]), {}
@@ -190,7 +195,7 @@ def choose_blend(
     }
     figures = {method.name: figures[method.name] for method in methods if method.name in figures}
     if not figures:
-        return dict(blends[0]), {}
+        raise RuntimeError(f"no blend could be measured on {len(samples)} prompts: {failures(read_rows(rows))}")
     return json.loads(min(figures, key=figures.__getitem__)), figures
 
 

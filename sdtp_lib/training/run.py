@@ -25,6 +25,7 @@ from sdtp_lib.files import refuse_existing, shown_path, whole_folder, write_json
 from sdtp_lib.models import cache_directory, cpu_computes_bfloat16
 from sdtp_lib.processes import Share
 from sdtp_lib.provenance import adapters_fingerprint, content_id, fingerprint, provenance_of
+from sdtp_lib.records import failures, read_rows
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.shipped import folder_for
 from sdtp_lib.training import trainer, verdict
@@ -45,6 +46,7 @@ from sdtp_lib.training.saliency import compute_saliency
 
 FIRST_LABELS = 6  # timed, before the time of a run is told
 BLEND_RATIO = 0.8
+_READ = ("prompt_ids", "response_ids", "own_tokens", "loss_mask")  # of a sample: what labels are made from
 MEASURED_RUNS = 1 + len(verdict.RATIOS) * (1 + len(verdict.TRAINING_FREE))  # prefills per held-out prompt
 
 
@@ -199,6 +201,10 @@ def train_by_recipe(
             flush=True,
         )
         lines = verdict.measure(model, pruners, held_out, layers, work / "heldout.jsonl", provenance, share)
+        if failed := failures(read_rows(work / "heldout.jsonl")):
+            if not lines:
+                raise RuntimeError(f"no held-out prompt could be measured: {failed}")
+            say(f"not all held-out prompts could be measured: {failed}")
         say(verdict.as_text(lines))
         say(verdict.in_words(lines), flush=True)
     pruners.verdict = lines
@@ -241,7 +247,8 @@ def _work_folder(
         adapters_fingerprint(model),
         layers,
         recipe.to_dict(),
-        [sample["prompt_ids"] for sample in train],
+        [[sample.get(name) for name in _READ] for sample in train],
+        str(model.dtype),
     )
     return Path(cache_dir or cache_directory()) / "training" / content_id(*made_from)
 

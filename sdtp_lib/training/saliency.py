@@ -81,6 +81,8 @@ def compute_saliency(
         prompt, or two samples of one id.
     PruningNotSupported
         For families that cannot have the label (`saliency_of`).
+    FloatingPointError
+        If a label is not a finite number; labels made before it are kept.
     """
     with extra("train"):  # before any compute
         from datasets import Dataset
@@ -96,7 +98,8 @@ def compute_saliency(
     labels = checked_labels(architecture, layers, label)
     if store_hidden:
         refuse_unreadable(architecture, layers)
-    about = {"model": fingerprint(model), "layers": layers, "labels": labels, "loss_on": loss_on, "schema": 2}
+    about = {"model": fingerprint(model), "dtype": str(model.dtype), "layers": layers, "labels": labels,
+             "loss_on": loss_on, "schema": 2}  # fmt: skip
     if architecture.windowed_layers():
         about["attention"] = sources_of(architecture, earlier_layers(layers))
     if (adapters := adapters_fingerprint(model)) is not None:
@@ -174,6 +177,7 @@ def _label_batch(
         attention_of_earlier_layers(architecture, back, QUERY_TOKENS, lambda _layer: prompt_mask) as paid,
     ):
         saliency = saliency_of(architecture, ids, mask, target, layers, labels)
+    _refuse_not_finite(architecture, batch, saliency)
     for index, sample in enumerate(batch):
         start = ids.shape[1] - len(rows[index])
         prompt = slice(start, start + len(sample["prompt_ids"]))
@@ -190,6 +194,20 @@ def _label_batch(
             for name, kept in (("hidden", seen[layer]), ("attention", paid[layer])):
                 tensors[f"{name}_{layer}"] = kept[index, prompt].detach().to("cpu", torch.bfloat16).contiguous()
         yield sample, tensors
+
+
+def _refuse_not_finite(
+    architecture: Architecture, batch: Sequence[dict[str, Any]], saliency: Mapping[str, Mapping[int, Tensor]]
+) -> None:
+    for name, by_layer in saliency.items():
+        for layer, found in by_layer.items():
+            for sample, label in zip(batch, found, strict=True):
+                if not label.isfinite().all():
+                    raise FloatingPointError(
+                        f"sample {sample['id']!r}: its {name} label at layer {layer} is not finite. In "
+                        f"{str(architecture.model.dtype).removeprefix('torch.')} this model's numbers or gradients "
+                        "overflow on it, or its weights hold no numbers: use float32 or bfloat16, or leave it out."
+                    )
 
 
 @torch.no_grad()

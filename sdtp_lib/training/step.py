@@ -5,6 +5,7 @@ Axes: B batch, S stages, T tokens, P prompt tokens, D hidden size, A attention i
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class PrunerLoss(nn.Module):
         self.pruners, self.layers, self.settings = pruners, layers, config
         # In a tuple, or it would be a submodule.
         self._frozen = (language_model, describe(language_model))
-        self.draws = torch.Generator().manual_seed(config.seed)
+        self.number = 0  # of the step, set by the trainer: a run that goes on draws the ratio that it would have drawn
 
     def forward(
         self,
@@ -89,7 +90,7 @@ class PrunerLoss(nn.Module):
         low, high = self.settings.keep_ratios
         if not self.training:
             return self.settings.eval_ratio
-        return low + (high - low) * torch.rand((), generator=self.draws).item()
+        return low + (high - low) * random.Random(f"{self.settings.seed} {self.number}").random()
 
     def _label_losses(
         self,

@@ -63,7 +63,8 @@ def train_pruners(
     output_dir
         Checkpoints, at the end the pruners under ``output_dir/pruners`` and the logged losses in ``history.json``. A
         checkpoint found there is resumed if ``resume``, and only by a run of the same config, layers, pruners, model
-        and samples. Under `accelerate launch` or `notebook_launcher` one process writes.
+        and samples; a run that has ended there is read, not trained further. Under `accelerate launch` or
+        `notebook_launcher` one process writes.
 
     Returns
     -------
@@ -75,6 +76,8 @@ def train_pruners(
     ValueError
         For no samples, samples without labels at a wanted layer, mixed precision without a GPU, or checkpoints in
         ``output_dir`` of another run (naming what differs).
+    FloatingPointError
+        If a loss is not a finite number, at the step where it is.
     """
     with extra("train"):  # before any compute; the trainer itself needs accelerate
         importlib.import_module("accelerate")
@@ -107,8 +110,11 @@ def train_pruners(
     output_dir = Path(output_dir)
     last = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     run = _run_of(model, pruners, layers, config, labelled)
-    if last and resume:
-        _refuse_another_run(output_dir, run)
+    if last and resume and _same_run(output_dir, run).get("ended"):
+        ended = TokenPruners.from_pretrained(output_dir / "pruners")
+        pruners.load_state_dict(ended.state_dict())
+        pruners.history = json.loads((output_dir / "history.json").read_text(encoding="utf-8"))
+        return pruners.eval()
     trainer = _PrunerTrainer(
         model=PrunerLoss(pruners, model, layers, config),
         args=_arguments(config, output_dir, held_out is not None, progress),
@@ -127,6 +133,7 @@ def train_pruners(
     if trainer.is_world_process_zero():
         write_json(output_dir / "history.json", pruners.history)
         pruners.save_pretrained(output_dir / "pruners")
+        write_json(output_dir / _RUN_FILE, {**run, "ended": True})
     return pruners
 
 
@@ -138,15 +145,27 @@ def _run_of(
         **config.to_dict(),
         "layers": list(layers),
         "pruners": {name: list(value.shape) for name, value in pruners.state_dict().items()},
+        "begun": pruners.identity,
         "weights": fingerprint(model),
-        "samples": content_id(sorted(labelled["sample_id"]), *(labelled[f"layer_{layer}"][0] for layer in layers)),
+        "samples": _content_of(labelled),
     }
 
 
-def _refuse_another_run(output_dir: Path, run: dict[str, Any]) -> None:
+def _content_of(labelled: Dataset) -> str:
+    """A hash of all samples, whatever their order: tokens, labels, protection."""
+    told = [name for name in sorted(labelled.column_names) if name not in ("file", "category")]
+    rows = (
+        content_id(*(row[name] if isinstance(row[name], str) else np.asarray(row[name], float) for name in told))
+        for row in labelled
+    )
+    return content_id(sorted(rows), told)
+
+
+def _same_run(output_dir: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What ``output_dir`` says of its run; refused if that is another one."""
     file = output_dir / _RUN_FILE
     if not file.is_file():
-        return
+        return {}
     known = json.loads(file.read_text(encoding="utf-8"))
     if differing := [name for name in run if run[name] != known.get(name)]:
         shown = ", ".join(
@@ -157,6 +176,7 @@ def _refuse_another_run(output_dir: Path, run: dict[str, Any]) -> None:
             f"output_dir={str(output_dir)!r} holds checkpoints of another run ({shown}): give another folder, or "
             "resume=False to begin anew."
         )
+    return known
 
 
 def split_by_id(labelled: Dataset, config: TrainingConfig) -> tuple[Dataset, Dataset | None]:
@@ -177,7 +197,14 @@ class _PrunerTrainer(Trainer):
     """`Trainer` that logs each loss by name and saves the pruners only."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.accelerator.unwrap_model(model).number = self.state.global_step
         outputs = model(**inputs)
+        if not outputs["loss"].isfinite():
+            parts = ", ".join(f"{name} {float(value):g}" for name, value in outputs.items())
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the loss is no finite number ({parts}). Lower learning_rate, or "
+                "train in float32."
+            )
         mode = "train" if model.training else "eval"
         sums = self.__dict__.setdefault("_parts", {})
         for name, value in outputs.items():
@@ -199,7 +226,7 @@ class _PrunerTrainer(Trainer):
 
 
 def _arguments(config: TrainingConfig, output_dir: Path, evaluates: bool, progress: bool) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
@@ -226,3 +253,8 @@ def _arguments(config: TrainingConfig, output_dir: Path, evaluates: bool, progre
         dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_num_workers=4 if torch.cuda.is_available() else 0,  # a GPU's step is shorter than a batch's reading
     )
+    # Several GPUs in one process would be `nn.DataParallel`, whose copies of a module have no parameters: launch one
+    # process per GPU instead (`accelerate launch`).
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments

@@ -323,3 +323,23 @@ def test_the_label_pass_costs_at_most_a_quarter_more_than_forward_and_backward(e
             times.append(time.perf_counter() - start)
         ratios.append(times[1] / times[0])
     assert sorted(ratios)[1] < 1.25
+
+
+def test_labels_that_are_no_numbers_are_refused_by_the_samples_name_and_not_kept(tiny_model, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[100] = float("nan")
+    good, bad = ({"id": name, "prompt_ids": [*range(5, 40), token], "response_ids": [7, 8]}
+                 for name, token in (("a", 9), ("b", 100)))  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"sample 'b': its removal label at layer 1 is not finite. In float32"):
+        compute_saliency(model, [good, bad], (1, 3), cache_dir=tmp_path, progress=False)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_labels_of_one_dtype_are_not_taken_for_anothers(tiny_model, tmp_path):
+    sample = {"id": "a", "prompt_ids": list(range(5, 40)), "response_ids": [7, 8]}
+    found = [
+        compute_saliency(tiny_model().to(dtype), [sample], (1, 3), cache_dir=tmp_path, progress=False)[0]["layer_3"]
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    assert found[0] != found[1]

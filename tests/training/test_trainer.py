@@ -14,7 +14,9 @@ import torch
 from safetensors import safe_open
 
 from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.training import trainer
 from sdtp_lib.training.config import TrainingConfig
+from sdtp_lib.training.step import PrunerLoss
 from sdtp_lib.training.trainer import split_by_id, train_pruners
 from tests.training.made_up import LAYERS, QUICK
 
@@ -28,6 +30,7 @@ from accelerate import debug_launcher
 from transformers import AutoModelForCausalLM
 from sdtp_lib.processes import Share
 from sdtp_lib.training.saliency import compute_saliency
+from sdtp_lib.training.step import PrunerLoss
 from sdtp_lib.training.trainer import train_pruners
 from tests.training.made_up import LAYERS, QUICK, samples
 
@@ -81,7 +84,7 @@ def test_a_run_of_another_config_does_not_go_on_from_a_checkpoint(tiny_model, la
         train_pruners(model, labelled, QUICK.replace(learning_rate=0.02), output_dir=tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"another run \(weights="):
         train_pruners(tiny_model(seed=1), labelled, QUICK, output_dir=tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"another run \(pruners\)"):
+    with pytest.raises(ValueError, match=r"another run \(pruners, begun="):
         train_pruners(model, labelled, QUICK, output_dir=tmp_path, progress=False, width=5)
     anew = QUICK.replace(epochs=1, learning_rate=0.02)
     again = train_pruners(model, labelled, anew, output_dir=tmp_path, progress=False, resume=False)
@@ -106,19 +109,64 @@ def test_two_processes_train_one_set_from_shared_labels(tiny_model, tmp_path):
     assert float(sum(p.detach().double().sum() for p in saved.parameters())) == pytest.approx(ranks[0]["weights"])
 
 
-def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(tiny_model, labelled, tmp_path):
+def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(tiny_model, labelled, tmp_path, monkeypatch):
+    """It drew its keep ratios from the beginning again, and the test looked at the names of the weights only."""
     unbroken = train_pruners(tiny_model(), labelled, QUICK, output_dir=tmp_path / "a", progress=False)
-    train_pruners(tiny_model(), labelled, QUICK, output_dir=tmp_path / "b", progress=False)
-    last = sorted((tmp_path / "b").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    assert len(last) == 2
-    import shutil
 
-    shutil.rmtree(last[-1])
-    shutil.rmtree(tmp_path / "b" / "pruners")
+    class Killed(PrunerLoss):
+        def forward(self, *arguments, **inputs):
+            if self.training and self.number == 4:
+                raise KeyboardInterrupt
+            return super().forward(*arguments, **inputs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "PrunerLoss", Killed)
+        train_pruners(tiny_model(), labelled, QUICK, output_dir=tmp_path / "b", progress=False)
+    assert [path.name for path in (tmp_path / "b").glob("checkpoint-*")] == ["checkpoint-3"]
     resumed = train_pruners(tiny_model(), labelled, QUICK, output_dir=tmp_path / "b", progress=False)
-    first_step = int(last[0].name.split("-")[1])
-    assert [e["step"] for e in resumed.history if "loss" in e][-1] > first_step
-    assert set(resumed.state_dict()) == set(unbroken.state_dict())
+    for name, weight in unbroken.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_a_run_that_has_ended_is_read_and_not_trained_further(tiny_model, labelled, tmp_path):
+    """One that had stopped early went on for another round of patience each time that it was called."""
+    config = QUICK.replace(epochs=40, patience=1, learning_rate=0.3)
+    first = train_pruners(tiny_model(), labelled, config, output_dir=tmp_path, progress=False)
+    steps = [line["step"] for line in first.history]
+    assert max(steps) < 40 * 3, "it stopped early"
+    again = train_pruners(tiny_model(), labelled, config, output_dir=tmp_path, progress=False)
+    assert [line["step"] for line in again.history] == steps and again.identity == first.identity
+
+
+@pytest.mark.parametrize("what", ["label", "protect", "begun"])
+def test_other_samples_or_another_start_are_another_run(tiny_model, labelled, tmp_path, what):
+    train_pruners(tiny_model(), labelled, QUICK, output_dir=tmp_path, progress=False)
+    rows, more = [labelled[index] for index in range(len(labelled))], {}
+    if what == "label":
+        rows[3]["layer_3"] = [2 * value for value in rows[3]["layer_3"]]
+    if what == "protect":
+        rows = [{**row, "protect": [False] * row["prompt_length"]} for row in rows]
+    if what == "begun":
+        torch.manual_seed(5)
+        more = {"pruners": TokenPruners(32, LAYERS)}
+    with pytest.raises(ValueError, match=f"another run .*{'begun' if more else 'samples'}"):
+        train_pruners(tiny_model(), type(labelled).from_list(rows), QUICK, output_dir=tmp_path, progress=False, **more)
+
+
+def test_a_loss_that_is_no_number_ends_training_at_its_step(tiny_model, labelled, tmp_path):
+    """Trainer logs such a loss as 0, and pruners without numbers were saved."""
+    rows = [labelled[index] for index in range(len(labelled))]
+    for row in rows:
+        row["layer_3"] = [float("nan")] * row["prompt_length"]
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is no finite number \(.*mse_loss nan"):
+        train_pruners(tiny_model(), type(labelled).from_list(rows), QUICK, output_dir=tmp_path, progress=False)
+    assert not (tmp_path / "pruners").exists()
+
+
+def test_one_process_uses_one_gpu(tmp_path, monkeypatch):
+    """`Trainer` puts several into `nn.DataParallel`, whose copies of the pruners have no parameters."""
+    monkeypatch.setattr(trainer.TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 4)))
+    assert trainer._arguments(QUICK, tmp_path, False, False).n_gpu == 1
 
 
 def test_a_sample_stays_on_its_side_of_the_split_when_others_come_or_go(labelled):
