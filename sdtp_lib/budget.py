@@ -37,15 +37,16 @@ def protected_count(tokens: int, config: PruningConfig) -> int:
 def keep_count(tokens: int, layer_index: int, config: PruningConfig, protected: int | None = None) -> int:
     """How many of a row's ``tokens`` kept tokens stay at the stage before ``layer_index``.
 
-    ``k = min(n, max(floor(r n + 1e-9), protected))``; a budget in tokens stands in for ``floor(r n)``. ``protected`` is
-    what may not be dropped, by default `protected_count`; an adaptive budget (``keep_mass``) keeps at least that.
+    ``k = min(n, max(floor(r n + 1e-9), protected))``, and at least 1; a budget in tokens stands in for ``floor(r n)``.
+    ``protected`` is what may not be dropped, by default `protected_count`; an adaptive budget (``keep_mass``) keeps at
+    least that.
     """
     wanted = config.tokens_at(layer_index)
     if config.keep_mass is not None:
         wanted = 0
     elif wanted is None:
         wanted = share_of(tokens, config.ratio_at(layer_index))
-    return min(tokens, max(wanted, protected_count(tokens, config) if protected is None else protected))
+    return min(tokens, max(1, wanted, protected_count(tokens, config) if protected is None else protected))
 
 
 def share_of(tokens: int, ratio: float) -> int:
@@ -222,12 +223,14 @@ class SpeedupOutOfReach(ValueError):
 class SpeedupBudget:
     """A wanted prefill speed-up by FLOPs, scoring left out: for each prompt length the keep ratio that reaches it.
 
-    Stands for a `PruningConfig` whose ``keep_ratio`` is not fixed yet; each length is solved once.
+    Stands for a `PruningConfig` whose ``keep_ratio`` is not fixed yet; each length is solved once. With
+    ``as_far_as_possible`` a prompt that only its few tokens keep from the speed-up is pruned to what must stay.
     """
 
     config: PruningConfig
     speedup: float
     shape: ModelShape
+    as_far_as_possible: bool = False
     _solved: dict[int, PruningConfig] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def for_prompt(self, tokens: int) -> PruningConfig:
@@ -248,6 +251,8 @@ class SpeedupBudget:
         if counts[-1] == tokens:
             return self.config.replace(keep_ratio=1.0)
         highest = speedup_limit(self.shape, most, tokens, pruner_width=0)
+        if highest < self.speedup and self.as_far_as_possible and self._only_short(tokens):
+            return most
         if highest < self.speedup:
             raise SpeedupOutOfReach(
                 f"budget='{self.speedup:g}x': a prompt of {tokens} tokens can be prefilled at most {highest:.2f}x as "
@@ -257,6 +262,19 @@ class SpeedupBudget:
             )
         ratio = find_keep_ratio(self.shape, self.config, tokens, speedup=self.speedup, pruner_width=0)
         return self.config.replace(keep_ratio=ratio)
+
+    def short_of(self, tokens: int) -> float | None:
+        """The speed-up that a prompt of ``tokens`` gets instead of the wanted one; None where it gets that."""
+        own = self.for_prompt(tokens)
+        if not self.as_far_as_possible or own.keep_ratio in (1.0,) or not self._only_short(tokens):
+            return None
+        reached = speedup_limit(self.shape, own, tokens, pruner_width=0)
+        return reached if reached < self.speedup else None
+
+    def _only_short(self, tokens: int) -> bool:
+        """Whether it would be reached if the first and the last few tokens were not protected."""
+        bare = self.config.replace(keep_ratio=1e-6, sink_tokens=0, min_local_tokens=1)
+        return speedup_limit(self.shape, bare, tokens, pruner_width=0) >= self.speedup
 
 
 def _check_layers(shape: ModelShape, per_layer: Sequence[int]) -> None:

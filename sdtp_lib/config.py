@@ -41,7 +41,8 @@ class PruningConfig:
     local_ratio
         Share of the current tokens, counted from the end, that always stays, in [0, 1] (paper: 0.1).
     min_local_tokens
-        At least this many last tokens always stay, so that short prompts are left whole.
+        At least this many last tokens always stay, so that short prompts are left whole. With 0 and ``local_ratio=0``
+        the prompt's last token may go, from which ``generate`` would go on: it is refused then.
     positions
         ``"original"`` keeps every token's position; ``"compact"`` renumbers the kept ones 0..K-1 after each stage
         (models with rotary positions, batch 1).

@@ -44,16 +44,26 @@ def refuse_object(model: Any) -> None:
         inside = isinstance(getattr(model, "model", None), nn.Module)
         remedy = "give the model inside, pipeline.model" if inside else "give a causal LM of transformers"
         raise PruningNotSupported(f"model is a {name}{', a pipeline' if inside else ''}: {remedy}.")
-    if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+    if any(map(_is_compiled, model.modules())):
         raise PruningNotSupported(
-            f"{name} is compiled with torch.compile, which would freeze the token count of each layer: "
-            "prune the model that was given to torch.compile."
+            f"{name} or a module in it is compiled with torch.compile, which would freeze the tokens of each layer "
+            "or run without pruning: prune the model that was given to torch.compile."
         )
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         wrapped = hasattr(getattr(model, "module", None), "config")
         remedy = f"give the model inside, {name}.module" if wrapped else "give a causal LM of transformers"
         raise PruningNotSupported(f"{name} has no transformers configuration: {remedy}.")
     _refuse_virtual_tokens(model)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """``torch.compile`` of the module, its call or its forward: code made before a `with` knows no hooks."""
+    forward = getattr(module.forward, "__func__", module.forward)
+    return (
+        hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )
 
 
 def _refuse_virtual_tokens(model: nn.Module) -> None:

@@ -99,7 +99,7 @@ def token_pruning(
         cleanup.callback(session.end_forward)
         if (norm := architecture.fixed_length_norm()) is not None:
             cleanup.callback(norm.register_forward_hook(session.after_final_norm).remove)
-        cleanup.enter_context(guarded_generate(model, session.in_chunks))
+        cleanup.enter_context(guarded_generate(model, session.in_chunks, session.in_generate))
         yield session.trace
         session.check_pending()
         session.remarks.on_exit()

@@ -26,6 +26,8 @@ from sdtp_lib.config import PruningNotSupported
 
 # input ids, attention mask, cache, chunk size -> a `with` that yields the size to use
 InChunks = Callable[[Any, Any, Any, int], contextlib.AbstractContextManager[int]]
+# how often each row of the prompt is repeated -> a `with` around the whole call
+Repeated = Callable[[int], contextlib.AbstractContextManager[None]]
 CHUNKS_FROM = (5, 24)  # the first release whose own chunks were seen equal to the whole prompt
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 _FROM_THE_HUB = {
@@ -37,16 +39,17 @@ _FROM_THE_HUB = {
 
 
 @contextlib.contextmanager
-def guarded_generate(model: nn.Module, in_chunks: InChunks) -> Iterator[None]:
+def guarded_generate(model: nn.Module, in_chunks: InChunks, repeated: Repeated) -> Iterator[None]:
     """Shadow ``generate`` and the door of continuous batching by ones that refuse first; removed on the way out.
 
     ``in_chunks(input_ids, attention_mask, cache, size)`` is entered around a ``generate`` that hands its prompt over in
-    chunks, and yields the size that these are to have.
+    chunks, and yields the size that these are to have; ``repeated(times)`` around every call, whose rows beams and
+    several answers repeat.
     """
     with contextlib.ExitStack() as cleanup:
         for module in model.modules():
             if isinstance(module, GenerationMixin):
-                prepare = functools.partial(_prepared, module, module.generate, in_chunks)
+                prepare = functools.partial(_prepared, module, module.generate, in_chunks, repeated)
                 cleanup.enter_context(_prepared_first(module, "generate", prepare))
                 # Every way into continuous batching comes through here, `generate_batch` too.
                 if hasattr(module, "init_continuous_batching"):
@@ -76,18 +79,21 @@ def _prepared_first(module: nn.Module, name: str, prepare: Callable[..., Any]) -
 
 @contextlib.contextmanager
 def _prepared(
-    model: Any, generate: Callable[..., Any], in_chunks: InChunks, *args: Any, **kwargs: Any
+    model: Any, generate: Callable[..., Any], in_chunks: InChunks, repeated: Repeated, *args: Any, **kwargs: Any
 ) -> Iterator[tuple[tuple, dict[str, Any]]]:
     """What ``generate`` is to be called with: refused, as it was given, or with smaller chunks."""
     arguments = _by_name(generate, args, kwargs)
     settings, for_the_model = effective_settings(model, arguments)
     refuse_generation(arguments, settings, for_the_model)
+    times = max(settings.num_beams or 1, settings.num_return_sequences or 1)
     size = settings.prefill_chunk_size
     if size is None:
-        yield args, kwargs
+        with repeated(times):
+            yield args, kwargs
         return
     ids = arguments.get("inputs", for_the_model.get("input_ids"))
-    with in_chunks(ids, for_the_model.get("attention_mask"), cache_of(for_the_model), int(size)) as smaller:
+    chunks = in_chunks(ids, for_the_model.get("attention_mask"), cache_of(for_the_model), int(size))
+    with repeated(times), chunks as smaller:
         if smaller == size:
             yield args, kwargs
             return

@@ -28,7 +28,7 @@ from sdtp_lib.pruning.kv_budget import KVBudget, cut_cache
 from sdtp_lib.pruning.plan import Budget, on_device, tokens_plan
 from sdtp_lib.pruning.pruned_cache import remember
 from sdtp_lib.pruning.selection import count_for_mass, gather_tokens, protected_tokens, select_positions
-from sdtp_lib.pruning.stage import Scorer, Stage, real_scores
+from sdtp_lib.pruning.stage import Scorer, Stage, name_of, real_scores
 from sdtp_lib.pruning.trace import PruningTrace
 
 
@@ -122,7 +122,7 @@ class Prefill(EarlierLayers):
         known = {"before": self._layers_before(index, hidden.device), "past": self._past(index), "far": self.far}
         if self.keeps_all and not hidden.is_inference():
             self.trace.scored_positions[index] = self.trace.kept_positions[index] = positions
-            read = partial(self._score_when_read, index, layer, given, known, hidden._version)
+            read = partial(self._score_when_read, index, layer, given, known, hidden._version, _state(layer))
             self.trace.scored_when_read.append(read)
             return None
         hidden = self._by_rows(hidden)
@@ -130,7 +130,13 @@ class Prefill(EarlierLayers):
             index, layer, {**given, "hidden_states": hidden}, **known,
             carried={name: values.to(hidden.device) for name, values in self.carried.items()},
         )  # fmt: skip
+        version = None if hidden.is_inference() else hidden._version
         scores = self._checked_scores(index, self.scorer(stage), valid)
+        if version is not None and hidden._version != version:
+            raise PruningNotSupported(
+                f"scorer={name_of(self.scorer)} writes into stage.hidden_states at layer {index}, which the model goes "
+                "on with: let it work on a copy (hidden = stage.hidden_states.clone())."
+            )
         self.carried = stage.carried
         sinks, local = self._ends(index)
         counts = self._counts(index, scores, local)
@@ -165,15 +171,20 @@ class Prefill(EarlierLayers):
 
     @torch.no_grad()
     def _score_when_read(
-        self, index: int, layer: nn.Module, given: dict[str, Any], known: dict[str, Any], version: int
+        self, index: int, layer: nn.Module, given: dict[str, Any], known: dict[str, Any], version: int, weights: Any
     ) -> None:
         """The scores before layer ``index``, asked for after the prefill that dropped nothing; stages in their order.
 
         Raises
         ------
         PruningNotSupported
-            Where the model has changed the layer's input since.
+            Where the model has changed the layer's input since, or somebody the layer's weights.
         """
+        if _state(layer) != weights:
+            raise PruningNotSupported(
+                f"the scores at layer {index} were not needed, since nothing could be dropped, and cannot be told now: "
+                "the layer's weights were changed, moved or converted since. Read trace.scores before that."
+            )
         if given["hidden_states"]._version != version:
             raise PruningNotSupported(
                 f"the scores at layer {index} were not needed, since nothing could be dropped, and cannot be told now: "
@@ -277,3 +288,8 @@ class Prefill(EarlierLayers):
                 f"the scorer gave scores that are not finite at layer {bad[0]} (in all: {bad}): look for an "
                 "overflow in the scorer, or load the model in float32 or bfloat16."
             )
+
+
+def _state(layer: nn.Module) -> list[tuple[int, int]]:
+    """Where the layer's weights lie and how often they were written to: another one, another layer."""
+    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in layer.parameters()]

@@ -20,6 +20,7 @@ class Remarks:
     def on_plan(self, plan: list[list[int]]) -> None:
         """Whether anything goes from a prompt, by the tokens of each row in each layer."""
         config, tokens = self._config, max(plan[0])
+        self._on_short_of(min(plan[0]))
         if plan[-1] != plan[0] or not self._wants_less():
             return
         if tokens < config.min_prompt_tokens:
@@ -34,6 +35,17 @@ class Remarks:
                 "short",
                 f"the prompt of {tokens} tokens is too short to prune: the first {config.sink_tokens} and at least the "
                 f"last {config.min_local_tokens} tokens always stay.",
+            )
+
+    def _on_short_of(self, tokens: int) -> None:
+        """A wanted speed-up that the shortest row cannot have."""
+        short_of = getattr(self._budget, "short_of", None)
+        if short_of is not None and (reached := short_of(tokens)) is not None:
+            self._say_once(
+                "slower",
+                f"a prompt of {tokens} tokens is too short for '{self._budget.speedup:g}x': it is pruned to the tokens "
+                f"that always stay (the first {self._config.sink_tokens}, at least the last "
+                f"{self._config.min_local_tokens}), {reached:.2f}x fewer FLOPs.",
             )
 
     def on_held_before(self, tokens: int) -> None:

@@ -32,7 +32,7 @@ def select_positions(
     local_tokens : ints, one per row
         The last tokens of each row that always stay. Protected tokens must fit into ``kept``.
     protected : Tensor (B, N) of bool, optional
-        Further tokens that always stay.
+        Further tokens that always stay; padding never counts as one.
 
     Returns
     -------
@@ -51,13 +51,13 @@ def select_positions(
     columns = scores.shape[1]
     width = max(kept)
     ranking = scores.detach().clone()
+    if protected is not None:
+        ranking = ranking.masked_fill(protected, torch.inf)
     for row, (count, local) in enumerate(zip(counts, local_tokens, strict=True)):
         first = columns - count
         ranking[row, :first] = -torch.inf
         ranking[row, first : first + sink_tokens] = torch.inf
         ranking[row, columns - min(local, count) :] = torch.inf
-    if protected is not None:
-        ranking = ranking.masked_fill(protected, torch.inf)
     # A stable sort of the reversed row puts the later of two equal scores first, so a run repeats exactly.
     order = columns - 1 - ranking.flip(1).argsort(dim=1, descending=True, stable=True)
     chosen = order[:, :width]

@@ -53,6 +53,7 @@ class Session:
         self.trace = PruningTrace()
         self.kv: KVBudget | None = None
         self.two_passes: TwoPasses | None = None
+        self._times = 1  # how often `generate` repeats each row of its prompt
         self._chunks: ChunkedPrompt | None = None  # the prompt of a `generate` that hands it over in chunks
         self._pass: ForwardPass | None = None
         self._stop_after: int | None = None  # the layer before which a first pass has found what it is for
@@ -96,6 +97,26 @@ class Session:
                 )
 
         return check
+
+    @contextlib.contextmanager
+    def in_generate(self, times: int) -> Iterator[None]:
+        """Around a ``generate`` that repeats each row of its prompt so often (beams, several answers).
+
+        Raises
+        ------
+        PruningNotSupported
+            For a budget that may drop the last token, from which ``generate`` would go on.
+        """
+        if not (self.config.min_local_tokens or self.config.local_ratio):
+            raise PruningNotSupported(
+                "min_local_tokens=0 with local_ratio=0 may drop the prompt's last token, from which generate would go "
+                "on: give min_local_tokens=1 or more."
+            )
+        before, self._times = self._times, times
+        try:
+            yield
+        finally:
+            self._times = before
 
     @contextlib.contextmanager
     def in_chunks(self, ids: Any, mask: Any, cache: Any, size: int) -> Iterator[int]:
@@ -241,12 +262,15 @@ class Session:
         """What ``protect`` says of the new tokens; it may cover those in the cache as well. Later turns: nothing."""
         if self.protect is None or (seen and self.protect.shape[1] < seen + columns):
             return None
-        if self.protect.shape[0] not in (1, rows) or self.protect.shape[1] != seen + columns:
+        given = self.protect.shape[0]
+        if given not in (1, rows, rows // self._times) or self.protect.shape[1] != seen + columns:
             raise ValueError(
                 f"protect has shape {tuple(self.protect.shape)}, but the prompt is {rows} row(s) of {seen + columns} "
                 "tokens: give one boolean per token, padding included."
             )
-        return self.protect[:, seen:].expand(rows, -1)
+        own = self.protect[:, seen:]
+        # As transformers does: rows a, b and two beams are a, a, b, b.
+        return own.expand(rows, -1) if given in (1, rows) else own.repeat_interleave(self._times, dim=0)
 
     def _take_turn(self) -> None:
         with self._lock:

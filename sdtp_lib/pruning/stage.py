@@ -250,6 +250,11 @@ class Stage:
                 "prefill_chunk_size with a scorer that reads what all tokens attend to: those of later chunks are not "
                 "there yet: use another scorer, or leave prefill_chunk_size out."
             )
+        if self.past is not None:
+            raise PruningNotSupported(
+                "prune='every' with a scorer that reads what all tokens attend to, after tokens that a cache held: "
+                "give another scorer, or prune='first'."
+            )
         rows, tokens = self.positions.shape
         windows = [window or tokens] * rows if window is None or isinstance(window, int) else window
         return attention_received(self.layer, self.hidden_states, self.layer_arguments, self.valid, windows, rise)

@@ -7,7 +7,9 @@ Axes: B batch, N kept tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,14 @@ class Blend:
             raise ValueError(f"window={self.window} is not a number of tokens: give 1 or more.")
         if not (self.learned or self.attention or self.recency):
             raise ValueError("learned, attention and recency are all 0: give at least one a weight.")
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Blend:
+        """The blend of these fields; an unknown one is a ``ValueError`` that names it."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(fields) - set(known)):
+            raise ValueError(f"blend has unknown fields {unknown}: known are {', '.join(known)}.")
+        return cls(**fields)
 
     def __call__(self, learned: Tensor, stage: Any) -> Tensor:
         """The mixed score (B, N), float32, of a `sdtp_lib.pruning.stage.Stage` from the pruner's score (B, N) there."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
+from sdtp_lib.config import PruningConfig
 from sdtp_lib.provenance import content_id, fingerprint, rotary
 from sdtp_lib.pruning.stage import LAYERS_BACK, QUERY_TOKENS, earlier_layers
 from sdtp_lib.scorers.blend import Blend, standardised
@@ -102,18 +103,23 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
                 f"passage_tokens={passage_tokens} needs an odd number of neighbours, and the input 'query' or "
                 f"'attention' among features={tuple(features)}: give 0, or 33, 65, ... with one of these."
             )
-        if not layers:
-            raise ValueError("layers=() names no layer to score at: give at least one index, such as (4,).")
+        sizes = {"hidden_size": hidden_size, "query_rank": query_rank, "query_heads": query_heads,
+                 "query_window": query_window}  # fmt: skip
+        for name, value in {**sizes, **({} if width is None else {"width": width})}.items():
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+                raise ValueError(f"{name}={value!r} is not a size: give a whole number, 1 or more.")
         if query_rank % query_heads:
             raise ValueError(f"query_rank={query_rank} is not a multiple of query_heads={query_heads}.")
-        self.hidden_size, self.layers = int(hidden_size), tuple(int(layer) for layer in layers)
+        # The checks of layers are the configuration's; the order here is free.
+        layers = PruningConfig(sorted(layers) if isinstance(layers, Iterable) else layers).layers
+        self.hidden_size, self.layers = int(hidden_size), layers
         self.width = int(width or max(1, hidden_size // 4))
         self.features = tuple(features)
         self.query_rank, self.query_heads, self.query_window = query_rank, query_heads, query_window
         self.attention_heads, self.attention_kernel = attention_heads, attention_kernel
         self.passage_tokens = int(passage_tokens)
         self.earlier_layers = earlier_layers(self.layers) if "attention" in self.features else {}
-        self.blend = None if blend is None else Blend(**blend)
+        self.blend = None if blend is None else Blend.of(blend)
         self.num_layers, self.model_type, self.base_model = num_layers, model_type, base_model
         self.weights_fingerprint, self.notes = weights_fingerprint, dict(notes or {})
         # String keys: module names may not hold dots and ModuleDict wants strings.
@@ -197,6 +203,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             ("hidden_size", self.hidden_size, text.hidden_size),
             ("num_layers", self.num_layers, text.num_hidden_layers),
             ("model_type", self.model_type, text.model_type),
+            ("attention_heads", self.attention_heads if self.earlier_layers else None, text.num_attention_heads),
         ):
             if own is not None and own != other:
                 raise ValueError(

@@ -200,3 +200,18 @@ def test_a_method_may_be_named_as_budget_or_as_scorer(tiny_model):
     by_name, by_entry = _trace(model, "lazyllm"), _trace(model, methods.get("lazyllm"))
     assert by_name.tokens_per_layer == by_entry.tokens_per_layer
     assert _trace(model, CONFIG, "fastkv").scorer == methods.get("fastkv").scorer_for(model).name
+
+
+def test_a_prompt_too_short_for_a_speed_up_is_pruned_as_far_as_it_can_be_and_says_so(tiny_model):
+    """A chat question of 30 tokens ended in an error, and so did a batch with one such row."""
+    model = tiny_model(num_hidden_layers=12)
+    prompt = torch.arange(3, 27)[None]
+    with (
+        pytest.warns(UserWarning, match=r"24 tokens is too short for '2x': .* stay .*, 1\.\d\dx fewer FLOPs") as said,
+        token_pruning(model, "2x", scorers.recency()) as trace,
+    ):
+        for _ in range(2):
+            model.generate(prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    assert len(said) == 1 and trace.tokens_per_layer[-1] == 20
+    with pytest.raises(budget.SpeedupOutOfReach, match="at most"), token_pruning(model, "90x", scorers.recency()):
+        model(prompt.repeat(1, 20))

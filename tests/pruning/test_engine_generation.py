@@ -286,3 +286,18 @@ def test_crop_takes_back_tokens_added_after_prefill_and_no_more(model, prompt):
         model(input_ids=torch.tensor([[5]]), **cache_argument(model, fresh))
         direct = model(input_ids=torch.tensor([[8]]), **cache_argument(model, fresh)).logits
     torch.testing.assert_close(once, direct, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}])
+def test_protection_of_each_row_holds_for_its_beams_and_answers(model, prompt, how):
+    times = max(how.values(), key=int)
+    rows = torch.cat([prompt, prompt.flip(1)])
+    protect = torch.zeros(2, 64, dtype=torch.bool)
+    protect[0, 20:30], protect[1, 40:44] = True, True
+    with token_pruning(model, CONFIG, scorers.recency(), protect=protect) as trace:
+        model.generate(rows, max_new_tokens=3, **how)
+    kept = [set(row.tolist()) for row in trace.kept_positions[4]]
+    assert len(kept) == 2 * times
+    for row in range(times):
+        assert kept[row] >= set(range(20, 30)) and not kept[times + row] >= set(range(20, 30))
+        assert kept[times + row] >= set(range(40, 44))

@@ -213,6 +213,58 @@ def test_a_compiled_model_is_refused(tiny_model):
         describe(torch.compile(tiny_model()))
 
 
+@pytest.mark.parametrize("what", ["forward", "decoder", "decoder forward", "layer forward"])
+def test_a_part_that_is_compiled_is_refused_too(tiny_model, what):
+    """Compiled code that had run before ignored the hooks: nothing was pruned, and the trace said that it was."""
+    model = tiny_model()
+    if what == "decoder":
+        model.model = torch.compile(model.model, backend="eager")
+    else:
+        part = {"forward": model, "decoder forward": model.model, "layer forward": model.model.layers[2]}[what]
+        part.forward = torch.compile(part.forward, backend="eager")
+    with pytest.raises(PruningNotSupported, match="torch.compile"), token_pruning(model, CONFIG, scorers.recency()):
+        pass
+
+
+def test_a_scorer_that_writes_into_the_models_numbers_is_refused(tiny_model):
+    def careless(stage):
+        hidden = stage.hidden_states
+        hidden /= hidden.norm(dim=-1, keepdim=True)
+        return hidden[..., 0]
+
+    model = tiny_model()
+    with (
+        torch.no_grad(),
+        pytest.raises(PruningNotSupported, match=r"scorer=careless writes into stage.hidden_states at layer 1"),
+        token_pruning(model, CONFIG, careless),
+    ):
+        model(PROMPT)
+
+
+def test_generate_does_not_go_on_from_another_token_than_the_last(tiny_model):
+    config = CONFIG.replace(local_ratio=0.0, min_local_tokens=0, sink_tokens=0)
+    model, counter = tiny_model(), None
+    with torch.no_grad(), token_pruning(model, config.replace(keep_ratio=0.001), scorers.random()) as trace:
+        model(PROMPT)
+    assert trace.tokens_per_layer[-1] == 1, "never none"
+    counter = _Counter(model)
+    with (
+        pytest.raises(PruningNotSupported, match="min_local_tokens=0 with local_ratio=0 .* give min_local_tokens=1"),
+        token_pruning(model, config, scorers.random()),
+    ):
+        model.generate(PROMPT, max_new_tokens=2)
+    assert not counter.calls
+
+
+def test_a_score_of_all_attention_is_refused_after_a_prefix(tiny_model):
+    model = tiny_model()
+    config = CONFIG.replace(prune="every")
+    with torch.no_grad(), token_pruning(model, config, scorers.attention(query="none")):
+        cache = cache_in(model(PROMPT, use_cache=True))
+        with pytest.raises(PruningNotSupported, match="prune='every' with a scorer that reads what all tokens attend"):
+            model(PROMPT, **cache_argument(model, cache))
+
+
 def test_a_layer_with_an_unknown_argument_is_refused_by_its_name(tiny_model):
     model = tiny_model()
 

@@ -97,3 +97,17 @@ def test_hidden_states_that_were_written_into_since_are_refused(tiny_model):
         with pytest.raises(PruningNotSupported, match=r"layer 3.*inference_mode"):
             _ = trace.scores
     handle.remove()
+
+
+@pytest.mark.parametrize("change", ["write", "convert"])
+def test_scores_are_refused_where_the_layers_weights_have_changed_since(tiny_model, change):
+    model = tiny_model()
+    with torch.no_grad(), token_pruning(model, WHOLE, scorers.attention(4)) as trace:
+        model(PROMPT)
+    if change == "convert":
+        model.to(torch.bfloat16)
+    else:
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.weight.mul_(2)
+    with pytest.raises(PruningNotSupported, match="layer 1 .* weights were changed, moved or converted"):
+        _ = trace.scores[1]

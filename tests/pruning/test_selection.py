@@ -66,3 +66,13 @@ def test_gather_takes_rows_of_their_own_and_shares_tables_of_batch_one():
     table = torch.arange(4.0).reshape(1, 4, 1)
     assert gather_tokens(table, columns)[..., 0].tolist() == [[0.0, 2.0], [0.0, 3.0]]
     assert gather_tokens(values.transpose(1, 2), columns, dim=2).shape == (2, 3, 2)
+
+
+def test_protected_padding_takes_no_tokens_place():
+    """It did: where ``protect`` held padding too, 10 of a row's 13 places went to it, and its sinks with them."""
+    scores = torch.arange(12.0).repeat(2, 1)
+    protected = torch.zeros(2, 12, dtype=torch.bool)
+    protected[:, :5] = True
+    found = select_positions(scores, [12, 7], [8, 4], 1, [2, 2], protected)
+    assert found[0].tolist() == [0, 1, 2, 3, 4, 9, 10, 11]
+    assert found[1].tolist() == [-1, -1, -1, -1, 5, 9, 10, 11]

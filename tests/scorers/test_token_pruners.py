@@ -376,3 +376,27 @@ def test_loading_prints_nothing(tiny_model, tmp_path, capfd):
     capfd.readouterr()
     TokenPruners.from_pretrained(tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"layers": [0]}, "the first layer that can be pruned is 1"),
+        ({"layers": [4, 4]}, "name each layer once"),
+        ({"layers": 4}, "layers=4 is not a list"),
+        ({"layers": []}, "names no layer"),
+        ({"width": 2.5}, "width=2.5 is not a size"),
+        ({"query_window": 0}, "query_window=0 is not a size"),
+        ({"query_heads": 0}, "query_heads=0 is not a size"),
+        ({"blend": {"foo": 1}}, r"blend has unknown fields \['foo'\]: known are learned"),
+    ],
+)
+def test_nonsense_sizes_are_refused_by_name(fields, match):
+    with pytest.raises(ValueError, match=match):
+        TokenPruners(**{"hidden_size": 32, "layers": (1, 3), **fields})
+
+
+def test_pruners_that_read_attention_fit_models_of_as_many_heads(tiny_model):
+    pruners = TokenPruners(32, (3,), features=("hidden", "attention"), attention_heads=8)
+    with pytest.raises(ValueError, match="attention_heads=8 of these pruners .* does not fit the model's 4"):
+        pruners.check(tiny_model(), PruningConfig(layers=(3,)))
