@@ -67,7 +67,7 @@ def on_a_gpu(root: Path, folder: str = "docs/") -> str:
         for length, speedup in tables.places(frame):
             cost_of = tables.costs(tables.at(frame, length, speedup)).get(OURS)
             if speedup == GOAL_SPEEDUP and cost_of and cost_of["speedup"]:
-                said.append(f"**{cost_of['speedup']:.2f}x** after {length:,} (n = {cost_of['items']})")
+                said.append(f"**{cost_of['speedup']:.2f}x** after {length:,} (n = {cost_of['timed']})")
         if said:
             found.append(
                 f"{rows[0]['model']}, {rows[0]['dtype']} on one {rows[0]['device_name']}: time to the first token "

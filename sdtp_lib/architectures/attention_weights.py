@@ -259,7 +259,8 @@ def _capture(layer: nn.Module, hidden_states: torch.Tensor, arguments: Mapping[s
         with own_attention(config, stop, backend if backend in ("eager", "sdpa") else "sdpa"):
             layer.forward(**{**arguments, "hidden_states": hidden_states})
     except _Captured as captured:
-        return captured
+        # Its traceback's frames hold it and the layer's tensors: a circle, which only Python's collector would free.
+        return captured.with_traceback(None)
     except Exception as error:
         raise _unreadable(layer, f"{type(error).__name__}: {error}") from error
     raise _unreadable(layer, "it does not call transformers' attention interface")

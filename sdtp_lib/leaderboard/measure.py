@@ -1,7 +1,7 @@
 """One item, unpruned once and then by every method in turn: rows of divergence or answers, times, cache and memory.
 
 The clock runs from entering ``with token_pruning`` to the first token, so that scoring counts. Methods take turns from
-item to item, and each row has the unpruned time of the same turn beside its own. Knows no table.
+item to item. Beside its own time a row has the unpruned one where that was taken in the same turn. Knows no table.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Measurement:
         """The unpruned run that pruned ones are compared with, and the fields of it that their rows repeat."""
         known = self._unpruned.get(key)
         if known is not None and step.sort not in (KL, TIME):
-            return known, _beside(known)
+            return known, {name: value for name, value in _beside(known).items() if name != "unpruned_prefill_ms"}
         try:
             fields = self._measured(step, item, prompt, None, Variant(UNPRUNED))
         except (RuntimeError, ValueError, MemoryError) as error:

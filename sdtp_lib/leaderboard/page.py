@@ -171,6 +171,11 @@ def _who(frame: Any, pruners: str) -> list[str]:
             f" {', '.join(f'`{name}`' for name in free)} found no pruners for the model and its stages and ran with "
             f"{', '.join(sorted({used[name] for name in free}))}."
         )
+    if any(_is_learned(name, used) for name in used) and pruners == "trained pruners":
+        said += (
+            " They were trained on prompts of the kinds that are measured here, of other documents, names and ids "
+            "(`sdtp_lib/data/training_mix.py`); what decided between sets stands in the card of the one that ships."
+        )
     for name in _of_other_pruners(frame, used):
         said += f" `{name}` was measured with other pruners than `{OURS}`: an earlier set, or one of its own."
     for name, remark in tables.remarks(frame).items():
@@ -232,11 +237,14 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
         body = [
             [name, f"{each['speedup']:.2f}x ({each['quartiles'][0]:.2f} to {each['quartiles'][1]:.2f})"
              if each["speedup"] else "-", f"{each['limit']:.2f}x", f"{100 * each['kv']:.0f} %",
-             f"{100 * each['peak']:.0f} %" if each["peak"] is not None else "-", str(each["items"])]
+             f"{100 * each['peak']:.0f} %" if each["peak"] is not None else "-", str(each["timed"] or "-")]
             for name, each in sorted(costs.items(), key=lambda pair: -(pair[1]["speedup"] or 0))
         ]  # fmt: skip
-        lines += ["Time to the first token against the unpruned run of the same turn, scoring included; cache and peak "
-                  "memory as shares of the unpruned ones.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
+        sessions = max(each["sessions"] for each in costs.values())
+        several = "; they are of several sessions, so a tenth between two of them says nothing" * (sessions > 1)
+        lines += ["Time to the first token against the unpruned run of the same turn, scoring included (n: items "
+                  f"timed{several}). Cache and peak memory as shares of the unpruned ones.", "",
+                  markdown_table(header, body, RULE), ""]  # fmt: skip
     out = tables.unreached(frame, length, speedup)
     if out:
         lines += ["Out of reach, or failed:", "", *[f"- `{name}`: {_plain(why)}" for name, why in out.items()], ""]
@@ -288,8 +296,9 @@ def _method_of_the_table(frame: Any, *, quality: bool) -> list[str]:
         "- Budgets: each method's own shape, scaled by one dial until its prefill has the wanted share of the unpruned "
         "causal FLOPs, solved per prompt; scoring is not in the FLOPs but is on the clock.",
         *(of_quality if quality else ()),
-        "- Time: methods run in turn on each item, and their order changes with the item. A shared machine: read the "
-        "ratios, not the third digit.",
+        "- Time: on each KL item methods run in turn, in an order that changes with the item, each beside an unpruned "
+        "run of the same turn; answers of RULER and LongBench are not timed. A shared machine: read the ratios, not "
+        "the third digit.",
         f"- Not run: lengths and speed-ups other than {', '.join(f'{s:g}x at {n:,}' for n, s in have)}"
         + (f"; {', '.join(missing)}" if missing else "")
         + ("" if longbench else "; LongBench (`--longbench FOLDER` names its files)")

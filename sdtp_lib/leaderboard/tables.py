@@ -16,7 +16,7 @@ from sdtp_lib.evaluation.statistics import paired_bootstrap
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.extras import extra
 from sdtp_lib.leaderboard.entrants import OURS
-from sdtp_lib.leaderboard.plan import KL, LONGBENCH, MEMORY, RULER
+from sdtp_lib.leaderboard.plan import KL, LONGBENCH, MEMORY, RULER, TIME
 from sdtp_lib.methods.variant import UNPRUNED
 
 with extra("train"):
@@ -174,13 +174,18 @@ def by_task(part: pandas.DataFrame, sort: str = RULER) -> pandas.DataFrame:
 
 
 def costs(part: pandas.DataFrame) -> dict[str, dict[str, Any]]:
-    """Method -> ``speedup`` (measured time to the first token: the median of paired ratios; None where rows have no
-    times), ``quartiles``, ``items``, ``limit`` (by FLOPs), ``kv`` (share of the unpruned cache), ``peak`` (share of
-    the unpruned peak memory)."""
+    """Method -> ``speedup`` (measured time to the first token: the median of ratios to the unpruned run of the same
+    turn; None where rows have no times), ``quartiles``, ``timed`` (items with a time), ``sessions`` (days and commits
+    that they are of), ``limit`` (by FLOPs), ``kv`` (share of the unpruned cache), ``peak`` (share of the unpruned peak
+    memory).
+
+    Answers (RULER, LongBench) have no times here: their unpruned run is not repeated where a method comes later, so
+    that the two would be of different hours on a machine of changing load.
+    """
     found = {}
     for name, own in part[part.method != UNPRUNED].groupby("method", sort=False):
         held = own[own.kv_bytes.notna() & own.unpruned_kv_bytes.notna()]
-        timed = held[held.prefill_ms.notna() & held.unpruned_prefill_ms.notna()]
+        timed = held[held.sort.isin((KL, TIME)) & held.prefill_ms.notna() & held.unpruned_prefill_ms.notna()]
         memory = own[(own.sort == MEMORY) & own.peak_bytes.notna()]
         if held.empty:
             continue
@@ -188,7 +193,8 @@ def costs(part: pandas.DataFrame) -> dict[str, dict[str, Any]]:
         found[name] = {
             "speedup": float(ratios.median()) if len(ratios) else None,
             "quartiles": (float(ratios.quantile(0.25)), float(ratios.quantile(0.75))),
-            "items": len(held),
+            "timed": len(timed),
+            "sessions": len({(str(utc)[:10], commit) for utc, commit in zip(timed.utc, timed.commit, strict=True)}),
             "limit": float(held.flops_speedup.astype(float).median()),
             "kv": float(held.kv_bytes.sum() / held.unpruned_kv_bytes.sum()),
             "peak": float((memory.peak_bytes / memory.unpruned_peak_bytes).mean()) if len(memory) else None,
