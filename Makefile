@@ -115,11 +115,12 @@ test: $(READY) ## the tests (PYTEST_FLAGS=... for pytest, WORKERS=0 for one proc
 	$(THREADS) $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_FLAGS)
 
 # Two more legs: the lowest versions that pyproject.toml allows (which is where kvpress installs), and what pip finds today.
-# Both run whatever needs no notebook, picture or embedded model.
+# Both run whatever needs no notebook, picture, page or embedded model.
 FLOOR := .venv-floor
 NEWEST := .venv-newest
-LIBRARY_TESTS := tests/architectures tests/pruning tests/scorers tests/training tests/evaluation tests/latency \
-    tests/test_budget.py tests/test_config.py tests/test_harness.py tests/test_models.py tests/test_records.py
+LIBRARY_TESTS := tests/architectures tests/pruning tests/scorers tests/methods tests/training tests/data tests/evaluation \
+    tests/latency tests/commands $(filter-out tests/test_wheel.py tests/test_readme.py tests/test_project.py tests/test_paper.py, \
+    $(wildcard tests/test_*.py))
 NOT_SLOW := -m 'not slow and not embedded and not browser'
 
 $(FLOOR)/.ready: pyproject.toml constraints-floor.txt
@@ -154,7 +155,7 @@ browser: $(READY) ## install Debian's Chromium where that can be done; else say 
 	else echo "no browser: install Chromium yourself; browser tests will be skipped"; fi
 
 .PHONY: test-ui
-test-ui: browser ## the browser tests: JupyterLab and Voila in a headless Chromium
+test-ui: $(READY) browser ## the browser tests: JupyterLab and Voila in a headless Chromium
 	$(BIN)/python -m pytest -m browser $(PYTEST_FLAGS)
 
 .PHONY: test-slurm

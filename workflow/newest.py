@@ -1,8 +1,9 @@
 """The tests on what pip finds today: ``python workflow/newest.py FOLDER [pytest's arguments]``; see `make test-newest`.
 
 Makes or renews an environment in FOLDER with the newest transformers, accelerate, huggingface-hub, tokenizers and
-safetensors that pyproject.toml allows, torch as constraints.txt has it (for size), and runs pytest in it. Without a
-package index, or with one that knows less than constraints.txt, it says so and ends well: that is no fault of ours.
+safetensors that pyproject.toml allows, what they and the project need as new as it can be, and runs pytest in it. torch
+is the newest of ``TORCH_INDEX`` where that is set; else as constraints.txt has it, since PyPI's build for Linux is
+gigabytes. Without a package index, or with one that knows less than constraints.txt, it says so and ends well: that is no fault of ours.
 A release that cannot be installed, or that breaks a test, is. Standard library only.
 """
 
@@ -54,13 +55,16 @@ def main(folder: Path, arguments: list[str]) -> int:
         )
         return 0
     torch = folder / "torch.txt"
-    torch.write_text(f"torch=={pinned('torch')}\n")
-    index = ["--extra-index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
-    install = [*pip, "install", "--quiet", "--upgrade", "-c", str(torch), *index, *NEWEST, *TEST_TOOLS]
+    named = os.environ.get("TORCH_INDEX")
+    torch.write_text("" if named else f"torch=={pinned('torch')}\n")
+    index = ["--extra-index-url", named] if named else []
+    upgrade = ["--upgrade", "--upgrade-strategy", "eager"]  # a kept environment renews all, not the named ones alone
+    install = [*pip, "install", "--quiet", *upgrade, "-c", str(torch), *index, "torch", *NEWEST, *TEST_TOOLS]
     subprocess.run([*install, "-e", f"{ROOT}[train,embedded]"], check=True)
     listed = subprocess.run([*pip, "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
     listed = listed.replace("huggingface_hub", "huggingface-hub")
-    print("newest:", ", ".join(line for line in listed.split() if line.partition("==")[0] in NEWEST), flush=True)
+    told = ("torch", *NEWEST)
+    print("newest:", ", ".join(line for line in listed.split() if line.partition("==")[0] in told), flush=True)
     return subprocess.run([str(python), "-m", "pytest", *arguments], cwd=ROOT, check=False).returncode
 
 

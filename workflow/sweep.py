@@ -246,7 +246,7 @@ def _job(name: str, cell: str, values: dict[str, Any], upstream: dict[str, Job],
         "code": code_of(path),
         "parameters": {key: value for key, value in everything.items() if key != "run_dir"},
         "library": {module: _module_hash(file) for module, file in sorted(reached(path, root).items())},
-        "files": dict(_files_read(everything, root)),
+        "files": dict(_files_read(everything, root, f"data/results/{run}")),
         "builds on": {source: job.fingerprint for source, job in upstream.items()},
         "versions": [importlib.metadata.version(package).partition("+")[0] for package in ("torch", "transformers")],
     }
@@ -327,10 +327,11 @@ def _module_hash(file: Path) -> str:
     return _digest(ast.dump(tree))
 
 
-def _files_read(values: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str]]:
-    """Files and folders that a parameter names, with a hash of what is in them; what runs write is not among them."""
+def _files_read(values: Mapping[str, Any], root: Path, own: str) -> Iterator[tuple[str, str]]:
+    """Files and folders that a parameter names, with a hash of what is in them; what this run writes (``own``) is not
+    among them: it hangs on the jobs that write it."""
     for name, value in values.items():
-        if not isinstance(value, str) or not value or name == "run_dir" or value.startswith("data/results"):
+        if not isinstance(value, str) or not value or name == "run_dir" or Path(value).is_relative_to(own):
             continue
         target = shipped_pruners().get(value, root / value)
         if target.is_file() or target.is_dir():

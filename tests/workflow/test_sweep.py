@@ -153,6 +153,19 @@ def test_a_fingerprint_follows_code_parameters_and_inputs(stand_in_project):
     assert len(set(seen)) == 4
 
 
+def test_a_fingerprint_follows_what_another_run_has_written_and_not_what_this_one_writes(stand_in_project):
+    """All of data/results was left out: a study stayed "done" when the rows that it shows came or changed."""
+    project = stand_in_project("05_longbench", longbench=LONGBENCH)
+    rows = {"05_longbench": {"pruners": "data/results/mine/pruners.bin"}}
+    seen = [fingerprint(project, notebooks=rows)]
+    (project / "data/results/mine").mkdir(parents=True)
+    for content in ("one", "two"):
+        (project / "data/results/mine/pruners.bin").write_text(content)
+        seen.append(fingerprint(project, notebooks=rows))
+    assert len(set(seen)) == 3
+    assert len({fingerprint(project, run="mine", notebooks=rows), seen[0]}) == 1, "its own results name no job"
+
+
 def test_a_fingerprint_ignores_comments_widgets_file_times_and_the_runs_name(stand_in_project):
     project = stand_in_project("05_longbench")
     path = project / "notebooks/05_longbench.ipynb"
