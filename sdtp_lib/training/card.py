@@ -20,8 +20,13 @@ def write_card(
     prompts: int,
     lines: Sequence[verdict.Line],
     provenance: Mapping[str, Any],
+    begun: str = "",
 ) -> None:
-    """Write the card as Markdown; ``data`` are sentences on where the prompts come from."""
+    """Write the card as Markdown; ``data`` are sentences on where the prompts come from, ``begun`` is one on what the
+    training went on from."""
+    epochs = f"{recipe.training.epochs:g} epochs"
+    if recipe.refinement is not None:
+        epochs += f", then {recipe.refinement.epochs:g} through simulated pruning"
     measured = "Nothing was measured."
     if lines:
         measured = (
@@ -45,8 +50,8 @@ They were made for the weights with fingerprint `{provenance["weights_fingerprin
 
 ## How they were made
 
-Recipe `{recipe_name}`: labels {" + ".join(recipe.labels)}, {prompts} prompts, {recipe.training.epochs:g} epochs; settings, versions,
-seed and the prompts' ids in `training.json`. Data: {"; ".join(data)}. Prompts of Dolly (CC BY-SA 3.0) may be among them.
+Recipe `{recipe_name}`: labels {" + ".join(recipe.labels)}, {prompts} prompts, {epochs}; settings, versions,
+seed and the prompts' ids in `training.json`. {begun}Data: {"; ".join(data)}. Prompts of Dolly (CC BY-SA 3.0) may be among them.
 
 torch {provenance["torch"]}, transformers {provenance["transformers"]}, {provenance["device"]}, {provenance["dtype"]}; {provenance["utc"]}.
 """,  # noqa: E501 - Markdown

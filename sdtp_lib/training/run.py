@@ -219,11 +219,18 @@ def train_by_recipe(
             if lines:
                 shutil.copy(work / "heldout.jsonl", fresh / "heldout.jsonl")
             named = recipe if isinstance(recipe, str) else "own"
-            write_card(fresh / "README.md", name, named, chosen, layers, told, len(train), lines, provenance)
+            begun_from_what = "" if start is None else _begun(start, start_share)
+            card = fresh / "README.md"
+            write_card(card, name, named, chosen, layers, told, len(train), lines, provenance, begun_from_what)
         shutil.rmtree(work, ignore_errors=True)
     share.wait()
     say(f"saved to {shown_path(out)}")
     return pruners
+
+
+def _begun(start: str | Path, share: float) -> str:
+    averaged = f", whose weights are {share:g} of the average" if share else ""
+    return f"Begun from the pruners `{Path(start).name}`{averaged}. "
 
 
 def _silent(*_: Any, **__: Any) -> None:

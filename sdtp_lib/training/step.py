@@ -49,7 +49,7 @@ class PrunerLoss(nn.Module):
 
         ``labels`` (B, S, T) are saliency by stage; ``hidden`` (B, S, T, D) and ``attention`` (B, S, T, A) the pruners'
         other inputs where they were stored with it. ``protect_mask`` (B, T) are tokens that no stage drops; they take
-        part in no loss.
+        part in no loss. A sample's ``loss_mask`` is in its labels; losses on predictions look at the whole response.
         """
         config = self.settings
         language_model, architecture = self._frozen
