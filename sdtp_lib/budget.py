@@ -314,6 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = _parser()
     given = parser.parse_args(arguments)
+    if min(given.prompt_tokens) < 1:
+        parser.error(f"--prompt-tokens {min(given.prompt_tokens)}: give 1 or more.")
     try:
         shape, size = ModelShape.of(given.model), element_bytes(given.dtype)
         configs = {name: PruningConfig.preset(name, shape.num_layers) for name in given.presets}

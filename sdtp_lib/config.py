@@ -153,8 +153,8 @@ class PruningConfig:
             )
 
     def replace(self, **changes: Any) -> PruningConfig:
-        """A copy with some fields changed, checked again."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed, checked again; an unknown field is refused by name."""
+        return type(self).from_dict({**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, read back by `from_dict`."""
@@ -166,6 +166,8 @@ class PruningConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningConfig:
         """The config that `to_dict` wrote; an unknown field is refused by name."""
+        if not isinstance(values, Mapping) or "layers" not in values:
+            raise ValueError(f"{values!r} is no PruningConfig: give what to_dict wrote, with layers at least.")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -194,8 +196,13 @@ def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(first + (last - first) * n / max(1, count - 1) for n in range(count))
 
 
+def _is_list(value: Any) -> bool:
+    """Whether there is something to go through: not in a text, nor in an array or tensor of no dimension."""
+    return isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
+
+
 def _checked_layers(layers: Any) -> tuple[int, ...]:
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
+    if not _is_list(layers):
         raise ValueError(f"layers={layers!r} is not a list of layer indices, such as (4, 7, 10).")
     layers = tuple(_whole("layers", layer) for layer in layers)
     if not layers:
@@ -224,7 +231,7 @@ def _per_stage(
     field: str, value: Any, stages: int, number: Callable[[str, Any], Any], fits: Callable[[Any], bool], fault: str
 ) -> Any:
     """One number for all stages, or a tuple of one for each."""
-    one_for_all = isinstance(value, str) or not isinstance(value, Iterable)
+    one_for_all = not _is_list(value)
     numbers = tuple(number(field, each) for each in ((value,) if one_for_all else value))
     if not all(map(fits, numbers)):
         raise ValueError(f"{field}={value!r} {fault}")

@@ -75,9 +75,9 @@ def load_model(
     """
     if device is not None and device_map is not None:
         raise ValueError(f"device={device!r} and device_map={device_map!r} exclude each other: give one of them.")
-    target = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    if not isinstance(name, (str, os.PathLike)):
+        raise ValueError(f"name={name!r} is no name: give 'embedded', a folder, a .gguf file or a Hub id.")
+    target = _device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: torch sees no such GPU here; leave it out, or give 'cpu'.")
     explicit_dtype = _named_dtype(dtype)
@@ -141,10 +141,20 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtp"
 
 
+def _device(device: str | int | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is none here ({str(error).split('.')[0]}): give 'cpu', or a GPU of this "
+                         "machine such as 'cuda:0'.") from error  # fmt: skip
+
+
 def _named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype in (None, "default", "auto") or isinstance(dtype, torch.dtype):
         return dtype if isinstance(dtype, torch.dtype) else None
-    found = getattr(torch, dtype, None)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
             f"dtype={dtype!r} is unknown: use 'default', 'auto', 'float32', 'bfloat16', 'float16' or a torch dtype."

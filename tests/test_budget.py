@@ -178,6 +178,9 @@ def test_the_command_line_says_its_options_and_counts_what_is_asked(capsys):
         budget.main(["--help"])
     told = capsys.readouterr().out
     assert all(word in told for word in ("--model", "--prompt-tokens", "default", "Llama-2-7B"))
+    with pytest.raises(SystemExit):
+        budget.main(["--prompt-tokens", "0"])
+    assert "--prompt-tokens 0: give 1 or more" in capsys.readouterr().err
     budget.main(["--model", "SmolLM2-135M-Instruct", "--prompt-tokens", "2048", "--presets", "keep07"])
     (line,) = capsys.readouterr().out.splitlines()[2:]
     shape, config = ModelShape.named("SmolLM2-135M-Instruct"), PruningConfig.preset("keep07", 30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from sdtp_lib import PruningConfig, budget
@@ -99,3 +100,23 @@ def test_a_config_is_frozen_and_replace_checks_again():
     assert config.replace(keep_ratio=0.5).keep_ratio == 0.5
     with pytest.raises(ValueError, match="keep_ratio=2"):
         config.replace(keep_ratio=2)
+
+
+@pytest.mark.parametrize("field", ["keep_ratio", "keep_tokens"])
+def test_an_array_of_no_dimension_is_a_number(field):
+    number = {"keep_ratio": 0.5, "keep_tokens": 9}[field]
+    assert getattr(PruningConfig((4,), **{field: np.array(number)}), field) == number
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: PruningConfig(np.array(4)), r"layers=array\(4\) is not a list"),
+        (lambda: PruningConfig.from_dict({}), "with layers at least"),
+        (lambda: PruningConfig.from_dict(None), "None is no PruningConfig"),
+        (lambda: PruningConfig((4,)).replace(foo=1), r"unknown field\(s\) \['foo'\]"),
+    ],
+)
+def test_what_is_no_configuration_is_refused_by_name(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -255,3 +255,16 @@ def test_a_folder_with_one_gguf_file_is_that_file_and_one_with_two_names_both(gg
         load_model(tmp_path)
     with pytest.raises(OSError, match="no such file"):
         load_model(tmp_path / "c.gguf")
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"name": None}, "name=None is no name"),
+        ({"device": "foo"}, "device='foo' is none here"),
+        ({"dtype": 3}, "dtype=3 is unknown"),
+    ],
+)
+def test_nonsense_is_refused_by_name_before_anything_is_loaded(given, match):
+    with pytest.raises(ValueError, match=match):
+        load_model(**given)

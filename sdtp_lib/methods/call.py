@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import numbers
+import os
 import re
 import warnings
 import weakref
@@ -101,6 +103,8 @@ def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tupl
         method, budget = budget, budget.budget_for(model)
         scorer = method.scorer_for(model) if scorer is None else scorer
         around = getattr(method, "around", None)
+    if isinstance(scorer, os.PathLike):
+        scorer = os.fspath(scorer)
     if isinstance(scorer, str):
         named = scorer in registry.names()
         scorer = registry.get(scorer).scorer_for(model) if named else scorer_called(scorer, model)
@@ -150,7 +154,7 @@ def config_of(budget: Any, layers: int) -> Budget:
                 "as 0.8, a PruningConfig, or methods.get(...)."
             )
         return PruningConfig.preset(budget, layers)
-    if isinstance(budget, (int, float)) and not isinstance(budget, bool):
+    if isinstance(budget, numbers.Real) and not isinstance(budget, bool):  # numpy's too
         return PruningConfig.preset("keep09", layers, keep_ratio=budget)
     if not hasattr(budget, "for_prompt"):
         raise ValueError(f"budget={budget!r} is not a PruningConfig: see PruningConfig.preset('keep09', num_layers).")

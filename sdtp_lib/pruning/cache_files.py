@@ -87,6 +87,8 @@ def load_pruned_cache(path: str | os.PathLike[str], model: nn.Module) -> Any:
     """
     path = Path(path)
     path.stat()  # the ordinary error of a missing file
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the file that save_pruned_cache wrote.")
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}

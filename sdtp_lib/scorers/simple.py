@@ -50,6 +50,9 @@ def attention(window: int = 8, kernel: int = 1, *, query: str = "last") -> Score
     """
     if query not in ("last", "none"):
         raise ValueError(f"query={query!r} is unknown: give 'last' (the prompt's last tokens) or 'none'.")
+    for name, value in (("window", window), ("kernel", kernel)):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{name}={value!r} is not a whole number.")
     if window < 1:
         raise ValueError(f"window={window} is not a number of tokens: give 1 or more.")
     if kernel < 1 or kernel % 2 == 0:
@@ -62,6 +65,8 @@ def given(scores: Mapping[int, torch.Tensor]) -> Scorer:
 
     Rows shorter than T are read from the left: column p is position p. An oracle from `compute_saliency`, say.
     """
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"scores is a {type(scores).__name__}: give a mapping from layers to tensors (B, T).")
     return _Given({int(layer): torch.as_tensor(values) for layer, values in scores.items()})
 
 
@@ -69,6 +74,8 @@ def weighted(parts: Sequence[tuple[Scorer, float]]) -> Scorer:
     """Weighted sum of scorers, each standardised over the kept tokens of a row first."""
     if not parts:
         raise ValueError("parts=[] names no scorer: give [(scorer, weight), ...].")
+    if strange := [scorer for scorer, _ in parts if not callable(scorer)]:
+        raise ValueError(f"parts has {strange[0]!r}, which cannot be called: give scorers, such as scorers.recency().")
     return _Weighted(tuple((scorer, float(weight)) for scorer, weight in parts))
 
 

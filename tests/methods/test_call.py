@@ -7,6 +7,7 @@ import json
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -215,3 +216,15 @@ def test_a_prompt_too_short_for_a_speed_up_is_pruned_as_far_as_it_can_be_and_say
     assert len(said) == 1 and trace.tokens_per_layer[-1] == 20
     with pytest.raises(budget.SpeedupOutOfReach, match="at most"), token_pruning(model, "90x", scorers.recency()):
         model(prompt.repeat(1, 20))
+
+
+def test_numbers_of_numpy_and_paths_are_taken_as_what_they_say(tiny_model, tmp_path):
+    model = tiny_model()
+    TokenPruners.for_model(model, (4,)).save_pretrained(tmp_path / "set")
+    config = PruningConfig((4,), keep_ratio=0.5)
+    with token_pruning(model, config, tmp_path / "set") as trace:
+        model(torch.arange(3, 103)[None])
+    assert trace.scorer == "learned"
+    with token_pruning(model, np.float32(0.8), scorers.recency()) as trace:
+        model(torch.arange(3, 103)[None])
+    assert trace.tokens_per_layer[-1] == 80

@@ -151,3 +151,17 @@ def test_a_uniform_score_keeps_the_same_share_everywhere(tiny_model):
         for start in range(0, 120, 20):
             count = int(((kept[stage] >= start) & (kept[stage] < start + 20)).sum())
             assert abs(count - 20 * share) <= 2
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: scorers.attention("8"), "window='8' is not a whole number"),
+        (lambda: scorers.attention(2.5), "window=2.5 is not a whole number"),
+        (lambda: scorers.given([torch.ones(1, 3)]), "scores is a list"),
+        (lambda: scorers.weighted([("recency", 1.0)]), "parts has 'recency', which cannot be called"),
+    ],
+)
+def test_nonsense_is_refused_by_name_when_a_score_is_made(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
