@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -133,3 +136,23 @@ def test_entropy_is_that_of_the_attention_that_the_response_pays(model_of, famil
         paid = shown[layer][:, :, 40:]
         expected = -torch.xlogy(paid, paid).mean(1).sum(1) / 8
         torch.testing.assert_close(found[layer], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_reading_attention_keeps_no_tensor_of_the_layer_alive(tiny_model, family):
+    """The exception that ends a layer at its attention call held itself and the layer's tensors in a circle."""
+    seen = []
+
+    def scorer(stage):
+        seen.append(weakref.ref(stage.hidden_states))
+        return stage.attention_from_last(4).mean(dim=(1, 2))
+
+    model, config = tiny_model(family), PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad(), token_pruning(model, config, scorer):
+            model(torch.arange(3, 67)[None], use_cache=False)
+        assert [reference() is None for reference in seen] == [True, True]
+    finally:
+        gc.enable()
