@@ -146,7 +146,7 @@ def _device(device: str | int | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is none here ({str(error).split('.')[0]}): give 'cpu', or a GPU of this "
                          "machine such as 'cuda:0'.") from error  # fmt: skip
 

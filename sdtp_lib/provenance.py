@@ -154,20 +154,31 @@ def weights_note(model: Any) -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """A short hash of all numbers of a model, adapters and rotary frequencies included: any change of one tells.
+    """A short hash of all numbers of a model, adapters and rotary frequencies included: a change of one, or two that
+    change places, give another.
 
     The same in float32 and bfloat16: values are rounded to bfloat16 first. Offloaded weights (``meta``) are left out.
     Rotary frequencies and their scale stand in no weight file, but a context stretched by YaRN computes with others.
     """
-    named = [(name, weight) for name, weight in sorted(model.named_parameters()) if weight.device.type != "meta"]
+    named = [(name, tensor) for name, tensor in sorted(stored_tensors(model)) if tensor.device.type != "meta"]
     digest = hashlib.sha256()
-    for (name, weight), total in zip(named, _sums([weight for _, weight in named]), strict=True):
-        digest.update(f"{name} {tuple(weight.shape)} {total}".encode())
+    for (name, tensor), total in zip(named, _sums([tensor for _, tensor in named]), strict=True):
+        digest.update(f"{name} {tuple(tensor.shape)} {total}".encode())
     frequencies, scales = rotary(model)
     for total in _sums(frequencies):
         digest.update(str(total).encode())
     digest.update(str(scales).encode())
     return digest.hexdigest()[:16]
+
+
+def stored_tensors(model: Any) -> list[tuple[str, Any]]:
+    """Parameters and those buffers that go into a weight file (a router's bias, quantised weights), by name."""
+    found = list(model.named_parameters())
+    for module_name, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found.append((f"{module_name}.{name}", buffer))
+    return found
 
 
 def rotary(model: Any) -> tuple[list[Any], list[float]]:
@@ -189,8 +200,9 @@ _AT_ONCE = 1 << 24  # numbers: 32 MB in bfloat16
 def _sums(tensors: list[Any]) -> list[list[int]]:
     """Of each tensor the sums of its pieces, exact and the same on every device; one wait per device.
 
-    Four bfloat16 are read as one integer of 64 bits, and integers wrap round: no order of addition changes the result.
-    Example: 6 numbers become 2 integers, the second filled up with zeros.
+    Four bfloat16 are read as one integer of 64 bits, mixed, and multiplied by an odd number of its place, so that
+    numbers which change places change the sum. Integers wrap round: no order of addition changes the result.
+    Example: 6 numbers become 2 integers, the second filled up with zeros, times 1 and 3.
     """
     import torch
 
@@ -202,7 +214,9 @@ def _sums(tensors: list[Any]) -> list[list[int]]:
         pieces = []
         for piece in flat.split(_AT_ONCE) if len(flat) else ():
             raw = piece if piece.dtype == torch.uint8 else piece.to(torch.bfloat16).view(torch.uint8)
-            pieces.append(torch.nn.functional.pad(raw, (0, -len(raw) % 8)).view(torch.int64).sum())
+            words = torch.nn.functional.pad(raw, (0, -len(raw) % 8)).view(torch.int64)
+            # The shift first: else two flipped signs, 2 x 2^63, would be nothing.
+            pieces.append(((words ^ (words >> 31)) * torch.arange(1, 2 * len(words), 2, device=words.device)).sum())
         sums.append(torch.stack(pieces) if pieces else None)
     places: dict[Any, list[int]] = {}
     for place, total in enumerate(sums):

@@ -154,6 +154,20 @@ def _one_number(model):
     model.get_input_embeddings().weight[77, 31] += 1
 
 
+def _two_tokens_changed_places(model):
+    weight = model.get_input_embeddings().weight
+    weight[[5, 90]] = weight[[90, 5]].clone()
+
+
+def _two_signs(model):
+    model.model.layers[0].self_attn.q_proj.weight[3, 3] *= -1
+    model.model.layers[0].self_attn.q_proj.weight[9, 7] *= -1
+
+
+def _stored_buffer(model):
+    model.model.layers[0].self_attn.bias_of_a_router[2] += 1
+
+
 def _stretched_positions(model):
     model.model.rotary_emb.original_inv_freq.div_(8)
     model.model.rotary_emb.inv_freq.div_(8)
@@ -164,13 +178,17 @@ def _scaled_rotation(model):
 
 
 @pytest.mark.parametrize(
-    "change", [_scaled_experts, _scaled_norms, _one_number, _stretched_positions, _scaled_rotation]
-)
+    "change",
+    [_scaled_experts, _scaled_norms, _one_number, _two_tokens_changed_places, _two_signs, _stored_buffer,
+     _stretched_positions, _scaled_rotation],
+)  # fmt: skip
 def test_a_fingerprint_tells_every_change_that_the_model_computes_with(tiny_model, change):
     """It read four rows of each matrix: experts (3 dimensions), norms and rotary frequencies went unseen."""
-    model = tiny_model("mixtral")
+    model, same = tiny_model("mixtral"), tiny_model("mixtral")
+    for each in (model, same):
+        each.model.layers[0].self_attn.register_buffer("bias_of_a_router", torch.zeros(4))
     before = fingerprint(model)
-    assert before == fingerprint(tiny_model("mixtral"))
+    assert before == fingerprint(same)
     with torch.no_grad():
         change(model)
     assert fingerprint(model) != before

@@ -3,8 +3,8 @@
 Makes or renews an environment in FOLDER with the newest transformers, accelerate, huggingface-hub, tokenizers and
 safetensors that pyproject.toml allows, what they and the project need as new as it can be, and runs pytest in it. torch
 is the newest of ``TORCH_INDEX`` where that is set; else as constraints.txt has it, since PyPI's build for Linux is
-gigabytes. Without a package index, or with one that knows less than constraints.txt, it says so and ends well: that is no fault of ours.
-A release that cannot be installed, or that breaks a test, is. Standard library only.
+gigabytes. Without a package index, or with one that knows less than constraints.txt, it says so and ends well: that is
+no fault of ours. A release that cannot be installed, or that breaks a test, is. Standard library only.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ def newest_found(pip: list[str], name: str) -> str | None:
     return found[1] if asked.returncode == 0 and found else None
 
 
+def installed(pip: list[str], name: str) -> str:
+    """The version of ``name`` that is there."""
+    shown = subprocess.run([*pip, "show", name], capture_output=True, text=True, check=True).stdout
+    return re.search(r"^Version: (\S+)", shown, re.M)[1]
+
+
 def main(folder: Path, arguments: list[str]) -> int:
     python = folder / "bin" / "python"
     if not (folder / "bin" / "pip").exists():
@@ -54,12 +60,13 @@ def main(folder: Path, arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 0
-    torch = folder / "torch.txt"
-    named = os.environ.get("TORCH_INDEX")
-    torch.write_text("" if named else f"torch=={pinned('torch')}\n")
+    torch, named = folder / "torch.txt", os.environ.get("TORCH_INDEX")
+    upgrade = [*pip, "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager"]  # all of a kept environment
+    if named:  # by itself: among other packages PyPI's CUDA build, where that is newer, would win
+        subprocess.run([*upgrade, "--index-url", named, "torch"], check=True)
+    torch.write_text(f"torch=={installed(pip, 'torch') if named else pinned('torch')}\n")
     index = ["--extra-index-url", named] if named else []
-    upgrade = ["--upgrade", "--upgrade-strategy", "eager"]  # a kept environment renews all, not the named ones alone
-    install = [*pip, "install", "--quiet", *upgrade, "-c", str(torch), *index, "torch", *NEWEST, *TEST_TOOLS]
+    install = [*upgrade, "-c", str(torch), *index, "torch", *NEWEST, *TEST_TOOLS]
     subprocess.run([*install, "-e", f"{ROOT}[train,embedded]"], check=True)
     listed = subprocess.run([*pip, "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
     listed = listed.replace("huggingface_hub", "huggingface-hub")

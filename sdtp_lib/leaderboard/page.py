@@ -240,8 +240,8 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
              f"{100 * each['peak']:.0f} %" if each["peak"] is not None else "-", str(each["timed"] or "-")]
             for name, each in sorted(costs.items(), key=lambda pair: -(pair[1]["speedup"] or 0))
         ]  # fmt: skip
-        sessions = max(each["sessions"] for each in costs.values())
-        several = "; they are of several sessions, so a tenth between two of them says nothing" * (sessions > 1)
+        runs = set().union(*(each["commits"] for each in costs.values()))
+        several = "; methods are of several runs, so a tenth between two of them says nothing" * (len(runs) > 1)
         lines += ["Time to the first token against the unpruned run of the same turn, scoring included (n: items "
                   f"timed{several}). Cache and peak memory as shares of the unpruned ones.", "",
                   markdown_table(header, body, RULE), ""]  # fmt: skip

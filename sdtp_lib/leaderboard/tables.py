@@ -175,8 +175,8 @@ def by_task(part: pandas.DataFrame, sort: str = RULER) -> pandas.DataFrame:
 
 def costs(part: pandas.DataFrame) -> dict[str, dict[str, Any]]:
     """Method -> ``speedup`` (measured time to the first token: the median of ratios to the unpruned run of the same
-    turn; None where rows have no times), ``quartiles``, ``timed`` (items with a time), ``sessions`` (days and commits
-    that they are of), ``limit`` (by FLOPs), ``kv`` (share of the unpruned cache), ``peak`` (share of the unpruned peak
+    turn; None where rows have no times), ``quartiles``, ``timed`` (items with a time), ``commits`` (of the runs that
+    these are of), ``limit`` (by FLOPs), ``kv`` (share of the unpruned cache), ``peak`` (share of the unpruned peak
     memory).
 
     Answers (RULER, LongBench) have no times here: their unpruned run is not repeated where a method comes later, so
@@ -194,7 +194,7 @@ def costs(part: pandas.DataFrame) -> dict[str, dict[str, Any]]:
             "speedup": float(ratios.median()) if len(ratios) else None,
             "quartiles": (float(ratios.quantile(0.25)), float(ratios.quantile(0.75))),
             "timed": len(timed),
-            "sessions": len({(str(utc)[:10], commit) for utc, commit in zip(timed.utc, timed.commit, strict=True)}),
+            "commits": set(timed.commit),
             "limit": float(held.flops_speedup.astype(float).median()),
             "kv": float(held.kv_bytes.sum() / held.unpruned_kv_bytes.sum()),
             "peak": float((memory.peak_bytes / memory.unpruned_peak_bytes).mean()) if len(memory) else None,

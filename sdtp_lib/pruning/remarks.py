@@ -20,8 +20,8 @@ class Remarks:
     def on_plan(self, plan: list[list[int]]) -> None:
         """Whether anything goes from a prompt, by the tokens of each row in each layer."""
         config, tokens = self._config, max(plan[0])
-        self._on_short_of(min(plan[0]))
-        if plan[-1] != plan[0] or not self._wants_less():
+        self._on_short_of(plan[0])
+        if plan[-1] != plan[0] or not self.wants_less():
             return
         if tokens < config.min_prompt_tokens:
             self._trace.not_pruned = (
@@ -37,16 +37,20 @@ class Remarks:
                 f"last {config.min_local_tokens} tokens always stay.",
             )
 
-    def _on_short_of(self, tokens: int) -> None:
-        """A wanted speed-up that the shortest row cannot have."""
+    def _on_short_of(self, lengths: list[int]) -> None:
+        """A wanted speed-up that some row cannot have, because it is short."""
         short_of = getattr(self._budget, "short_of", None)
-        if short_of is not None and (reached := short_of(tokens)) is not None:
-            self._say_once(
-                "slower",
-                f"a prompt of {tokens} tokens is too short for '{self._budget.speedup:g}x': it is pruned to the tokens "
-                f"that always stay (the first {self._config.sink_tokens}, at least the last "
-                f"{self._config.min_local_tokens}), {reached:.2f}x fewer FLOPs.",
-            )
+        if short_of is None:
+            return
+        for tokens in sorted(set(lengths)):
+            if (reached := short_of(tokens)) is not None:
+                self._say_once(
+                    "slower",
+                    f"a prompt of {tokens} tokens is too short for '{self._budget.speedup:g}x': it is pruned to the "
+                    f"tokens that always stay (the first {self._config.sink_tokens}, at least the last "
+                    f"{self._config.min_local_tokens}), {reached:.2f}x fewer FLOPs.",
+                )
+                return
 
     def on_held_before(self, tokens: int) -> None:
         """A cache that was filled before the ``with``."""
@@ -63,7 +67,8 @@ class Remarks:
             self._trace.not_pruned = self._held_before
             self._say_once("prefix", f"nothing was pruned: {self._held_before}.")
 
-    def _wants_less(self) -> bool:
+    def wants_less(self) -> bool:
+        """Whether the budget asks for anything to be dropped."""
         config = self._config
         if config is not self._budget or config.keep_tokens is not None or config.keep_mass is not None:
             return True

@@ -107,7 +107,7 @@ class Session:
         PruningNotSupported
             For a budget that may drop the last token, from which ``generate`` would go on.
         """
-        if not (self.config.min_local_tokens or self.config.local_ratio):
+        if not (self.config.min_local_tokens or self.config.local_ratio) and self.remarks.wants_less():
             raise PruningNotSupported(
                 "min_local_tokens=0 with local_ratio=0 may drop the prompt's last token, from which generate would go "
                 "on: give min_local_tokens=1 or more."

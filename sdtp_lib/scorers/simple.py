@@ -72,6 +72,7 @@ def given(scores: Mapping[int, torch.Tensor]) -> Scorer:
 
 def weighted(parts: Sequence[tuple[Scorer, float]]) -> Scorer:
     """Weighted sum of scorers, each standardised over the kept tokens of a row first."""
+    parts = list(parts)
     if not parts:
         raise ValueError("parts=[] names no scorer: give [(scorer, weight), ...].")
     if strange := [scorer for scorer, _ in parts if not callable(scorer)]:

@@ -10,10 +10,11 @@ Axes: B batch, n tokens, D hidden size, H query heads, R rank, A attention input
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.provenance import content_id, fingerprint, rotary
+from sdtp_lib.provenance import content_id, fingerprint, rotary, stored_tensors
 from sdtp_lib.pruning.stage import LAYERS_BACK, QUERY_TOKENS, earlier_layers
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.pruner_files import HUB_OPTIONS, loaded_whole, weights_file
@@ -111,7 +112,9 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         if query_rank % query_heads:
             raise ValueError(f"query_rank={query_rank} is not a multiple of query_heads={query_heads}.")
         # The checks of layers are the configuration's; the order here is free.
-        layers = PruningConfig(sorted(layers) if isinstance(layers, Iterable) else layers).layers
+        with contextlib.suppress(TypeError):  # what cannot be sorted is refused by name
+            layers = sorted(layers)
+        layers = PruningConfig(layers).layers
         self.hidden_size, self.layers = int(hidden_size), layers
         self.width = int(width or max(1, hidden_size // 4))
         self.features = tuple(features)
@@ -199,11 +202,12 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
                 f"{list(self.layers)}: prune at those, or train pruners for the missing ones."
             )
         text = model.config.get_text_config()
+        heads = getattr(text, "num_attention_heads", self.attention_heads)
         for field, own, other in (
             ("hidden_size", self.hidden_size, text.hidden_size),
             ("num_layers", self.num_layers, text.num_hidden_layers),
             ("model_type", self.model_type, text.model_type),
-            ("attention_heads", self.attention_heads if self.earlier_layers else None, text.num_attention_heads),
+            ("attention_heads", self.attention_heads if self.earlier_layers else None, heads),
         ):
             if own is not None and own != other:
                 raise ValueError(
@@ -282,7 +286,7 @@ def weights_fingerprint(model: nn.Module) -> str | None:
     Each `with` asks for it, so it is read once per model object, and again where a parameter was replaced, moved or
     written to. A write through ``.data`` goes unseen; what result rows say is read anew each time.
     """
-    weights = [*model.parameters(), *rotary(model)[0]]
+    weights = [*(tensor for _, tensor in stored_tensors(model)), *rotary(model)[0]]
     if any(weight.is_meta for weight in weights):
         return None
     try:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _RUN_FILE = "run.json"  # beside the checkpoints: which run they are of
+_ENDED = "ended"  # what a run that has ended gave; a caller may write other pruners over its "pruners"
 
 
 def train_pruners(
@@ -111,7 +112,7 @@ def train_pruners(
     last = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     run = _run_of(model, pruners, layers, config, labelled)
     if last and resume and _same_run(output_dir, run).get("ended"):
-        ended = TokenPruners.from_pretrained(output_dir / "pruners")
+        ended = TokenPruners.from_pretrained(output_dir / _ENDED)
         pruners.load_state_dict(ended.state_dict())
         pruners.history = json.loads((output_dir / "history.json").read_text(encoding="utf-8"))
         return pruners.eval()
@@ -133,6 +134,7 @@ def train_pruners(
     if trainer.is_world_process_zero():
         write_json(output_dir / "history.json", pruners.history)
         pruners.save_pretrained(output_dir / "pruners")
+        pruners.save_pretrained(output_dir / _ENDED)
         write_json(output_dir / _RUN_FILE, {**run, "ended": True})
     return pruners
 
@@ -147,13 +149,14 @@ def _run_of(
         "pruners": {name: list(value.shape) for name, value in pruners.state_dict().items()},
         "begun": pruners.identity,
         "weights": fingerprint(model),
-        "samples": _content_of(labelled),
+        "samples": _content_of(labelled, layers),
     }
 
 
-def _content_of(labelled: Dataset) -> str:
+def _content_of(labelled: Dataset, layers: Sequence[int]) -> str:
     """A hash of all samples, whatever their order: tokens, labels, protection."""
-    told = [name for name in sorted(labelled.column_names) if name not in ("file", "category")]
+    told = ["sample_id", "input_ids", "prompt_length", *(f"layer_{layer}" for layer in layers)]
+    told += ["protect"] if "protect" in labelled.column_names else []
     rows = (
         content_id(*(row[name] if isinstance(row[name], str) else np.asarray(row[name], float) for name in told))
         for row in labelled

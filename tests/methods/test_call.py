@@ -214,6 +214,13 @@ def test_a_prompt_too_short_for_a_speed_up_is_pruned_as_far_as_it_can_be_and_say
         for _ in range(2):
             model.generate(prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)
     assert len(said) == 1 and trace.tokens_per_layer[-1] == 20
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, :4] = 0  # this row is left whole
+    with (
+        pytest.warns(UserWarning, match="a prompt of 24 tokens is too short for '2x'"),
+        token_pruning(model, "2x", scorers.recency()),
+    ):
+        model(prompt.repeat(2, 1), attention_mask=mask)
     with pytest.raises(budget.SpeedupOutOfReach, match="at most"), token_pruning(model, "90x", scorers.recency()):
         model(prompt.repeat(1, 20))
 

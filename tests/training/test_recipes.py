@@ -123,6 +123,33 @@ def test_a_killed_run_goes_on_with_its_labels_and_leaves_no_half_folder(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("what", ["refined", "averaged"])
+def test_a_run_that_is_killed_after_its_training_ends_where_an_unbroken_one_does(
+    tiny_model, tiny_tokenizer, tmp_path, monkeypatch, what
+):
+    """What a refinement or an average wrote over the trained pruners was taken for them: refused, or averaged twice."""
+    model, options = tiny_model(max_position_embeddings=4096), {"heldout": 0, **SMALL}
+    plain = dataclasses.replace(RECIPES["sdtp"], blends=RECIPES["sdtp"].blends[:1])
+    if what == "refined":
+        refinement = RECIPES["sdtp, refined"].refinement.replace(epochs=1.0)
+        options["recipe"] = dataclasses.replace(plain, refinement=refinement)
+    else:
+        sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "first", **options)
+        options |= {"recipe": plain, "start": tmp_path / "first", "start_share": 0.5}
+    whole = sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "whole", **options)
+
+    def killed(*arguments, **more):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run, "choose_blend", killed)
+            sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "broken", **options)
+    again = sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "broken", **options)
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weight)
+
+
 def test_a_refined_recipe_trains_on_through_simulated_pruning_and_says_so(tiny_model, tiny_tokenizer, tmp_path):
     model, options = tiny_model(max_position_embeddings=4096), {"heldout": 0, **SMALL}
     recipe = RECIPES["sdtp, refined"]
