@@ -144,7 +144,8 @@ class Stage:
     layer : Module
         That decoder layer.
     hidden_states : Tensor (B, N, D)
-        What enters it; rows are padded on the left.
+        What enters it; rows are padded on the left. The model goes on with it: never write into it (under
+        ``torch.inference_mode`` nobody notices).
     positions : Tensor (B, N) of int64
         0-based position of each token among its row's own prompt tokens, -1 for padding.
     valid : Tensor (B, N) of bool
