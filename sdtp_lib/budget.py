@@ -234,13 +234,8 @@ class SpeedupBudget:
     _solved: dict[int, PruningConfig] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def for_prompt(self, tokens: int) -> PruningConfig:
-        """The configuration for a prompt of ``tokens``; one that is all protected is left whole.
-
-        Raises
-        ------
-        SpeedupOutOfReach
-            If the protected tokens forbid the speed-up.
-        """
+        """The configuration for a prompt of ``tokens``; one that is all protected is left whole. `SpeedupOutOfReach`
+        if the protected tokens forbid the speed-up."""
         if tokens not in self._solved:
             self._solved[tokens] = self._solve(tokens)
         return self._solved[tokens]
@@ -251,9 +246,9 @@ class SpeedupBudget:
         if counts[-1] == tokens:
             return self.config.replace(keep_ratio=1.0)
         highest = speedup_limit(self.shape, most, tokens, pruner_width=0)
-        if highest < self.speedup and self.as_far_as_possible and self._only_short(tokens):
-            return most
         if highest < self.speedup:
+            if self.as_far_as_possible and self._only_short(tokens):
+                return most
             raise SpeedupOutOfReach(
                 f"budget='{self.speedup:g}x': a prompt of {tokens} tokens can be prefilled at most {highest:.2f}x as "
                 f"fast with layers={list(self.config.layers)} and the protected tokens (sink_tokens="
@@ -262,14 +257,6 @@ class SpeedupBudget:
             )
         ratio = find_keep_ratio(self.shape, self.config, tokens, speedup=self.speedup, pruner_width=0)
         return self.config.replace(keep_ratio=ratio)
-
-    def short_of(self, tokens: int) -> float | None:
-        """The speed-up that a prompt of ``tokens`` gets instead of the wanted one; None where it gets that."""
-        own = self.for_prompt(tokens)
-        if not self.as_far_as_possible or own.keep_ratio in (1.0,) or not self._only_short(tokens):
-            return None
-        reached = speedup_limit(self.shape, own, tokens, pruner_width=0)
-        return reached if reached < self.speedup else None
 
     def _only_short(self, tokens: int) -> bool:
         """Whether it would be reached if the first and the last few tokens were not protected."""

@@ -1,7 +1,7 @@
 """Where a number comes from: the commit, versions, model, device and settings that every result row repeats.
 
 Also what makes two origins the same: rows of one file may differ in time, commit and versions, and in nothing else that
-`provenance_of` says. Loads torch only to read a model's numbers. Asks git once per run and changes nothing.
+`provenance_of` says. Loads no torch: who has a model has it. Asks git once per run and changes nothing.
 """
 
 from __future__ import annotations
@@ -204,8 +204,7 @@ def _sums(tensors: list[Any]) -> list[list[int]]:
     numbers which change places change the sum. Integers wrap round: no order of addition changes the result.
     Example: 6 numbers become 2 integers, the second filled up with zeros, times 1 and 3.
     """
-    import torch
-
+    torch = sys.modules.get("torch")  # loaded where there is a tensor, and not by this module
     sums = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from sdtp_lib.budget import SpeedupBudget, speedup_limit
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.pruning.plan import Budget
 from sdtp_lib.pruning.trace import PruningTrace
@@ -39,14 +40,14 @@ class Remarks:
 
     def _on_short_of(self, lengths: list[int]) -> None:
         """A wanted speed-up that some row cannot have, because it is short."""
-        short_of = getattr(self._budget, "short_of", None)
-        if short_of is None:
-            return
-        for tokens in sorted(set(lengths)):
-            if (reached := short_of(tokens)) is not None:
+        wanted = self._budget
+        for tokens in sorted(set(lengths)) if isinstance(wanted, SpeedupBudget) else ():
+            own = wanted.for_prompt(tokens)
+            reached = speedup_limit(wanted.shape, own, tokens, pruner_width=0)
+            if own.keep_ratio != 1.0 and reached < wanted.speedup:
                 self._say_once(
                     "slower",
-                    f"a prompt of {tokens} tokens is too short for '{self._budget.speedup:g}x': it is pruned to the "
+                    f"a prompt of {tokens} tokens is too short for '{wanted.speedup:g}x': it is pruned to the "
                     f"tokens that always stay (the first {self._config.sink_tokens}, at least the last "
                     f"{self._config.min_local_tokens}), {reached:.2f}x fewer FLOPs.",
                 )

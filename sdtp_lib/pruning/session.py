@@ -26,6 +26,7 @@ from sdtp_lib.pruning.kv_budget import KVBudget
 from sdtp_lib.pruning.packed_prefill import PackedPrefill
 from sdtp_lib.pruning.plan import Budget, prompt_lengths, tokens_plan
 from sdtp_lib.pruning.prefill import Prefill
+from sdtp_lib.pruning.protected_columns import protected_columns
 from sdtp_lib.pruning.pruned_cache import PrunedCache, remembered
 from sdtp_lib.pruning.remarks import Remarks
 from sdtp_lib.pruning.second_pass import SecondPass, TwoPasses, choose_by
@@ -243,34 +244,8 @@ class Session:
         return (self._outside if self.architecture.is_multimodal else arguments).get("attention_mask")
 
     def _protection(self, rows: int, seen: int, columns: int) -> torch.Tensor | None:
-        """New tokens that stay: what ``protect`` says, and what stands for images, sound and the like."""
-        asked = self._asked_for(rows, seen, columns)
-        if not self.architecture.placeholders:
-            return asked
         ids = self._outside.get("input_ids")
-        if ids is None or ids.shape != (rows, columns):
-            raise PruningNotSupported(
-                f"{type(self.architecture.model).__name__} without input_ids of {rows} row(s) of {columns} tokens, so "
-                "which of them stand for images is not known: call the model itself, with input_ids."
-            )
-        stand_in = torch.isin(ids, torch.tensor(self.architecture.placeholders, device=ids.device))
-        if not bool(stand_in.any()):
-            return asked
-        return stand_in if asked is None else stand_in | asked.to(ids.device)
-
-    def _asked_for(self, rows: int, seen: int, columns: int) -> torch.Tensor | None:
-        """What ``protect`` says of the new tokens; it may cover those in the cache as well. Later turns: nothing."""
-        if self.protect is None or (seen and self.protect.shape[1] < seen + columns):
-            return None
-        given = self.protect.shape[0]
-        if given not in (1, rows, rows // self._times) or self.protect.shape[1] != seen + columns:
-            raise ValueError(
-                f"protect has shape {tuple(self.protect.shape)}, but the prompt is {rows} row(s) of {seen + columns} "
-                "tokens: give one boolean per token, padding included."
-            )
-        own = self.protect[:, seen:]
-        # As transformers does: rows a, b and two beams are a, a, b, b.
-        return own.expand(rows, -1) if given in (1, rows) else own.repeat_interleave(self._times, dim=0)
+        return protected_columns(self.architecture, self.protect, ids, (rows, columns), seen, self._times)
 
     def _take_turn(self) -> None:
         with self._lock:

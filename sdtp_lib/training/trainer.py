@@ -202,8 +202,8 @@ class _PrunerTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.accelerator.unwrap_model(model).number = self.state.global_step
         outputs = model(**inputs)
-        if not outputs["loss"].isfinite():
-            parts = ", ".join(f"{name} {float(value):g}" for name, value in outputs.items())
+        if not outputs["loss"].detach().isfinite():
+            parts = ", ".join(f"{name} {value.item():g}" for name, value in outputs.items())
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: the loss is no finite number ({parts}). Lower learning_rate, or "
                 "train in float32."

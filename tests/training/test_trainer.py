@@ -165,7 +165,7 @@ def test_a_loss_that_is_no_number_ends_training_at_its_step(tiny_model, labelled
 
 def test_one_process_uses_one_gpu(tmp_path, monkeypatch):
     """`Trainer` puts several into `nn.DataParallel`, whose copies of the pruners have no parameters."""
-    monkeypatch.setattr(trainer.TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 4)))
+    monkeypatch.setattr(trainer.TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu") or 4))
     assert trainer._arguments(QUICK, tmp_path, False, False).n_gpu == 1
 
 

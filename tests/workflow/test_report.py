@@ -158,7 +158,7 @@ def test_a_gpus_times_of_random_weights_stand_in_the_headline(tmp_path):
     shared = {
         "kind": "item", "model": "Big-7B, random weights", "device_name": "Chip", "dtype": "bfloat16", "sort": "time",
         "cell": "time", "length": 8192, "speedup": 2.0, "unpruned_prefill_ms": 90, "kv_bytes": 5,
-        "unpruned_kv_bytes": 10, "flops_speedup": 2.0,
+        "unpruned_kv_bytes": 10, "flops_speedup": 2.0, "commit": "abc",
     }  # fmt: skip
     rows = [
         shared | {"method": method, "sample": f"{n}", "key": f"{method}{n}", "prefill_ms": ms}
