@@ -119,7 +119,7 @@ test: $(READY) ## the tests (PYTEST_FLAGS=... for pytest, WORKERS=0 for one proc
 FLOOR := .venv-floor
 NEWEST := .venv-newest
 LIBRARY_TESTS := tests/architectures tests/pruning tests/scorers tests/methods tests/training tests/data tests/evaluation \
-    tests/latency tests/commands $(filter-out tests/test_wheel.py tests/test_readme.py tests/test_project.py tests/test_paper.py, \
+    tests/latency tests/commands $(filter-out tests/test_wheel.py tests/test_readme.py tests/test_project.py tests/test_paper.py tests/test_architecture.py, \
     $(wildcard tests/test_*.py))
 NOT_SLOW := -m 'not slow and not embedded and not browser'
 

@@ -248,6 +248,10 @@ def test_a_state_costs_what_a_token_adds_to_it_and_reads_out_of_it():
 
 def test_a_layer_that_attends_to_images_is_refused_by_name():
     """A text leaves Mllama's cross-attention layers out; they were once counted: 19 % too many FLOPs."""
+    import transformers
+
+    if not hasattr(transformers, "MllamaTextConfig"):
+        pytest.skip(f"transformers {transformers.__version__} shows no MllamaTextConfig")
     from transformers import MllamaForCausalLM, MllamaTextConfig
 
     fields = {name: value for name, value in _sizes().items() if value is not None}

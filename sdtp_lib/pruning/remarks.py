@@ -41,7 +41,9 @@ class Remarks:
     def _on_short_of(self, lengths: list[int]) -> None:
         """A wanted speed-up that some row cannot have, because it is short."""
         wanted = self._budget
-        for tokens in sorted(set(lengths)) if isinstance(wanted, SpeedupBudget) else ():
+        if not isinstance(wanted, SpeedupBudget) or not wanted.as_far_as_possible:
+            return
+        for tokens in sorted(set(lengths)):
             own = wanted.for_prompt(tokens)
             reached = speedup_limit(wanted.shape, own, tokens, pruner_width=0)
             if own.keep_ratio != 1.0 and reached < wanted.speedup:

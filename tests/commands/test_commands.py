@@ -124,6 +124,7 @@ def test_without_chat_the_bare_text_is_fed(folder, tiny_tokenizer, capsys):
 
 
 def test_compare_makes_one_table_and_one_picture_of_everything_at_hand(folder, own_folder, prompts, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need the extra 'study'")
     from sdtp_lib import load_model
 
     torch.manual_seed(0)
