@@ -78,7 +78,7 @@ class PruningConfig:
         object.__setattr__(self, "layers", _checked_layers(self.layers))
         object.__setattr__(self, "keep_ratio", _checked_ratio(self.keep_ratio, len(self.layers)))
         for field in ("sink_tokens", "min_local_tokens", "min_prompt_tokens"):
-            value = _whole(field, getattr(self, field))
+            value = whole_number(field, getattr(self, field))
             if value < 0:
                 raise ValueError(f"{field}={value} is negative: give a number of tokens, 0 or more.")
             object.__setattr__(self, field, value)
@@ -110,7 +110,7 @@ class PruningConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} is unknown: choose one of {', '.join(PRESETS)}.")
-        num_layers = _whole("num_layers", num_layers)
+        num_layers = whole_number("num_layers", num_layers)
         if name == "paper-low":
             layers = tuple(range(4, num_layers, 5))[:5]
             if len(layers) < 5:
@@ -175,7 +175,8 @@ class PruningConfig:
         return cls(**values)
 
 
-def _whole(field: str, value: Any) -> int:
+def whole_number(field: str, value: Any) -> int:
+    """``value`` as an int; a ``ValueError`` that names ``field`` where it is none."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{field}={value!r} is not a whole number.")
     return int(value)
@@ -204,7 +205,7 @@ def _is_list(value: Any) -> bool:
 def _checked_layers(layers: Any) -> tuple[int, ...]:
     if not _is_list(layers):
         raise ValueError(f"layers={layers!r} is not a list of layer indices, such as (4, 7, 10).")
-    layers = tuple(_whole("layers", layer) for layer in layers)
+    layers = tuple(whole_number("layers", layer) for layer in layers)
     if not layers:
         raise ValueError("layers=() names no layer to prune before: give at least one index, such as (4,).")
     if min(layers) < 1:
@@ -219,7 +220,7 @@ def _checked_layers(layers: Any) -> tuple[int, ...]:
 
 def _checked_tokens(keep_tokens: Any, stages: int) -> int | tuple[int, ...]:
     fault = "keeps no token: give 1 or more."
-    return _per_stage("keep_tokens", keep_tokens, stages, _whole, lambda count: count >= 1, fault)
+    return _per_stage("keep_tokens", keep_tokens, stages, whole_number, lambda count: count >= 1, fault)
 
 
 def _checked_ratio(keep_ratio: Any, stages: int) -> float | tuple[float, ...]:
