@@ -12,32 +12,10 @@ import sys
 
 import pytest
 
-from sdtp_lib.records import OtherProvenance, RowWriter, project_root, read_rows
+from sdtp_lib.records import OtherProvenance, project_root, read_rows
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.shipped import shipped_pruners
-
-sys.path.insert(0, str(project_root() / "benchmarks"))  # as a command has it: scripts import one another
-
-
-def script(name):
-    """One script of benchmarks/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", project_root() / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def command(name):
-    """The ``main`` of one script of benchmarks/."""
-    return script(name).main
-
-
-@pytest.fixture(scope="module")
-def model_folder(tiny_model, tiny_tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(max_position_embeddings=2048).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+from tests.benchmarks.commands import command, script
 
 
 def test_the_measure_writes_rows_a_table_and_a_picture_and_a_second_run_adds_nothing(model_folder, tmp_path, capsys):
@@ -110,70 +88,6 @@ def test_the_weight_of_recency_is_tuned_on_training_samples_only(model_folder, t
     measured = {row["sample"] for row in rows if row["cell"] != "tuning"}
     assert len(tuning) == 4 and not tuning & measured
     assert all("-test-" in name for name in measured) and not any("-test-" in name for name in tuning)
-
-
-@pytest.fixture
-def trec_arguments(model_folder, tmp_path):
-    """Arguments of a LongBench run over three items of one data set, rows in ``run``."""
-    record = {
-        "input": "Question: where?\nType:",
-        "answers": ["Place"],
-        "length": 9,
-        "dataset": "trec",
-        "language": "en",
-    }
-    lines = [
-        json.dumps(record | {"context": f"Question: who?\nType: Person {n}", "all_classes": ["Place"], "_id": f"id{n}"})
-        for n in range(3)
-    ]
-    (tmp_path / "trec.jsonl").write_text("\n".join(lines) + "\n")
-    arguments = ["--model", str(model_folder), "--data", str(tmp_path), "--datasets", "trec", "--presets", "keep09"]
-    return [*arguments, "--scorers", "recency", "--run-dir", str(tmp_path / "run")]
-
-
-def test_longbench_runs_by_its_protocol_and_goes_on_where_it_stopped(trec_arguments, tmp_path, capsys):
-    arguments = trec_arguments
-    command("longbench")([*arguments, "--limit", "2"])
-    first = read_rows(tmp_path / "run" / "longbench.jsonl")
-    assert [(row["item"], row["variant"]) for row in first] == [
-        (item, variant) for item in ("id0", "id1") for variant in ("full", "recency keep09")
-    ]
-    command("longbench")(arguments)
-    rows = read_rows(tmp_path / "run" / "longbench.jsonl")
-    assert rows[:4] == first and len(rows) == 6
-    assert "| trec | recency keep09 | 3 |" in capsys.readouterr().out
-    with RowWriter(tmp_path / "run" / "longbench.jsonl", {}), pytest.raises(RuntimeError, match="is being written by"):
-        command("longbench")(arguments)
-
-
-def test_two_processes_share_a_longbench_run_and_their_rows_end_in_one_file(trec_arguments, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", str(project_root() / "benchmarks" / "longbench.py")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project_root())}
-    ended = subprocess.run([*launch, *trec_arguments], env=env, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    path = tmp_path / "run" / "longbench.jsonl"
-    together = {row["key"]: row for row in read_rows(path)}
-    assert len(together) == 6 and [file.name for file in path.parent.glob("*.jsonl*")] == ["longbench.jsonl"]
-    assert ended.stdout.count("| trec | full | 3 |") == 1, "one process prints"
-    path.unlink()
-    command("longbench")(trec_arguments)
-    alone = {row["key"]: row for row in read_rows(path)}
-    assert {key: row["prediction"] for key, row in alone.items()} == {
-        key: row["prediction"] for key, row in together.items()
-    }
-
-
-def test_what_a_killed_shared_run_left_counts_as_done(trec_arguments, tmp_path):
-    path = tmp_path / "run" / "longbench.jsonl"
-    command("longbench")([*trec_arguments, "--limit", "2"])
-    rows = read_rows(path)
-    path.rename(path.with_name("longbench.share1.jsonl"))
-    with RowWriter(path.with_name("longbench.share1.jsonl"), {}), pytest.raises(RuntimeError, match="share1"):
-        command("longbench")(trec_arguments)
-    command("longbench")(trec_arguments)
-    assert read_rows(path)[:4] == rows and len(read_rows(path)) == 6
-    assert not list(path.parent.glob("*share*"))
 
 
 def test_labels_are_held_against_the_gold_check_and_a_second_run_adds_nothing(model_folder, tmp_path, capsys):

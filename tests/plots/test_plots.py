@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -15,18 +14,6 @@ from matplotlib.colors import to_hex
 
 from sdtp_lib import plots
 from sdtp_lib.pruning.token_fates import TokenFates
-
-
-@pytest.fixture(autouse=True)
-def _no_window():
-    matplotlib.use("agg")
-    yield
-    plt.close("all")
-
-
-@pytest.fixture
-def ax():
-    return plt.subplots()[1]
 
 
 def test_importing_plots_changes_no_setting_and_loads_no_torch():
@@ -264,44 +251,6 @@ def test_a_frame_without_a_needed_column_is_refused_by_name(ax):
         plots.speedup_over_length(pd.DataFrame({"prompt_tokens": [1]}), ax)
 
 
-def test_saving_writes_the_picture_and_what_made_it(tmp_path):
-    fig = plt.subplots()[0]
-    path = plots.save(fig, tmp_path / "deep" / "one.png", {"commit": "abc", "seed": 3}, svg=True)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert path.with_suffix(".svg").read_text().rstrip().endswith("</svg>")
-    assert json.loads(path.with_suffix(".json").read_text()) == {
-        "pictures": ["one.png", "one.svg"],
-        "commit": "abc",
-        "seed": 3,
-    }
-    assert sorted(file.name for file in path.parent.iterdir()) == ["one.json", "one.png", "one.svg"]
-
-
-def test_saving_leaves_a_figure_without_layout_engine_without_one_whatever_the_style(tmp_path):
-    # The old bug: between PNG and SVG the figure took the engine of a style set for the whole session, and warned.
-    with matplotlib.rc_context():
-        plots.use_style()
-        fig = plt.Figure(layout="none")
-        fig.add_axes((0.1, 0.1, 0.8, 0.8))
-        plots.save(fig, tmp_path / "placed.png", svg=True)
-        assert fig.get_layout_engine() is None
-
-
-def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    path = plots.save(plt.subplots()[0], tmp_path / "one.png", {})
-    before = path.read_bytes()
-    broken = plt.subplots()[0]
-
-    def fail(*_, **__):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(broken, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
-        plots.save(broken, path, {})
-    assert path.read_bytes() == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.json", "one.png"]
-
-
 def test_the_overlap_counts_the_first_scorers_tokens_that_another_keeps_too(ax):
     first = TokenFates(np.array([3, 1, 2, 3]), (1, 2), 3, np.zeros((2, 4)))
     other = TokenFates(np.array([3, 3, 1, 2]), (1, 2), 3, np.zeros((2, 4)))
@@ -374,32 +323,6 @@ def test_one_legend_names_each_series_once_for_all_axes():
     plots.one_legend(axes)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
     assert not [ax for ax in axes if ax.get_legend()]
-
-
-def test_a_legend_under_the_figure_lies_neither_on_the_axes_nor_on_the_line_that_names_the_model(tmp_path):
-    figure, axes = plt.subplots(1, 2, layout="constrained")
-    for ax in axes:
-        ax.set_xlabel("x")
-        for number in range(9):
-            ax.plot([0, 1], [0, number], label=f"method number {number}")
-    plots.one_legend(axes)
-    drawn = {}
-
-    def while_drawn(event):
-        parts = {"legend": figure.legends[0], "axis": axes[0].xaxis.label, **{t.get_gid(): t for t in figure.texts}}
-        drawn.update({name: part.get_window_extent(event.renderer) for name, part in parts.items()})
-
-    figure.canvas.mpl_connect("draw_event", while_drawn)
-    plots.save(figure, tmp_path / "two-rows.png", {"model": "embedded", "device": "cpu"})
-    assert drawn["origin"].y1 < drawn["legend"].y0 < drawn["legend"].y1 < drawn["axis"].y0
-
-
-def test_a_saved_picture_names_model_and_device_once(tmp_path):
-    figure = plt.subplots()[0]
-    for _ in range(2):
-        made = {"model": "embedded", "weights": "Q4_1", "device": "cpu", "host_cpus": 2}
-        plots.save(figure, tmp_path / "one.png", made)
-    assert [text.get_text() for text in figure.texts] == ["SmolLM2-135M-Instruct (Q4_1) · CPU, 2 cores"]
 
 
 def test_on_a_log_axis_scores_are_points_and_not_bars(ax):

@@ -8,32 +8,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-import transformers
 from transformers import DynamicCache
 
 from sdtp_lib import PruningConfig, TokenPruners, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in, cache_lengths
 from sdtp_lib.budget import tokens_per_layer
-from sdtp_lib.config import PruningNotSupported
-from sdtp_lib.pruning.generate_guard import CHUNKS_FROM
 from sdtp_lib.pruning.plan import chunk_counts, chunk_size, shared_out
-from tests.reference import FAMILIES, assert_logits_equal, eager_copy, louder, masked_logits, visible_per_layer
+from tests.pruning.chunked import CONFIG, OLD, model_of, tokens_of
+from tests.reference import FAMILIES, assert_logits_equal, eager_copy, masked_logits, visible_per_layer
 
-OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < CHUNKS_FROM
 pytestmark = pytest.mark.skipif(OLD, reason="this transformers' own chunks differ from the whole prompt: refused")
 
-CONFIG = PruningConfig(layers=(1, 3, 4), keep_ratio=0.6, sink_tokens=2, min_local_tokens=4)
 TOLD = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-
-
-def _tokens(count, seed=0, rows=1):
-    return torch.randint(3, 128, (rows, count), generator=torch.Generator().manual_seed(seed))
-
-
-def _model(tiny_model, family="llama", **more):
-    model = louder(tiny_model(family, dtype=torch.float64, **{**FAMILIES.get(family, {}), **more}))
-    model.generation_config.eos_token_id = None
-    return model
 
 
 def _assert_equals_reference(model, out, trace, prompt, row=0, padding=0):
@@ -56,8 +42,8 @@ def test_chunks_equal_the_masked_reference_for_what_they_kept(tiny_model, family
     """Rotary, learned and alibi positions, windows shorter and longer than a chunk, grouped heads."""
     if family in ("bloom", "gemma2") and backend == "sdpa":
         pytest.skip("eager attention only")
-    model = _model(tiny_model, family, attn_implementation=backend)
-    prompt = _tokens(101)
+    model = model_of(tiny_model, family, attn_implementation=backend)
+    prompt = tokens_of(101)
     with token_pruning(model, CONFIG, scorers.attention(4)) as trace:
         out = model.generate(prompt, max_new_tokens=4, prefill_chunk_size=size, **TOLD)
     counts = tokens_per_layer(CONFIG, 6, 101)
@@ -77,7 +63,7 @@ def test_chunks_equal_the_masked_reference_for_what_they_kept(tiny_model, family
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_chunks_that_keep_what_one_forward_keeps_give_what_it_gives(tiny_model, positions):
-    model, prompt = _model(tiny_model), _tokens(90)
+    model, prompt = model_of(tiny_model), tokens_of(90)
     config = CONFIG.replace(positions=positions)
     with token_pruning(model, config, scorers.random(3)) as chunked:
         found = model.generate(prompt, max_new_tokens=6, prefill_chunk_size=25, **TOLD)
@@ -94,7 +80,7 @@ def test_chunks_that_keep_what_one_forward_keeps_give_what_it_gives(tiny_model, 
 
 
 def test_one_chunk_is_one_forward_bit_for_bit(tiny_model):
-    model, prompt = _model(tiny_model), _tokens(60)
+    model, prompt = model_of(tiny_model), tokens_of(60)
     with token_pruning(model, CONFIG, scorers.attention(4)):
         plain = model.generate(prompt, max_new_tokens=5, **TOLD)
         for size in (60, 100):
@@ -108,10 +94,10 @@ def test_one_chunk_is_one_forward_bit_for_bit(tiny_model):
      ("gpt2", "sdpa", 24), ("bloom", "eager", 24)],
 )  # fmt: skip
 def test_rows_of_a_batch_equal_the_reference_also_where_a_chunk_is_all_padding(tiny_model, family, backend, shortest):
-    model = _model(tiny_model, family, attn_implementation=backend)
+    model = model_of(tiny_model, family, attn_implementation=backend)
     if backend == "eager":  # its softmax is in float32, where the lowest float64 is -inf and padding NaN, unpruned too
         model = model.float()
-    rows = [_tokens(100, 1), _tokens(90, 2), _tokens(shortest, 3)]
+    rows = [tokens_of(100, 1), tokens_of(90, 2), tokens_of(shortest, 3)]
     ids = torch.cat([torch.nn.functional.pad(row, (100 - row.shape[1], 0)) for row in rows])
     mask = torch.stack([(torch.arange(100) >= 100 - row.shape[1]).long() for row in rows])
     with token_pruning(model, CONFIG, scorers.attention(4)) as trace:
@@ -126,7 +112,7 @@ def test_rows_of_a_batch_equal_the_reference_also_where_a_chunk_is_all_padding(t
 
 
 def test_beams_and_several_answers_continue_one_prompt_in_chunks(tiny_model):
-    model, prompt = _model(tiny_model), _tokens(80)
+    model, prompt = model_of(tiny_model), tokens_of(80)
     with token_pruning(model, CONFIG, scorers.attention(4)) as trace:
         beams = model.generate(prompt, max_new_tokens=4, num_beams=3, do_sample=False, prefill_chunk_size=30)
         assert trace.prompt_lengths == [80] * 3
@@ -138,7 +124,7 @@ def test_beams_and_several_answers_continue_one_prompt_in_chunks(tiny_model):
 
 
 def test_protected_tokens_stay_and_budgets_are_the_whole_prompts(tiny_model):
-    model, prompt = _model(tiny_model), _tokens(100)
+    model, prompt = model_of(tiny_model), tokens_of(100)
     protect = torch.zeros(1, 100, dtype=torch.bool)
     protect[0, 28:45] = True
     with token_pruning(model, CONFIG, scorers.random(), protect=protect) as trace:
@@ -153,7 +139,7 @@ def test_protected_tokens_stay_and_budgets_are_the_whole_prompts(tiny_model):
 def test_a_wanted_speed_up_counts_the_whole_prompt(tiny_model):
     import sdtp_lib
 
-    model, prompt = _model(tiny_model), _tokens(200)
+    model, prompt = model_of(tiny_model), tokens_of(200)
     with sdtp_lib.token_pruning(model, "1.3x", "recency") as trace:
         model.generate(prompt, max_new_tokens=2, do_sample=False)
         counts = trace.tokens_per_layer
@@ -164,7 +150,7 @@ def test_a_wanted_speed_up_counts_the_whole_prompt(tiny_model):
 
 def test_what_a_scorer_sees_of_a_chunk(tiny_model):
     """The prompt's last tokens stand at the end at their own positions, and lengths are the whole prompt's."""
-    model, prompt = _model(tiny_model), _tokens(100)
+    model, prompt = model_of(tiny_model), tokens_of(100)
     seen = []
 
     def score(stage):
@@ -188,11 +174,13 @@ def test_what_a_scorer_sees_of_a_chunk(tiny_model):
 
 def test_tokens_that_ask_change_nothing_but_the_scores(tiny_model):
     """Another end of the prompt: with scores that do not look at it the earlier chunks' keys stay as they were."""
-    model = _model(tiny_model, "mistral")
+    model = model_of(tiny_model, "mistral")
     caches = []
-    for end in (_tokens(20, 8), _tokens(20, 9)):
+    for end in (tokens_of(20, 8), tokens_of(20, 9)):
         with token_pruning(model, CONFIG, scorers.random()):
-            out = model.generate(torch.cat([_tokens(60), end], dim=1), max_new_tokens=1, prefill_chunk_size=20, **TOLD)
+            out = model.generate(
+                torch.cat([tokens_of(60), end], dim=1), max_new_tokens=1, prefill_chunk_size=20, **TOLD
+            )
         caches.append(cache_in(out))
     for mine, other in zip(*(cache.layers for cache in caches), strict=True):
         before_the_end = min(mine.keys.shape[2], 8)
@@ -200,7 +188,7 @@ def test_tokens_that_ask_change_nothing_but_the_scores(tiny_model):
 
 
 def test_learned_pruners_score_chunks_with_the_distances_of_the_whole_prompt(tiny_model):
-    model, prompt = _model(tiny_model), _tokens(120)
+    model, prompt = model_of(tiny_model), tokens_of(120)
     torch.manual_seed(0)
     pruners = TokenPruners.for_model(model, (1, 3, 4), features=("hidden", "distance", "query", "attention", "memory"))
     assert pruners.query_tokens == 16
@@ -223,7 +211,7 @@ def test_learned_pruners_score_chunks_with_the_distances_of_the_whole_prompt(tin
 
 def test_attention_as_an_input_counts_in_even_shares_of_all_keys(tiny_model):
     """A uniform reader pays 1 over all keys to each: times the keys over the chunk's tokens an even share is even."""
-    model, prompt = _model(tiny_model), _tokens(100)
+    model, prompt = model_of(tiny_model), tokens_of(100)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.zero_()
@@ -242,10 +230,10 @@ def test_attention_as_an_input_counts_in_even_shares_of_all_keys(tiny_model):
 def test_after_a_cached_prefix_and_in_turns_and_in_copies(tiny_model):
     """``prune="every"`` in chunks behind a prefix and in the next turn, on a copy of the cache."""
     for family in ("llama", "mistral", "gpt2"):
-        model = _model(tiny_model, family)
+        model = model_of(tiny_model, family)
         config = CONFIG.replace(prune="every", min_prompt_tokens=8)
         cache = DynamicCache(config=model.config)
-        system, first, second = _tokens(50, 1), _tokens(64, 2), _tokens(70, 3)
+        system, first, second = tokens_of(50, 1), tokens_of(64, 2), tokens_of(70, 3)
         with torch.no_grad():
             model(input_ids=system, **cache_argument(model, cache))
         visible = torch.ones(6, 400, dtype=torch.bool)
@@ -273,11 +261,11 @@ def _hide(visible, start, trace):
 
 
 def test_a_prefix_is_left_as_it_is_and_said_so_where_later_tokens_are_not_pruned(tiny_model):
-    model = _model(tiny_model)
+    model = model_of(tiny_model)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=_tokens(20, 1), **cache_argument(model, cache))
-    ids = torch.cat([_tokens(20, 1), _tokens(60, 2)], dim=1)
+        model(input_ids=tokens_of(20, 1), **cache_argument(model, cache))
+    ids = torch.cat([tokens_of(20, 1), tokens_of(60, 2)], dim=1)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
     with pytest.warns(UserWarning, match="nothing is pruned"), token_pruning(model, CONFIG, scorers.attention(4)):
         found = model.generate(
@@ -287,7 +275,7 @@ def test_a_prefix_is_left_as_it_is_and_said_so_where_later_tokens_are_not_pruned
 
 
 def test_short_prompts_are_left_whole_and_counted_whole(tiny_model):
-    model, prompt = _model(tiny_model), _tokens(60)
+    model, prompt = model_of(tiny_model), tokens_of(60)
     expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
     with token_pruning(model, CONFIG.replace(min_prompt_tokens=61), scorers.attention(4)) as trace:
         found = model.generate(prompt, max_new_tokens=5, do_sample=False, prefill_chunk_size=20)
@@ -297,7 +285,7 @@ def test_short_prompts_are_left_whole_and_counted_whole(tiny_model):
 
 
 def test_a_chunk_may_keep_nothing(tiny_model):
-    model, prompt = _model(tiny_model), _tokens(100)
+    model, prompt = model_of(tiny_model), tokens_of(100)
     config = PruningConfig((2,), keep_tokens=6, sink_tokens=0, local_ratio=0.0, min_local_tokens=6)
     with token_pruning(model, config, scorers.random()) as trace:
         out = model.generate(prompt, max_new_tokens=3, prefill_chunk_size=30, **TOLD)
@@ -308,7 +296,7 @@ def test_a_chunk_may_keep_nothing(tiny_model):
 def test_sizes_of_chunks_are_read_wherever_generate_reads_them(tiny_model, recwarn):
     from transformers import GenerationConfig
 
-    model, prompt = _model(tiny_model), _tokens(60)
+    model, prompt = model_of(tiny_model), tokens_of(60)
     settings = GenerationConfig(max_new_tokens=2, do_sample=False, prefill_chunk_size=19)
     with token_pruning(model, CONFIG, scorers.attention(4)) as trace:
         by_name = model.generate(input_ids=prompt, generation_config=settings)
@@ -319,66 +307,6 @@ def test_sizes_of_chunks_are_read_wherever_generate_reads_them(tiny_model, recwa
         assert trace.query_tokens == 0
     assert torch.equal(by_name, by_place) and plain.shape == by_name.shape
     assert not [each for each in recwarn if "deprecated" in str(each.message)]
-
-
-def test_what_cannot_be_pruned_in_chunks_is_refused_before_any_compute(tiny_model):
-    from sdtp_lib import methods
-    from sdtp_lib import token_pruning as by_method
-
-    model, prompt = _model(tiny_model), _tokens(80)
-    ran = []
-    handle = model.model.register_forward_pre_hook(lambda *_: ran.append(1))
-
-    def refused(match, with_, error=PruningNotSupported, **arguments):
-        arguments = {"max_new_tokens": 2, "prefill_chunk_size": 30, "input_ids": prompt} | arguments
-        with with_, pytest.raises(error, match=match):
-            model.generate(**arguments)
-        assert not ran
-
-    plain = lambda **changes: token_pruning(model, CONFIG.replace(**changes), scorers.attention(4))  # noqa: E731
-    refused("keep_mass", plain(keep_mass=0.9))
-    refused("quantized", plain(), cache_implementation="quantized")
-    refused("offloaded", plain(), cache_implementation="offloaded")
-    refused("without input_ids", plain(), input_ids=None, inputs_embeds=torch.zeros(1, 80, 32, dtype=torch.float64))
-    refused("prefill_chunk_size=3", plain(), ValueError, prefill_chunk_size=3)
-    refused("two passes", by_method(model, methods.get("gemfilter"), verify="never"))
-    refused("KV budget", by_method(model, methods.get("snapkv"), verify="never"))
-    handle.remove()
-
-
-def test_scorers_that_read_what_a_chunk_does_not_have_are_refused(tiny_model):
-    model, prompt = _model(tiny_model), _tokens(80)
-
-    def reads(window):
-        return lambda stage: stage.attention_from_last(window).mean(dim=(1, 2))
-
-    with token_pruning(model, CONFIG, reads(20)), pytest.raises(PruningNotSupported, match="query_tokens = 20"):
-        model.generate(prompt, max_new_tokens=2, prefill_chunk_size=40)
-    whole = lambda stage: stage.attention_received().mean(dim=1)  # noqa: E731
-    with token_pruning(model, CONFIG, whole), pytest.raises(PruningNotSupported, match="later chunks"):
-        model.generate(prompt, max_new_tokens=2, prefill_chunk_size=40)
-
-
-def test_padding_that_generate_was_not_told_of_is_refused_or_read(tiny_model):
-    model = _model(tiny_model)
-    ids = torch.cat([torch.zeros(1, 30, dtype=torch.long), _tokens(60)], dim=1)
-    with token_pruning(model, CONFIG, scorers.attention(4)), pytest.raises(PruningNotSupported, match="attention_mask"):
-        model.generate(ids, max_new_tokens=2, prefill_chunk_size=40, pad_token_id=0)
-
-
-def test_a_failing_scorer_leaves_model_and_windows_as_they_were(tiny_model):
-    model, prompt = _model(tiny_model, "mistral"), _tokens(80)
-    expected = model.generate(prompt, max_new_tokens=3, do_sample=False)
-    cache = DynamicCache(config=model.config)
-
-    def fails(stage):
-        raise RuntimeError("on purpose")
-
-    with pytest.raises(RuntimeError, match="on purpose"), token_pruning(model, CONFIG, fails):
-        model.generate(prompt, **cache_argument(model, cache), max_new_tokens=2, prefill_chunk_size=40)
-    assert {layer.sliding_window for layer in cache.layers} == {40}
-    assert torch.equal(model.generate(prompt, max_new_tokens=3, do_sample=False), expected)
-    assert "generate" not in vars(model)
 
 
 def test_counts_of_chunks_add_up_within_what_each_has():

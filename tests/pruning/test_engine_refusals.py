@@ -1,10 +1,8 @@
-"""What pruning cannot serve is refused before any compute, by name and with the remedy; and nothing stays behind."""
+"""What pruning cannot serve is refused before any compute, by name and with the remedy."""
 
 from __future__ import annotations
 
-import gc
 import threading
-import weakref
 
 import pytest
 import torch
@@ -12,40 +10,21 @@ from transformers import StaticCache
 
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in
-from sdtp_lib.architectures.layers import decoder_layers, describe
+from sdtp_lib.architectures.layers import describe
+from tests.pruning.model_state import Counter, hooks_of
 
 CONFIG = PruningConfig(layers=(1, 3), keep_ratio=0.6, min_local_tokens=4)
 PROMPT = torch.arange(3, 67)[None]
 
 
-class _Counter:
-    """Counts calls of the decoder layers, so that a test can say that nothing was computed."""
-
-    def __init__(self, model):
-        self.calls = 0
-        self.handle = decoder_layers(model)[0].register_forward_pre_hook(self._count)
-
-    def _count(self, *_):
-        self.calls += 1
-
-
-def _hooks(model):
-    """Hooks and instance attributes of every module: what a ``with`` must leave as it was."""
-    counts = [
-        (len(module._forward_pre_hooks), len(module._forward_hooks), len(module._forward_hooks_always_called))
-        for module in model.modules()
-    ]
-    return counts, sorted(vars(model))
-
-
 def _refused(model, match, act, error=PruningNotSupported, config=CONFIG, scorer=None):
-    counter = _Counter(model)
-    before = _hooks(model)
+    counter = Counter(model)
+    before = hooks_of(model)
     # Without `verify`, which computes on entry where this release has not swept this transformers.
     with pytest.raises(error, match=match), token_pruning(model, config, scorer or scorers.recency(), verify="never"):
         act(model)
     assert counter.calls == 0, "something was computed before the refusal"
-    assert _hooks(model) == before
+    assert hooks_of(model) == before
 
 
 def test_a_static_cache_is_refused(tiny_model):
@@ -247,7 +226,7 @@ def test_generate_does_not_go_on_from_another_token_than_the_last(tiny_model):
     with torch.no_grad(), token_pruning(model, config.replace(keep_ratio=0.001), scorers.random()) as trace:
         model(PROMPT)
     assert trace.tokens_per_layer[-1] == 1, "never none"
-    counter = _Counter(model)
+    counter = Counter(model)
     with (
         pytest.raises(PruningNotSupported, match="min_local_tokens=0 with local_ratio=0 .* give min_local_tokens=1"),
         token_pruning(model, config, scorers.random()),
@@ -293,88 +272,13 @@ def test_compact_positions_are_refused_for_batches_and_for_models_without_one_ro
 def test_flash_attention_with_a_window_shorter_than_the_prompt_is_refused(tiny_model):
     model = tiny_model("mistral", sliding_window=20)
     model.config._attn_implementation = "flash_attention_2"
-    counter = _Counter(model)
+    counter = Counter(model)
     with (
         pytest.raises(PruningNotSupported, match=r"sliding window \(20\)"),
         token_pruning(model, CONFIG, scorers.recency()),
     ):
         model.model(input_ids=PROMPT)
     assert counter.calls == 0
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_inside_leaves_the_model_as_it_was(tiny_model, error):
-    model = tiny_model()
-    plain, before = model(input_ids=PROMPT).logits, _hooks(model)
-
-    def scorer(stage):
-        if stage.layer_index == 3:
-            raise error("stop")
-        return stage.positions.float()
-
-    with pytest.raises(error), token_pruning(model, CONFIG, scorer):
-        inside = _hooks(model)
-        model(input_ids=PROMPT)
-    assert inside != before
-    assert _hooks(model) == before
-    assert torch.equal(model(input_ids=PROMPT).logits, plain)
-
-
-def test_a_failed_prefill_does_not_spoil_the_next_one_in_the_same_with(tiny_model):
-    model, failing = tiny_model(), [True]
-
-    def scorer(stage):
-        if stage.layer_index == 3 and failing:
-            failing.pop()
-            raise RuntimeError("once")
-        return stage.positions.float()
-
-    with torch.no_grad(), token_pruning(model, CONFIG, scorer) as trace:
-        with pytest.raises(RuntimeError, match="once"):
-            model(input_ids=PROMPT)
-        logits = model(input_ids=PROMPT).logits
-    with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()):
-        assert torch.equal(model(input_ids=PROMPT).logits, logits)
-    assert trace.tokens_per_layer == [64, 38, 38, 22, 22, 22]
-
-
-def test_a_generator_left_half_way_gives_the_model_back(tiny_model):
-    model = tiny_model()
-    before = _hooks(model)
-
-    def tokens():
-        with token_pruning(model, CONFIG, scorers.recency()):
-            for _ in range(5):
-                yield model(input_ids=PROMPT).logits.shape
-
-    stream = tokens()
-    next(stream)
-    assert _hooks(model) != before
-    stream.close()
-    assert _hooks(model) == before
-
-
-def test_a_thousand_entries_leave_nothing_behind(tiny_model):
-    model, prompt = tiny_model(num_hidden_layers=3, hidden_size=16), PROMPT[:, :40]
-    before = _hooks(model)
-    config = PruningConfig(layers=(1,), keep_ratio=0.5, min_local_tokens=4)
-    with torch.no_grad(), token_pruning(model, config, scorers.recency()) as trace:
-        cache = cache_in(model(input_ids=prompt, use_cache=True))
-    gone = weakref.ref(cache)
-    del cache
-    for _ in range(1000):
-        with token_pruning(model, config, scorers.recency()):
-            pass
-    gc.collect()
-    assert gone() is None, "something still holds a cache"
-    tensors = sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
-    for _ in range(50):
-        with torch.no_grad(), token_pruning(model, config, scorers.recency()):
-            model(input_ids=prompt)
-    gc.collect()
-    assert sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects()) == tensors
-    assert _hooks(model) == before
-    assert trace.prefills == 1
 
 
 def test_the_prune_log_and_the_frame_tell_what_was_dropped(tiny_model, tmp_path):
