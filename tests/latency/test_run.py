@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +15,7 @@ from sdtp_lib.latency import run as latency_run
 from sdtp_lib.latency import variants
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.records import OtherProvenance, RowWriter, read_rows
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks.commands import command
 
 
 def row(method, repetition, prefill, decode, *, tokens=1000, tflops=2.0, kv=100, status="ok", **more):
@@ -226,9 +223,6 @@ def test_a_training_step_is_what_further_samples_cost_and_leaves_nothing_behind(
 
 
 def test_the_command_reports_and_compares_row_files(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("latency_benchmark", ROOT / "benchmarks" / "latency.py")
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     for path, factor in ((old, 1.0), (new, 1.5)):
         with RowWriter(path, {}) as writer:
@@ -236,22 +230,19 @@ def test_the_command_reports_and_compares_row_files(tmp_path, capsys):
                 fields = {k: v for k, v in r.items() if k != "kind"}
                 fields["prefill_ms"] *= factor
                 writer.add(f"{r['method']}/{r['repetition']}", kind="latency", **fields)
-    assert command.main(["report", str(old)]) == 0
+    assert command("latency")(["report", str(old)]) == 0
     assert json.loads((tmp_path / "old.json").read_text())["1000"]["speedup"]["prefill"] == pytest.approx(200 / 110)
     assert "keep09" in (tmp_path / "old.md").read_text()
-    assert command.main(["compare", str(old), str(old)]) == 0
-    assert command.main(["compare", str(old), str(new)]) == 1
+    assert command("latency")(["compare", str(old), str(old)]) == 0
+    assert command("latency")(["compare", str(old), str(new)]) == 1
     assert "slower" in capsys.readouterr().out
 
 
 @pytest.mark.embedded
 @pytest.mark.slow
 def test_the_benchmark_runs_on_the_embedded_model(tmp_path):
-    spec = importlib.util.spec_from_file_location("latency_benchmark", ROOT / "benchmarks" / "latency.py")
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
     arguments = ["run", "--lengths", "512", "--new-tokens", "4", "--repeats", "1", "--out", str(tmp_path)]
-    assert command.main([*arguments, "--identity", "--alternatives", "keep09"]) == 0
+    assert command("latency")([*arguments, "--identity", "--alternatives", "keep09"]) == 0
     rows = read_rows(tmp_path / "latency.jsonl")
     assert len(rows) == 1 + 1 + 3 + 9
     assert {r["status"] for r in rows} == {"ok"} and {r["weights"] for r in rows} == {"Q4_1, dequantised"}

@@ -6,23 +6,16 @@ import copy
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
-from sdtp_lib import PruningConfig, PruningNotSupported, load_pruned_cache, save_pruned_cache, scorers, token_pruning
+from sdtp_lib import PruningNotSupported, load_pruned_cache, save_pruned_cache, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in, cache_lengths
-from sdtp_lib.pruning.generate_guard import CHUNKS_FROM
+from tests.pruning.chunked import CONFIG, OLD, tokens_of
 from tests.reference import louder
 
-OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < CHUNKS_FROM
-CONFIG = PruningConfig(layers=(1, 3, 4), keep_ratio=0.6, sink_tokens=2, min_local_tokens=4)
 FAMILIES = {
     "llama": {}, "mistral": {"sliding_window": 40}, "gemma3_text": {"sliding_window": 24}, "gpt2": {}, "bloom": {}
 }  # fmt: skip
-
-
-def _tokens(count, seed=0, rows=1):
-    return torch.randint(3, 128, (rows, count), generator=torch.Generator().manual_seed(seed))
 
 
 def _model(tiny_model, family="llama", **more):
@@ -50,33 +43,33 @@ def _asked(model, ids, cache, question, config=CONFIG, **arguments):
 @pytest.mark.parametrize("turns", ["first", "every"])
 def test_a_saved_cache_answers_every_question_as_the_one_in_memory(tiny_model, tmp_path, family, turns):
     model, config = _model(tiny_model, family), CONFIG.replace(prune=turns)
-    ids, cache = _document(model, _tokens(80), config)
+    ids, cache = _document(model, tokens_of(80), config)
     path = save_pruned_cache(cache, tmp_path / "document.safetensors", model)
     loaded = load_pruned_cache(path, model)
     assert cache_lengths(loaded) == cache_lengths(cache)
     assert [file.name for file in tmp_path.iterdir()] == ["document.safetensors"]
     for seed, length in ((5, 6), (6, 30)):
-        question = _tokens(length, seed)
+        question = tokens_of(length, seed)
         found, expected = (_asked(model, ids, each, question, config) for each in (loaded, cache))
         assert torch.equal(found, expected)
     again = load_pruned_cache(save_pruned_cache(loaded, tmp_path / "again.safetensors", model), model)
-    found, expected = (_asked(model, ids, each, _tokens(6, 5), config) for each in (again, cache))
+    found, expected = (_asked(model, ids, each, tokens_of(6, 5), config) for each in (again, cache))
     assert torch.equal(found, expected)
 
 
 def test_rows_of_a_batch_compact_positions_and_chunks_go_to_disk_too(tiny_model, tmp_path):
     model = _model(tiny_model)
-    rows = torch.cat([torch.zeros(1, 20, dtype=torch.long), _tokens(60, 1)], dim=1)
-    ids, mask = torch.cat([rows, _tokens(80, 2)]), torch.ones(2, 80, dtype=torch.long)
+    rows = torch.cat([torch.zeros(1, 20, dtype=torch.long), tokens_of(60, 1)], dim=1)
+    ids, mask = torch.cat([rows, tokens_of(80, 2)]), torch.ones(2, 80, dtype=torch.long)
     mask[0, :20] = 0
-    cases = [(ids, CONFIG, {"attention_mask": mask}), (_tokens(80), CONFIG.replace(positions="compact"), {}),
-             (_tokens(80), CONFIG, {"prefill_chunk_size": 30})]  # fmt: skip
+    cases = [(ids, CONFIG, {"attention_mask": mask}), (tokens_of(80), CONFIG.replace(positions="compact"), {}),
+             (tokens_of(80), CONFIG, {"prefill_chunk_size": 30})]  # fmt: skip
     if OLD:  # refused there
         cases.pop()
     for number, (prompt, config, more) in enumerate(cases):
         sequence, cache = _document(model, prompt, config, **more)
         loaded = load_pruned_cache(save_pruned_cache(cache, tmp_path / f"{number}.safetensors", model), model)
-        question = _tokens(5, 7, rows=len(prompt))
+        question = tokens_of(5, 7, rows=len(prompt))
         if "attention_mask" in more:
             more = {"attention_mask": torch.cat([mask, torch.ones(2, 7, dtype=torch.long)], dim=1)}
         found, expected = (_asked(model, sequence, each, question, config, **more) for each in (loaded, cache))
@@ -85,7 +78,7 @@ def test_rows_of_a_batch_compact_positions_and_chunks_go_to_disk_too(tiny_model,
 
 def test_layers_between_two_cuts_share_their_record_on_disk_and_in_memory(tiny_model, tmp_path):
     model = _model(tiny_model)
-    _, cache = _document(model, _tokens(80))
+    _, cache = _document(model, tokens_of(80))
     path = save_pruned_cache(cache, tmp_path / "document.safetensors", model)
     assert sorted(name for name in load_file(path) if name.startswith("kept")) == ["kept.0", "kept.1", "kept.2"]
     record = load_pruned_cache(path, model).record
@@ -94,14 +87,14 @@ def test_layers_between_two_cuts_share_their_record_on_disk_and_in_memory(tiny_m
 
 def test_a_cache_that_was_not_pruned_is_saved_as_it_is(tiny_model, tmp_path):
     model = _model(tiny_model)
-    out = model.generate(_tokens(30), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    out = model.generate(tokens_of(30), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
     loaded = load_pruned_cache(save_pruned_cache(cache_in(out), tmp_path / "plain.safetensors", model), model)
     assert type(loaded) is type(cache_in(out)) and cache_lengths(loaded) == cache_lengths(cache_in(out))
 
 
 def test_another_model_is_refused_by_what_differs(tiny_model, tmp_path):
     model = _model(tiny_model)
-    _, cache = _document(model, _tokens(80))
+    _, cache = _document(model, tokens_of(80))
     path = save_pruned_cache(cache, tmp_path / "document.safetensors", model)
     for match, other in (
         ("num_hidden_layers=6.*num_hidden_layers=5", _model(tiny_model, num_hidden_layers=5)),
@@ -117,7 +110,7 @@ def test_another_model_is_refused_by_what_differs(tiny_model, tmp_path):
 
 def test_files_that_are_no_whole_cache_are_refused(tiny_model, tmp_path):
     model = _model(tiny_model)
-    _, cache = _document(model, _tokens(80))
+    _, cache = _document(model, tokens_of(80))
     path = save_pruned_cache(cache, tmp_path / "document.safetensors", model)
     with pytest.raises(FileNotFoundError):
         load_pruned_cache(tmp_path / "nowhere.safetensors", model)
@@ -144,7 +137,7 @@ def test_a_save_that_fails_leaves_what_was_there(tiny_model, tmp_path, monkeypat
     from sdtp_lib.pruning import cache_files
 
     model = _model(tiny_model)
-    _, cache = _document(model, _tokens(80))
+    _, cache = _document(model, tokens_of(80))
     path = save_pruned_cache(cache, tmp_path / "document.safetensors", model)
     before = path.read_bytes()
 

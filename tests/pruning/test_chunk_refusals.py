@@ -9,9 +9,9 @@ from transformers import DynamicCache
 from sdtp_lib import scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument
 from sdtp_lib.config import PruningNotSupported
-from tests.pruning.chunked import CONFIG, OLD, model_of, tokens_of
+from tests.pruning.chunked import CONFIG, model_of, needs_chunks, tokens_of
 
-pytestmark = pytest.mark.skipif(OLD, reason="this transformers' own chunks differ from the whole prompt: refused")
+pytestmark = needs_chunks
 
 
 def test_what_cannot_be_pruned_in_chunks_is_refused_before_any_compute(tiny_model):

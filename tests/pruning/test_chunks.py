@@ -14,10 +14,10 @@ from sdtp_lib import PruningConfig, TokenPruners, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in, cache_lengths
 from sdtp_lib.budget import tokens_per_layer
 from sdtp_lib.pruning.plan import chunk_counts, chunk_size, shared_out
-from tests.pruning.chunked import CONFIG, OLD, model_of, tokens_of
+from tests.pruning.chunked import CONFIG, model_of, needs_chunks, tokens_of
 from tests.reference import FAMILIES, assert_logits_equal, eager_copy, masked_logits, visible_per_layer
 
-pytestmark = pytest.mark.skipif(OLD, reason="this transformers' own chunks differ from the whole prompt: refused")
+pytestmark = needs_chunks
 
 TOLD = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 

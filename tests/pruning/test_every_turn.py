@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from sdtp_lib import PruningConfig, TokenPruners, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_argument, cache_in
+from tests.pruning.chunked import tokens_of
 from tests.reference import assert_logits_equal, eager_copy, louder, masked_logits
 
 CONFIG = PruningConfig(
@@ -19,10 +20,6 @@ FAMILIES = {
     "llama": {}, "qwen3": {}, "mistral": {"sliding_window": 40}, "gemma3_text": {"sliding_window": 24}, "bloom": {},
     "gpt_neox": {},
 }  # fmt: skip
-
-
-def _tokens(count, seed):
-    return torch.randint(3, 128, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
 def _forward(model, ids, cache, **arguments):
@@ -44,8 +41,8 @@ def test_a_cached_prefix_and_three_turns_equal_the_masked_reference(tiny_model, 
     if family == "bloom" and backend == "sdpa":
         pytest.skip("BLOOM has eager attention only")
     model = louder(tiny_model(family, dtype=torch.float64, attn_implementation=backend, **FAMILIES[family]))
-    pieces = [_tokens(n, seed) for seed, n in enumerate((50, 1, 1, 30, 1, 20, 5))]
-    head = _tokens(prefix, 99)
+    pieces = [tokens_of(n, seed) for seed, n in enumerate((50, 1, 1, 30, 1, 20, 5))]
+    head = tokens_of(prefix, 99)
     cache, start, found, turns = DynamicCache(config=model.config), prefix, [], 0
     with torch.no_grad():
         if prefix:  # outside the `with`, so never touched
@@ -75,7 +72,7 @@ def test_a_cached_prefix_and_three_turns_equal_the_masked_reference(tiny_model, 
 def test_attention_is_shared_out_over_the_prefix_and_scores_are_of_new_tokens_only(tiny_model):
     """What the last tokens pay to the prefix is missing from the new tokens' sum, as in one whole forward."""
     model = louder(tiny_model(dtype=torch.float64, attn_implementation="eager"))
-    head, new = _tokens(12, 1), _tokens(40, 2)
+    head, new = tokens_of(12, 1), tokens_of(40, 2)
     cache = DynamicCache(config=model.config)
     whole = model(input_ids=torch.cat([head, new], dim=1), output_attentions=True).attentions[1]
     expected = whole[0, :, -4:, 12:].mean(dim=(0, 1))
@@ -90,7 +87,7 @@ def test_attention_is_shared_out_over_the_prefix_and_scores_are_of_new_tokens_on
 
 def test_rows_with_padding_in_the_prefix_and_in_the_turn_give_what_they_give_alone(tiny_model):
     model = louder(tiny_model(dtype=torch.float64))
-    rows = [(_tokens(40, 1)[0], _tokens(30, 2)[0]), (_tokens(25, 3)[0], _tokens(18, 4)[0])]
+    rows = [(tokens_of(40, 1)[0], tokens_of(30, 2)[0]), (tokens_of(25, 3)[0], tokens_of(18, 4)[0])]
 
     def turn(parts, width):
         ids, mask = torch.zeros(len(parts), width, dtype=torch.long), torch.zeros(len(parts), width, dtype=torch.long)
@@ -128,7 +125,7 @@ def test_rows_with_padding_in_the_prefix_and_in_the_turn_give_what_they_give_alo
 def test_generate_prunes_what_follows_a_system_prompt_and_each_turn(tiny_model):
     model = louder(tiny_model())
     model.generation_config.eos_token_id = None
-    system, first, second = _tokens(12, 1), _tokens(40, 2), _tokens(30, 3)
+    system, first, second = tokens_of(12, 1), tokens_of(40, 2), tokens_of(30, 3)
     cache = DynamicCache(config=model.config)
     model(input_ids=system, **cache_argument(model, cache))
     with token_pruning(model, CONFIG, scorers.attention(4)) as trace:
@@ -151,9 +148,9 @@ def test_learned_pruners_score_a_turn_as_they_score_a_prompt(tiny_model):
     pruners = TokenPruners.for_model(model, (1, 3, 4), features=("hidden", "distance", "query", "attention", "memory"))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=_tokens(12, 1), **cache_argument(model, cache))
+        model(input_ids=tokens_of(12, 1), **cache_argument(model, cache))
         with token_pruning(model, CONFIG, pruners) as trace:
-            _forward(model, _tokens(40, 2), cache)
+            _forward(model, tokens_of(40, 2), cache)
     assert trace.tokens_per_layer == [40, 24, 24, 14, 8, 8]
     assert int(trace.kept_positions[4].max()) == 39
 
@@ -161,7 +158,7 @@ def test_learned_pruners_score_a_turn_as_they_score_a_prompt(tiny_model):
 def test_first_leaves_later_turns_whole(tiny_model):
     model = louder(tiny_model())
     with torch.no_grad(), token_pruning(model, CONFIG.replace(prune="first"), scorers.recency()) as trace:
-        _, cache = _forward(model, _tokens(40, 1), None)
-        logits, _ = _forward(model, _tokens(30, 2), cache)
+        _, cache = _forward(model, tokens_of(40, 1), None)
+        logits, _ = _forward(model, tokens_of(30, 2), cache)
     assert logits.shape[0] == 30
     assert trace.prefills == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,8 @@ from sdtp_lib import PruningNotSupported
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.masked_reference import hidden_keys, masked_forward
 from sdtp_lib.pruning.verify import check_on_entry, trusted, verify_pruning
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reference import eager_copy, louder, masked_logits, visible_per_layer
+from tests.pruning.model_state import hooks_of
+from tests.reference import eager_copy, louder, masked_logits, visible_per_layer
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,10 +48,6 @@ def calls_of(model) -> list[int]:
     seen: list[int] = []
     model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
     return seen
-
-
-def hooks_of(model) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
