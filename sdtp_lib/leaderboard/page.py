@@ -123,8 +123,9 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         f"{speedup:g}x fewer prefill FLOPs at {length:,} tokens, the {len(body)} best of {everyone} that can be so "
         f"fast, by mean KL to the unpruned model (nats per token, n items per test set). RULER, solved: of {solved} "
         "items that the unpruned model solves, the score x 100. TTFT: measured speed-up, beside other work on the "
-        f"machine. {origin_line(first)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}. Intervals, all "
-        "methods, tasks and speed-ups: [docs/leaderboard.md](docs/leaderboard.md)."
+        f"machine. {origin_line(first)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}. "
+        f"{words.better_in_short(frame)} Intervals, all methods, tasks and speed-ups: "
+        "[docs/leaderboard.md](docs/leaderboard.md)."
     )
     return {"name": "leaderboard", "title": "Leaderboard", "header": header, "body": body, "note": note}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sdtp_lib.data.ruler import TASKS
@@ -33,31 +34,60 @@ GOAL_POINTS = 1.0
 def better_elsewhere(frame: Any) -> list[str]:
     """One sentence per place where a method's mean is better than ours (KL lower, scores higher), and whether its
     interval leaves zero out."""
+    return [lead.sentence for lead in _leads(frame)]
+
+
+def better_in_short(frame: Any) -> str:
+    """The same in a line or two, by method: where one is ahead of ours beyond its interval, and where within it."""
+    groups: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
+    for lead in _leads(frame):
+        groups[lead.beyond].setdefault(lead.method, []).append(lead.where)
+    said = {
+        beyond: ", ".join(f"`{method}` ({'; '.join(places)})" for method, places in sorted(group.items()))
+        for beyond, group in groups.items()
+    }
+    if not any(said.values()):
+        return f"Nowhere in these rows is another method's mean ahead of `{OURS}`."
+    return (
+        f"Where another method is ahead of `{OURS}`, at any length and speed-up: beyond its 95 % interval "
+        f"{said[True] or 'nowhere'}; by a mean whose interval holds zero or on too few items to say "
+        f"{said[False] or 'nowhere'}."
+    )
+
+
+@dataclass(frozen=True)
+class _Lead:
+    """A place where a method's mean is better than ours; ``beyond``: by an interval without zero."""
+
+    method: str
+    where: str
+    beyond: bool
+    sentence: str
+
+
+def _leads(frame: Any) -> list[_Lead]:
     found = []
     for length, speedup in places(frame):
         part = at(frame, length, speedup)
-        where = f"at {speedup:g}x and {length:,} tokens"
-        for line in kl_differences(part):
-            if line["difference"].value < 0:
-                found.append(
-                    f"{line['cell']} {where}: `{line['method']}` is {_how(line, 'lower')}: KL "
-                    f"{line['difference'].text(sign=True)} to ours."
-                )
-        for line in score_differences(part, LONGBENCH):
-            if line["difference"].value > 0:
-                found.append(
-                    f"LongBench's {line['cell']} {where}: `{line['method']}` is {_how(line, 'higher')}: "
-                    f"{line['difference'].text(2, sign=True)} points to ours."
-                )
+        place = f"at {speedup:g}x and {length:,} tokens"
+        kl = [(line, line["cell"], "lower", f"KL {line['difference'].text(sign=True)}")
+              for line in kl_differences(part) if line["difference"].value < 0]  # fmt: skip
+        scores = [(line, f"LongBench's {line['cell']}", "higher", f"{line['difference'].text(2, sign=True)} points")
+                  for line in score_differences(part, LONGBENCH) if line["difference"].value > 0]  # fmt: skip
+        for line, cell, word, by in kl + scores:
+            where = f"{cell} {place}"
+            sentence = f"{where}: `{line['method']}` is {_how(line, word)}: {by} to ours."
+            found.append(_Lead(line["method"], where, line["verdict"] == "better", sentence))
         ruler = answers(part)
         ours = ruler.get(OURS)
         for name, own in ruler.items() if ours else ():
             if name != OURS and own["all"] > ours["all"]:
                 few = ", too few items to say" if min(own["items"], ours["items"]) < FEWEST_PAIRS else ""
-                found.append(
-                    f"RULER {where}: `{name}` scores {own['all']:.1f} over all items, ours {ours['all']:.1f} "
+                sentence = (
+                    f"RULER {place}: `{name}` scores {own['all']:.1f} over all items, ours {ours['all']:.1f} "
                     f"(n = {own['items']} and {ours['items']}{few})."
                 )
+                found.append(_Lead(name, f"RULER {place}", False, sentence))
     return found
 
 

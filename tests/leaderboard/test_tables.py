@@ -42,6 +42,9 @@ def test_a_method_that_loses_less_is_named_with_its_interval_and_its_count():
     frame = framed(kl_rows({"sdtp": 0.2, "lazyllm": 0.1, "gemfilter": 0.4}))
     (sentence,) = words.better_elsewhere(frame)
     assert sentence.startswith("text at 2x and 64 tokens: `lazyllm` is better: KL -0.1") and "(8)" in sentence
+    short = words.better_in_short(frame)
+    assert "beyond its 95 % interval `lazyllm` (text at 2x and 64 tokens); by a mean" in short
+    assert short.endswith("items to say nowhere.") and "gemfilter" not in short
     verdicts = {line["method"]: line["verdict"] for line in tables.kl_differences(frame)}
     assert verdicts == {"lazyllm": "better", "gemfilter": "worse"}
     assert (
@@ -53,6 +56,7 @@ def test_a_method_that_loses_less_is_named_with_its_interval_and_its_count():
 def test_where_none_is_ahead_the_goal_is_met_and_no_sentence_stands():
     frame = framed(kl_rows({"sdtp": 0.1, "lazyllm": 0.2}))
     assert words.better_elsewhere(frame) == [] and words.goals(frame)[0].startswith("met: lowest KL on text at 2x")
+    assert words.better_in_short(frame).startswith("Nowhere in these rows is another method's mean ahead")
     assert "best of the others `lazyllm` 0.2" in words.goals(frame)[0], "not ours again"
     alone = framed(kl_rows({"sdtp": 0.1}))
     assert words.goals(alone)[0].startswith("no other method to say: lowest KL on text")
@@ -63,6 +67,8 @@ def test_under_six_items_no_verdict_is_given():
     frame = framed(kl_rows({"sdtp": 0.2, "lazyllm": 0.1}, count=5))
     assert tables.kl_differences(frame)[0]["verdict"] == "too few"
     assert "too few items" in words.better_elsewhere(frame)[0]
+    short = words.better_in_short(frame)
+    assert "interval nowhere; by a mean" in short and "say `lazyllm` (text at 2x and 64 tokens)." in short
 
 
 def test_an_item_that_a_running_command_has_not_finished_does_not_count():
@@ -203,6 +209,7 @@ def test_the_readmes_lines_are_the_best_ten_by_kl_and_name_their_count_and_origi
     table = page.readme_table(kl_rows(names))
     assert len(table["body"]) == 10 and table["body"][0][0] == "**sdtp**" and table["body"][0][-1] == "8"
     assert table["header"][2] == "KL text" and "measured 2026-01-02" in table["note"]
+    assert "Nowhere in these rows is another method's mean ahead" in table["note"]
     assert page.readme_table(kl_rows(names, speedup=1.5)) is None
 
 
