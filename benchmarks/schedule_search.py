@@ -1,11 +1,12 @@
 """`schedules.py search`: which layers drop how much at one FLOPs budget, chosen and measured on different prompts.
 
-Candidates differ in the first layer, the distance between stages, and in which stages drop most. What is chosen on
-training-side samples is measured on held-out ones beside the even schedule. Knows rows by their column names.
+Candidates differ in the first and the last layer, the distance between stages, and in which stages drop most. What is
+chosen on training-side samples is measured on held-out ones beside the even schedule. Knows rows by column names.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,21 @@ def at_budget(
 
 
 def schedules(
-    layers: Sequence[int], starts: int, steps: Sequence[int], profiles: Sequence[str]
+    layers: Sequence[int], starts: int, steps: Sequence[int], profiles: Sequence[str], ends: Sequence[int] = ()
 ) -> dict[str, tuple[list[int], str]]:
-    """``"from 7 every 6, early"`` -> its stages and profile. First the even one at all layers: the others' measure."""
-    plans = [(start, step, each) for start in range(min(starts, len(layers))) for step in steps for each in profiles]
+    """``"from 4 every 6 to 16, early"`` -> its stages and profile; without "to" up to the last of ``layers``.
+
+    First the even one at all layers: the others' measure. ``ends``: no stage is beyond one of these layers.
+    """
+    grid = itertools.product(range(min(starts, len(layers))), steps, ends or (layers[-1],), profiles)
     found = {}
-    for start, step, profile in dict.fromkeys([(0, 1, "even"), *plans]):
-        stages = list(layers[start::step])
+    for start, step, end, profile in dict.fromkeys([(0, 1, layers[-1], "even"), *grid]):
+        whole = list(layers[start::step])
+        stages = [layer for layer in whole if layer <= end]
         if len(stages) > 1:
-            found[f"from {stages[0]} every {stages[1] - stages[0]}, {profile}"] = (stages, profile)
-        elif profile == "even":
+            to = "" if stages == whole else f" to {stages[-1]}"
+            found[f"from {stages[0]} every {stages[1] - stages[0]}{to}, {profile}"] = (stages, profile)
+        elif stages and profile == "even":
             found[f"{stages[0]} alone"] = (stages, profile)
     return found
 
@@ -130,7 +136,7 @@ def search(
     measure: Callable[[Mapping[str, PruningConfig], str], None], stamp: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Measure the grid on training-side samples and what it chose on held-out ones; print tables, draw the picture."""
-    plans = schedules(layers, options.starts, options.steps, options.profiles)
+    plans = schedules(layers, options.starts, options.steps, options.profiles, options.ends)
     even, tokens = next(iter(plans)), options.prompt_tokens
     grid = at_speedups(shape, plans, tokens, options.speedups)
     measure(grid, "train")

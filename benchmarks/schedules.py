@@ -50,6 +50,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0], help="of `search` and `pairs`")
     parser.add_argument("--starts", type=int, default=4, help="of `search`: begin at one of the first so many layers")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3], help="of `search`: use every n-th layer")
+    parser.add_argument("--ends", type=int, nargs="+", default=[], metavar="LAYER", help="of `search`: no stage beyond "
+                        "one of these (default: all layers that the score has)")  # fmt: skip
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(COARSE), help="of `search`: which "
                         f"stages drop most (default: {', '.join(COARSE)})")  # fmt: skip
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="keep ratios of `first`")

@@ -127,6 +127,23 @@ def test_schedules_are_compared_at_the_budget_that_was_asked_for(model_folder, t
         assert "from 4 every 1, even" not in chosen and "KL minus that of" in printed
 
 
+def test_a_search_names_where_its_stages_begin_lie_and_end():
+    search = script("schedule_search")
+    layers = [4, 7, 10, 13, 16]
+    found = search.schedules(layers, 1, [1, 2], ["even", "early"], [10, 16])
+    assert next(iter(found)) == "from 4 every 3, even"
+    assert {name: stages for name, (stages, _) in found.items() if "early" in name} == {
+        "from 4 every 3 to 10, early": [4, 7, 10],
+        "from 4 every 3, early": layers,
+        "from 4 every 6 to 10, early": [4, 10],
+        "from 4 every 6, early": [4, 10, 16],
+    }
+    assert search.schedules(layers, 1, [1], ["even"], [4]) == {
+        "from 4 every 3, even": (layers, "even"),
+        "4 alone": ([4], "even"),
+    }
+
+
 def test_training_free_scores_are_compared_in_pairs_with_schedules_at_equal_flops(model_folder, tmp_path, capsys):
     arguments = ["pairs", "--model", str(model_folder), "--test-sets", "text", "needle", "--samples", "1"]
     arguments += ["--prompt-tokens", "200", "--speedups", "1.2", "1.8", "--run-dir", str(tmp_path)]
