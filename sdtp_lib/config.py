@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 PRESETS = ("keep09", "keep08", "keep07", "paper-low", "fast")
-_FAST = (0.475, 0.87)  # kept at the first and at the last stage
+_FAST = (0.435, 0.708, 0.765, 0.823)  # kept at its four stages
+FRONT_FROM = 2.5  # the prefill speed-up from which learned scores prune at `front_stages`
 POSITION_MODES = ("original", "compact")
 PRUNE_MODES = ("first", "every")
 
@@ -105,8 +106,8 @@ class PruningConfig:
 
         keep09, keep08 and keep07 prune before layers ``range(4, L, 3)`` (ten stages on 32 layers, the paper's SDTP);
         paper-low before the first five of ``range(4, L, 5)`` at 0.9 (the paper's SDTP-low). fast is not the paper's:
-        the FLOPs of keep07 on 30 layers with half its stages, ``range(4, L, 6)``, of which the first drop most (0.475
-        to 0.87, evenly between); it lost less on held-out prompts (LOG.md, "Do the search's schedules hold").
+        the FLOPs of keep07 on 30 layers with four of its stages (`front_stages`; 4, 7, 13 and 22 of 30), which keep
+        0.435, 0.708, 0.765 and 0.823; it lost less on held-out prompts (LOG.md, "Few stages that drop early").
         """
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} is unknown: choose one of {', '.join(PRESETS)}.")
@@ -120,14 +121,27 @@ class PruningConfig:
                 )
             ratio = 0.9
         else:
-            layers = tuple(range(4, num_layers, 6 if name == "fast" else 3))
+            layers = tuple(range(4, num_layers, 3))
             if not layers:
                 raise ValueError(
                     f"preset={name!r} prunes from layer 4 on, but num_layers={num_layers}: name the layers yourself, "
                     "PruningConfig(layers=(1,), keep_ratio=...)."
                 )
-            ratio = {"keep09": 0.9, "keep08": 0.8, "keep07": 0.7, "fast": _evenly(*_FAST, len(layers))}[name]
+            if name == "fast":
+                layers = front_stages(layers)
+            ratio = {"keep09": 0.9, "keep08": 0.8, "keep07": 0.7, "fast": _FAST[: len(layers)]}[name]
         return cls(**{"layers": layers, "keep_ratio": ratio, **changes})
+
+    @classmethod
+    def for_speedup(cls, speedup: float, layers: Sequence[int]) -> PruningConfig:
+        """Where learned scores that know ``layers`` prune for a prefill speed-up; the ratios give the shape only.
+
+        Evenly at all of them, from `FRONT_FROM` on as ``fast`` does.
+        """
+        if speedup < FRONT_FROM:
+            return cls(tuple(layers))
+        front = front_stages(layers)
+        return cls(front, _FAST[: len(front)])
 
     def ratio_at(self, layer_index: int) -> float:
         """The keep ratio of the stage before ``layer_index``."""
@@ -175,6 +189,18 @@ class PruningConfig:
         return cls(**values)
 
 
+def front_stages(layers: Sequence[int]) -> tuple[int, ...]:
+    """The stages of ``fast`` among ``layers``: at 0, 1/9, 1/3 and 2/3 of them, so that the last third drops nothing.
+
+    Of keep07's nine stages 4, 7, .. 28 the first, second, fourth and seventh: 4, 7, 13, 22. Up to four are all taken.
+    """
+    count = len(layers)
+    if count <= len(_FAST):
+        return tuple(layers)
+    places = {min(count - 1, round(count * share)) for share in (0, 1 / 9, 1 / 3, 2 / 3)}
+    return tuple(layers[place] for place in sorted(places))
+
+
 def whole_number(field: str, value: Any) -> int:
     """``value`` as an int; a ``ValueError`` that names ``field`` where it is none."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -190,11 +216,6 @@ def _real(field: str, value: Any) -> float:
     if math.isnan(number):
         raise ValueError(f"{field}={value!r} is not a number.")
     return number
-
-
-def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
-    """``count`` numbers from ``first`` to ``last``; ``first`` alone where there is one."""
-    return tuple(first + (last - first) * n / max(1, count - 1) for n in range(count))
 
 
 def _is_list(value: Any) -> bool:

@@ -25,7 +25,7 @@ from sdtp_lib.scorers.found import every_pruners_for
 from sdtp_lib.scorers.simple import NAMED
 
 # This project's own: the pruners at hand and the training-free scores are its lines.
-_OURS = {"sdtp", "sdtp-low"}
+_OURS = {"sdtp", "sdtp-low", "sdtp-fast"}
 
 
 def choices(model: Any, budget: str | float) -> list[Variant]:

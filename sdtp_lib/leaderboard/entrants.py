@@ -16,7 +16,7 @@ from sdtp_lib.scorers.found import TRAINING_FREE, default_scorer, scorer_called,
 
 OURS = "sdtp"
 # Methods that trained pruners score where the model has some; all others need no training.
-LEARNED = ("sdtp", "sdtp-low", "earlier-scheme")
+LEARNED = ("sdtp", "sdtp-low", "sdtp-fast", "earlier-scheme")
 
 
 def settings(entrant: Variant) -> str:

@@ -16,7 +16,7 @@ from sdtp_lib.methods.h2o import H2O
 from sdtp_lib.methods.lazyllm import LazyLLM
 from sdtp_lib.methods.method import Method
 from sdtp_lib.methods.pyramidinfer import PyramidInfer
-from sdtp_lib.methods.sdtp import SDTP, SDTPLow
+from sdtp_lib.methods.sdtp import SDTP, SDTPFast, SDTPLow
 from sdtp_lib.methods.sliminfer import SlimInfer
 from sdtp_lib.methods.snapkv import SnapKV
 from sdtp_lib.methods.specprefill import SpecPrefill
@@ -26,8 +26,8 @@ from sdtp_lib.methods.uniprefill import UniPrefill
 _METHODS = {
     method.name: method
     for method in (
-        SDTP, SDTPLow, LazyLLM, GemFilter, FastKV, CLAA, SlimInfer, UniPrefill, ASL, PyramidInfer, StreamingLLM,
-        SnapKV, H2O, SpecPrefill, EarlierScheme,
+        SDTP, SDTPLow, SDTPFast, LazyLLM, GemFilter, FastKV, CLAA, SlimInfer, UniPrefill, ASL, PyramidInfer,
+        StreamingLLM, SnapKV, H2O, SpecPrefill, EarlierScheme,
     )
 }  # fmt: skip
 

@@ -40,3 +40,14 @@ class SDTPLow(SDTP):
 
     name: ClassVar[str] = "sdtp-low"
     preset: str = "paper-low"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDTPFast(SDTP):
+    """This project's schedule: four stages that drop early, the last third of the layers nothing (preset ``fast``).
+
+    What ``token_pruning(model, "3x")`` runs with trained pruners; not the paper's.
+    """
+
+    name: ClassVar[str] = "sdtp-fast"
+    preset: str = "fast"

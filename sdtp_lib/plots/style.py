@@ -62,6 +62,7 @@ _FIXED = {
     "keep1.0": ("sky", "D"),
     "sdtp": ("blue", "o"),
     "sdtp-low": ("blue", "d", "--"),
+    "sdtp-fast": ("blue", "P", ":"),
     "lazyllm": ("orange", "s"),
     "gemfilter": ("purple", "X"),
     "fastkv": ("purple", "P", "--"),
