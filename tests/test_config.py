@@ -19,14 +19,26 @@ def test_presets_name_the_users_eight_layers_and_the_papers_ten():
 
 
 @pytest.mark.parametrize("layers", [28, 30, 32, 36])
-def test_the_fast_preset_has_half_of_the_stages_and_drops_most_early_at_keep07s_compression(layers):
+def test_the_fast_preset_has_four_stages_that_drop_early_at_about_keep07s_compression(layers):
     fast, even = (PruningConfig.preset(name, layers) for name in ("fast", "keep07"))
-    assert fast.layers == tuple(range(4, layers, 6)) and set(fast.layers) <= set(even.layers)
-    steps = [b - a for a, b in zip(fast.keep_ratio, fast.keep_ratio[1:], strict=False)]
-    assert min(steps) > 0 and max(steps) == pytest.approx(min(steps)), "rising evenly"
+    assert len(fast.layers) == 4 and fast.layers[0] == 4 and set(fast.layers) <= set(even.layers)
+    assert fast.layers[-1] < 0.8 * layers, "the last layers drop nothing"
+    assert list(fast.keep_ratio) == sorted(fast.keep_ratio) and fast.keep_ratio[0] < 0.5
     tau = [budget.compression_ratio(budget.tokens_per_layer(config, layers, 1024)) for config in (fast, even)]
-    assert tau[0] == pytest.approx(tau[1], rel=0.05)
-    assert PruningConfig.preset("fast", 6).keep_ratio == (0.475,)
+    assert tau[0] == pytest.approx(tau[1], rel=0.13)
+
+
+def test_the_fast_preset_on_30_layers_and_on_shallow_models():
+    assert PruningConfig.preset("fast", 30).layers == (4, 7, 13, 22)
+    assert [PruningConfig.preset("fast", layers).layers for layers in (6, 9, 16)] == [(4,), (4, 7), (4, 7, 10, 13)]
+    assert len(PruningConfig.preset("fast", 9).keep_ratio) == 2
+
+
+def test_a_wanted_speedup_has_even_stages_below_2_5x_and_those_of_fast_from_there_on():
+    every = tuple(range(4, 30, 3))
+    assert PruningConfig.for_speedup(2.49, every) == PruningConfig(every)
+    assert PruningConfig.for_speedup(2.5, every) == PruningConfig.preset("fast", 30)
+    assert PruningConfig.for_speedup(3.0, (2, 5)).layers == (2, 5)
 
 
 def test_defaults_are_the_papers_protected_tokens():

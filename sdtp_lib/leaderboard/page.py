@@ -142,7 +142,7 @@ def _in_words(frame: Any, over_models: str) -> list[str]:
         "",
         *goals,
         "",
-        f"Where another method is ahead of ours (`{OURS}`):",
+        f"Where another method is ahead of {words.CALLED_OURS}:",
         "",
         *places,
         "",
@@ -199,6 +199,7 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
     costs, kept = tables.costs(part), tables.answers_kept(part)
     names = _by_mean_kl(kl, tables.methods_in(part))
     lines = [f"## {speedup:g}x at {length:,} tokens", ""]
+    ours = tables.ours_in(part)
     verdicts = {(line["cell"], line["method"]): line for line in tables.kl_differences(part)}
     if kl:
         header = ["method", *kl, "far answers kept, %"]
@@ -209,13 +210,14 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
         ]  # fmt: skip
         lines += ["KL to the unpruned model, nats per token, by test set; answers to far questions that are right "
                   "unpruned and stay right.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
-        header = ["method minus ours", *kl]
+        header = [f"method minus {ours}", *kl]
         body = [
             [name, *(f"{verdicts[test_set, name]['difference'].text(sign=True)} {verdicts[test_set, name]['verdict']}"
                      if (test_set, name) in verdicts else "-" for test_set in kl)]
-            for name in names if name != OURS
+            for name in names if name != ours
         ]  # fmt: skip
-        lines += ["Paired by item, method minus ours: above zero, ours loses less (`worse` says so of the method).",
+        lines += [f"Paired by item, method minus ours (`{ours}`): above zero, ours loses less (`worse` says so of the "
+                  "method).",
                   "", markdown_table(header, body, RULE), ""]  # fmt: skip
     if ruler:
         header = ["method", "all items", "points lost, all", "items that unpruned solves", "points lost there"]

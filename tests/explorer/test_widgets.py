@@ -165,9 +165,9 @@ def test_choosing_a_preset_moves_the_slider_and_the_layers(source):
     explorer.preset.value = "keep07"
     assert explorer.keep_ratio.value == 0.7 and explorer.layers.value == "4, 7, 10"
     explorer.preset.value = "fast"  # a ratio of its own per stage: the slider shows their mean
-    assert explorer.layers.value == "4, 10"
-    assert explorer.keep_ratio.value == pytest.approx((0.475 + 0.87) / 2, abs=0.006)
-    assert explorer.preset.value == "fast" and explorer.state.config.keep_ratio == (0.475, 0.87)
+    assert explorer.layers.value == "4, 7, 10"
+    assert explorer.keep_ratio.value == pytest.approx((0.435 + 0.708 + 0.765) / 3, abs=0.006)
+    assert explorer.preset.value == "fast" and explorer.state.config.keep_ratio == (0.435, 0.708, 0.765)
     explorer.keep_ratio.value = 0.6
     assert explorer.preset.value == "own" and explorer.state.config.keep_ratio == 0.6
 

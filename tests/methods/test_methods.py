@@ -36,8 +36,8 @@ def inside(model, method, call, scorer=None):
 
 def test_a_method_is_had_by_its_papers_name_with_its_papers_settings_and_single_changes():
     assert methods.names() == [
-        "sdtp", "sdtp-low", "lazyllm", "gemfilter", "fastkv", "claa", "sliminfer", "uniprefill", "asl", "pyramidinfer",
-        "streamingllm", "snapkv", "h2o", "specprefill", "earlier-scheme",
+        "sdtp", "sdtp-low", "sdtp-fast", "lazyllm", "gemfilter", "fastkv", "claa", "sliminfer", "uniprefill", "asl",
+        "pyramidinfer", "streamingllm", "snapkv", "h2o", "specprefill", "earlier-scheme",
     ]  # fmt: skip
     for name in methods.names():
         method = methods.get(name)
