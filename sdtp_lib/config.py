@@ -10,9 +10,10 @@ it in `sdtp_lib.budget`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from sdtp_lib.checked import real_number, whole_number
 
 PRESETS = ("keep09", "keep08", "keep07", "paper-low", "fast")
 _FAST = (0.435, 0.708, 0.765, 0.823)  # kept at its four stages
@@ -83,7 +84,7 @@ class PruningConfig:
             if value < 0:
                 raise ValueError(f"{field}={value} is negative: give a number of tokens, 0 or more.")
             object.__setattr__(self, field, value)
-        local_ratio = _real("local_ratio", self.local_ratio)
+        local_ratio = real_number("local_ratio", self.local_ratio)
         if not 0 <= local_ratio <= 1:
             raise ValueError(f"local_ratio={local_ratio} is outside [0, 1]: give a share of the tokens, such as 0.1.")
         object.__setattr__(self, "local_ratio", local_ratio)
@@ -96,7 +97,7 @@ class PruningConfig:
         if self.keep_mass is not None:
             if self.keep_tokens is not None:
                 raise ValueError("keep_tokens and keep_mass are two budgets: give one of them.")
-            object.__setattr__(self, "keep_mass", _real("keep_mass", self.keep_mass))
+            object.__setattr__(self, "keep_mass", real_number("keep_mass", self.keep_mass))
             if not 0 < self.keep_mass <= 1:
                 raise ValueError(f"keep_mass={self.keep_mass} is outside (0, 1]: give a share of the scores.")
 
@@ -201,23 +202,6 @@ def front_stages(layers: Sequence[int]) -> tuple[int, ...]:
     return tuple(layers[place] for place in sorted(places))
 
 
-def whole_number(field: str, value: Any) -> int:
-    """``value`` as an int; a ``ValueError`` that names ``field`` where it is none."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{field}={value!r} is not a whole number.")
-    return int(value)
-
-
-def _real(field: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isnan(number):
-        raise ValueError(f"{field}={value!r} is not a number.")
-    return number
-
-
 def _is_list(value: Any) -> bool:
     """Whether there is something to go through: not in a text, nor in an array or tensor of no dimension."""
     return isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
@@ -246,7 +230,7 @@ def _checked_tokens(keep_tokens: Any, stages: int) -> int | tuple[int, ...]:
 
 def _checked_ratio(keep_ratio: Any, stages: int) -> float | tuple[float, ...]:
     fault = "is outside (0, 1]: 0.9 keeps 90 % of the tokens at each stage."
-    return _per_stage("keep_ratio", keep_ratio, stages, _real, lambda ratio: 0 < ratio <= 1, fault)
+    return _per_stage("keep_ratio", keep_ratio, stages, real_number, lambda ratio: 0 < ratio <= 1, fault)
 
 
 def _per_stage(

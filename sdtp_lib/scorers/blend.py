@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sdtp_lib.checked import count_of_tokens, neighbours, real_number
+
 
 @dataclass(frozen=True)
 class Blend:
@@ -45,12 +47,12 @@ class Blend:
     kernel: int = 7
 
     def __post_init__(self) -> None:
-        for field in ("smoothing", "kernel"):
-            value = getattr(self, field)
-            if value < 1 or value % 2 == 0:
-                raise ValueError(f"{field}={value} is not an odd number of neighbours: give 1 (none), 3, 5, 7, ...")
-        if self.window < 1:
-            raise ValueError(f"window={self.window} is not a number of tokens: give 1 or more.")
+        checks = dict.fromkeys(("learned", "attention", "recency"), real_number)
+        checks |= {"smoothing": neighbours, "kernel": neighbours, "window": count_of_tokens}
+        if self.floor is not None:
+            checks["floor"] = real_number
+        for field, check in checks.items():
+            object.__setattr__(self, field, check(field, getattr(self, field)))
         if not (self.learned or self.attention or self.recency):
             raise ValueError("learned, attention and recency are all 0: give at least one a weight.")
 

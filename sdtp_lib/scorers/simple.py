@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
-from sdtp_lib.config import whole_number
+from sdtp_lib.checked import count_of_tokens, neighbours
 from sdtp_lib.pruning.stage import Scorer, Stage, name_of, query_tokens
 from sdtp_lib.scorers.blend import standardised, strongest_neighbour
 
@@ -51,11 +51,7 @@ def attention(window: int = 8, kernel: int = 1, *, query: str = "last") -> Score
     """
     if query not in ("last", "none"):
         raise ValueError(f"query={query!r} is unknown: give 'last' (the prompt's last tokens) or 'none'.")
-    window, kernel = whole_number("window", window), whole_number("kernel", kernel)
-    if window < 1:
-        raise ValueError(f"window={window} is not a number of tokens: give 1 or more.")
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel={kernel} is not an odd number of neighbours: give 1 (no pooling), 3, 5, 7, ...")
+    window, kernel = count_of_tokens("window", window), neighbours("kernel", kernel)
     return _Attention(window, kernel) if query == "last" else _Unasked(kernel)
 
 

@@ -22,6 +22,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
+from sdtp_lib.checked import neighbours, whole_number
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.provenance import content_id, fingerprint, rotary, stored_tensors
 from sdtp_lib.pruning.stage import LAYERS_BACK, QUERY_TOKENS, earlier_layers
@@ -97,17 +98,20 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             raise ValueError(f"features={tuple(features)} must hold 'hidden' and may add {more} only.")
         if "attention" in features and not attention_heads:
             raise ValueError("attention_heads=None: the input 'attention' needs the model's number of attention heads.")
-        if attention_kernel < 1 or attention_kernel % 2 == 0:
-            raise ValueError(f"attention_kernel={attention_kernel} is not an odd number of neighbours: give 1, 3, 5.")
-        if passage_tokens and (passage_tokens % 2 == 0 or not {"query", "attention"} & set(features)):
-            raise ValueError(
-                f"passage_tokens={passage_tokens} needs an odd number of neighbours, and the input 'query' or "
-                f"'attention' among features={tuple(features)}: give 0, or 33, 65, ... with one of these."
-            )
+        attention_kernel = neighbours("attention_kernel", attention_kernel)
+        passage_tokens = whole_number("passage_tokens", passage_tokens)
+        if passage_tokens:
+            neighbours("passage_tokens", passage_tokens)
+            if not {"query", "attention"} & set(features):
+                raise ValueError(
+                    f"passage_tokens={passage_tokens} needs the input 'query' or 'attention' among "
+                    f"features={tuple(features)}: give 0, or add one of these."
+                )
         sizes = {"hidden_size": hidden_size, "query_rank": query_rank, "query_heads": query_heads,
-                 "query_window": query_window}  # fmt: skip
-        for name, value in {**sizes, **({} if width is None else {"width": width})}.items():
-            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+                 "query_window": query_window, "width": width, "attention_heads": attention_heads,
+                 "num_layers": num_layers}  # fmt: skip
+        for name, value in sizes.items():
+            if value is not None and whole_number(name, value) < 1:
                 raise ValueError(f"{name}={value!r} is not a size: give a whole number, 1 or more.")
         if query_rank % query_heads:
             raise ValueError(f"query_rank={query_rank} is not a multiple of query_heads={query_heads}.")

@@ -1,0 +1,38 @@
+"""Numbers that a person gave, checked by name: each is returned, or a ``ValueError`` says field, value and remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def whole_number(field: str, value: Any) -> int:
+    """``value`` as an int; a ``ValueError`` that names ``field`` where it is none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{field}={value!r} is not a whole number.")
+    return int(value)
+
+
+def count_of_tokens(field: str, value: Any) -> int:
+    """A whole number of at least 1."""
+    if (count := whole_number(field, value)) < 1:
+        raise ValueError(f"{field}={value} is not a number of tokens: give 1 or more.")
+    return count
+
+
+def neighbours(field: str, value: Any) -> int:
+    """An odd whole number of at least 1: a token and as many on either side."""
+    if (count := whole_number(field, value)) < 1 or count % 2 == 0:
+        raise ValueError(f"{field}={value} is not an odd number of neighbours: give 1 (none), 3, 5, 7, ...")
+    return count
+
+
+def real_number(field: str, value: Any) -> float:
+    """``value`` as a float that is a number; infinity is one."""
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise ValueError(f"{field}={value!r} is not a number.")
+    return number
