@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sdtp_lib.layer_shape import LayerShape
@@ -21,8 +21,6 @@ from sdtp_lib.model_shape import MODEL_FIELDS, ModelShape, element_bytes
 
 if TYPE_CHECKING:
     from sdtp_lib.config import PruningConfig
-
-LOWEST_RATIO = 1e-6  # keeps what is protected and no more
 
 
 def local_count(tokens: int, local_ratio: float, min_local_tokens: int) -> int:
@@ -202,19 +200,14 @@ def find_keep_ratio(
             return sum(counts) / len(counts) <= target
         return speedup_limit(shape, candidate, prompt_tokens, pruner_width=pruner_width) >= target
 
-    if not reaches(LOWEST_RATIO):
+    low, high = 1e-6, 1.0
+    if reaches(high):
+        return high
+    if not reaches(low):
         raise ValueError(
             f"{name}={target} cannot be reached with layers={list(config.layers)} and the protected tokens "
             f"(sink_tokens={config.sink_tokens}, local_ratio={config.local_ratio}): prune earlier or protect less."
         )
-    return largest_ratio(reaches)
-
-
-def largest_ratio(reaches: Callable[[float], bool]) -> float:
-    """The largest ratio from `LOWEST_RATIO`, which does, to 1 that ``reaches`` the target."""
-    low, high = LOWEST_RATIO, 1.0
-    if reaches(high):
-        return high
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if reaches(middle) else (low, middle)

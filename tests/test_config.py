@@ -34,13 +34,6 @@ def test_the_fast_preset_on_30_layers_and_on_shallow_models():
     assert len(PruningConfig.preset("fast", 9).keep_ratio) == 2
 
 
-def test_a_wanted_speedup_has_even_stages_below_2_5x_and_those_of_fast_from_there_on():
-    every = tuple(range(4, 30, 3))
-    assert PruningConfig.for_speedup(2.49, every) == PruningConfig(every)
-    assert PruningConfig.for_speedup(2.5, every) == PruningConfig.preset("fast", 30)
-    assert PruningConfig.for_speedup(3.0, (2, 5)).layers == (2, 5)
-
-
 def test_defaults_are_the_papers_protected_tokens():
     config = PruningConfig(layers=(4,))
     assert (config.keep_ratio, config.sink_tokens, config.local_ratio) == (0.9, 4, 0.1)

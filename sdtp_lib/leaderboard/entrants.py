@@ -15,7 +15,7 @@ from sdtp_lib.provenance import content_id
 from sdtp_lib.scorers.found import TRAINING_FREE, default_scorer, scorer_called, training_free_layers
 
 OURS = "sdtp"
-OURS_FROM_FRONT = "sdtp-fast"  # what `token_pruning` runs from `FRONT_FROM` on
+OWN = (OURS, "sdtp-low", "sdtp-fast")  # its other schedules are no rivals
 # Methods that trained pruners score where the model has some; all others need no training.
 LEARNED = ("sdtp", "sdtp-low", "sdtp-fast", "earlier-scheme")
 

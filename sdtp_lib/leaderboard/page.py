@@ -142,7 +142,7 @@ def _in_words(frame: Any, over_models: str) -> list[str]:
         "",
         *goals,
         "",
-        f"Where another method is ahead of {words.CALLED_OURS}:",
+        f"Where another method is ahead of ours (`{OURS}`):",
         "",
         *places,
         "",
@@ -199,7 +199,6 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
     costs, kept = tables.costs(part), tables.answers_kept(part)
     names = _by_mean_kl(kl, tables.methods_in(part))
     lines = [f"## {speedup:g}x at {length:,} tokens", ""]
-    ours = tables.ours_in(part)
     verdicts = {(line["cell"], line["method"]): line for line in tables.kl_differences(part)}
     if kl:
         header = ["method", *kl, "far answers kept, %"]
@@ -210,13 +209,13 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
         ]  # fmt: skip
         lines += ["KL to the unpruned model, nats per token, by test set; answers to far questions that are right "
                   "unpruned and stay right.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
-        header = [f"method minus {ours}", *kl]
+        header = [f"method minus {OURS}", *kl]
         body = [
             [name, *(f"{verdicts[test_set, name]['difference'].text(sign=True)} {verdicts[test_set, name]['verdict']}"
                      if (test_set, name) in verdicts else "-" for test_set in kl)]
-            for name in names if name != ours
+            for name in names if name != OURS
         ]  # fmt: skip
-        lines += [f"Paired by item, method minus ours (`{ours}`): above zero, ours loses less (`worse` says so of the "
+        lines += [f"Paired by item, method minus ours (`{OURS}`): above zero, ours loses less (`worse` says so of the "
                   "method).",
                   "", markdown_table(header, body, RULE), ""]  # fmt: skip
     if ruler:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdtp_lib import methods
-from sdtp_lib.config import FRONT_FROM
 from sdtp_lib.evaluation.answer_tables import means_over_tasks
 from sdtp_lib.evaluation.statistics import paired_bootstrap
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.extras import extra
-from sdtp_lib.leaderboard.entrants import OURS, OURS_FROM_FRONT
+from sdtp_lib.leaderboard.entrants import OURS
 from sdtp_lib.leaderboard.plan import KL, LONGBENCH, MEMORY, RULER, TIME
 from sdtp_lib.methods.variant import UNPRUNED
 
@@ -80,12 +79,6 @@ def methods_in(frame: pandas.DataFrame) -> list[str]:
     return [name for name in frame.method.unique() if name != UNPRUNED]
 
 
-def ours_in(part: pandas.DataFrame) -> str:
-    """What ``token_pruning(model, "Nx")`` runs with trained pruners at this place, if it was measured; else `OURS`."""
-    rows = part[part.speedup >= FRONT_FROM]
-    return OURS_FROM_FRONT if rows.method.eq(OURS_FROM_FRONT).any() else OURS
-
-
 def kl_by_test_set(part: pandas.DataFrame) -> dict[str, dict[str, Mean]]:
     """Test set -> method -> mean KL [nats per token] with its bootstrap interval."""
     found: dict[str, dict[str, Mean]] = {}
@@ -97,22 +90,18 @@ def kl_by_test_set(part: pandas.DataFrame) -> dict[str, dict[str, Mean]]:
     return found
 
 
-def kl_differences(part: pandas.DataFrame, ours: str | None = None) -> list[dict[str, Any]]:
-    """``cell, method, difference`` (method minus ``ours``, a `Mean` over shared items) ``, verdict`` by KL test set.
-
-    ``ours``: another one's name instead of `ours_in`.
+def kl_differences(part: pandas.DataFrame, ours: str = OURS) -> list[dict[str, Any]]:
+    """``cell, method, difference`` (method minus ours, a `Mean` over shared items) ``, verdict`` by KL test set.
 
     ``better``: the method loses less, by an interval without zero; ``worse``; ``open``; ``too few`` under six items.
     """
-    return _differences(part[part.sort == KL], "kl_nats", ours or ours_in(part), lower_is_better=True)
+    return _differences(part[part.sort == KL], "kl_nats", ours, lower_is_better=True)
 
 
-def score_differences(part: pandas.DataFrame, sort: str) -> list[dict[str, Any]]:
+def score_differences(part: pandas.DataFrame, sort: str, ours: str = OURS) -> list[dict[str, Any]]:
     """The same of answers' scores x 100 by task, where more is better."""
     rows = part[(part.sort == sort) & part.score.notna()]
-    return _differences(
-        rows.assign(score=100 * rows.score.astype(float)), "score", ours_in(part), lower_is_better=False
-    )
+    return _differences(rows.assign(score=100 * rows.score.astype(float)), "score", ours, lower_is_better=False)
 
 
 def _differences(rows: pandas.DataFrame, value: str, ours: str, *, lower_is_better: bool) -> list[dict[str, Any]]:
@@ -285,4 +274,4 @@ def _share(right: pandas.Series) -> Mean:
 
 __all__ = ["KL", "LONGBENCH", "RULER", "Mean", "answers", "answers_kept", "at", "begun", "by_task", "costs", "frame_of",
            "kl_by_test_set", "kl_differences", "methods_in", "places", "remarks",
-           "ours_in", "same_kl_items", "score_differences", "scored_by", "summary", "unreached"]  # fmt: skip
+           "same_kl_items", "score_differences", "scored_by", "summary", "unreached"]  # fmt: skip

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdtp_lib.config import FRONT_FROM
 from sdtp_lib.data.ruler import TASKS
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
-from sdtp_lib.leaderboard.entrants import LEARNED, OURS, OURS_FROM_FRONT
+from sdtp_lib.leaderboard.entrants import LEARNED, OURS, OWN
 from sdtp_lib.leaderboard.plan import KL_TEST_SETS, LONGBENCH
 from sdtp_lib.leaderboard.tables import (
     answers,
@@ -22,14 +21,12 @@ from sdtp_lib.leaderboard.tables import (
     kl_by_test_set,
     kl_differences,
     methods_in,
-    ours_in,
     places,
     score_differences,
     scored_by,
 )
 from sdtp_lib.scorers.found import TRAINING_FREE
 
-CALLED_OURS = f"ours (`{OURS}`; from {FRONT_FROM:g}x on `{OURS_FROM_FRONT}` where it was measured)"
 GOAL_SPEEDUP = 2.0
 GOAL_POINTS = 1.0
 
@@ -50,9 +47,9 @@ def better_in_short(frame: Any) -> str:
         for beyond, group in groups.items()
     }
     if not any(said.values()):
-        return f"Nowhere in these rows is another method's mean ahead of {CALLED_OURS}."
+        return f"Nowhere in these rows is another method's mean ahead of `{OURS}`."
     return (
-        f"Where another method is ahead of {CALLED_OURS}, at any length and speed-up: beyond its 95 % interval "
+        f"Where another method is ahead of `{OURS}`, at any length and speed-up: beyond its 95 % interval "
         f"{said[True] or 'nowhere'}; by a mean whose interval holds zero or on too few items to say "
         f"{said[False] or 'nowhere'}."
     )
@@ -81,10 +78,10 @@ def _leads(frame: Any) -> list[_Lead]:
             where = f"{cell} {place}"
             sentence = f"{where}: `{line['method']}` is {_how(line, word)}: {by} to ours."
             found.append(_Lead(line["method"], where, line["verdict"] == "better", sentence))
-        ruler, own_name = answers(part), ours_in(part)
-        ours = ruler.get(own_name)
+        ruler = answers(part)
+        ours = ruler.get(OURS)
         for name, own in ruler.items() if ours else ():
-            if name != own_name and own["all"] > ours["all"]:
+            if name != OURS and own["all"] > ours["all"]:
                 few = ", too few items to say" if min(own["items"], ours["items"]) < FEWEST_PAIRS else ""
                 sentence = (
                     f"RULER {place}: `{name}` scores {own['all']:.1f} over all items, ours {ours['all']:.1f} "
@@ -112,7 +109,7 @@ def goals(frame: Any) -> list[str]:
         for test_set, values in kl_by_test_set(part).items():
             if test_set not in KL_TEST_SETS or OURS not in values:
                 continue
-            own, others = values[OURS], [name for name in values if name not in (OURS, OURS_FROM_FRONT)]
+            own, others = values[OURS], [name for name in values if name not in OWN]
             said = f"lowest KL on {test_set} at 2x, {length:,} tokens: ours {own.text()}"
             if not others:
                 found.append(f"no other method to say: {said}.")
@@ -229,14 +226,13 @@ def fastest(frame: Any) -> list[str]:
     """Which method is ahead of ours in measured time to the first token, place by place."""
     found = []
     for length, speedup in places(frame):
-        part = at(frame, length, speedup)
-        timed, ours = costs(part), ours_in(part)
-        few = FEWEST_PAIRS if timed.get(ours, {}).get("timed", 0) >= FEWEST_PAIRS else 1
+        timed = costs(at(frame, length, speedup))
+        few = FEWEST_PAIRS if timed.get(OURS, {}).get("timed", 0) >= FEWEST_PAIRS else 1
         lines = {name: cost for name, cost in timed.items() if cost["timed"] >= few}
-        if ours in lines:
+        if OURS in lines:
             best = max(lines, key=lambda name, lines=lines: lines[name]["speedup"])
             found.append(
-                f"{length:,} tokens, {speedup:g}x by FLOPs: ours is measured at {lines[ours]['speedup']:.2f}x, the "
+                f"{length:,} tokens, {speedup:g}x by FLOPs: ours is measured at {lines[OURS]['speedup']:.2f}x, the "
                 f"fastest, `{best}`, at {lines[best]['speedup']:.2f}x."
             )
     return found

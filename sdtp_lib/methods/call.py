@@ -56,9 +56,8 @@ def token_pruning(
     budget
         ``"keep09"``, ``"keep08"``, ``"keep07"``, ``"paper-low"``, ``"fast"``: a preset of `PruningConfig`. A number in
         (0, 1]: the share of the current tokens kept at each of keep09's stages. ``"2x"``: a prefill of half the FLOPs,
-        solved for each prompt's length; a prompt too short for it is pruned as far as it can be, which is said; from
-        2.5x on trained pruners prune at the stages of ``fast``. A `PruningConfig`. Or an entry of `sdtp_lib.methods`
-        (or its name), which brings its own scorer.
+        solved for each prompt's length; a prompt too short for it is pruned as far as it can be, which is said. A
+        `PruningConfig`. Or an entry of `sdtp_lib.methods` (or its name), which brings its own scorer.
     scorer
         What says which tokens matter: `TokenPruners`, one of `sdtp_lib.scorers`, any callable from a `Stage` to scores
         (B, N); or a name: a training-free score's, a method's, a folder or Hub id of pruners. None: pruners made for
@@ -119,10 +118,9 @@ def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tupl
         if missing:
             _say_once(model, missing)
     if config is None:
-        known = getattr(scorer, "layers", None)
-        free = PruningConfig(training_free_layers(num_layers(model)))
-        schedule = PruningConfig.for_speedup(speedup, known) if known else free
-        config = SpeedupBudget(schedule, speedup, ModelShape.from_model(model), as_far_as_possible=True)
+        layers = getattr(scorer, "layers", None) or training_free_layers(num_layers(model))
+        shape = ModelShape.from_model(model)
+        config = SpeedupBudget(PruningConfig(tuple(layers)), speedup, shape, as_far_as_possible=True)
     return config, scorer, around
 
 

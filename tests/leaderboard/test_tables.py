@@ -63,17 +63,10 @@ def test_where_none_is_ahead_the_goal_is_met_and_no_sentence_stands():
     assert "On no test set, task or data set is another method's mean better" in page.page(frame.to_dict("records"))
 
 
-def test_from_2_5x_on_ours_is_the_schedule_that_a_wanted_speedup_runs_there():
-    values = {"sdtp": 0.2, "sdtp-fast": 0.1, "lazyllm": 0.15}
-    at_3x, at_2x = framed(kl_rows(values, speedup=3.0)), framed(kl_rows(values))
-    assert (tables.ours_in(at_3x), tables.ours_in(at_2x)) == ("sdtp-fast", "sdtp")
-    assert {line["method"]: line["verdict"] for line in tables.kl_differences(at_3x)} == {
-        "sdtp": "worse",
-        "lazyllm": "worse",
-    }
-    assert words.better_elsewhere(at_3x) == [] and "`sdtp-fast` (text at 2x" in words.better_in_short(at_2x)
-    assert "best of the others `lazyllm`" in words.goals(at_2x)[0], "our own other schedule is no other method"
-    assert tables.ours_in(framed(kl_rows({"sdtp": 0.2}, speedup=3.0))) == "sdtp", "where the other was not measured"
+def test_this_projects_other_schedules_are_named_where_they_are_ahead_and_are_no_rivals():
+    frame = framed(kl_rows({"sdtp": 0.2, "sdtp-fast": 0.1, "lazyllm": 0.15}))
+    assert "`sdtp-fast` (text at 2x" in words.better_in_short(frame)
+    assert "best of the others `lazyllm`" in words.goals(frame)[0]
 
 
 def test_under_six_items_no_verdict_is_given():

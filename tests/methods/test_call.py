@@ -58,16 +58,6 @@ def test_a_wanted_speedup_is_reached_by_flops(tiny_model):
     assert 1.5 <= full / budget.prefill_flops(shape, trace.tokens_per_layer) <= 1.53
 
 
-def test_from_2_5x_on_trained_pruners_prune_at_few_stages_that_drop_early(tiny_model):
-    model = tiny_model(num_hidden_layers=16)
-    pruners = TokenPruners.for_model(model, range(2, 16, 2))
-    dropped = {}
-    for budget_given in ("2x", "2.5x", "4x"):
-        counts = _trace(model, budget_given, pruners).tokens_per_layer
-        dropped[budget_given] = [layer for layer in range(1, 16) if counts[layer] < counts[layer - 1]]
-    assert dropped == {"2x": [2, 4, 6, 8, 10, 12, 14], "2.5x": [2, 4, 6, 12], "4x": [2, 4, 6, 12]}
-
-
 @pytest.mark.parametrize(
     ("said", "match"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import pytest
@@ -30,16 +29,6 @@ def test_a_wanted_speedup_is_reached_within_two_percent(tokens):
     wanted = SpeedupBudget(PruningConfig.preset("keep09", shape.num_layers), 2.0, shape)
     assert 2.0 <= budget.speedup_limit(shape, wanted.for_prompt(tokens), tokens, pruner_width=0) <= 2.04
     assert wanted.for_prompt(tokens) is wanted.for_prompt(tokens), "each length is solved once"
-
-
-@pytest.mark.parametrize("speedup", [1.5, 3.0, 6.0])
-def test_ratios_of_their_own_keep_their_shape_under_a_wanted_speedup(speedup):
-    shape = ModelShape.named("SmolLM2-135M-Instruct")
-    given = PruningConfig.preset("fast", shape.num_layers)
-    found = SpeedupBudget(given, speedup, shape).for_prompt(2048)
-    assert speedup <= budget.speedup_limit(shape, found, 2048, pruner_width=0) <= 1.02 * speedup
-    powers = [math.log(now) / math.log(own) for now, own in zip(found.keep_ratio, given.keep_ratio, strict=True)]
-    assert powers == pytest.approx([powers[0]] * 4) and found.layers == given.layers
 
 
 def test_each_row_of_a_batch_gets_the_speedup_for_its_own_length(tiny_model):
