@@ -44,7 +44,7 @@ class SDTPLow(SDTP):
 
 @dataclass(frozen=True, kw_only=True)
 class SDTPFast(SDTP):
-    """This project's schedule: four stages that drop early, the last third of the layers nothing (preset ``fast``).
+    """This project's schedule: four stages that drop early, the last quarter of the layers nothing (preset ``fast``).
 
     Not the paper's: better on prompts of about 1,024 tokens, worse on far answers at 4,096 (docs/leaderboard.md).
     """
