@@ -180,7 +180,7 @@ class PruningConfig:
 
 
 def front_stages(layers: Sequence[int]) -> tuple[int, ...]:
-    """The stages of ``fast`` among ``layers``: at 0, 1/9, 1/3 and 2/3 of them, so that the last third of them is left out.
+    """The stages of ``fast`` among ``layers``: at 0, 1/9, 1/3 and 2/3 of them; the last third is left out.
 
     Of keep07's nine stages 4, 7, .. 28 the first, second, fourth and seventh: 4, 7, 13, 22. Up to four are all taken.
     """
