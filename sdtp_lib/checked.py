@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 
 def whole_number(field: str, value: Any) -> int:
     """``value`` as an int; a ``ValueError`` that names ``field`` where it is none."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{field}={value!r} is not a whole number.")
-    return int(value)
+    try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) is not None and "bool" in str(value.dtype):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:  # torch's and numpy's arrays of one whole number have an index, of 2.5 they have none
+        raise ValueError(f"{field}={value!r} is not a whole number: give one such as 4.") from None
 
 
 def count_of_tokens(field: str, value: Any) -> int:
@@ -31,8 +35,8 @@ def real_number(field: str, value: Any) -> float:
     """``value`` as a float that is a number; infinity is one."""
     try:
         number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isnan(number):
-        raise ValueError(f"{field}={value!r} is not a number.")
+        raise ValueError(f"{field}={value!r} is not a number: give one such as 0.5.")
     return number

@@ -107,7 +107,7 @@ class PruningConfig:
         keep09, keep08 and keep07 prune before layers ``range(4, L, 3)`` (ten stages on 32 layers, the paper's SDTP);
         paper-low before the first five of ``range(4, L, 5)`` at 0.9 (the paper's SDTP-low). fast is not the paper's:
         the FLOPs of keep07 on 30 layers with four of its stages (`front_stages`; 4, 7, 13 and 22 of 30), which keep
-        0.435, 0.708, 0.765 and 0.823; it loses less on prompts of about 1,024 tokens, and more on far answers at 4,096
+        0.435, 0.708, 0.765 and 0.823; it loses less on prompts of about 1,024 tokens, more on instructions of 4,096
         (LOG.md, "Few stages that drop early").
         """
         if name not in PRESETS:
@@ -180,15 +180,14 @@ class PruningConfig:
 
 
 def front_stages(layers: Sequence[int]) -> tuple[int, ...]:
-    """The stages of ``fast`` among ``layers``: at 0, 1/9, 1/3 and 2/3 of them; the last third is left out.
+    """The stages of ``fast`` among ``layers``: at 0, 1/9, 1/3 and 2/3 of them.
 
     Of keep07's nine stages 4, 7, .. 28 the first, second, fourth and seventh: 4, 7, 13, 22. Up to four are all taken.
     """
     count = len(layers)
     if count <= len(_FAST):
         return tuple(layers)
-    places = {min(count - 1, round(count * share)) for share in (0, 1 / 9, 1 / 3, 2 / 3)}
-    return tuple(layers[place] for place in sorted(places))
+    return tuple(layers[round(count * share)] for share in (0, 1 / 9, 1 / 3, 2 / 3))
 
 
 def _is_list(value: Any) -> bool:

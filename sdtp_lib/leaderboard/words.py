@@ -38,7 +38,10 @@ def better_elsewhere(frame: Any) -> list[str]:
 
 
 def better_in_short(frame: Any) -> str:
-    """The same in a line or two, by method: where one is ahead of ours beyond its interval, and where within it."""
+    """The same by method, in short: where one is ahead of ours beyond its interval, and where not so or without one.
+
+    RULER's means over tasks have no paired interval here.
+    """
     groups: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
     for lead in _leads(frame):
         groups[lead.beyond].setdefault(lead.method, []).append(lead.where)
@@ -50,8 +53,8 @@ def better_in_short(frame: Any) -> str:
         return f"Nowhere in these rows is another method's mean ahead of `{OURS}`."
     return (
         f"Where another method is ahead of `{OURS}`, at any length and speed-up: beyond its 95 % interval "
-        f"{said[True] or 'nowhere'}; by a mean whose interval holds zero or on too few items to say "
-        f"{said[False] or 'nowhere'}."
+        f"{said[True] or 'nowhere'}; by a mean whose interval holds zero, has no interval (RULER), or is of too few "
+        f"items {said[False] or 'nowhere'}."
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,9 @@ class Blend:
             checks["floor"] = real_number
         for field, check in checks.items():
             object.__setattr__(self, field, check(field, getattr(self, field)))
+        for field in ("learned", "attention", "recency"):
+            if math.isinf(getattr(self, field)):
+                raise ValueError(f"{field}={getattr(self, field)} is no weight: give a finite number.")
         if not (self.learned or self.attention or self.recency):
             raise ValueError("learned, attention and recency are all 0: give at least one a weight.")
 

@@ -100,13 +100,15 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             raise ValueError("attention_heads=None: the input 'attention' needs the model's number of attention heads.")
         attention_kernel = neighbours("attention_kernel", attention_kernel)
         passage_tokens = whole_number("passage_tokens", passage_tokens)
-        if passage_tokens:
-            neighbours("passage_tokens", passage_tokens)
-            if not {"query", "attention"} & set(features):
-                raise ValueError(
-                    f"passage_tokens={passage_tokens} needs the input 'query' or 'attention' among "
-                    f"features={tuple(features)}: give 0, or add one of these."
-                )
+        if passage_tokens and (passage_tokens < 0 or passage_tokens % 2 == 0):
+            raise ValueError(
+                f"passage_tokens={passage_tokens} is no odd number of neighbours: give 0 (none), 33, 65, ..."
+            )
+        if passage_tokens and not {"query", "attention"} & set(features):
+            raise ValueError(
+                f"passage_tokens={passage_tokens} needs the input 'query' or 'attention' among "
+                f"features={tuple(features)}: give 0, or add one of these."
+            )
         sizes = {"hidden_size": hidden_size, "query_rank": query_rank, "query_heads": query_heads,
                  "query_window": query_window, "width": width, "attention_heads": attention_heads,
                  "num_layers": num_layers}  # fmt: skip

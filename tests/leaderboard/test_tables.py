@@ -44,7 +44,7 @@ def test_a_method_that_loses_less_is_named_with_its_interval_and_its_count():
     assert sentence.startswith("text at 2x and 64 tokens: `lazyllm` is better: KL -0.1") and "(8)" in sentence
     short = words.better_in_short(frame)
     assert "beyond its 95 % interval `lazyllm` (text at 2x and 64 tokens); by a mean" in short
-    assert short.endswith("items to say nowhere.") and "gemfilter" not in short
+    assert short.endswith("of too few items nowhere.") and "gemfilter" not in short
     verdicts = {line["method"]: line["verdict"] for line in tables.kl_differences(frame)}
     assert verdicts == {"lazyllm": "better", "gemfilter": "worse"}
     assert (
@@ -74,7 +74,7 @@ def test_under_six_items_no_verdict_is_given():
     assert tables.kl_differences(frame)[0]["verdict"] == "too few"
     assert "too few items" in words.better_elsewhere(frame)[0]
     short = words.better_in_short(frame)
-    assert "interval nowhere; by a mean" in short and "say `lazyllm` (text at 2x and 64 tokens)." in short
+    assert "interval nowhere; by a mean" in short and "items `lazyllm` (text at 2x and 64 tokens)." in short
 
 
 def test_an_item_that_a_running_command_has_not_finished_does_not_count():
