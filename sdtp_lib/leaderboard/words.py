@@ -40,10 +40,10 @@ def better_elsewhere(frame: Any) -> list[str]:
 def better_in_short(frame: Any) -> str:
     """The same by method, in short: where one is ahead of ours beyond its interval, and where not so or without one.
 
-    RULER's means over tasks have no paired interval here.
+    This project's other schedules are left out; RULER's means over tasks have no paired interval here.
     """
     groups: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
-    for lead in _leads(frame):
+    for lead in (lead for lead in _leads(frame) if lead.method not in OWN):
         groups[lead.beyond].setdefault(lead.method, []).append(lead.where)
     said = {
         beyond: ", ".join(f"`{method}` ({'; '.join(places)})" for method, places in sorted(group.items()))

@@ -65,7 +65,8 @@ def test_where_none_is_ahead_the_goal_is_met_and_no_sentence_stands():
 
 def test_this_projects_other_schedules_are_named_where_they_are_ahead_and_are_no_rivals():
     frame = framed(kl_rows({"sdtp": 0.2, "sdtp-fast": 0.1, "lazyllm": 0.15}))
-    assert "`sdtp-fast` (text at 2x" in words.better_in_short(frame)
+    assert "text at 2x and 64 tokens: `sdtp-fast` is better" in words.better_elsewhere(frame)[0]
+    assert "`lazyllm` (text at 2x" in (short := words.better_in_short(frame)) and "sdtp-fast" not in short
     assert "best of the others `lazyllm`" in words.goals(frame)[0]
 
 
