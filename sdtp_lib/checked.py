@@ -32,11 +32,18 @@ def neighbours(field: str, value: Any) -> int:
 
 
 def real_number(field: str, value: Any) -> float:
-    """``value`` as a float that is a number; infinity is one."""
+    """``value`` as a float that is a number; infinity is one, to `weight` it is none."""
     try:
         number = math.nan if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isnan(number):
         raise ValueError(f"{field}={value!r} is not a number: give one such as 0.5.")
+    return number
+
+
+def weight(field: str, value: Any) -> float:
+    """A finite number."""
+    if math.isinf(number := real_number(field, value)):
+        raise ValueError(f"{field}={number} is no weight: give a finite number.")
     return number

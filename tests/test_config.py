@@ -18,14 +18,14 @@ def test_presets_name_the_users_eight_layers_and_the_papers_ten():
     assert (low.layers, low.keep_ratio) == ((4, 9, 14, 19, 24), 0.9)
 
 
-@pytest.mark.parametrize("layers", [28, 30, 32, 36])
-def test_the_fast_preset_has_four_stages_that_drop_early_at_about_keep07s_compression(layers):
+@pytest.mark.parametrize(("layers", "off_by"), [(28, 0.03), (30, 0.015), (32, 0.055), (36, 0.125)])
+def test_the_fast_preset_has_four_stages_that_drop_early_at_about_keep07s_compression(layers, off_by):
     fast, even = (PruningConfig.preset(name, layers) for name in ("fast", "keep07"))
     assert len(fast.layers) == 4 and fast.layers[0] == 4 and set(fast.layers) <= set(even.layers)
     assert fast.layers[-1] < 0.8 * layers, "the last layers drop nothing"
     assert list(fast.keep_ratio) == sorted(fast.keep_ratio) and fast.keep_ratio[0] < 0.5
     tau = [budget.compression_ratio(budget.tokens_per_layer(config, layers, 1024)) for config in (fast, even)]
-    assert tau[0] == pytest.approx(tau[1], rel=0.13)
+    assert tau[0] == pytest.approx(tau[1], rel=off_by)
 
 
 def test_the_fast_preset_on_30_layers_and_on_shallow_models():

@@ -7,8 +7,8 @@ token_pruning``.
 
 from __future__ import annotations
 
+from sdtp_lib.budget import SpeedupOutOfReach
 from sdtp_lib.methods.method import Method
 from sdtp_lib.methods.registry import get, named, names
-from sdtp_lib.speedup import SpeedupOutOfReach
 
 __all__ = ["Method", "SpeedupOutOfReach", "get", "named", "names"]

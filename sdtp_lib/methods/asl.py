@@ -14,7 +14,6 @@ from sdtp_lib.methods.method import Method, MethodBudget, MethodScorer, depth
 from sdtp_lib.methods.votes import decided, votes
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.stage import Scorer, Stage
-from sdtp_lib.speedup import SpeedupOutOfReach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ class ASLBudget(MethodBudget):
     def _solve(self, tokens: int) -> PruningConfig:
         highest = self.method.highest(self.shape, self.config.layers[0], tokens)
         if highest < self.speedup and tokens > self.method.window:
-            raise SpeedupOutOfReach(
+            raise budget.SpeedupOutOfReach(
                 f"speedup={self.speedup:g}: {self.method.name} prefills {tokens} tokens at most {highest:.2f}x as fast "
                 f"with its first cut before layer {self.config.layers[0]}: ask for less."
             )

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from sdtp_lib.architectures.layers import describe, num_layers
+from sdtp_lib.budget import SpeedupBudget
 from sdtp_lib.config import PRESETS, PruningConfig
 from sdtp_lib.methods import registry
 from sdtp_lib.methods.method import MethodScorer
@@ -29,7 +30,6 @@ from sdtp_lib.pruning.prefill import Budget
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.scorers.found import default_scorer, scorer_called, training_free_layers
-from sdtp_lib.speedup import SpeedupBudget
 
 _told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 

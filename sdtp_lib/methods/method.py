@@ -26,7 +26,6 @@ from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.provenance import content_id
 from sdtp_lib.pruning.stage import QUERY_TOKENS, Scorer, Stage
 from sdtp_lib.pruning.trace import PruningTrace
-from sdtp_lib.speedup import SpeedupBudget, SpeedupOutOfReach
 
 
 def depth(share: float, layers: int) -> int:
@@ -127,7 +126,7 @@ class Method:
             raise ValueError(f"speedup={speedup} is not a speed-up: give 1 or more, such as 2.0.")
         return dataclasses.replace(self, speedup=float(speedup))
 
-    def budget_for(self, model: Any) -> PruningConfig | SpeedupBudget:
+    def budget_for(self, model: Any) -> PruningConfig | budget.SpeedupBudget:
         """What `token_pruning` keeps on ``model``."""
         config = self.config(num_layers(model))
         return (
@@ -196,7 +195,7 @@ class MethodScorer:
 
 
 @dataclass(frozen=True)
-class MethodBudget(SpeedupBudget):
+class MethodBudget(budget.SpeedupBudget):
     """A method's budget that depends on the prompt's length: scaled to ``speedup``, or its own where that is None."""
 
     method: Any = None
@@ -216,7 +215,7 @@ class MethodBudget(SpeedupBudget):
         if self.method.passes(self.method.scaled(own, tokens, high), layers, tokens)[-1][-1] == tokens:
             return self.method.scaled(own, tokens, low)  # all of so short a prompt is protected
         if reached(high) < self.speedup:
-            raise SpeedupOutOfReach(
+            raise budget.SpeedupOutOfReach(
                 f"speedup={self.speedup:g}: {self.method.name} prefills {tokens} tokens at most {reached(high):.2f}x "
                 f"as fast with layers={list(own.layers)}: ask for less."
             )

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 
 from sdtp_lib import scorers
+from sdtp_lib.budget import SpeedupOutOfReach
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.methods.fastkv import head_votes
 from sdtp_lib.methods.method import Method
 from sdtp_lib.pruning.engine import kv_budget
 from sdtp_lib.pruning.kv_budget import KVBudget
 from sdtp_lib.pruning.stage import Scorer, Stage
-from sdtp_lib.speedup import SpeedupOutOfReach
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def token_pruning(
     model
         A decoder-only causal LM of transformers in eval mode, also wrapped by PEFT; or its `Architecture`.
     budget : PruningConfig
-        Before which layers, and how much stays; or a `speedup.SpeedupBudget`, which decides by the prompt's length.
+        Before which layers, and how much stays; or a `budget.SpeedupBudget`, which decides by the prompt's length.
     scorer
         `TokenPruners`, or anything that maps a `Stage` to scores (B, N); see `sdtp_lib.scorers`.
     protect : Tensor (B, T) of bool, optional

@@ -22,7 +22,7 @@ from sdtp_lib.config import PruningConfig, PruningNotSupported
 
 
 class Budget(Protocol):
-    """A `PruningConfig`, or a `speedup.SpeedupBudget`."""
+    """A `PruningConfig`, or a `budget.SpeedupBudget`."""
 
     def for_prompt(self, tokens: int) -> PruningConfig:
         """The configuration for a prompt of ``tokens``."""

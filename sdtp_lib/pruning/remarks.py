@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-from sdtp_lib.budget import speedup_limit
+from sdtp_lib.budget import SpeedupBudget, speedup_limit
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.pruning.plan import Budget
 from sdtp_lib.pruning.trace import PruningTrace
-from sdtp_lib.speedup import SpeedupBudget
 
 
 class Remarks:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdtp_lib.checked import count_of_tokens, neighbours, real_number
+from sdtp_lib.checked import count_of_tokens, neighbours, real_number, weight
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,12 @@ class Blend:
     kernel: int = 7
 
     def __post_init__(self) -> None:
-        checks = dict.fromkeys(("learned", "attention", "recency"), real_number)
+        checks = dict.fromkeys(("learned", "attention", "recency"), weight)
         checks |= {"smoothing": neighbours, "kernel": neighbours, "window": count_of_tokens}
         if self.floor is not None:
             checks["floor"] = real_number
         for field, check in checks.items():
             object.__setattr__(self, field, check(field, getattr(self, field)))
-        for field in ("learned", "attention", "recency"):
-            if math.isinf(getattr(self, field)):
-                raise ValueError(f"{field}={getattr(self, field)} is no weight: give a finite number.")
         if not (self.learned or self.attention or self.recency):
             raise ValueError("learned, attention and recency are all 0: give at least one a weight.")
 

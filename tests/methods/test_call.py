@@ -16,7 +16,6 @@ from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.protection import protected_tokens_of
 from sdtp_lib.pruning.stage import refuse_uncalled
 from sdtp_lib.scorers.found import training_free_layers
-from sdtp_lib.speedup import SpeedupOutOfReach
 
 PROMPT = torch.randint(3, 128, (1, 200), generator=torch.Generator().manual_seed(1))
 CONFIG = PruningConfig(layers=(1, 3), keep_ratio=0.6)
@@ -222,7 +221,7 @@ def test_a_prompt_too_short_for_a_speed_up_is_pruned_as_far_as_it_can_be_and_say
         token_pruning(model, "2x", scorers.recency()),
     ):
         model(prompt.repeat(2, 1), attention_mask=mask)
-    with pytest.raises(SpeedupOutOfReach, match="at most"), token_pruning(model, "90x", scorers.recency()):
+    with pytest.raises(budget.SpeedupOutOfReach, match="at most"), token_pruning(model, "90x", scorers.recency()):
         model(prompt.repeat(1, 20))
 
 

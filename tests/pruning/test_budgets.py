@@ -10,7 +10,6 @@ import torch
 from sdtp_lib import PruningConfig, PruningNotSupported, budget, scorers, token_pruning
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.selection import count_for_mass
-from sdtp_lib.speedup import SpeedupBudget
 
 CONFIG = PruningConfig(layers=(1, 3, 4), keep_ratio=0.6, min_local_tokens=4)
 PROMPT = torch.randint(3, 128, (1, 200), generator=torch.Generator().manual_seed(1))
@@ -26,14 +25,14 @@ def _trace(model, wanted, scorer=None, ids=PROMPT, **options):
 @pytest.mark.parametrize("tokens", [512, 1024, 2048, 4096, 8192])
 def test_a_wanted_speedup_is_reached_within_two_percent(tokens):
     shape = ModelShape.named("SmolLM2-135M-Instruct")
-    wanted = SpeedupBudget(PruningConfig.preset("keep09", shape.num_layers), 2.0, shape)
+    wanted = budget.SpeedupBudget(PruningConfig.preset("keep09", shape.num_layers), 2.0, shape)
     assert 2.0 <= budget.speedup_limit(shape, wanted.for_prompt(tokens), tokens, pruner_width=0) <= 2.04
     assert wanted.for_prompt(tokens) is wanted.for_prompt(tokens), "each length is solved once"
 
 
 def test_each_row_of_a_batch_gets_the_speedup_for_its_own_length(tiny_model):
     model = tiny_model()
-    wanted = SpeedupBudget(CONFIG, 1.5, ModelShape.from_model(model))
+    wanted = budget.SpeedupBudget(CONFIG, 1.5, ModelShape.from_model(model))
     mask = torch.ones(2, 200, dtype=torch.long)
     mask[0, :120] = 0
     trace = _trace(model, wanted, ids=PROMPT.expand(2, -1), arguments={"attention_mask": mask})
@@ -44,7 +43,7 @@ def test_each_row_of_a_batch_gets_the_speedup_for_its_own_length(tiny_model):
 
 def test_a_speedup_that_protected_tokens_forbid_names_the_highest(tiny_model):
     model = tiny_model()
-    wanted = SpeedupBudget(CONFIG, 50.0, ModelShape.from_model(model))
+    wanted = budget.SpeedupBudget(CONFIG, 50.0, ModelShape.from_model(model))
     with pytest.raises(ValueError, match=r"budget='50x': a prompt of 200 tokens .* at most 4.89x as fast"):
         _trace(model, wanted)
     with pytest.warns(UserWarning, match="8 tokens is too short"):

@@ -14,10 +14,9 @@ from family_subject import RIGHT, UNASKED, Subject, judged
 from sdtp_lib import PruningConfig, PruningNotSupported, scorers, token_pruning
 from sdtp_lib.architectures import describe
 from sdtp_lib.architectures.caches import cache_in, tokens_seen
-from sdtp_lib.budget import prefill_flops
+from sdtp_lib.budget import SpeedupBudget, prefill_flops
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.masked_reference import masked_forward
-from sdtp_lib.speedup import SpeedupBudget
 from sdtp_lib.training.labels import checked_labels
 
 HYBRIDS = ("lfm2", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "jamba", "bamba", "falcon_h1", "nemotron_h")
