@@ -77,6 +77,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="do not go on from the committed rows")
     parser.add_argument("--as-measured", action="store_true", help="just the items, lengths and speed-ups that there "
                         "are rows of, whatever else is asked for: for a new method, or new pruners")  # fmt: skip
+    parser.add_argument("--new-only", action="store_true", help="leave out what the committed rows have without times "
+                        "from another device: answers and KL that stand in the tables already")  # fmt: skip
     parser.add_argument("--join", type=Path, nargs="+", default=[], metavar="FILE", help="rows that other machines "
                         "measured with --no-times: the report has them too")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="write page, picture, rows and README's lines; compute "
@@ -170,7 +172,10 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             model, model_name=options.name, seed=options.seed, weights="random, true sizes" if random else None,
             threads=threads if model.device.type == "cpu" else None,
         )  # fmt: skip
-        start_from_committed(options, path, share, stamp, {each.name: scorer_id(each.scorer) for each in found})
+        scorers = {each.name: scorer_id(each.scorer) for each in found}
+        start_from_committed(options, path, share, stamp, scorers)
+        elsewhere = [row for row in committed.read_committed(committed.path_of(options.name))
+                     if committed.of_other_device(row, stamp) and committed.of_scorers(row, scorers)]  # fmt: skip
         measured = None
         if options.as_measured:
             rows = read_rows(path) if path.exists() else []
@@ -184,7 +189,8 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
         ends_at = time.monotonic() + 3600 * options.hours if options.hours else None
         with share.rows(path, stamp) as writer:
             rows = read_rows(path) if path.exists() else []
-            work = Measurement(model, tokenizer, found, writer, rows, left_out=left_out, times=not options.no_times)
+            work = Measurement(model, tokenizer, found, writer, rows, left_out=left_out, times=not options.no_times,
+                               elsewhere=elsewhere if options.new_only else ())  # fmt: skip
             model(torch.arange(8, device=model.device)[None])  # what only a process's first forward pays
             bar = tqdm(share.of(steps), unit="item", desc="leaderboard", mininterval=10, disable=not share.is_first)
             for step in bar:

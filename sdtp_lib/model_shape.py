@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sdtp_lib.checked import whole_number
 from sdtp_lib.layer_shape import LayerShape, count_layer, held_parameters, linear_size, matmul_parts
 from sdtp_lib.load_failures import first_line
 
@@ -58,9 +59,12 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not hasattr(value, "__index__") or value < (field.default == 0) ^ 1):
-                raise ValueError(f"{field.name}={value!r} is not a positive whole number.")
+            if field.type != "int":
+                continue
+            value, least = whole_number(field.name, getattr(self, field.name)), 0 if field.default == 0 else 1
+            if value < least:
+                raise ValueError(f"{field.name}={value} is below {least}: give a whole number, {least} or more.")
+            object.__setattr__(self, field.name, value)
         if not self.layers:
             layer, table = self._layer_from_sizes(), self.vocab_size * self.hidden_size
             object.__setattr__(self, "layers", (layer,) * self.num_layers)

@@ -164,6 +164,8 @@ def test_an_unknown_dtype_or_size_is_refused_by_name():
         SMALL.weight_bytes("int3")
     with pytest.raises(ValueError, match="num_heads=0"):
         ModelShape(2, 8, 0, 1, 4, 16, 10)
+    with pytest.raises(ValueError, match="hidden_size=8.5 is not a whole number"):
+        ModelShape(2, 8.5, 2, 1, 4, 16, 10)
     with pytest.raises(ValueError, match="layers has 1 entries for num_layers=2"):
         dataclasses.replace(SMALL, layers=SMALL.layers[:1])
 

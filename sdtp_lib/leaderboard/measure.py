@@ -43,6 +43,8 @@ class Measurement:
         Methods that this model cannot have, and why: a row per length and speed-up says so.
     times
         Whether rows tell the prefill's time; without, several processes may share a device.
+    elsewhere
+        Rows of another device: a method is not run on what one of them has, made from the same sample.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Measurement:
         *,
         left_out: Mapping[str, str] | None = None,
         times: bool = True,
+        elsewhere: Sequence[Mapping] = (),
     ) -> None:
         self._left_out, self._times = dict(left_out or {}), times
         self._warm: set[tuple[str, float, int]] = set()
@@ -63,6 +66,9 @@ class Measurement:
         self._scorers = writer.scored_by({UNPRUNED: None} | {each.name: each.scorer for each in entrants})
         self._unpruned = {row["key"]: row for row in rows if row.get("method") == UNPRUNED and row["kind"] != "failure"}
         self._reach: dict[tuple[str, float, int], str] = {}
+        self._elsewhere = {
+            (row["key"], row.get("sample_hash"), row.get("config_hash")) for row in elsewhere if row["kind"] == "item"
+        }
 
     def run(self, step: Step, item: Any) -> None:
         """The rows of a step that the file does not have yet; ``item`` is None for `TIME` and `MEMORY`."""
@@ -83,10 +89,13 @@ class Measurement:
         todo = []
         for each in self._entrants:
             key = f"{head}|{step.speedup:g}|{each.name}"
-            if self._reaches(each, step) and not self._writer.done(key, **made_from, config_hash=settings(each)):
+            if (key, made_from["sample_hash"], settings(each)) in self._elsewhere or not self._reaches(each, step):
+                continue
+            if not self._writer.done(key, **made_from, config_hash=settings(each)):
                 todo.append((key, each))
         unpruned_key = f"{head}|1|{UNPRUNED}"
-        if self._writer.done(unpruned_key, **made_from) and not todo:
+        known = (unpruned_key, made_from["sample_hash"], None) in self._elsewhere
+        if not todo and (known or self._writer.done(unpruned_key, **made_from)):
             return
         full, beside = self._run_unpruned(step, item, prompt, unpruned_key, labels)
         if full is None:

@@ -157,6 +157,25 @@ def test_a_new_method_is_measured_on_the_items_that_there_are_rows_of(arguments,
         leaderboard.main([*arguments, "--run-dir", str(tmp_path / "none"), "--as-measured"])
 
 
+def test_new_only_leaves_out_what_another_device_has_without_times(arguments, tmp_path, monkeypatch):
+    leaderboard.main([*arguments, "--no-times"])
+    rows = [row for row in read_rows(tmp_path / "run" / "leaderboard.jsonl") if row["kind"] == "item"]
+    first = next(row["sample"] for row in rows if row["sort"] == "kl")
+    kept = [{**row, "device": "cuda:0", "device_name": "Big GPU"} for row in rows if row["sample"] == first]
+    kept = [{**row, "config_hash": "other settings"} if row["method"] == "gemfilter" else row for row in kept]
+    committed.write_committed(tmp_path / "kept.jsonl", kept)
+    monkeypatch.setattr(committed, "path_of", {"mine": tmp_path / "kept.jsonl"}.get)
+
+    def measured(*more):
+        leaderboard.main([*arguments, "--run-dir", str(tmp_path / "-".join(("new", *more))), *more])
+        found = read_rows(tmp_path / "-".join(("new", *more)) / "leaderboard.jsonl")
+        return {(row["sample"], row["method"]) for row in found if row["sort"] == "kl"}
+
+    every = {(row["sample"], row["method"]) for row in rows if row["sort"] == "kl"}
+    assert measured() == every and (first, "lazyllm") in every
+    assert measured("--new-only") == every - {(first, "lazyllm")}, "gemfilter's row is of other settings"
+
+
 def test_random_weights_of_a_yaml_files_sizes_are_timed_and_rows_say_so(tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(
         "model: tiny, random weights\nlengths: [96]\nitems: [2]\nspeedups: [1.5]\nmethods: [sdtp, lazyllm]\n"
