@@ -37,13 +37,12 @@ class ChunkPrefill(Prefill):
         cache: Any,
     ) -> None:  # fmt: skip
         self.whole, self.queries, self._longer = whole, whole.queries_here, []
-        device = whole.ids.device
-        real = whole.at(whole.real)
+        real, tokens = whole.at(whole.real), whole.at(whole.ids)
         self.query_rows = real[:, real.shape[1] - self.queries :].sum(dim=1).tolist()
-        super().__init__(architecture, wanted, scorer, trace, real.sum(dim=1).tolist(), real.shape[1], device, cache)
+        super().__init__(architecture, wanted, scorer, trace, real.sum(dim=1).tolist(), tokens, cache)
         self.keeps_all = False  # one chunk knows its own scores only: they are noted for the whole prompt
         self.positions = whole.at(whole.positions)
-        self.prompt_lengths = on_device(whole.lengths, device)
+        self.prompt_lengths = on_device(whole.lengths, tokens.device)
 
     def _planned(
         self, _architecture: Architecture, _wanted: Budget, _lengths: list[int]

@@ -37,6 +37,8 @@ class Prefill(EarlierLayers):
 
     Parameters
     ----------
+    tokens : Tensor (B, T) of ids, or (B, T, D) of embeddings
+        What the forward is over.
     protected : Tensor (B, T) of bool, optional
         Tokens that no stage drops.
     kv
@@ -50,13 +52,14 @@ class Prefill(EarlierLayers):
         scorer: Scorer,
         trace: PruningTrace,
         lengths: list[int],
-        columns: int,
-        device: torch.device,
+        tokens: torch.Tensor,
         cache: Any = None,
         protected: torch.Tensor | None = None,
         kv: KVBudget | None = None,
     ) -> None:
         config, plan = self._planned(architecture, wanted, lengths)
+        columns, device = tokens.shape[1], tokens.device
+        self.token_ids = tokens if tokens.dim() == 2 else None  # of the kept tokens
         super().__init__(architecture, config.positions == "compact", len(lengths), columns, cache, config.layers)
         self.config, self.scorer, self.trace, self.lengths, self.plan = config, scorer, trace, lengths, plan
         self.wanted, self.protected = wanted, None if protected is None else protected.to(device)
@@ -148,6 +151,7 @@ class Prefill(EarlierLayers):
             self.protected = gather_tokens(self.protected, chosen) & (chosen >= 0)
         self.left, self.padded = list(counts), min(counts) < max(counts)
         self.positions = gather_tokens(positions, chosen).masked_fill(chosen < 0, -1)
+        self.token_ids = None if self.token_ids is None else gather_tokens(self.token_ids, chosen)
         # `chosen` counts among the tokens left: after [0, 1, 4, 7, 8, 9] a cut to [0, 2, 4, 5] leaves 0, 4, 8, 9.
         self.kept = chosen if self.kept is None else gather_tokens(self.kept, chosen).masked_fill(chosen < 0, -1)
         self.kept_padded = self.padded
@@ -203,7 +207,8 @@ class Prefill(EarlierLayers):
         return Stage(
             layer_index=index, layer=layer, hidden_states=hidden, positions=positions, valid=positions >= 0,
             layer_arguments=without_cache(given), prompt_lengths=self.prompt_lengths.to(hidden.device),
-            padded=self.padded, windowed=self.windowed, **known,
+            padded=self.padded, windowed=self.windowed,
+            token_ids=None if self.token_ids is None else self.token_ids.to(hidden.device), **known,
         )  # fmt: skip
 
     def _score_keys(self) -> None:

@@ -45,10 +45,10 @@ class SecondPass(Prefill):
     """All layers on what ``first``, a pass over the same prompt, has kept; the trace counts both."""
 
     def __init__(self, first: Prefill, cache: Any, how: TwoPasses, kv: KVBudget | None) -> None:
+        no_ids = torch.empty(len(first.lengths), first.columns, 0, device=first.positions.device)  # nothing is scored
         super().__init__(
-            first.architecture, first.wanted, first.scorer, first.trace, first.lengths, first.columns,
-            first.positions.device, cache, kv=kv,
-        )  # fmt: skip
+            first.architecture, first.wanted, first.scorer, first.trace, first.lengths, no_ids, cache, kv=kv
+        )
         if how.renumber and len(first.lengths) > 1:
             raise PruningNotSupported(
                 f"renumbered positions with a batch of {len(first.lengths)}: rows would need tables of their own: "

@@ -166,8 +166,9 @@ class Session:
             changed = (), self._begin_chunk(arguments, rows, cache)
         elif seen == 0 or every:
             lengths = prompt_lengths(self._padding_of(arguments), rows, columns)
-            device = _tokens_of(arguments).device
-            given = (self.architecture, self.budget, self.scorer, self.trace, lengths, columns, device)
+            outside = self._outside.get("input_ids")  # a multimodal model's, whose stack gets embeddings
+            tokens = outside if outside is not None and outside.shape == (rows, columns) else _tokens_of(arguments)
+            given = (self.architecture, self.budget, self.scorer, self.trace, lengths, tokens)
             protected = self._protection(rows, seen, columns)
             if self.two_passes is None or columns < 2 or seen:
                 kv = None if seen else self.kv

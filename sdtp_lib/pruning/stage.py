@@ -156,6 +156,8 @@ class Stage:
         the cache.
     prompt_lengths : Tensor (B,) of int64
         Prompt tokens of each row, before any pruning.
+    token_ids : Tensor (B, N) of int64, optional
+        The kept tokens' ids; None where the prompt came as embeddings, or in a second pass.
     before : Mapping
         Layers since the last cut, by index, whose cached keys are all there and match the kept tokens.
     read : dict
@@ -193,6 +195,7 @@ class Stage:
     queries: int | None = None
     windowed: frozenset[int] = frozenset()
     far: FarSight | None = field(default=None, repr=False)
+    token_ids: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def position_embeddings(self) -> Any:

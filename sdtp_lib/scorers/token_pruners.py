@@ -29,6 +29,7 @@ from sdtp_lib.pruning.stage import LAYERS_BACK, QUERY_TOKENS, earlier_layers
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.pruner_files import HUB_OPTIONS, loaded_whole, weights_file
 from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StageInputs, StagePruner
+from sdtp_lib.scorers.words import whole_words, word_table, words_of
 
 FEATURES = ("hidden", "distance", "query", "attention", "memory")
 
@@ -131,6 +132,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         self.blend = None if blend is None else Blend.of(blend)
         self.num_layers, self.model_type, self.base_model = num_layers, model_type, base_model
         self.weights_fingerprint, self.notes = weights_fingerprint, dict(notes or {})
+        self.register_buffer("word_table", None)
         # String keys: module names may not hold dots and ModuleDict wants strings.
         self.stages = nn.ModuleDict({str(layer): StagePruner(self) for layer in self.layers})
 
@@ -171,6 +173,19 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         """In the place of the mixin's, which prints what it does and reads a pickle where a repository has one."""
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
         return cls._load_as_safetensor(cls(**options), weights_file(model_id, hub), map_location, strict)
+
+    def know_words(self, tokenizer: Any) -> TokenPruners:
+        """Score long words as a whole from now on (`sdtp_lib.scorers.words`): what ``tokenizer`` says is saved along.
+
+        Not in the losses of a training; and not where a prompt comes as embeddings, of which no ids are known.
+        """
+        self.word_table = word_table(tokenizer).to(next(self.parameters()).device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        held = state_dict.get(f"{prefix}word_table")
+        self.word_table = None if held is None else torch.empty_like(held, device=next(self.parameters()).device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def name(self) -> str:
@@ -246,7 +261,12 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         learned = network(StageInputs(stage.hidden_states, stage.positions, valid, lengths, attention, memory))
         if "memory" in self.features:
             stage.carried[own] = standardised(learned, stage.padding_mask)
-        return learned if self.blend is None else self.blend(learned, stage)
+        scores = learned if self.blend is None else self.blend(learned, stage)
+        if self.word_table is None or stage.token_ids is None:
+            return scores
+        if "words" not in stage.carried:  # of the whole prompt: later stages see words with gaps
+            stage.carried["words"] = words_of(stage.token_ids, self.word_table)
+        return whole_words(scores, stage.carried["words"], valid)
 
     def score(self, layer: int, inputs: StageInputs) -> Tensor:
         """Differentiable scores (B, n) at ``layer``."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.processes import Share
@@ -31,6 +31,13 @@ def begun_from(start: str | Path, model: nn.Module, layers: Sequence[int]) -> To
         raise ValueError(f"start={str(start)!r} has layers {list(pruners.layers)}; wanted are {list(layers)}.")
     pruners.check(model, PruningConfig(layers=tuple(layers)))
     return pruners.to(model.device).train()
+
+
+def averaged(first: Mapping[str, Tensor], last: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """State of pruners: ``share`` of ``first`` and the rest of ``last``; what is no weight is the last's."""
+    return {
+        name: share * first[name] + (1 - share) * own if own.is_floating_point() else own for name, own in last.items()
+    }
 
 
 def trained(

@@ -30,7 +30,7 @@ from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.shipped import folder_for
 from sdtp_lib.training import trainer, verdict
 from sdtp_lib.training.card import write_card
-from sdtp_lib.training.fit import begun_from, trained
+from sdtp_lib.training.fit import averaged, begun_from, trained
 from sdtp_lib.training.labels import checked_labels
 from sdtp_lib.training.prompts import choose_prompts, listed
 from sdtp_lib.training.recipes import (
@@ -178,8 +178,7 @@ def train_by_recipe(
     pruners = trained(model, labelled, layers, chosen, work, name, share, progress, seed, begun)
     if start_share:
         first = begun_from(start, model, layers).state_dict()
-        last = pruners.state_dict()
-        pruners.load_state_dict({key: start_share * first[key] + (1 - start_share) * last[key] for key in first})
+        pruners.load_state_dict(averaged(first, pruners.state_dict(), start_share))
         if share.is_first:
             pruners.save_pretrained(work / "pruners")
         share.wait()
@@ -194,6 +193,7 @@ def train_by_recipe(
         history, pruners = pruners.history, with_blend(work / "pruners", blend).to(model.device)
         pruners.history = history
         say(f"blend: {listed(blend)}")
+        pruners.know_words(tokenizer)
     lines = []
     if heldout:
         say(

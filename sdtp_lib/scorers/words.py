@@ -1,0 +1,74 @@
+"""Long words kept or dropped whole: identifiers, numbers, addresses, paths are of no use without a part of them.
+
+A word is a run of tokens without white space, of ASCII letters, digits and signs; other scripts have no spaces to go
+by, and each of their tokens stands alone. Knows token ids and scores, not who scored.
+Axes: B batch, N kept tokens, V tokens of the vocabulary.
+
+Example: of the tokens ``The``, `` key``, `` 7``, ``f``, ``3``, ``9``, ``-``, ``c``, ``4``, `` is`` the third to the
+ninth are one word of seven, and get the mean of their seven scores each; the others keep their own.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST, MOST = 6, 64  # kept tokens of a word that counts as one; below, and in what no person calls a word, each counts
+_CONTINUES, _BEGINS, _ALONE = 0, 1, 2
+_WHITE = str.maketrans(
+    {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r"}
+)  # as byte-level BPE and SentencePiece write
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def word_table(tokenizer: Any) -> Tensor:
+    """(V + 1,) of uint8: whether a token continues the word before it (0), begins one (1) or stands alone (2).
+
+    The last entry is for ids that the tokenizer does not have.
+    """
+    special = set(tokenizer.all_special_ids)
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    kinds = [_ALONE if number in special else _kind(piece) for number, piece in enumerate(pieces)]
+    return torch.tensor([*kinds, _ALONE], dtype=torch.uint8)
+
+
+def _kind(piece: str | None) -> int:
+    byte = _BYTE.fullmatch(piece or "")
+    text = chr(int(byte[1], 16)) if byte else (piece or "").translate(_WHITE)
+    if not text.strip() or not text.isascii() or text[-1].isspace():
+        return _ALONE
+    return _BEGINS if text[0].isspace() else _CONTINUES
+
+
+def words_of(ids: Tensor, table: Tensor) -> Tensor:
+    """(B, N) of int64: which word of its row each of the adjacent tokens ``ids`` (B, N) belongs to, ascending."""
+    kinds = table.to(ids.device)[ids.clamp(0, len(table) - 1)]
+    begins = kinds != _CONTINUES
+    begins[:, 1:] |= kinds[:, :-1] == _ALONE
+    return begins.cumsum(dim=1)
+
+
+def whole_words(scores: Tensor, words: Tensor, valid: Tensor | None) -> Tensor:
+    """``scores`` (B, N) with the mean of each word of `LEAST` to `MOST` kept tokens in the place of its tokens' own.
+
+    Parameters
+    ----------
+    words
+        (B, N), ascending: as `words_of` gave them for the whole prompt, cut to the kept tokens.
+    valid
+        (B, N) bool; None: all. What is not valid belongs to no word.
+    """
+    apart = words[:, 1:] != words[:, :-1]
+    real = torch.ones_like(scores)
+    if valid is not None:
+        apart = apart | (valid[:, 1:] != valid[:, :-1])
+        real, scores = valid.to(scores.dtype), scores.masked_fill(~valid, 0)
+    # Words of kept tokens [3, 3, 7, 9, 9] become [0, 0, 1, 2, 2]: places to add up in, without asking the device.
+    place = torch.nn.functional.pad(apart.long().cumsum(dim=1), (1, 0))
+    size, total = (torch.zeros_like(scores).scatter_add(1, place, each).gather(1, place) for each in (real, scores))
+    mean = total / size.clamp_min(1)
+    # Where a cut goes through a word its own scores decide: they count a ten-thousandth.
+    return torch.where((size >= LEAST) & (size <= MOST), mean + 1e-4 * (scores - mean), scores)

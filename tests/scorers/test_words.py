@@ -1,0 +1,126 @@
+"""Long words scored as a whole: what is a word, which score its tokens get, and where their ids come from."""
+
+import pytest
+import torch
+
+from sdtp_lib import PruningConfig, token_pruning
+from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.scorers.words import LEAST, MOST, whole_words, word_table, words_of
+
+
+class Vocabulary:
+    """A tokenizer as far as its vocabulary goes."""
+
+    def __init__(self, *pieces, special=()):
+        self.pieces, self.all_special_ids = pieces, list(special)
+
+    def __len__(self):
+        return len(self.pieces)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.pieces[number] for number in ids]
+
+
+@pytest.mark.parametrize(
+    ("piece", "kind"),
+    [("key", 0), ("-", 0), ("Ġkey", 1), ("▁key", 1), (" key", 1), ("Ċ", 2), ("ĠĠ", 2), (";Ċ", 2), ("<0x0A>", 2),
+     ("<0x41>", 0), ("<0xE4>", 2), ("Ã¤", 2), ("中", 2), (None, 2), ("", 2)],
+)  # fmt: skip
+def test_a_token_continues_a_word_begins_one_or_stands_alone(piece, kind):
+    assert word_table(Vocabulary(piece)).tolist() == [kind, 2]
+
+
+def test_special_tokens_stand_alone_and_what_follows_begins_a_word(tiny_tokenizer):
+    table = word_table(tiny_tokenizer)
+    ids = tiny_tokenizer("ab 7f39<|im_end|>cd\nef", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    words = words_of(ids, table)[0].tolist()
+    pieces = tiny_tokenizer.convert_ids_to_tokens(ids[0])
+    joined = {}
+    for piece, word in zip(pieces, words, strict=True):
+        joined[word] = joined.get(word, "") + piece
+    assert list(joined.values()) == ["ab", " ", "7f39", "<|im_end|>", "cd", "\n", "ef"]
+
+
+def test_ids_that_the_tokenizer_does_not_have_stand_alone():
+    table = word_table(Vocabulary("a", "b"))
+    assert words_of(torch.tensor([[0, 1, 2, 900, 0, 1]]), table).tolist() == [[0, 0, 1, 2, 3, 3]]
+
+
+def test_tokens_of_a_long_word_get_its_mean_in_the_order_of_their_own_and_others_keep_theirs():
+    words = torch.tensor([[1, 1, 4, *[5] * LEAST, *[6] * (LEAST - 1), *[9] * (MOST + 1)]])
+    scores = torch.randn(words.shape, generator=torch.Generator().manual_seed(0))
+    told = whole_words(scores, words, None)
+    long = words == 5
+    torch.testing.assert_close(told[long], scores[long].mean().expand(LEAST), atol=1e-3, rtol=0)
+    assert told[long].argsort().tolist() == scores[long].argsort().tolist()
+    assert (told[~long] == scores[~long]).all()
+
+
+def test_padding_belongs_to_no_word():
+    words, scores = torch.tensor([[3] * 9]), torch.arange(9.0)[None]
+    valid = torch.tensor([[False] * 2 + [True] * 7])
+    told = whole_words(scores.masked_fill(~valid, torch.nan), words, valid)
+    torch.testing.assert_close(told[0, 2:], torch.full((7,), 5.0), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [(60,), (60, 41)])
+def test_a_stage_knows_the_ids_of_its_kept_tokens(tiny_model, lengths):
+    model, seen = tiny_model(), []
+    ids = torch.randint(3, 120, (len(lengths), 60), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * (60 - length) + [1] * length for length in lengths])
+
+    def scorer(stage):
+        seen.append((stage.token_ids, stage.positions))
+        return stage.hidden_states.norm(dim=-1)
+
+    with token_pruning(model, PruningConfig((1, 3), 0.6, min_local_tokens=4), scorer), torch.no_grad():
+        model(ids, attention_mask=mask)
+        embeddings = model.get_input_embeddings()(ids)
+        model(inputs_embeds=embeddings, attention_mask=mask)
+    for told, positions in seen[:2]:
+        for row, length in enumerate(lengths):
+            real = positions[row] >= 0
+            assert (told[row, real] == ids[row, 60 - length :][positions[row, real]]).all()
+    assert len(seen) == 4 and seen[2][0] is None, "embeddings have no ids"
+
+
+def test_pruners_that_know_words_say_so_when_saved_and_keep_a_long_word_whole(tiny_model, tiny_tokenizer, tmp_path):
+    model = tiny_model()
+    torch.manual_seed(0)
+    pruners = TokenPruners.for_model(model, (1, 3)).eval()
+    before = pruners.identity
+    pruners.know_words(tiny_tokenizer).save_pretrained(tmp_path)
+    loaded = TokenPruners.from_pretrained(tmp_path)
+    assert loaded.identity == pruners.identity != before
+    assert (loaded.word_table == word_table(tiny_tokenizer)).all()
+    text = " ".join(["all was well on board and in the hold"] * 3) + " key-7f39c4d1b20e " + "so they sailed on " * 4
+    ids = tiny_tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    word = words_of(ids, loaded.word_table)[0]
+    longest = word == word.mode().values
+    assert int(longest.sum()) >= 15
+    config = PruningConfig((1, 3), 0.5, min_local_tokens=4)
+
+    def spread(scorer):
+        with token_pruning(model, config, scorer) as trace, torch.no_grad():
+            model(ids)
+        scores = trace.scores[1][0][longest]
+        return float(scores.max() - scores.min())
+
+    whole = spread(loaded)
+    loaded.word_table = None
+    assert whole < 0.01 * spread(loaded)
+
+
+def test_chunks_of_a_prompt_have_their_own_ids(tiny_model):
+    model, seen = tiny_model(), []
+    ids = torch.randint(3, 120, (1, 90), generator=torch.Generator().manual_seed(0))
+
+    def scorer(stage):
+        seen.append((stage.token_ids, stage.positions))
+        return stage.hidden_states.norm(dim=-1)
+
+    with token_pruning(model, PruningConfig((1, 3), 0.6, min_local_tokens=4), scorer):
+        model.generate(ids, max_new_tokens=1, prefill_chunk_size=40, do_sample=False)
+    assert len(seen) >= 6
+    for told, positions in seen:
+        assert (told[0] == ids[0, positions[0]]).all()
