@@ -102,7 +102,6 @@ def token_pruning(
         cleanup.enter_context(guarded_generate(model, session.in_chunks, session.in_generate))
         yield session.trace
         session.check_pending()
-        session.remarks.on_exit()
 
 
 @contextlib.contextmanager

@@ -175,16 +175,14 @@ class Session:
                 uneven = rows > 1 and min(lengths) < columns
                 packs = uneven and kv is None and serves_rows(self.architecture, arguments)
                 self._pass = (PackedPrefill if packs else Prefill)(*given, cache, protected, kv=kv)
-                self.remarks.on_plan(self._pass.plan)
             else:
                 first = Prefill(*given, None, protected)
-                self.remarks.on_plan(first.plan)
                 self._run_first_pass(module, first, arguments)
                 self._pass = SecondPass(first, cache, self.two_passes, self.kv)
         elif remembered(cache) is not None:
             self._pass = ForwardPass(self.architecture, self.config.positions == "compact", rows, columns, cache)
-        elif not getattr(cache, "prefilled_inside", False) and self.config.prune == "first":
-            self.remarks.on_held_before(seen)
+        elif not getattr(cache, "prefilled_inside", False):
+            self.remarks.on_added(seen, columns)
         if isinstance(cache, PrunedCache):
             cache.inside = True
         if isinstance(self._pass, PackedPrefill):  # at the very end: nothing may fail between here and `after_stack`
@@ -198,8 +196,6 @@ class Session:
             whole.expand(rows)
         longer = whole.with_queries(arguments)
         self._pass = ChunkPrefill(whole, self.architecture, self.budget, self.scorer, self.trace, cache)
-        if not whole.number:
-            self.remarks.on_plan(whole.plan())
         return longer
 
     def end_forward(self) -> None:
@@ -285,6 +281,8 @@ class Session:
             finished.cache.prefilled_inside = True  # an attribute, so that copies of the cache know it too
         if finished.positions.device.type == "cpu":
             self.check_pending()
+        if not self._chunk_comes():
+            self.remarks.on_prefill(finished.kv is not None)
         filled_up = finished.kept is not None and self.architecture.fixed_length_norm() is not None
         if not filled_up and not queries:
             return None

@@ -61,7 +61,8 @@ class PruningTrace:
     scored_when_read : list of callables
         What computes scores that nobody has read yet.
     not_pruned : str
-        Why nothing was pruned of what the ``with`` saw last; empty where something was, or nothing was seen.
+        Why nothing was pruned by the last prefill, or where none has run, of what the ``with`` saw; empty where
+        something was, where nothing was to be (a keep ratio of 1), or nothing was seen.
     """
 
     kept_positions: dict[int, torch.Tensor] = field(default_factory=dict)

@@ -215,6 +215,7 @@ def test_a_prompt_that_a_filter_leaves_whole_is_the_plain_models(model):
         output, trace = inside(model, methods.get("gemfilter"), lambda: model(input_ids=IDS).logits)
     assert torch.equal(output, model(input_ids=IDS).logits)
     assert trace.kept_positions[3].shape == (1, 300)
+    assert "no longer than what is kept" in trace.not_pruned
 
 
 def test_renumbering_and_a_kv_budget_are_refused_where_they_cannot_be_right(tiny_model, model):
