@@ -57,7 +57,8 @@ def token_pruning(
         ``"keep09"``, ``"keep08"``, ``"keep07"``, ``"paper-low"``, ``"fast"``: a preset of `PruningConfig`. A number in
         (0, 1]: the share of the current tokens kept at each of keep09's stages. ``"2x"``: a prefill of half the FLOPs,
         solved for each prompt's length; a prompt too short for it is pruned as far as it can be, which is said. A
-        `PruningConfig`. Or an entry of `sdtp_lib.methods` (or its name), which brings its own scorer.
+        `PruningConfig`. Or a method, which brings its own scorer: an entry of `sdtp_lib.methods`, or what
+        `sdtp_lib.methods.named` takes: ``"fastkv"`` with its paper's budget, ``"fastkv@1.5x"`` at a prefill speed-up.
     scorer
         What says which tokens matter: `TokenPruners`, one of `sdtp_lib.scorers`, any callable from a `Stage` to scores
         (B, N); or a name: a training-free score's, a method's, a folder or Hub id of pruners. None: pruners made for
@@ -97,8 +98,8 @@ def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tupl
     around = method = None
     if inspect.isclass(budget) or inspect.isroutine(budget):
         raise ValueError(f"budget={budget.__name__} makes budgets and is none itself: call it, {budget.__name__}(...).")
-    if isinstance(budget, str) and budget in registry.names():
-        budget = registry.get(budget)
+    if isinstance(budget, str) and budget not in PRESETS and speedup_in(budget) is None:
+        budget = _method_called(budget)
     if hasattr(budget, "budget_for"):
         method, budget = budget, budget.budget_for(model)
         scorer = method.scorer_for(model) if scorer is None else scorer
@@ -106,8 +107,7 @@ def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tupl
     if isinstance(scorer, os.PathLike):
         scorer = os.fspath(scorer)
     if isinstance(scorer, str):
-        named = scorer in registry.names()
-        scorer = registry.get(scorer).scorer_for(model) if named else scorer_called(scorer, model)
+        scorer = _score_of(scorer, method, model) if scorer in registry.names() else scorer_called(scorer, model)
     speedup = speedup_in(budget)
     config = None if speedup is not None else config_of(budget, num_layers(model))
     if isinstance(scorer, MethodScorer):
@@ -122,6 +122,44 @@ def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tupl
         shape = ModelShape.from_model(model)
         config = SpeedupBudget(PruningConfig(tuple(layers)), speedup, shape, as_far_as_possible=True)
     return config, scorer, around
+
+
+def _method_called(text: str) -> Any:
+    """The method that a budget's text names, perhaps at a speed-up.
+
+    Raises
+    ------
+    ValueError
+        For a text that names nothing: the message lists all that a budget may be called.
+    """
+    if text.partition("@")[0] in registry.names():
+        return registry.named(text)
+    raise ValueError(f"{_unknown(text)}; or a method: {', '.join(registry.names())}, also at a speed-up (fastkv@1.5x).")
+
+
+def _unknown(budget: str) -> str:
+    return (
+        f"budget={budget!r} is unknown: give {', '.join(PRESETS)}, a speed-up such as '2x', a keep ratio such as 0.8, "
+        "a PruningConfig"
+    )
+
+
+def _score_of(name: str, budget: Any, model: nn.Module) -> Scorer | None:
+    """The score of the method ``name`` under a ``budget``: a method, or None for what is none.
+
+    Raises
+    ------
+    ValueError
+        For a method that shortens the cache alone, under another budget than its own.
+    """
+    method = registry.get(name)
+    scorer = method.scorer_for(model)
+    if not method.ranks and not isinstance(scorer, MethodScorer) and type(budget) is not type(method):
+        raise ValueError(
+            f"scorer={name} shortens the KV cache alone and gives the tokens of a prefill no order: give the method as "
+            f"the budget, token_pruning(model, {name!r})."
+        )
+    return scorer
 
 
 def _under(scorer: MethodScorer, method: Any, config: Any, speedup: float | None, model: nn.Module) -> Scorer:
@@ -149,10 +187,7 @@ def config_of(budget: Any, layers: int) -> Budget:
     """A preset's or a ratio's configuration; what is a budget already stays as it is."""
     if isinstance(budget, str):
         if budget not in PRESETS:
-            raise ValueError(
-                f"budget={budget!r} is unknown: give {', '.join(PRESETS)}, a speed-up such as '2x', a keep ratio such "
-                "as 0.8, a PruningConfig, or methods.get(...)."
-            )
+            raise ValueError(f"{_unknown(budget)}, or methods.get(...).")
         return PruningConfig.preset(budget, layers)
     if isinstance(budget, numbers.Real) and not isinstance(budget, bool):  # numpy's too
         return PruningConfig.preset("keep09", layers, keep_ratio=budget)

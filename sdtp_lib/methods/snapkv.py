@@ -16,11 +16,17 @@ from sdtp_lib.methods.method import Method
 from sdtp_lib.pruning.engine import kv_budget
 from sdtp_lib.pruning.kv_budget import KVBudget
 from sdtp_lib.pruning.stage import Scorer, Stage
+from sdtp_lib.pruning.trace import PruningTrace
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOnly(Method):
-    """A method that shortens the cache and not the prefill: stages that keep everything, and a KV budget."""
+    """A method that shortens the cache and not the prefill: a stage that keeps everything, and a KV budget.
+
+    What would score that stage decides nothing (rows know it as recency); the trace has the method's name.
+    """
+
+    ranks: ClassVar[bool] = False
 
     def config(self, layers: int) -> PruningConfig:
         return PruningConfig((1,), 1.0, sink_tokens=0, local_ratio=0.0, min_local_tokens=1)
@@ -37,7 +43,8 @@ class CacheOnly(Method):
         """What each layer keeps."""
         raise NotImplementedError
 
-    def around(self, model: Any, _trace: Any) -> contextlib.AbstractContextManager:
+    def around(self, model: Any, trace: PruningTrace) -> contextlib.AbstractContextManager:
+        trace.scorer = self.name
         return kv_budget(model, self.kv_budget())
 
 

@@ -27,6 +27,11 @@ def _no_model() -> None:
     return None
 
 
+def _change(share: float) -> str:
+    """What is left of a cost as a change of it: 0.5 is -50%, 1.37 is +37%."""
+    return f"{share - 1:+.0%}" if abs(share - 1) >= 0.005 else "0%"
+
+
 @dataclass(repr=False)
 class PruningTrace:
     """The last prefill inside a ``with token_pruning(...)``; tokens decoded later leave it as it was.
@@ -118,10 +123,12 @@ class PruningTrace:
             **self._savings(longest),
             "scorer": self.scorer,
         }
+        if self.keys_per_layer and self.passes[-1][-1].tolist() == self.prompt_lengths:
+            found["cut"] = "the KV cache alone, after a whole prefill"
         return found | ({"not pruned": self.not_pruned} if self.not_pruned else {})
 
     def _savings(self, longest: int) -> dict[str, str]:
-        """FLOPs and KV bytes less than the unpruned model's, where the model's FLOPs can be counted."""
+        """FLOPs and KV bytes beside the unpruned model's, where the model's FLOPs can be counted."""
         model = self.model()
         try:
             shape = ModelShape.from_model(model) if model is not None else None
@@ -136,7 +143,9 @@ class PruningTrace:
         flops += budget.prefill_flops(shape, [self.query_tokens] * len(full), logits_positions=0)
         flops /= budget.prefill_flops(shape, full)
         kept = budget.kv_bytes(shape, self.keys_per_layer or passes[-1], 1) / budget.kv_bytes(shape, full, 1)
-        return {"prefill FLOPs": f"-{1 - flops:.0%} ({1 / flops:.2f}x fewer)", "KV cache": f"-{1 - kept:.0%}"}
+        # Two passes over a prompt of which most stays cost more than one.
+        fewer = f"{1 / flops:.2f}x fewer" if flops <= 1 else f"{1 / flops:.2f}x: more than the unpruned model's"
+        return {"prefill FLOPs": f"{_change(flops)} ({fewer})", "KV cache": _change(kept)}
 
     def __str__(self) -> str:
         """One line."""

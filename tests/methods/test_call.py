@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdtp_lib import PruningConfig, TokenPruners, budget, scorers, token_pruning
+from sdtp_lib import PruningConfig, TokenPruners, budget, methods, scorers, token_pruning
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.protection import protected_tokens_of
 from sdtp_lib.pruning.stage import refuse_uncalled
@@ -60,7 +60,10 @@ def test_a_wanted_speedup_is_reached_by_flops(tiny_model):
 @pytest.mark.parametrize(
     ("said", "match"),
     [
-        ("keep8", "budget='keep8' is unknown: give keep09.*'2x'"),
+        ("keep8", "budget='keep8' is unknown: give keep09.*'2x'.* a method: sdtp, .*fastkv, "),
+        ("fastkvv@1.5x", "budget='fastkvv@1.5x' is unknown: give keep09.* a method: sdtp, "),
+        ("fastkv@fast", "'fast' is no speed-up: give fastkv@1.5x"),
+        ("snapkv@2x", "snapkv shortens the cache only"),
         ("0.5x", "slower than the unpruned model"),
         (1.5, r"keep_ratio=1.5 is outside \(0, 1\]"),
         ({"layers": [4]}, "is not a PruningConfig"),
@@ -195,12 +198,30 @@ def test_a_folder_of_pruners_may_be_named_by_its_path(tiny_model, tmp_path):
 
 
 def test_a_method_may_be_named_as_budget_or_as_scorer(tiny_model):
-    from sdtp_lib import methods
-
     model = tiny_model()
     by_name, by_entry = _trace(model, "lazyllm"), _trace(model, methods.get("lazyllm"))
     assert by_name.tokens_per_layer == by_entry.tokens_per_layer
     assert _trace(model, CONFIG, "fastkv").scorer == methods.get("fastkv").scorer_for(model).name
+
+
+@pytest.mark.parametrize("said", ["fastkv@1.5x", "lazyllm@1.2x", "lazyllm"])
+def test_a_method_may_be_said_as_commands_take_it_with_a_speed_up(tiny_model, said):
+    """`methods.named` and every command took ``fastkv@1.5x``; the one call refused it."""
+    model = tiny_model()
+    by_text, by_entry = _trace(model, said), _trace(model, methods.named(said))
+    assert by_text.tokens_per_layer == by_entry.tokens_per_layer and by_text.keys_per_layer == by_entry.keys_per_layer
+    assert by_text.scorer == by_entry.scorer == said.partition("@")[0]
+    if "@" in said:
+        assert by_text.tokens_per_layer != _trace(model, by_text.scorer).tokens_per_layer
+
+
+def test_a_method_of_the_cache_alone_ranks_nothing_under_another_budget(tiny_model):
+    """``scorer="snapkv"`` pruned by recency, and the trace said so."""
+    model = tiny_model()
+    for given in (CONFIG, "1.5x", "fastkv"):
+        with pytest.raises(ValueError, match=r"scorer=snapkv .*no order: .*token_pruning\(model, 'snapkv'\)"):
+            _trace(model, given, "snapkv")
+    assert _trace(model, methods.get("snapkv", tokens=40), "snapkv").scorer == "snapkv"
 
 
 def test_a_prompt_too_short_for_a_speed_up_is_pruned_as_far_as_it_can_be_and_says_so(tiny_model):

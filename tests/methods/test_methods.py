@@ -289,3 +289,27 @@ def test_a_trace_counts_both_passes_and_the_keys_that_a_budget_left(model):
     _, trace = inside(model, methods.get("fastkv"), lambda: model(input_ids=IDS, use_cache=True))
     assert "last layer: 60 tokens" in str(trace) and "KV cache: -90%, scorer: fastkv" in str(trace)
     assert trace.keys_per_layer == [30] * 8
+
+
+def test_two_passes_that_cost_more_than_one_are_said_to_cost_more(model):
+    """The trace read ``prefill FLOPs: --37% (0.73x fewer)``."""
+    shape = ModelShape.from_model(model)
+    _, trace = inside(model, methods.get("gemfilter", tokens=290), lambda: model(input_ids=IDS, use_cache=True))
+    flops = budget.prefill_flops(shape, [290] * 8)
+    flops += budget.prefill_flops(shape, [300] * 3 + [0] * 5, logits_positions=0)
+    share = flops / budget.prefill_flops(shape, [300] * 8)
+    assert share > 1.2
+    assert f"prefill FLOPs: +{share - 1:.0%} ({1 / share:.2f}x: more than the unpruned model's)" in str(trace)
+
+
+@pytest.mark.parametrize("name", CACHE_ONLY)
+def test_a_method_of_the_cache_alone_says_in_the_trace_what_it_does(name, model):
+    """The trace of snapkv and h2o read ``scorer: recency``."""
+    _, trace = inside(model, methods.get(name, **SMALL.get(name, {})), lambda: model(input_ids=IDS, use_cache=True))
+    kept = {"snapkv": 90, "h2o": 60}[name]
+    assert trace.summary() == {
+        "prompt": "300 tokens", "last layer": "300 tokens (100%)", "1/tau": "1.00", "prefill FLOPs": "0% (1.00x fewer)",
+        "KV cache": f"-{1 - kept / 300:.0%}", "scorer": name, "cut": "the KV cache alone, after a whole prefill",
+    }  # fmt: skip
+    _, pruned = inside(model, methods.get("fastkv"), lambda: model(input_ids=IDS, use_cache=True))
+    assert "cut" not in pruned.summary() and pruned.keys_per_layer
