@@ -87,9 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
         name, profiles = Path(options.profile).name, sorted(folder.name for folder in (HERE / "profiles").iterdir())
         print(f"REFUSED  there is no profile {name}: {meant(name, profiles)}", file=sys.stderr)
         return 2
-    params = Path(options.params)
-    if not params.suffix:
-        params = HERE / "params" / f"{options.params}.yaml"
+    params = HERE / "params" / f"{options.params}.yaml"
+    if Path(options.params).suffix and not params.is_file():  # a dot may also be of a version: gpu-qwen2.5-7b
+        params = Path(options.params)
     if not params.is_file():
         sets = sorted(file.stem for file in (HERE / "params").glob("*.yaml"))
         print(f"REFUSED  there is no parameter set {options.params}: {meant(options.params, sets)}", file=sys.stderr)

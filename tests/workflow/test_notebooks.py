@@ -135,6 +135,15 @@ def test_every_parameter_set_fits_the_notebooks(path):
     assert jobs and len({job.stamp for job in jobs}) == len(jobs)
 
 
+def test_the_large_sets_are_of_todays_models_and_of_the_papers():
+    large = {path.stem: sweep.read_settings(path) for path in PARAMETER_SETS if path.stem.startswith("gpu-")}
+    assert all(name == settings["run"] for name, settings in large.items())
+    assert {settings["common"]["model_name"] for settings in large.values()} == {
+        "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2-7B-Instruct",
+        "mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Llama-2-7b-hf", "bigscience/bloom-7b1",
+    }  # fmt: skip
+
+
 def test_the_default_set_runs_every_notebook_once():
     jobs = sweep.plan(sweep.read_settings(ROOT / "workflow/params/embedded.yaml"), ROOT)
     assert [job.notebook for job in jobs] == [path.stem for path in NOTEBOOKS]

@@ -135,6 +135,13 @@ def test_an_unknown_set_is_refused_with_the_known_ones():
     assert "there is no parameter set embeded: did you mean embedded? There are embedded" in ended.stderr
 
 
+def test_a_set_with_a_version_in_its_name_is_found_by_that_name():
+    """What stands behind the dot of gpu-qwen2.5-7b was taken for a file's ending."""
+    ended = study(ROOT, "--params", "gpu-qwen2.5-7b", "--dry-run")
+    assert ended.returncode == 0, ended.stderr
+    assert "to do 01_saliency  model_name=Qwen/Qwen2.5-7B-Instruct" in ended.stdout
+
+
 def test_a_kernels_threads_wait_asleep_unless_the_user_says_how():
     """On a busy machine two spinning threads took minutes for a prefill of seconds."""
     unsaid, said = {}, {"OMP_WAIT_POLICY": "ACTIVE"}
