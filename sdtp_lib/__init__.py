@@ -2,18 +2,22 @@
 
 Importing this package loads neither torch nor transformers: each public name is fetched from its module on first use.
 
-    pruning/        the method: score, cut, shorten, decode        config      what is pruned; presets
-    architectures/  the one door to transformers' internals        budget      tokens, FLOPs, bytes: pure counting
-    scorers/        all that scores tokens                         model_shape the sizes that decide cost
-    methods/        every way to shorten a prefill by its name, and the call
-    training/       from samples to token pruners                  models      load_model
-    data/           what is trained and measured on                load_failures  why a load failed, what helps
-    evaluation/     what it costs in quality                       records     result rows
-    latency/        what it saves                                  files       files written whole, locks
-    plots/ views/   pictures, HTML                                 provenance  where a number comes from
-    explorer/       the sliders                                    processes   one run shared among processes
-    commands/       the command line, python -m sdtp_lib
-    paper           what the paper prints, ours beside it          harness     SDTPLM: lm-eval with pruned prompts
+    pruning/          the method: score, cut, shorten, decode    config         what is pruned; presets
+    architectures/    the one door to transformers' internals    checked        numbers that a person gave, by name
+    scorers/          all that scores tokens                     budget         tokens, FLOPs, bytes: pure counting
+    methods/          every way to shorten a prefill by its      model_shape    the sizes that decide cost
+                      name, and the one call                     layer_shape    those of one layer
+    training/         from samples to token pruners              models         load_model
+    shipped_pruners/  trained ones that travel along             load_failures  why a load failed, what helps
+    data/             what is trained and measured on            shipped        where pruners are
+    evaluation/       what it costs in quality                   records        result rows
+    latency/          what it saves                              files          files written whole, locks
+    leaderboard/      every method at equal FLOPs                provenance     where a number comes from
+    plots/            pictures                                   processes      one run shared among processes
+    views/            prompts as HTML                            extras         packages that only some uses need
+    explorer/         the sliders                                harness        SDTPLM: lm-eval with pruned prompts
+    commands/         what python -m sdtp_lib can do             paper          what the paper prints, ours beside it
+                                                                 __main__       the command line
 """
 
 from __future__ import annotations

@@ -206,6 +206,14 @@ def test_the_tree_names_every_folder_and_no_other():
     assert set(beside) == modules
 
 
+def test_the_map_in_the_library_names_every_folder_and_module_and_no_other():
+    """It lacked the leaderboard and five modules."""
+    named = set(re.findall(r"(?:^    |  )([a-z_]+/?) {2,}\S", sdtp_lib.__doc__, re.M))
+    there = [path for path in (ROOT / "sdtp_lib").iterdir() if not path.name.startswith(("__pycache__", "__init__"))]
+    folders = {f"{path.name}/" for path in there if path.is_dir() and any(path.iterdir())}
+    assert named == folders | {path.stem for path in there if path.suffix == ".py"}
+
+
 def test_every_folder_of_the_library_is_packaged():
     from setuptools import find_packages
 
