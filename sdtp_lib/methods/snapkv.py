@@ -52,7 +52,8 @@ class CacheOnly(Method):
 class SnapKV(CacheOnly):
     """Each key-value head keeps the keys that the last 32 tokens attended to, pooled over neighbours.
 
-    Differs from the paper's code: heads that share keys choose together, so that keys need not be repeated.
+    Differs from the paper's code: heads that share keys choose together, so that keys need not be repeated. Pooling is
+    the average over 5, that code's default (kvpress averages too); its experiments take the maximum over 7.
 
     Attributes
     ----------

@@ -35,7 +35,8 @@ class Blend:
     smoothing
         Neighbours (odd) that the learned score is averaged over: an answer is a span, not a token.
     window, kernel
-        Of the attention: query tokens, and neighbours of which the strongest counts (SnapKV, arXiv 2404.14469).
+        Of the attention: query tokens, and neighbours of which the strongest counts (the maximum, as in SnapKV's
+        experiments, arXiv 2404.14469; the average is its code's default).
     """
 
     learned: float = 1.0

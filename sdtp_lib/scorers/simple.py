@@ -44,7 +44,8 @@ def attention(window: int = 8, kernel: int = 1, *, query: str = "last") -> Score
     Parameters
     ----------
     kernel
-        Above 1 (odd): the maximum over that many neighbours, as SnapKV does (arXiv 2404.14469).
+        Above 1 (odd): the maximum over that many neighbours, which is one of SnapKV's two poolings: that of its
+        experiments (arXiv 2404.14469). Its code's default is the average, as in ``methods.get("snapkv")``.
     query
         ``"none"``: nobody asks. What counts is the attention that all later tokens pay to a token, each in units of an
         even share of what it sees, mean over them: for a document that is pruned once and asked many questions.
