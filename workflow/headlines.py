@@ -1,7 +1,7 @@
 """What a run says in two sentences: how much faster, and at what cost. README and docs/index.html begin with them.
 
 Views of the time table and the quality table (`result_tables`), so a sentence never says another number than its table.
-What a GPU measured comes from committed rows of the leaderboard.
+What a GPU measured, and the cost beside all other methods, come from committed rows of the leaderboard.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from pathlib import Path
 from result_tables import Table
 
 from sdtp_lib.leaderboard import committed, page, tables
-from sdtp_lib.leaderboard.entrants import OURS
+from sdtp_lib.leaderboard.entrants import OURS, OWN
 from sdtp_lib.leaderboard.words import GOAL_SPEEDUP
 
 
-def headline(latency: Table | None, scorers: Table | None, gpu: str = "") -> Table | None:
-    """README's first lines, as a block of `tables`: a table without columns, whose note is the text."""
+def headline(latency: Table | None, scorers: Table | None, gpu: str = "", costs: str = "") -> Table | None:
+    """README's first lines, as a block of `tables`: a table without columns, whose note is the text.
+
+    ``costs`` stands in the place of the study's small quality table, where a leaderboard has more prompts.
+    """
     shown = [table for table in (latency, scorers) if table]
     if not shown:
         return None
     origins = dict.fromkeys(table.note.rpartition(". ")[2] for table in shown)
     gpu = f"\n\n**On a GPU:** {gpu}" if gpu else ""
-    text = f"**How much faster:** {faster(latency)}{gpu}\n\n**What it costs:** {cost(scorers)}\n\n{' '.join(origins)}"
-    return Table("headline", "In two sentences", (), (), text)
+    both = f"**How much faster:** {faster(latency)}{gpu}\n\n**What it costs:** {costs or cost(scorers)}"
+    return Table("headline", "In two sentences", (), (), f"{both}\n\n{' '.join(origins)}")
 
 
 def faster(table: Table | None) -> str:
@@ -51,6 +54,31 @@ def cost(table: Table | None) -> str:
     return (
         f"KL to the unpruned model's next-token distributions in nats per token, {own} at {table.body[0][1]} (and the "
         f"best simple score): {'; '.join(said)}."
+    )
+
+
+def cost_beside_all_methods(root: Path, folder: str = "docs/") -> str:
+    """KL by test set at the goal's speed-up and the shortest length of the embedded model's leaderboard, beside the
+    best other method there, and what is kept of RULER's answers; empty without such rows."""
+    rows = committed.every_committed(root).get("")
+    frame = tables.frame_of(rows) if rows else None
+    length = min((n for n, speedup in tables.places(frame) if speedup == GOAL_SPEEDUP), default=0) if rows else 0
+    if not length:
+        return ""
+    part, said = tables.at(frame, length, GOAL_SPEEDUP), []
+    for test_set, by_method in tables.kl_by_test_set(part).items():
+        others = {name: mean for name, mean in by_method.items() if name not in OWN}
+        if OURS in by_method and others:
+            best, own = min(others, key=lambda name, others=others: others[name].value), by_method[OURS]
+            said.append(f"{test_set} {own.value:.3f} ({best} {others[best].value:.3f}, n = {own.items})")
+    ruler = tables.answers(part).get(OURS)
+    if ruler and ruler["solved"]:
+        kept = f"; {ruler['solved'].value:.0f} % of RULER's points on the {ruler['solved_items']} items solved unpruned"
+        said[-1:] = [said[-1] + kept] if said else []
+    return (
+        f"at {GOAL_SPEEDUP:g}x fewer prefill FLOPs and {length:,} tokens, KL to the unpruned model's next-token "
+        f"distributions in nats per token (and the best of all other methods): {', '.join(said)} "
+        f"([every method]({folder}leaderboard.md))."
     )
 
 

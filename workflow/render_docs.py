@@ -22,7 +22,7 @@ from typing import Any
 
 import docs_reference
 from docs_frame import Frame, markdown_html, notebook_html
-from headlines import cost, faster, on_a_gpu
+from headlines import cost, cost_beside_all_methods, faster, on_a_gpu
 from notebook_parameters import load_notebook, source_of
 from result_tables import latency_table, rows_of, run_name, scorer_table
 
@@ -63,7 +63,9 @@ def build(run: Path, docs: Path) -> list[Path]:
     pages = {f"{name}.html": (titles[name], notebook_html(path, explorer=explorer)) for name, path in executed.items()}
     pages["index.html"] = (
         "SDTP: token pruning in prefill",
-        index(rows, titles, dict(frame.navigation), on_a_gpu(docs.parent, "")),
+        index(
+            rows, titles, dict(frame.navigation), on_a_gpu(docs.parent, ""), cost_beside_all_methods(docs.parent, "")
+        ),
     )
     (docs / ".nojekyll").touch()  # GitHub Pages serves the files as they are
     return _written(pages, frame, docs) + documents(docs)
@@ -125,7 +127,7 @@ def _title(executed: Path) -> str:
     return first.lstrip("# ").strip()
 
 
-def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[str, str], gpu: str) -> str:
+def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[str, str], gpu: str, costs: str) -> str:
     """The story in one screen: what, how much faster, what it costs, on which model, how to use it."""
     explorer = " · [move the sliders](explorer.html)" if "explorer.html" in pages else ""
     lines = [
@@ -138,7 +140,7 @@ def index(rows: list[dict[str, Any]], titles: Mapping[str, str], pages: Mapping[
         "",
         f"- **How much faster:** {faster(latency_table(rows))}",
         *([f"- **On a GPU:** {gpu}"] if gpu else []),
-        f"- **What it costs:** {cost(scorer_table(rows))}",
+        f"- **What it costs:** {costs or cost(scorer_table(rows))}",
         f"- **On which model:** {origin_line(rows[0]) if rows else 'not measured yet'}. "
         "Larger ones: `make study PARAMS=gpu-qwen2-7b`.",
         f"- **Try it:** `make study` runs everything on a small real model, `make app` opens the explorer{explorer}.",

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headlines import headline, on_a_gpu
+from headlines import cost_beside_all_methods, headline, on_a_gpu
 from result_tables import Table, latency_table, other_tables, rows_of, run_name, scorer_table
 
 from sdtp_lib.records import atomic_write, project_root, write_json
@@ -35,7 +35,9 @@ def collect(run: Path) -> dict[str, Any]:
     """All tables of a run by name, as JSON."""
     rows = rows_of(run)
     latency, scorers = latency_table(rows), scorer_table(rows)
-    found = [table for table in (headline(latency, scorers, on_a_gpu(project_root())), latency, scorers) if table]
+    root = project_root()
+    first = headline(latency, scorers, on_a_gpu(root), cost_beside_all_methods(root))
+    found = [table for table in (first, latency, scorers) if table]
     found += other_tables(rows)
     return {table.name: table.to_dict() for table in found}
 

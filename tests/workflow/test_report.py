@@ -175,6 +175,27 @@ def test_a_gpus_times_of_random_weights_stand_in_the_headline(tmp_path):
     assert headlines.on_a_gpu(tmp_path) == "", "a model with quality has a page of its own"
 
 
+def test_what_it_costs_stands_beside_the_best_other_method_of_the_leaderboard(tmp_path):
+    shared = {"kind": "item", "model": "embedded", "sort": "kl", "length": 64, "speedup": 2.0, "scorer_id": "a"}
+    rows = [
+        shared | {"method": method, "cell": cell, "sample": f"{cell}{n}", "key": f"{method}{cell}{n}", "kl_nats": kl}
+        for n in range(3)
+        for method, text, needle in (("sdtp", 0.2, 0.5), ("lazyllm", 0.3, 0.4), ("asl", 0.4, 0.25),
+                                     ("sdtp-fast", 0.1, 0.1))
+        for cell, kl in (("text", text), ("needle", needle))
+    ]  # fmt: skip
+    assert headlines.cost_beside_all_methods(tmp_path) == ""
+    path = committed.path_of("embedded", tmp_path)
+    path.parent.mkdir()
+    committed.write_committed(path, rows)
+    said = headlines.cost_beside_all_methods(tmp_path)
+    assert "at 2x fewer prefill FLOPs and 64 tokens" in said
+    assert "text 0.200 (lazyllm 0.300, n = 3), needle 0.500 (asl 0.250, n = 3)" in said, "also where ours is behind"
+    table = Table("latency", "", (), (), "x. y")
+    assert f"**What it costs:** {said}" in headlines.headline(table, None, costs=said).note
+    assert "**What it costs:** not measured yet." in headlines.headline(table, None).note
+
+
 @pytest.mark.parametrize("given", ["mine", "data/results/mine", "data/results/mine/", "./data/results/mine"])
 def test_a_run_is_named_by_its_name_or_by_its_path(given):
     assert result_tables.run_name(given) == "mine"
