@@ -14,6 +14,7 @@
 The order is that of `sdtp_lib.leaderboard.plan`: item by item over all methods, 2x first. A fresh clone goes on from
 the rows that are committed (``--fresh`` does not). RULER's answers are cut to the length of the right ones. With
 ``config:`` in the YAML file the model has random weights of these sizes: then only time, cache and memory are measured.
+``--model`` beside it takes that model's own weights, and quality is measured too.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", metavar="NAME", help=f"of {', '.join(sorted(p.stem for p in PARAMS.glob('*')))}, "
                         "or a YAML file: arguments by their names, with _ for -")  # fmt: skip
-    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
+    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id. In the place of the model "
+                        "that a YAML file names, its random weights (config:) included")  # fmt: skip
     parser.add_argument("--name", default=None, help="what rows, page and files call the model (default: as --model)")
     parser.add_argument("--pruners", default=None, metavar="FOLDER", help="trained pruners for the methods that learn "
                         "(default: those that are found for the weights)")  # fmt: skip
@@ -73,7 +75,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         "processes on one GPU")  # fmt: skip
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; rows of one file have one number")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run-dir", type=Path, default=None, help="default data/results/leaderboard, or -PARAMS")
+    parser.add_argument("--run-dir", type=Path, default=None, help="default data/results/leaderboard, or -PARAMS, with "
+                        "--model -NAME")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="do not go on from the committed rows")
     parser.add_argument("--as-measured", action="store_true", help="just the items, lengths and speed-ups that there "
                         "are rows of, whatever else is asked for: for a new method, or new pruners")  # fmt: skip
@@ -86,8 +89,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report-after", action="store_true", help="measure, then as --report")
     parser.add_argument("--tables", action="store_true", help="print the page, write and compute nothing")
     parser.set_defaults(config=None)
-    named = parser.parse_known_args(arguments)[0].params
-    if named:
+    typed = parser.parse_known_args(arguments, argparse.Namespace(model=None))[0]  # None unless --model is given
+    if named := typed.params:
         path = Path(named) if Path(named).suffix in (".yaml", ".yml") else PARAMS / f"{named}.yaml"
         if not path.is_file():
             parser.error(f"--params {named}: there is no {path}.")
@@ -95,9 +98,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         known = {action.dest for action in parser._actions} | {"config"}
         if unknown := sorted(set(values) - known):
             parser.error(f"{path.name}: {unknown[0]!r} is no argument of this command: see --help.")
+        if typed.model is not None:  # what the file says of its own model is not true of another one
+            values = {name: value for name, value in values.items() if name not in ("config", "name")}
         parser.set_defaults(**values)
     options = parser.parse_args(arguments)
-    called = path.stem if named else options.name or options.model
+    called = path.stem if named and typed.model is None else options.name or options.model
     if missing := [file for file in options.join if not file.is_file()]:
         parser.error(f"--join {missing[0]}: there is no such file.")
     if options.as_measured and options.config is not None:

@@ -191,6 +191,26 @@ def test_random_weights_of_a_yaml_files_sizes_are_timed_and_rows_say_so(tmp_path
     assert "Random weights of the true sizes" in capsys.readouterr().out
 
 
+def test_a_model_named_beside_a_set_of_random_weights_is_measured_with_its_own_weights_and_name(arguments, tmp_path):
+    (tmp_path / "big.yaml").write_text(
+        "model: Big, random weights\nname: big\ndtype: float32\nlengths: [200]\nitems: [1]\nspeedups: [1.5]\n"
+        "config: {model_type: llama, vocab_size: 128, hidden_size: 32, num_hidden_layers: 18}\n"
+    )
+    own = ["--params", str(tmp_path / "big.yaml"), "--model", str(tmp_path / "model")]
+    options = leaderboard.parse(own)
+    assert options.config is None and options.name == str(tmp_path / "model") and options.dtype == "float32"
+    assert options.run_dir.name == "leaderboard-model", "not beside the rows of random weights"
+    assert leaderboard.parse(own[:2]).config["model_type"] == "llama" and leaderboard.parse(own[:2]).name == "big"
+    assert leaderboard.parse([*own, "--name", "mine"]).name == "mine"
+    leaderboard.main(
+        [*own, "--run-dir", str(tmp_path / "run"), "--method", "lazyllm", "--test-sets", "text", "--tasks"]
+    )
+    rows = read_rows(tmp_path / "run" / "leaderboard.jsonl")
+    assert {row["model"] for row in rows} == {str(tmp_path / "model")}
+    assert not any("random" in str(row["weights"]) for row in rows)
+    assert [row["method"] for row in rows if "kl_nats" in row] == ["lazyllm"], "items are measured"
+
+
 def test_gpu_parameter_sets_have_the_true_numbers_of_parameters():
     import yaml
     from transformers import AutoConfig, AutoModelForCausalLM
