@@ -33,6 +33,7 @@ help:
 	@grep -hE '^(# --- |[a-z-]+:.*## )' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/^# -+ ([a-z ]+) -+$$/\n\1/' \
 	    | awk -F'\t' 'NF == 2 {printf "  make %-17s %s\n", $$1, $$2; next} {print}'
 	@echo; echo "PARAMS: $(basename $(notdir $(wildcard workflow/params/*.yaml))), or a YAML file of yours"
+	@echo "PARAMS of leaderboard: $(basename $(notdir $(wildcard benchmarks/params/*.yaml))), or a YAML file of yours"
 	@echo "PROFILE: $(notdir $(wildcard workflow/profiles/*)); RUN: a folder of data/results"
 
 # --- environment -----------------------------------------------------------------------------------------------------
@@ -178,8 +179,8 @@ bench-longbench: ## LongBench (ARGS=...)
 bench-ruler: ## RULER, exact copies, second questions, LongBench v2 (ARGS=...)
 
 .PHONY: leaderboard
-leaderboard: $(READY) ## every method at equal prefill FLOPs, resumable, then page and picture (PARAMS=embedded or gpu-..., ARGS="--hours 2")
-	$(BIN)/python benchmarks/leaderboard.py --params "$(PARAMS)" $(if $(filter embedded,$(PARAMS)),--report-after) $(ARGS)
+leaderboard: $(READY) ## every method at equal prefill FLOPs, resumable, then its rows, page and picture in docs/ (PARAMS=..., ARGS="--hours 2")
+	$(BIN)/python benchmarks/leaderboard.py --params "$(PARAMS)" --report-after $(ARGS)
 
 .PHONY: bench-compression
 bench-compression: ARGS ?=

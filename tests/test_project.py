@@ -150,6 +150,22 @@ def test_every_make_target_is_listed_by_help():
     assert hidden <= {"help"}, f"give {sorted(hidden)} a `## ...` description"
 
 
+def test_help_lists_the_leaderboards_sets_and_each_of_them_is_reported():
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
+
+    def said(*arguments: str) -> str:
+        command = ["make", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    (listed,) = re.findall(r"PARAMS of leaderboard: (.*?), or", said("help"))
+    names = sorted(path.stem for path in (ROOT / "benchmarks" / "params").glob("*.yaml"))
+    assert sorted(listed.split()) == names and len(names) > 1
+    for name in names:
+        planned = said("-n", "-o", ".venv/.ready", "leaderboard", f"PARAMS={name}")
+        assert f'--params "{name}" --report-after' in planned
+
+
 def test_the_commands_of_the_documents_exist():
     targets = make_targets()
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "study.md"):

@@ -17,7 +17,7 @@ from sdtp_lib.provenance import identity, project_root
 
 SHARED = "shared by all rows"
 _QUALITY = ("model", "weights_fingerprint", "dtype", "seed")  # what decides a KL or an answer, up to rounding
-_ORIGIN = (*_QUALITY, "device", "threads", "attn_implementation")
+_ORIGIN = (*_QUALITY, "device", "device_name", "threads", "attn_implementation")
 
 
 def suffix(model: str) -> str:

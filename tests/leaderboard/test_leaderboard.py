@@ -198,6 +198,16 @@ def test_rows_of_another_device_stay_where_they_tell_no_time_and_no_other_scorer
     assert "1 of 3 rows on Big GPU, torch 2.9" in said and "without times" in said
 
 
+def test_times_of_two_kinds_of_gpu_stand_in_no_table_together():
+    def row(key: str, chip: str, **more) -> dict:
+        return {"key": key, "method": "lazyllm", "model": "m", "device": "cuda:0", "device_name": chip, **more}
+
+    new, other = [row("a", "Big GPU", prefill_ms=3.0)], row("b", "Small GPU", prefill_ms=9.0)
+    assert committed.of_other_origin([other], new) == [other] and committed.joined([other], new) == new
+    untimed = row("c", "Small GPU", kl_nats=0.1)
+    assert committed.joined([untimed], new) == [*new, untimed] and committed.of_other_device(untimed, new[0])
+
+
 def test_committed_rows_come_back_whole_and_say_once_what_they_share(tmp_path):
     rows = [{"key": str(n), "kind": "item", "model": "m", "dtype": "float32", "kl_nats": n / 3} for n in range(3)]
     committed.write_committed(tmp_path / "rows.jsonl", rows)
