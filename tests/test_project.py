@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import sdtp_lib
+from sdtp_lib import methods
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -228,6 +230,16 @@ def test_the_map_in_the_library_names_every_folder_and_module_and_no_other():
     there = [path for path in (ROOT / "sdtp_lib").iterdir() if not path.name.startswith(("__pycache__", "__init__"))]
     folders = {f"{path.name}/" for path in there if path.is_dir() and any(path.iterdir())}
     assert named == folders | {path.stem for path in there if path.suffix == ".py"}
+
+
+def test_a_methods_file_is_as_short_as_contributors_are_told():
+    said = re.search(r"one file in `sdtp_lib/methods/`(.*?)Ten minutes", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[
+        1
+    ]
+    most, longer = int(re.search(r"less than (\d+) lines", said)[1]), set(re.findall(r"`(\w+\.py)`", said))
+    files = {Path(sys.modules[type(methods.get(name)).__module__].__file__) for name in methods.names()}
+    lines = {path.name: len(path.read_text().splitlines()) for path in files}
+    assert {name for name, count in lines.items() if count >= most} == longer
 
 
 def test_every_folder_of_the_library_is_packaged():

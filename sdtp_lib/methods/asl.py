@@ -47,6 +47,17 @@ class ASL(Method):
     kernel: int = 7
     layers_compared: int = 4
 
+    @property
+    def differs(self) -> str:
+        return "which layers may cut, and from which threshold on, is this project's choice"
+
+    @property
+    def differs_at_speedup(self) -> str:
+        return (
+            "at a wanted speed-up the cut waits no longer than that can still be reached, and leaves as many tokens as "
+            f"it asks for at its layer, not always {100 * self.keep:g} %"
+        )
+
     def config(self, layers: int) -> PruningConfig:
         at = range(depth(self.first_depth, layers), depth(self.last_depth, layers) + 1)
         return PruningConfig(tuple(at), keep_mass=1.0, sink_tokens=0, local_ratio=0.0, min_local_tokens=self.window)

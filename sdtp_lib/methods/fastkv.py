@@ -39,6 +39,15 @@ class FastKV(OneCut):
     window: int = 8
     kernel: int = 7
 
+    @property
+    def differs_at_speedup(self) -> str:
+        if self.kv is None:
+            return ""
+        return (
+            "at a wanted speed-up its cut is scaled and its own KV budget is not: KL and answers are read from "
+            f"{100 * self.kv:g} % of the prompt's keys per layer"
+        )
+
     def _score(self, stage: Stage) -> torch.Tensor:
         return votes(stage.attention_just_paid(self.window), self.kernel).sum(dim=1)
 

@@ -65,8 +65,19 @@ class Method:
     @property
     def remark(self) -> str:
         """What a table must say beside the name, where this is not the paper's method as it stands; else empty."""
+        scaled = "" if self.speedup is None else self.differs_at_speedup
+        return "; ".join(filter(None, (self.differs, scaled)))
+
+    @property
+    def differs(self) -> str:
+        """In what its settings are not the paper's; else empty."""
         renumbers = getattr(type(self), "positions", None) == "compact"
         return "kept tokens are not renumbered" if renumbers and self.positions != "compact" else ""
+
+    @property
+    def differs_at_speedup(self) -> str:
+        """What `at_speedup` leaves as it is or replaces, where one dial does not scale the paper's rule; else empty."""
+        return ""
 
     def that_runs_on(self, model: Any) -> Method:
         """The method as ``model`` can run it: one that renumbers keeps positions where the model cannot (two rotary

@@ -54,6 +54,6 @@ class SDTPFast(SDTP):
     preset: str = "fast"
 
     @property
-    def remark(self) -> str:
-        """As `Method.remark`."""
+    def differs(self) -> str:
+        """As `Method.differs`."""
         return "this project's own schedule, not the paper's"

@@ -55,10 +55,14 @@ class SpecPrefill(Method):
     own_depth: float = 0.25
 
     @property
-    def remark(self) -> str:
+    def differs(self) -> str:
         if self.draft is not None:
             return ""
         return "without a draft model, which is not the paper's method: the model's own first layers stand in for it"
+
+    @property
+    def differs_at_speedup(self) -> str:
+        return "at a wanted speed-up as many tokens are read as that leaves, not the paper's share of whole chunks"
 
     def config(self, layers: int) -> PruningConfig:
         how = {"keep_mass": 1.0} if self.speedup is None else {"keep_ratio": self.keep}

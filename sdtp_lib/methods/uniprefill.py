@@ -41,6 +41,13 @@ class UniPrefill(Method):
     ends: int = 128
     layers_read: tuple[int, ...] | None = None
 
+    @property
+    def differs_at_speedup(self) -> str:
+        return (
+            "at a wanted speed-up blocks compete for one keep ratio, the same at each layer; the paper's adaptive "
+            f"rule, as many as hold {100 * self.mass:g} % of the attention, is not measured then"
+        )
+
     def config(self, layers: int) -> PruningConfig:
         read = self.layers_read if self.layers_read is not None else range(layers - 1)
         how = {"keep_mass": 1.0} if self.speedup is None else {"keep_ratio": 0.9}

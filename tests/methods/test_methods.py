@@ -54,6 +54,19 @@ def test_an_unknown_name_or_setting_is_refused_with_those_that_are_known():
         methods.get("fastkv", ratio=0.5)
 
 
+def test_a_rule_that_one_dial_does_not_scale_says_so_beside_the_name_of_a_scaled_method_only():
+    for name in (name for name in methods.names() if name not in CACHE_ONLY):
+        own, scaled = methods.get(name), methods.get(name).at_speedup(2.0)
+        adaptive = own.config(32).keep_mass is not None
+        assert bool(own.differs_at_speedup) == (adaptive or name == "fastkv"), name
+        assert own.remark == own.differs
+        assert scaled.remark == "; ".join(filter(None, (own.differs, own.differs_at_speedup))), name
+    assert "10 % of the prompt's keys" in methods.get("fastkv").at_speedup(1.5).remark
+    assert methods.get("fastkv", kv=None).at_speedup(1.5).remark == ""
+    assert "99 % of the attention" in methods.get("uniprefill").at_speedup(2.0).remark
+    assert methods.get("specprefill", draft=object()).remark == ""
+
+
 def test_depths_are_shares_of_the_layers():
     assert [depth(16 / 32, layers) for layers in (32, 28, 8)] == [16, 14, 4]
     assert depths((10 / 32, 20 / 32, 30 / 32), 28) == (9, 18, 26) and depths((0.3, 0.6, 0.9), 2) == (1,)
