@@ -16,7 +16,7 @@ import numpy as np
 
 from sdtp_lib import plots
 from sdtp_lib.files import atomic_write
-from sdtp_lib.leaderboard import committed, page, tables, words
+from sdtp_lib.leaderboard import committed, page, picture, readme, tables, words
 from sdtp_lib.leaderboard.entrants import OURS
 from sdtp_lib.provenance import origin_line
 from sdtp_lib.records import project_root, provenance_of, write_json
@@ -54,16 +54,16 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
             temporary.write_text(page.page(each, others=others, over_models=sentence), encoding="utf-8")
     store = root / STORE
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    if table := page.readme_table(models.get("", ())):
+    if table := readme.readme_table(models.get("", ())):
         kept["leaderboard"] = table
         write_json(store, dict(sorted(kept.items())))
     if root == project_root():
         sys.path.insert(0, str(root / "workflow"))
-        import tables as readme  # workflow/tables.py
+        import tables as documents  # workflow/tables.py
 
-        readme.main(["--render-only"])
+        documents.main(["--render-only"])
     pages = ", ".join(f"docs/leaderboard{suffix}.md" for suffix in models)
-    print(f"written: {path.relative_to(root)}, {pages}, {PICTURE}")
+    print(f"written: {path.relative_to(root)}, {pages}{f', {PICTURE}' if shown else ''}")
 
 
 def _called(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -88,10 +88,10 @@ def draw(models: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> Path:
     with plots.use_style():
         figure = plt.figure(figsize=(11.5, 4.6 * len(models)), layout="constrained")
         for part, each in zip(np.atleast_1d(figure.subfigures(len(models), 1)), models, strict=True):
-            found = tables.summary(tables.same_kl_items(tables.frame_of(each)))
+            found = picture.shown(tables.frame_of(each))
             length = int(found.length.min())
             made.setdefault("prompt_tokens", length)
-            plots.quality_lost(found[found.length == length], part.subplots(1, 2), ours=OURS)
+            plots.quality_lost(found, part.subplots(1, 2), ours=OURS)
             title = f"{_called(each)}: quality lost over prefill speed-up, {length:,} tokens"
             part.suptitle(title, x=0.01, ha="left", weight="bold")
         saved = plots.save(figure, path, made)

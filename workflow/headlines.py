@@ -100,6 +100,6 @@ def on_a_gpu(root: Path, folder: str = "docs/") -> str:
             found.append(
                 f"{rows[0]['model']}, {rows[0]['dtype']} on one {rows[0]['device_name']}: time to the first token "
                 f"{', '.join(said)} tokens, where FLOPs allow {GOAL_SPEEDUP:g}x "
-                f"([every method]({folder}leaderboard{suffix}.md))."
+                f"([all that were measured]({folder}leaderboard{suffix}.md))."
             )
     return " ".join(found)

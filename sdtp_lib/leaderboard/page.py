@@ -1,4 +1,4 @@
-"""docs/leaderboard.md and README's lines, from rows: tables, what they say in words, and what was not run."""
+"""docs/leaderboard.md from rows: tables, what they say in words, and what was not run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdtp_lib.leaderboard import committed, tables, words
+from sdtp_lib.leaderboard import picture as picture_of
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS
+from sdtp_lib.leaderboard.participants import (
+    is_learned,
+    not_by_one_dial,
+    of_other_pruners,
+    remarks,
+    scored_by,
+    unmeasured,
+)
 from sdtp_lib.leaderboard.plan import KL_TEST_SETS
 from sdtp_lib.methods.variant import UNPRUNED
 from sdtp_lib.provenance import origin_line
 from sdtp_lib.records import markdown_table
-from sdtp_lib.scorers.found import TRAINING_FREE
 
-README_LINES = 10
 PICTURE = "../figures/leaderboard.png"
 RULE = " --- "
 
@@ -48,7 +55,8 @@ def page(
     lines = [
         "# Leaderboard",
         "",
-        "Every method of `sdtp_lib.methods` at equal prefill FLOPs on the same items, on one engine. Written by "
+        "The methods of `sdtp_lib.methods` at equal prefill FLOPs on the same items, on one engine; each length and "
+        "speed-up says which were not measured or cannot be so fast, also on single items. Written by "
         "`make leaderboard` and `benchmarks/leaderboard.py --report` from rows; no number is typed by hand.",
         "",
         f"Model: {origin_line(done[0])}. Measured {' to '.join(sorted({dates[0], dates[-1]}))}, commit "
@@ -63,6 +71,7 @@ def page(
                   "bootstrap intervals.", ""]  # fmt: skip
         if picture:
             lines += [f"![Quality lost over prefill speed-up, one line per method]({PICTURE})", ""]
+            lines += [picture_of.in_words(frame), ""] if has_quality(rows) else []
         lines += _in_words(frame, over_models)
     lines += _who(frame, "untrained pruners of the trained ones' sizes" if timing_only else "trained pruners")
     for length, speedup in tables.places(frame):
@@ -83,51 +92,6 @@ def _measured_elsewhere(done: Sequence[Mapping[str, Any]]) -> list[str]:
         where[place] = where.get(place, 0) + 1
     said = "; ".join(f"{count:,} of {len(done):,} rows on {place}" for place, count in where.items())
     return [f"Measured elsewhere, without times and in the same dtype: {said}.", ""]
-
-
-def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """README's block as `workflow/tables.py` keeps it: the best `README_LINES` methods at 2x by mean KL."""
-    frame = tables.frame_of(rows)
-    if frame.empty:
-        return None
-    at_goal = [place for place in tables.places(frame) if place[1] == words.GOAL_SPEEDUP]
-    if not at_goal:
-        return None
-    length, speedup = at_goal[0]
-    part = tables.at(frame, length, speedup)
-    kl, ruler, costs = tables.kl_by_test_set(part), tables.answers(part), tables.costs(part)
-    order = _by_mean_kl(kl, tables.methods_in(part))[:README_LINES]
-    used = tables.scored_by(frame)
-    body = []
-    for name in order:
-        solved = ruler.get(name, {}).get("solved")
-        cost = costs.get(name, {})
-        body.append((
-            f"**{name}**" if name == OURS else name,
-            "yes" if _is_learned(name, used) else "no",
-            *(f"{values[name].value:.3f}" if name in values else "" for values in kl.values()),
-            f"{solved.value:.0f}" if solved else "",
-            f"{cost['speedup']:.2f}x" if cost and cost["speedup"] else "",
-            f"{100 * cost['kv']:.0f} %" if cost else "",
-            str(min((values[name].items for values in kl.values() if name in values), default=0)),
-        ))  # fmt: skip
-    header = ("method", "trained", *(f"KL {test_set}" for test_set in kl), "RULER, solved", "TTFT", "KV cache", "n")
-    timed = part[part.unpruned_prefill_ms.notna()]
-    # Commits are many, and the page names them; a column that other rows have is NaN where this one has nothing.
-    first = {name: value for name, value in (timed if len(timed) else part).iloc[0].items()
-             if name != "commit" and value == value}  # fmt: skip
-    dates = sorted({str(utc)[:10] for utc in part.utc})
-    solved = max((each["solved_items"] for each in ruler.values()), default=0)
-    everyone = len(tables.methods_in(part))
-    note = (
-        f"{speedup:g}x fewer prefill FLOPs at {length:,} tokens, the {len(body)} best of {everyone} that can be so "
-        f"fast, by mean KL to the unpruned model (nats per token, n items per test set). RULER, solved: of {solved} "
-        "items that the unpruned model solves, the score x 100. TTFT: measured speed-up, beside other work on the "
-        f"machine. {origin_line(first)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}. "
-        f"{words.better_in_short(frame)} Intervals, all methods, tasks and speed-ups: "
-        "[docs/leaderboard.md](docs/leaderboard.md)."
-    )
-    return {"name": "leaderboard", "title": "Leaderboard", "header": header, "body": body, "note": note}
 
 
 def _in_words(frame: Any, over_models: str) -> list[str]:
@@ -162,42 +126,36 @@ def _in_words(frame: Any, over_models: str) -> list[str]:
 
 
 def _who(frame: Any, pruners: str) -> list[str]:
-    used = tables.scored_by(frame)
-    learned = sorted({scorer for name, scorer in used.items() if _is_learned(name, used)})
-    free = [name for name in LEARNED if name in used and not _is_learned(name, used)]
+    used = scored_by(frame)
+    learned = sorted({scorer for name, scorer in used.items() if is_learned(name, used)})
+    free = [name for name in LEARNED if name in used and not is_learned(name, used)]
     said = f"Scored by {pruners} ({', '.join(learned)}): " + (
-        ", ".join(f"`{name}`" for name in used if _is_learned(name, used)) or "none") + "."  # fmt: skip
+        ", ".join(f"`{name}`" for name in used if is_learned(name, used)) or "none") + "."  # fmt: skip
     if free:
         said += (
             f" {', '.join(f'`{name}`' for name in free)} found no pruners for the model and its stages and ran with "
             f"{', '.join(sorted({used[name] for name in free}))}."
         )
-    if any(_is_learned(name, used) for name in used) and pruners == "trained pruners":
+    if any(is_learned(name, used) for name in used) and pruners == "trained pruners":
         said += (
             " They were trained on prompts of the kinds that are measured here, of other documents, names and ids "
             "(`sdtp_lib/data/training_mix.py`); what decided between sets stands in the card of the one that ships."
         )
-    for name in _of_other_pruners(frame, used):
-        said += f" `{name}` was measured with other pruners than `{OURS}`: an earlier set, or one of its own."
-    for name, remark in tables.remarks(frame).items():
+    for name, (others, of) in of_other_pruners(frame).items():
+        said += (
+            f" `{name}` was measured with other pruners than `{OURS}` in {others:,} of its {of:,} rows: an earlier "
+            "set, or one of its own."
+        )
+    for name, remark in remarks(frame).items():
         said += f" `{name}`: {remark}."
     return [said, ""]
-
-
-def _of_other_pruners(frame: Any, used: Mapping[str, str]) -> list[str]:
-    sets = {name: set(frame[frame.method == name].scorer_id.dropna()) for name in used if _is_learned(name, used)}
-    return [name for name, found in sets.items() if OURS in sets and found != sets[OURS]]
-
-
-def _is_learned(name: str, used: Mapping[str, str]) -> bool:
-    return name in LEARNED and used.get(name) not in {used.get(TRAINING_FREE), None}
 
 
 def _place(frame: Any, length: int, speedup: float) -> list[str]:
     part = tables.at(frame, length, speedup)
     kl, ruler = tables.kl_by_test_set(part), tables.answers(part)
     costs, kept = tables.costs(part), tables.answers_kept(part)
-    names = _by_mean_kl(kl, tables.methods_in(part))
+    names = tables.by_mean_kl(kl, tables.methods_in(part))
     lines = [f"## {speedup:g}x at {length:,} tokens", ""]
     verdicts = {(line["cell"], line["method"]): line for line in tables.kl_differences(part)}
     if kl:
@@ -228,11 +186,14 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
                 name, f"{own['all']:.1f} ({own['items']} items, {own['tasks']} tasks)", own["lost"].text(1),
                 solved.text(1) if solved else "-", f"{100 - solved.value:.1f}" if solved else "-",
             ])  # fmt: skip
-        first = next(iter(ruler.values()))
+        first = max(ruler.values(), key=lambda own: own["items"])
         lines += [f"RULER, scores x 100, mean of tasks; unpruned {first['unpruned']:.1f}. With fewer than six items "
                   "per task the interval of the points lost resamples tasks.", "",
                   markdown_table(header, body, RULE), ""]  # fmt: skip
-        lines += ["By task:", "", *_task_table(tables.by_task(part), names), ""]
+        fewer = words.on_fewer_items(part)
+        lines += [*(f"- {each}" for each in fewer), ""] if fewer else []
+        lines += [f"By task{' (in brackets how many items a method has, where it has fewer)' if fewer else ''}:", "",
+                  *_task_table(tables.by_task(part), names), ""]  # fmt: skip
     lines += _longbench(part, names)
     if costs:
         header = ["method", "TTFT speed-up (quartiles)", "limit by FLOPs", "KV cache", "peak memory", "n"]
@@ -250,6 +211,8 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
     out = tables.unreached(frame, length, speedup)
     if out:
         lines += ["Out of reach, or failed:", "", *[f"- `{name}`: {_plain(why)}" for name, why in out.items()], ""]
+    if absent := unmeasured(frame, length, speedup):
+        lines += [f"Not measured: {', '.join(f'`{name}`' for name in absent)}.", ""]
     return lines
 
 
@@ -266,18 +229,25 @@ def _longbench(part: Any, names: Sequence[str]) -> list[str]:
     header = ["method", "score", "points lost", "method minus ours"]
     body = [[name, f"{found[name]['all']:.2f} ({found[name]['items']})", found[name]["lost"].text(2),
              "; ".join(against.get(name, ["-"]))] for name in names if name in found]  # fmt: skip
-    unpruned = next(iter(found.values()))["unpruned"]
-    lines = [f"LongBench ({', '.join(tasks.task)}), official metric x 100; unpruned {unpruned:.2f}. Points lost and "
+    unpruned = max(found.values(), key=lambda own: own["items"])["unpruned"]
+    sets = ", ".join(line["task"] for line in tasks)
+    lines = [f"LongBench ({sets}), official metric x 100; unpruned {unpruned:.2f}. Points lost and "
              "differences are paired by item.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
     return lines + (["By data set:", "", *_task_table(tasks, names), ""] if len(tasks) > 1 else [])
 
 
-def _task_table(table: Any, names: Sequence[str]) -> list[str]:
-    columns = [name for name in names if name in table]
+def _task_table(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    columns = [name for name in names if any(name in line["scores"] for line in found)]
+
+    def score(line: Mapping[str, Any], name: str) -> str:
+        if name not in line["scores"]:
+            return "-"
+        value, items = line["scores"][name]
+        return f"{value:.0f}" + f" ({items})" * (items < line["items"])
+
     body = [
-        [line["task"], str(int(line["items"])), f"{line['unpruned']:.0f}",
-         *(f"{line[name]:.0f}" if line[name] == line[name] else "-" for name in columns)]
-        for line in table.to_dict("records")
+        [line["task"], str(line["items"]), f"{line['unpruned']:.0f}", *(score(line, name) for name in columns)]
+        for line in found
     ]  # fmt: skip
     return [markdown_table(["task", "n", UNPRUNED, *columns], body, RULE)]
 
@@ -296,7 +266,7 @@ def _method_of_the_table(frame: Any, *, quality: bool) -> list[str]:
         "## How it is measured",
         "",
         "- Budgets: each method's own shape, scaled by one dial until its prefill has the wanted share of the unpruned "
-        "causal FLOPs, solved per prompt; scoring is not in the FLOPs but is on the clock.",
+        f"causal FLOPs, solved per prompt{_exceptions(frame)}; scoring is not in the FLOPs but is on the clock.",
         *(of_quality if quality else ()),
         "- Time: on each KL item methods run in turn, in an order that changes with the item, each beside an unpruned "
         "run of the same turn; answers of RULER and LongBench are not timed. A shared machine: read the ratios, not "
@@ -308,12 +278,9 @@ def _method_of_the_table(frame: Any, *, quality: bool) -> list[str]:
     ]
 
 
-def _by_mean_kl(kl: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    def mean(name: str) -> float:
-        own = [values[name].value for values in kl.values() if name in values]
-        return sum(own) / len(own) if len(own) == len(kl) and own else float("inf")
-
-    return sorted(names, key=mean)
+def _exceptions(frame: Any) -> str:
+    names = [f"`{name}`" for name in not_by_one_dial(frame)]
+    return f" ({', '.join(names)}: not the whole rule, see the remarks above)" if names else ""
 
 
 def _plain(text: str) -> str:

@@ -1,7 +1,7 @@
 """What rows of a leaderboard say: one line per method, length and speed-up, each mean with its interval and count.
 
-Every comparison is paired: a method against this project's learned one on the items that both have, a pruned answer
-against the unpruned one of the same item. Nothing is computed on a model here.
+Every comparison is paired: a method against this project's learned one on the items that both have (`shared`), a pruned
+answer against the unpruned one of the same item. Nothing is computed on a model here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdtp_lib import methods
 from sdtp_lib.evaluation.answer_tables import means_over_tasks
 from sdtp_lib.evaluation.statistics import paired_bootstrap
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
@@ -74,6 +73,13 @@ def begun(frame: pandas.DataFrame, length: int, speedup: float) -> dict[str, tup
     return {str(name): (int(n), int(tried.max())) for name, n in tried.items() if 2 * n < tried.max()}
 
 
+def shared(part: pandas.DataFrame, *names: str) -> pandas.DataFrame:
+    """The rows of these methods on the items that all of them have: means of the same items."""
+    rows = part[part.method.isin(names)]
+    have = rows.groupby(["sort", "cell", "sample"]).method.transform("nunique")
+    return rows[have == len(set(names))]
+
+
 def methods_in(frame: pandas.DataFrame) -> list[str]:
     """The methods that have rows, in the order in which they first come."""
     return [name for name in frame.method.unique() if name != UNPRUNED]
@@ -88,6 +94,16 @@ def kl_by_test_set(part: pandas.DataFrame) -> dict[str, dict[str, Mean]]:
             values = own.kl_nats.astype(float)
             found[test_set][name] = Mean(*paired_bootstrap(values, [0.0] * len(values)), len(values))
     return found
+
+
+def by_mean_kl(kl: Mapping[str, Mapping[str, Mean]], names: Sequence[str]) -> list[str]:
+    """``names`` in the order of their mean over the KL test sets; those that lack one of these come last."""
+
+    def mean(name: str) -> float:
+        own = [values[name].value for values in kl.values() if name in values]
+        return sum(own) / len(own) if len(own) == len(kl) and own else float("inf")
+
+    return sorted(names, key=mean)
 
 
 def kl_differences(part: pandas.DataFrame, ours: str = OURS) -> list[dict[str, Any]]:
@@ -115,10 +131,29 @@ def _differences(rows: pandas.DataFrame, value: str, ours: str, *, lower_is_bett
             if pair.empty:
                 continue
             mean = Mean(*paired_bootstrap(pair[name], pair[ours]), len(pair))
-            below, above = ("better", "worse") if lower_is_better else ("worse", "better")
-            verdict = below if mean.high < 0 else above if mean.low > 0 else "open"
-            verdict = verdict if len(pair) >= FEWEST_PAIRS else "too few"
+            verdict = _verdict(mean, lower_is_better=lower_is_better)
             lines.append({"cell": cell, "method": name, "difference": mean, "verdict": verdict})
+    return lines
+
+
+def _verdict(difference: Mean, *, lower_is_better: bool) -> str:
+    if difference.items < FEWEST_PAIRS:
+        return "too few"
+    below, above = ("better", "worse") if lower_is_better else ("worse", "better")
+    return below if difference.high < 0 else above if difference.low > 0 else "open"
+
+
+def ruler_differences(part: pandas.DataFrame, ours: str = OURS) -> list[dict[str, Any]]:
+    """``method, own, ours`` (means of RULER's tasks x 100), ``difference`` (a `Mean`), ``verdict``: on shared items."""
+    lines = []
+    for name in methods_in(part):
+        rows = scored_rows(shared(part, name, ours), RULER)
+        if name == ours or rows.empty:
+            continue
+        own, difference = _over_tasks(rows[rows.method == name], rows[rows.method == ours])
+        verdict = _verdict(difference, lower_is_better=False)
+        lines.append({"method": name, "own": own, "ours": own - difference.value, "difference": difference,
+                      "verdict": verdict})  # fmt: skip
     return lines
 
 
@@ -131,46 +166,59 @@ def answers_kept(part: pandas.DataFrame) -> dict[str, Mean]:
 def answers(part: pandas.DataFrame, sort: str = RULER) -> dict[str, dict[str, Any]]:
     """Method -> ``all`` (mean of tasks x 100), ``lost`` (points against unpruned, paired), ``solved`` (score of items
     that the unpruned model solves), ``unpruned``, ``tasks``, ``items``, ``solved_items``."""
-    rows = part[(part.sort == sort) & part.score.notna()]
-    if rows.empty:
-        return {}
-    rows = rows.assign(score=rows.score.astype(float))
-    long = rows.assign(dataset=rows.cell, item=rows["sample"], variant=rows.method, kind="item")
-    found = {}
-    for name, own in long.groupby("method", sort=False):
-        base = own.assign(variant=UNPRUNED, score=own.unpruned_score.astype(float))
-        line = means_over_tasks(pandas.concat([base, own]), against=UNPRUNED, by=("length",))
-        line = line[line.variant == name].iloc[0]
-        count, solved = int(line["items"]), own[own.unpruned_score.astype(float) >= 1.0]
-        lost = Mean(0.0 - line.difference, 0.0 - line.high, 0.0 - line.low, count)
-        if own.cell.nunique() > 1 and own.groupby("cell").size().min() < FEWEST_PAIRS:
-            # One item resampled within its task is always itself: so few per task say only how tasks differ.
-            tasks = own.assign(gap=100 * (own.unpruned_score.astype(float) - own.score)).groupby("cell").gap.mean()
-            lost = Mean(*paired_bootstrap(tasks, [0.0] * len(tasks)), count)
+    rows, found = scored_rows(part, sort), {}
+    for name, own in rows.groupby("method", sort=False):
+        mean, gained = _over_tasks(own, own.assign(score=own.unpruned_score))
+        solved = own[own.unpruned_score >= 1.0]
         found[name] = {
-            "all": line.score,
-            "lost": lost,
-            "unpruned": line.score - line.difference,
+            "all": mean,
+            "lost": Mean(0.0 - gained.value, 0.0 - gained.high, 0.0 - gained.low, gained.items),
+            "unpruned": mean - gained.value,
             "solved": Mean(*paired_bootstrap(100 * solved.score, [0.0] * len(solved)), len(solved)) if len(solved)
             else None,
-            "tasks": int(line.tasks),
-            "items": count,
+            "tasks": own.cell.nunique(),
+            "items": gained.items,
             "solved_items": len(solved),
         }  # fmt: skip
     return found
 
 
-def by_task(part: pandas.DataFrame, sort: str = RULER) -> pandas.DataFrame:
-    """Tasks down (``task, items, unpruned``), methods across: scores x 100."""
+def scored_rows(part: pandas.DataFrame, sort: str) -> pandas.DataFrame:
+    """The rows of answers that have a score, their scores as numbers."""
     rows = part[(part.sort == sort) & part.score.notna()]
+    return rows.assign(score=rows.score.astype(float), unpruned_score=rows.unpruned_score.astype(float))
+
+
+def _over_tasks(own: pandas.DataFrame, base: pandas.DataFrame) -> tuple[float, Mean]:
+    """The mean of tasks x 100 of ``own``, and how far it is above ``base``, rows of the same items."""
+    named = [rows.assign(dataset=rows.cell, item=rows["sample"], variant=variant)
+             for rows, variant in ((base, "base"), (own, "own"))]  # fmt: skip
+    line = means_over_tasks(pandas.concat(named), against="base", by=("length",))
+    line = line[line.variant == "own"].iloc[0]
+    gained = Mean(line.difference, line.low, line.high, int(line["items"]))
+    if own.cell.nunique() > 1 and own.groupby("cell").size().min() < FEWEST_PAIRS:
+        # One item resampled within its task is always itself: so few per task say only how tasks differ.
+        pair = own.merge(base[["cell", "sample", "score"]], on=["cell", "sample"], suffixes=("", "_base"))
+        tasks = pair.assign(gap=100 * (pair.score - pair.score_base)).groupby("cell").gap.mean()
+        gained = Mean(*paired_bootstrap(tasks, [0.0] * len(tasks)), gained.items)
+    return line.score, gained
+
+
+def items_of(part: pandas.DataFrame, sort: str = RULER) -> tuple[int, int, int]:
+    """How many items any method has, of how many tasks, and how many of them the unpruned model solves."""
+    items = scored_rows(part, sort).drop_duplicates(["cell", "sample"])
+    return len(items), items.cell.nunique(), int((items.unpruned_score >= 1.0).sum())
+
+
+def by_task(part: pandas.DataFrame, sort: str = RULER) -> list[dict[str, Any]]:
+    """A line per task: ``task, items, unpruned`` of all items, ``scores`` (method -> score x 100, its own items)."""
     lines = []
-    for task, own in rows.groupby("cell", sort=False):
+    for task, own in scored_rows(part, sort).groupby("cell", sort=False):
         first = own.drop_duplicates("sample")
-        line = {"task": task, "items": len(first), "unpruned": 100 * first.unpruned_score.astype(float).mean()}
-        for name, each in own.groupby("method", sort=False):
-            line[name] = 100 * each.score.astype(float).mean()
-        lines.append(line)
-    return pandas.DataFrame(lines)
+        scores = {name: (100 * each.score.mean(), len(each)) for name, each in own.groupby("method", sort=False)}
+        lines.append({"task": task, "items": len(first), "unpruned": 100 * first.unpruned_score.mean(),
+                      "scores": scores})  # fmt: skip
+    return lines
 
 
 def costs(part: pandas.DataFrame) -> dict[str, dict[str, Any]]:
@@ -220,58 +268,10 @@ def unreached(frame: pandas.DataFrame, length: int, speedup: float) -> dict[str,
     return found
 
 
-def remarks(frame: pandas.DataFrame) -> dict[str, str]:
-    """Method -> in what it is not its paper's method on this model: by its rows, else by its settings."""
-    rows = frame[frame.kind == "item"]
-    known = {name: methods.get(name).remark for name in methods.names() if name in set(rows.method)}
-    said = {str(method): str(each.iloc[-1]) for method, each in rows.groupby("method").remark if each.notna().any()}
-    return {name: remark for name, remark in (known | said).items() if remark}
-
-
-def same_kl_items(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """The rows without the KL items that are not measured at every speed-up of their length: what a line connects must
-    be the same prompts."""
-    rows = frame[(frame.kind == "item") & (frame.sort == KL) & (frame.method != UNPRUNED)]
-    counts = rows.groupby(["length", "cell", "sample"]).speedup.nunique()
-    most = rows.groupby("length").speedup.nunique()
-    everywhere = {place for place, count in counts.items() if count == most[place[0]]}
-    places_of = zip(frame.length, frame.cell, frame["sample"], strict=True)
-    return frame[[sort != KL or place in everywhere for sort, place in zip(frame.sort, places_of, strict=True)]]
-
-
-def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """One line per length, speed-up and method, for the picture.
-
-    ``length, speedup, method, measured`` (speed-up to the first token), ``kl_nats`` (the mean over the KL test sets,
-    each weighing alike), ``kl_items, lost`` (RULER points on items that the unpruned model solves), ``lost_items``.
-    """
-    lines = []
-    for length, speedup in places(frame):
-        part = at(frame, length, speedup)
-        kl, ruler, cost = kl_by_test_set(part), answers(part), costs(part)
-        for name in methods_in(part):
-            own = [values[name] for values in kl.values() if name in values]
-            solved = ruler.get(name, {}).get("solved")
-            lines.append({
-                "length": length, "speedup": speedup, "method": name,
-                "measured": cost[name]["speedup"] if name in cost else None,
-                "kl_nats": sum(each.value for each in own) / len(own) if len(own) == len(kl) and own else None,
-                "kl_items": min((each.items for each in own), default=0),
-                "lost": 100 - solved.value if solved else None, "lost_items": solved.items if solved else 0,
-            })  # fmt: skip
-    return pandas.DataFrame(lines)
-
-
-def scored_by(frame: pandas.DataFrame) -> dict[str, str]:
-    """Method -> the name of what scored its tokens."""
-    rows = frame[(frame.kind == "item") & frame.scorer.notna()].drop_duplicates("method")
-    return dict(zip(rows.method, rows.scorer, strict=True))
-
-
 def _share(right: pandas.Series) -> Mean:
     return Mean(*paired_bootstrap(100.0 * right.astype(float), [0.0] * len(right)), len(right))
 
 
-__all__ = ["KL", "LONGBENCH", "RULER", "Mean", "answers", "answers_kept", "at", "begun", "by_task", "costs", "frame_of",
-           "kl_by_test_set", "kl_differences", "methods_in", "places", "remarks",
-           "same_kl_items", "score_differences", "scored_by", "summary", "unreached"]  # fmt: skip
+__all__ = ["KL", "LONGBENCH", "RULER", "Mean", "answers", "answers_kept", "at", "begun", "by_mean_kl", "by_task",
+           "costs", "frame_of", "items_of", "kl_by_test_set", "kl_differences", "methods_in", "places",
+           "ruler_differences", "score_differences", "scored_rows", "shared", "unreached"]  # fmt: skip

@@ -13,17 +13,20 @@ from typing import Any
 from sdtp_lib.data.ruler import TASKS
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS, OWN
+from sdtp_lib.leaderboard.participants import scored_by
 from sdtp_lib.leaderboard.plan import KL_TEST_SETS, LONGBENCH
 from sdtp_lib.leaderboard.tables import (
     answers,
     at,
     costs,
+    items_of,
     kl_by_test_set,
     kl_differences,
     methods_in,
     places,
+    ruler_differences,
     score_differences,
-    scored_by,
+    shared,
 )
 from sdtp_lib.scorers.found import TRAINING_FREE
 
@@ -40,7 +43,7 @@ def better_elsewhere(frame: Any) -> list[str]:
 def better_in_short(frame: Any) -> str:
     """The same by method, in short: where one is ahead of ours beyond its interval, and where not so or without one.
 
-    This project's other schedules are left out; RULER's means over tasks have no paired interval here.
+    This project's other schedules are left out.
     """
     groups: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
     for lead in (lead for lead in _leads(frame) if lead.method not in OWN):
@@ -53,8 +56,8 @@ def better_in_short(frame: Any) -> str:
         return f"Nowhere in these rows is another method's mean ahead of `{OURS}`."
     return (
         f"Where another method is ahead of `{OURS}`, at any length and speed-up: beyond its 95 % interval "
-        f"{said[True] or 'nowhere'}; by a mean whose interval holds zero, has no interval (RULER), or is of too few "
-        f"items {said[False] or 'nowhere'}."
+        f"{said[True] or 'nowhere'}; by a mean whose interval holds zero, or of too few items, "
+        f"{said[False] or 'nowhere'}."
     )
 
 
@@ -81,16 +84,13 @@ def _leads(frame: Any) -> list[_Lead]:
             where = f"{cell} {place}"
             sentence = f"{where}: `{line['method']}` is {_how(line, word)}: {by} to ours."
             found.append(_Lead(line["method"], where, line["verdict"] == "better", sentence))
-        ruler = answers(part)
-        ours = ruler.get(OURS)
-        for name, own in ruler.items() if ours else ():
-            if name != OURS and own["all"] > ours["all"]:
-                few = ", too few items to say" if min(own["items"], ours["items"]) < FEWEST_PAIRS else ""
+        for line in ruler_differences(part):
+            if line["difference"].value > 0:
                 sentence = (
-                    f"RULER {place}: `{name}` scores {own['all']:.1f} over all items, ours {ours['all']:.1f} "
-                    f"(n = {own['items']} and {ours['items']}{few})."
+                    f"RULER {place}: `{line['method']}` is {_how(line, 'higher')}: {line['own']:.1f} where ours has "
+                    f"{line['ours']:.1f} on the same items, {line['difference'].text(1, sign=True)} points to ours."
                 )
-                found.append(_Lead(name, f"RULER {place}", False, sentence))
+                found.append(_Lead(line["method"], f"RULER {place}", line["verdict"] == "better", sentence))
     return found
 
 
@@ -112,14 +112,16 @@ def goals(frame: Any) -> list[str]:
         for test_set, values in kl_by_test_set(part).items():
             if test_set not in KL_TEST_SETS or OURS not in values:
                 continue
-            own, others = values[OURS], [name for name in values if name not in OWN]
-            said = f"lowest KL on {test_set} at 2x, {length:,} tokens: ours {own.text()}"
-            if not others:
-                found.append(f"no other method to say: {said}.")
+            goal = f"lowest KL on {test_set} at 2x, {length:,} tokens: ours"
+            ahead = {line["method"]: line["difference"].value for line in kl_differences(part)
+                     if line["cell"] == test_set and line["method"] not in OWN}  # fmt: skip
+            if not ahead:
+                found.append(f"no other method to say: {goal} {values[OURS].text()}.")
                 continue
-            next_best = min(others, key=lambda name, values=values: values[name].value)
-            met = "met" if own.value <= values[next_best].value else "MISSED"
-            found.append(f"{met}: {said}, best of the others `{next_best}` {values[next_best].text()}.")
+            best = min(ahead, key=ahead.__getitem__)  # each against ours on the items that both have
+            both = kl_by_test_set(shared(part, best, OURS))[test_set]
+            met = "met" if ahead[best] >= 0 else "MISSED"
+            found.append(f"{met}: {goal} {both[OURS].text()}, best of the others `{best}` {both[best].text()}.")
         ours = answers(part).get(OURS)
         if ours and ours["solved"]:
             lost = 100 - ours["solved"].value
@@ -212,7 +214,8 @@ def extent(frame: Any) -> str:
         said = [f"{_span(counts)} per KL test set"] if counts else []
         if ruler:
             items, tasks = ([each[name] for each in ruler.values()] for name in ("items", "tasks"))
-            said.append(f"{_span(items)} of RULER ({max(tasks)} of its {len(TASKS)} tasks)")
+            of_tasks = f"{min(tasks)} to {max(tasks)}" if min(tasks) < max(tasks) else str(max(tasks))
+            said.append(f"{_span(items)} of RULER ({of_tasks} of its {len(TASKS)} tasks)")
         if longbench := answers(part, LONGBENCH):
             said.append(f"{_span([each['items'] for each in longbench.values()])} of LongBench")
         if said:
@@ -223,6 +226,26 @@ def extent(frame: Any) -> str:
 def _span(counts: list[int]) -> str:
     low, high = min(counts), max(counts)
     return f"{high} item{'s' * (high != 1)}" if low == high else f"{low} to {high} items"
+
+
+def on_fewer_items(part: Any) -> list[str]:
+    """The methods that have fewer items of RULER than there are, and what they and ours score on those they have."""
+    items, tasks, _ = items_of(part)
+    found = []
+    for line in ruler_differences(part):
+        own = answers(part)[line["method"]]
+        if own["items"] == items:
+            continue
+        both = answers(shared(part, line["method"], OURS))
+        said = f"it scores {line['own']:.1f} where ours scores {line['ours']:.1f}"
+        if solved := both[OURS]["solved"]:
+            on = f", on the {solved.items} of them that the unpruned model solves"
+            said += f"{on} {both[line['method']]['solved'].value:.1f} and {solved.value:.1f}"
+        found.append(
+            f"`{line['method']}` has {own['items']} of the {items} items and {own['tasks']} of the {tasks} tasks, so "
+            f"that its means do not compare with others: on the {line['difference'].items} that ours has too {said}."
+        )
+    return found
 
 
 def fastest(frame: Any) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sdtp_lib.leaderboard import page, plan, tables, words
+from sdtp_lib import methods
+from sdtp_lib.leaderboard import page, participants, picture, plan, readme, tables, words
 
 STAMP = {
     "utc": "2026-01-02T03:04:05+00:00", "commit": "abc", "model": "m", "weights": "w", "device": "cpu", "dtype": "d",
@@ -24,12 +25,19 @@ def kl_rows(values: dict[str, float], test_set: str = "text", count: int = 8, sp
 
 
 def ruler_rows(
-    scores: dict[str, list[float]], unpruned: list[float], task: str = "niah_single_1", sort: str = plan.RULER
+    scores: dict[str, list[float]],
+    unpruned: list[float],
+    task: str = "niah_single_1",
+    sort: str = plan.RULER,
+    speedup: float = 2.0,
 ) -> list[dict]:
+    """A score of None: the method cannot be so fast on that item."""
     return [
-        {**STAMP, "kind": "item", "sort": sort, "cell": task, "length": 64, "sample": f"{task}{n}",
-         "method": name, "speedup": 2.0, "scorer": name, "score": score, "unpruned_score": unpruned[n],
-         "prefill_ms": 30.0, "unpruned_prefill_ms": 90.0, "kv_bytes": 1, "unpruned_kv_bytes": 2, "flops_speedup": 2.0}
+        {**STAMP, "kind": "out of reach" if score is None else "item", "sort": sort, "cell": task, "length": 64,
+         "sample": f"{task}{n}", "method": name, "speedup": speedup, "scorer": name, "score": score,
+         "unpruned_score": unpruned[n], "prefill_ms": 30.0, "unpruned_prefill_ms": 90.0, "kv_bytes": 1,
+         "unpruned_kv_bytes": 2, "flops_speedup": speedup, "error": None if score is not None else "at most 1.9x",
+         "key": f"{task}{n}|{speedup}|{name}"}
         for name, values in scores.items() for n, score in enumerate(values)
     ]  # fmt: skip
 
@@ -44,7 +52,7 @@ def test_a_method_that_loses_less_is_named_with_its_interval_and_its_count():
     assert sentence.startswith("text at 2x and 64 tokens: `lazyllm` is better: KL -0.1") and "(8)" in sentence
     short = words.better_in_short(frame)
     assert "beyond its 95 % interval `lazyllm` (text at 2x and 64 tokens); by a mean" in short
-    assert short.endswith("of too few items nowhere.") and "gemfilter" not in short
+    assert short.endswith("of too few items, nowhere.") and "gemfilter" not in short
     verdicts = {line["method"]: line["verdict"] for line in tables.kl_differences(frame)}
     assert verdicts == {"lazyllm": "better", "gemfilter": "worse"}
     assert (
@@ -75,7 +83,7 @@ def test_under_six_items_no_verdict_is_given():
     assert tables.kl_differences(frame)[0]["verdict"] == "too few"
     assert "too few items" in words.better_elsewhere(frame)[0]
     short = words.better_in_short(frame)
-    assert "interval nowhere; by a mean" in short and "items `lazyllm` (text at 2x and 64 tokens)." in short
+    assert "interval nowhere; by a mean" in short and "items, `lazyllm` (text at 2x and 64 tokens)." in short
 
 
 def test_an_item_that_a_running_command_has_not_finished_does_not_count():
@@ -111,10 +119,78 @@ def test_items_that_a_method_cannot_shorten_so_far_are_counted():
     assert "- `lazyllm`: out of reach on 1 item: at most 1.8x" in page.page(rows)
 
 
-def test_a_line_connects_the_same_prompts_only():
+def test_a_line_of_the_picture_connects_the_same_prompts_only():
     rows = [*kl_rows({"sdtp": 0.1}, count=8), *kl_rows({"sdtp": 0.2}, count=3, speedup=1.5)]
-    lines = tables.summary(tables.same_kl_items(framed(rows)))
-    assert lines.kl_items.tolist() == [3, 3] and len(tables.same_kl_items(framed(rows[:-3]))) == len(framed(rows[:-3]))
+    assert picture.points(framed(rows)).kl_items.tolist() == [3, 3]
+    assert picture.points(framed(rows[:8])).kl_items.tolist() == [8], "alone it keeps all"
+    few = ruler_rows({"sdtp": [1, 1, 1]}, [1, 1, 0], speedup=1.5)
+    many = ruler_rows({"sdtp": [1, 0, 1, 0, 0]}, [1, 1, 0, 1, 1])
+    lines = picture.points(framed(few, many))
+    assert lines.lost_items.tolist() == [2, 2] and lines.lost.tolist() == [0, 50]
+    said = picture.in_words(framed(few, many))
+    assert "2 items of RULER that the unpruned model solves." in said and "At 2x 4 such items" in said
+    assert said.endswith("over all of them ours loses 75.0 points, over the 2 in the picture 50.0.")
+
+
+def test_a_method_that_lacks_an_item_of_the_picture_has_no_point_there_and_that_is_said():
+    slow = ruler_rows({"sdtp": [1, 1], "uniprefill": [1, 0]}, [1, 1], speedup=1.5)
+    fast = ruler_rows({"sdtp": [1, 0], "uniprefill": [1, None]}, [1, 1])
+    lines = picture.points(framed(slow, fast)).set_index(["method", "speedup"])
+    assert lines.lost["uniprefill", 1.5] == 50 and lines.lost_items["uniprefill", 1.5] == 2
+    assert lines.lost.isna()["uniprefill", 2.0] and lines.lost_lacking["uniprefill", 2.0] == 1
+    assert lines.lost["sdtp", 2.0] == 50, "the others keep the item"
+    said = picture.in_words(framed(slow, fast))
+    assert "No point, since it lacks some of them: `uniprefill` at 2x (RULER)." in said
+    kl = kl_rows({"sdtp": 0.1, "lazyllm": 0.2})
+    assert "No point" not in picture.in_words(framed(kl))
+    kl[-1] |= {"kind": "failure", "kl_nats": None}
+    assert "8 items per KL test set. No point, since it lacks some of them: `lazyllm` at 2x (KL)." in picture.in_words(
+        framed(kl)
+    )
+    untimed = [{**row, "prefill_ms": None} if row["method"] == "lazyllm" else row for row in kl]
+    assert "since it has no times: `lazyllm`." in picture.in_words(framed(untimed))
+    assert picture.in_words(framed(slow, fast)) in page.page([*slow, *fast])
+
+
+def test_a_method_with_fewer_items_of_ruler_is_held_against_ours_on_those_it_has():
+    """Its mean of easy items stood as a lead over ours, which had the hard ones too."""
+    unpruned = [1.0] * 8
+    rows = ruler_rows({"sdtp": [1, 1, 1, 1, 1, 1, 0, 0], "uniprefill": [1, 1, 1, 1, 1, 0.5, None, None]}, unpruned)
+    frame = framed(rows)
+    found = tables.answers(tables.at(frame, 64, 2.0))
+    assert found["uniprefill"]["all"] > found["sdtp"]["all"], "over other items"
+    (line,) = tables.ruler_differences(tables.at(frame, 64, 2.0))
+    assert (line["own"], line["ours"]) == (pytest.approx(550 / 6), 100) and line["difference"].items == 6
+    assert words.better_elsewhere(frame) == []
+    text = page.page(rows)
+    assert "`uniprefill` has 6 of the 8 items and 1 of the 1 tasks" in text
+    assert "on the 6 that ours has too it scores 91.7 where ours scores 100.0" in text
+    assert "| niah_single_1 | 8 | 100 | 75 | 92 (6) |" in text and "in brackets how many items" in text
+    whole = ruler_rows({"sdtp": [1, 0], "uniprefill": [1, 0.5]}, [1, 1])
+    assert "in brackets how many items" not in page.page(whole) and "`uniprefill` has" not in page.page(whole)
+
+
+def test_a_lead_on_ruler_has_its_paired_interval():
+    frame = framed(ruler_rows({"sdtp": [0, 0, 0, 0, 0, 1], "lazyllm": [1, 1, 1, 1, 1, 1]}, [1] * 6))
+    (sentence,) = words.better_elsewhere(frame)
+    assert (
+        "RULER at 2x and 64 tokens: `lazyllm` is better: 100.0 where ours has 16.7 on the same items, +83.3" in sentence
+    )
+    assert "beyond its 95 % interval `lazyllm` (RULER at 2x" in words.better_in_short(frame)
+    few = framed(ruler_rows({"sdtp": [0, 0], "lazyllm": [1, 1]}, [1, 1]))
+    assert "higher, on too few items to say" in words.better_elsewhere(few)[0]
+
+
+def test_the_goal_is_held_against_another_method_on_the_items_that_both_have():
+    rows = kl_rows({"sdtp": 0.2, "lazyllm": 0.21})
+    assert words.goals(framed(rows))[0].startswith("met")
+    for row in rows:  # it fails on the four items that are hard for both
+        if row["method"] == "lazyllm" and int(row["sample"][-1]) >= 4:
+            row |= {"kind": "failure", "kl_nats": None, "error": "out of memory"}
+    values = tables.kl_by_test_set(tables.at(framed(rows), 64, 2.0))["text"]
+    assert values["lazyllm"].value < values["sdtp"].value, "over other items"
+    goal = words.goals(framed(rows))[0]
+    assert goal.startswith("met") and "(4), best of the others `lazyllm`" in goal and goal.endswith("(4).")
 
 
 def test_ruler_is_told_of_all_items_and_of_those_that_the_unpruned_model_solves():
@@ -211,13 +287,71 @@ def test_the_page_says_which_learned_method_ran_with_other_pruners_than_ours():
     assert said in page.page(mixed) and f"`{FREE}` was measured" not in page.page(mixed)
 
 
+def test_a_method_without_any_row_is_named_as_not_measured_place_by_place():
+    reach = {**STAMP, "kind": "out of reach", "method": "snapkv", "length": 64, "speedup": 2.0, "error": "cache only"}
+    rows = [*kl_rows({"sdtp": 0.1, FREE: 0.2}), *kl_rows({"sdtp": 0.1, "asl": 0.2}, speedup=3.0), reach]
+    frame = framed(rows)
+    slow, fast = (participants.unmeasured(frame, 64, speedup) for speedup in (2.0, 3.0))
+    assert {"asl", "lazyllm"} <= set(slow) and not {"sdtp", FREE, "snapkv"} & set(slow)
+    assert {FREE, "snapkv", "lazyllm"} <= set(fast) and "asl" not in fast
+    assert set(slow) | {"sdtp", FREE, "snapkv"} == {*methods.names(), FREE}
+    text = page.page(rows)
+    assert "Not measured: " + ", ".join(f"`{name}`" for name in slow) + "." in text
+    assert text.count("Not measured: ") == 2
+    everyone = [*methods.names(), FREE]
+    assert "Not measured" not in page.page(kl_rows(dict.fromkeys(everyone, 0.1)))
+
+
+def test_the_page_says_whose_rule_one_dial_does_not_scale_whatever_the_rows_say():
+    names = [name for name in methods.names() if name not in ("snapkv", "h2o")]  # these shorten no prefill
+    frame = framed(kl_rows(dict.fromkeys(names, 0.1)))
+    assert set(participants.not_by_one_dial(frame)) == {"asl", "fastkv", "specprefill", "uniprefill"}
+    said = participants.remarks(frame)
+    assert "one keep ratio" in said["uniprefill"] and "KV budget" in said["fastkv"] and "no longer" in said["asl"]
+    assert said["specprefill"].startswith("without a draft model") and "whole chunks" in said["specprefill"]
+    text = page.page(kl_rows({"sdtp": 0.1, "lazyllm": 0.2, "uniprefill": 0.3}))
+    assert f"`uniprefill`: {said['uniprefill']}." in text and "per prompt (`uniprefill`: not the whole rule" in text
+    assert "not the whole rule" not in page.page(kl_rows({"sdtp": 0.1, "lazyllm": 0.2}))
+    told = [{**row, "remark": methods.get(row["method"]).remark} for row in kl_rows({"specprefill": 0.1})]
+    assert participants.remarks(framed(told)) == {"specprefill": said["specprefill"]}, "no remark twice"
+
+
+def test_the_readme_says_which_learned_method_had_no_pruners_or_others():
+    rows = kl_rows({"sdtp": 0.1, "sdtp-low": 0.2, "earlier-scheme": 0.3, FREE: 0.25, "uniprefill": 0.4})
+    scorers = {"sdtp": "a", "earlier-scheme": "b", "sdtp-low": "c"}
+    for row in rows:
+        row |= {"scorer": "learned" if row["method"] in ("sdtp", "earlier-scheme") else FREE}
+        row |= {"scorer_id": scorers.get(row["method"])}
+    table = readme.readme_table(rows)
+    trained = {line[0].strip("*"): line[1] for line in table["body"]}
+    assert trained == {"sdtp": "yes", "sdtp-low": "no †", "earlier-scheme": "yes †", FREE: "no", "uniprefill": "no"}
+    assert f"`sdtp-low` is a learned method, but no pruners for its stages were found: it was scored by {FREE}" in (
+        note := table["note"]
+    )
+    assert "`earlier-scheme` was scored by other pruners than `sdtp` in all of its rows here." in note
+    assert "Not in all as in their papers: `uniprefill`;" in note and picture.in_words(framed(rows)) in note
+    rows[2] |= {"scorer_id": "a"}
+    assert rows[2]["method"] == "earlier-scheme" and "in 7 of 8 of its rows here" in readme.readme_table(rows)["note"]
+    same = [{**row, "scorer": "learned", "scorer_id": "a"} for row in kl_rows({"sdtp": 0.1, "earlier-scheme": 0.3})]
+    assert "†" not in str(readme.readme_table(same))
+
+
+def test_the_readme_marks_a_solved_score_of_fewer_items_with_their_number():
+    rows = ruler_rows({"sdtp": [1, 1, 0], "uniprefill": [1, None, None]}, [1, 1, 0])
+    table = readme.readme_table([*kl_rows({"sdtp": 0.1, "uniprefill": 0.2}), *rows])
+    column = table["header"].index("RULER, solved")
+    assert [line[column] for line in table["body"]] == ["100", "100 (1)"]
+    assert "of 2 items that the unpruned model solves, the score x 100; in brackets" in table["note"]
+    assert "in brackets" not in readme.readme_table(kl_rows({"sdtp": 0.1}))["note"]
+
+
 def test_the_readmes_lines_are_the_best_ten_by_kl_and_name_their_count_and_origin():
     names = {"sdtp": 0.1} | {f"m{n:02d}": 0.2 + n / 10 for n in range(12)}
-    table = page.readme_table(kl_rows(names))
+    table = readme.readme_table(kl_rows(names))
     assert len(table["body"]) == 10 and table["body"][0][0] == "**sdtp**" and table["body"][0][-1] == "8"
     assert table["header"][2] == "KL text" and "measured 2026-01-02" in table["note"]
     assert "Nowhere in these rows is another method's mean ahead" in table["note"]
-    assert page.readme_table(kl_rows(names, speedup=1.5)) is None
+    assert readme.readme_table(kl_rows(names, speedup=1.5)) is None
 
 
 def test_random_weights_give_costs_and_no_word_on_quality():

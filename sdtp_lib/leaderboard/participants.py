@@ -1,0 +1,69 @@
+"""Which methods rows are of: what scored them, in what each is not its paper's, and which were not measured.
+
+Views of a leaderboard's rows and of the registry; no figure is computed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sdtp_lib import methods
+from sdtp_lib.leaderboard.entrants import LEARNED, OURS
+from sdtp_lib.leaderboard.tables import at, methods_in, unreached
+from sdtp_lib.methods.variant import UNPRUNED
+from sdtp_lib.scorers.found import TRAINING_FREE
+
+
+def scored_by(frame: Any) -> dict[str, str]:
+    """Method -> the name of what scored its tokens."""
+    rows = frame[(frame.kind == "item") & frame.scorer.notna()].drop_duplicates("method")
+    return dict(zip(rows.method, rows.scorer, strict=True))
+
+
+def is_learned(name: str, used: Mapping[str, str]) -> bool:
+    """Whether trained pruners scored the method; ``used`` as `scored_by` says."""
+    return name in LEARNED and used.get(name) not in {used.get(TRAINING_FREE), None}
+
+
+def of_other_pruners(frame: Any) -> dict[str, tuple[int, int]]:
+    """Learned method -> how many of its rows are of other pruners than ours has, and how many it has."""
+    rows, used = frame[(frame.kind == "item") & frame.scorer_id.notna()], scored_by(frame)
+    ours = set(rows[rows.method == OURS].scorer_id)
+    found = {}
+    for name in methods_in(rows) if ours else ():
+        own = rows[rows.method == name].scorer_id
+        if is_learned(name, used) and (others := int((~own.isin(ours)).sum())):
+            found[name] = (others, len(own))
+    return found
+
+
+def remarks(frame: Any) -> dict[str, str]:
+    """Method -> in what it is not its paper's method here: by the registry, at a wanted speed-up as all rows are, and
+    what its rows say of this model besides."""
+    rows, found = frame[frame.kind == "item"], {}
+    for name in methods_in(rows):
+        said = _scaled(name).remark if name in methods.names() else ""
+        own = rows[rows.method == name].remark.dropna()
+        if len(own) and own.iloc[-1] not in said:
+            said = "; ".join(filter(None, (said, own.iloc[-1])))
+        if said:
+            found[name] = said
+    return found
+
+
+def not_by_one_dial(frame: Any) -> list[str]:
+    """The measured methods whose paper's rule one dial does not scale: their remarks say what stands in its place."""
+    measured = methods_in(frame[frame.kind == "item"])
+    return [name for name in measured if name in methods.names() and _scaled(name).differs_at_speedup]
+
+
+def unmeasured(frame: Any, length: int, speedup: float) -> list[str]:
+    """The methods without a row at this length and speed-up; those that cannot be so fast have one that says so."""
+    have = {*at(frame, length, speedup).method, *unreached(frame, length, speedup), UNPRUNED}
+    return [name for name in (*methods.names(), TRAINING_FREE) if name not in have]
+
+
+def _scaled(name: str) -> methods.Method:
+    return dataclasses.replace(methods.get(name), speedup=2.0)  # whichever: what it says is the same for all
