@@ -1,6 +1,7 @@
-"""What the leaderboard writes into the repository: pages, picture, rows, and README's block; all from rows.
+"""What the leaderboard writes into the repository: pages, picture, rows, and blocks of documents; all from rows.
 
-Each model has its rows and its page; the picture shows all of them, README's block the embedded one.
+Each model has its rows and its page; the picture shows all of them, the blocks of README and docs/results.md the
+embedded one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from sdtp_lib import plots
 from sdtp_lib.files import atomic_write
-from sdtp_lib.leaderboard import committed, page, picture, readme, tables, words
+from sdtp_lib.leaderboard import blocks, committed, page, picture, tables, words
 from sdtp_lib.leaderboard.entrants import OURS
 from sdtp_lib.provenance import origin_line
 from sdtp_lib.records import project_root, provenance_of, write_json
@@ -26,8 +27,8 @@ ORIGIN = ("model", "weights", "device", "device_name", "dtype", "torch", "transf
 
 
 def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) -> None:
-    """Write one model's rows, then pages, picture and README's block of all models, under ``root`` (default: the
-    project's)."""
+    """Write one model's rows, then pages and picture of all models and the documents' blocks, under ``root`` (default:
+    the project's)."""
     root = root or project_root()
     path = committed.path_of(rows[0]["model"], root)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +55,8 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
             temporary.write_text(page.page(each, others=others, over_models=sentence), encoding="utf-8")
     store = root / STORE
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    if table := readme.readme_table(models.get("", ())):
-        kept["leaderboard"] = table
-        write_json(store, dict(sorted(kept.items())))
+    if made := blocks.every(models.get("", ())):
+        write_json(store, dict(sorted((kept | made).items())))
     if root == project_root():
         sys.path.insert(0, str(root / "workflow"))
         import tables as documents  # workflow/tables.py

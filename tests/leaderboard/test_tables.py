@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sdtp_lib import methods
-from sdtp_lib.leaderboard import page, participants, picture, plan, readme, tables, words
+from sdtp_lib.leaderboard import blocks, page, participants, picture, plan, tables, words
 
 STAMP = {
     "utc": "2026-01-02T03:04:05+00:00", "commit": "abc", "model": "m", "weights": "w", "device": "cpu", "dtype": "d",
@@ -322,7 +322,7 @@ def test_the_readme_says_which_learned_method_had_no_pruners_or_others():
     for row in rows:
         row |= {"scorer": "learned" if row["method"] in ("sdtp", "earlier-scheme") else FREE}
         row |= {"scorer_id": scorers.get(row["method"])}
-    table = readme.readme_table(rows)
+    table = blocks.readme_table(rows)
     trained = {line[0].strip("*"): line[1] for line in table["body"]}
     assert trained == {"sdtp": "yes", "sdtp-low": "no †", "earlier-scheme": "yes †", FREE: "no", "uniprefill": "no"}
     assert f"`sdtp-low` is a learned method, but no pruners for its stages were found: it was scored by {FREE}" in (
@@ -331,27 +331,49 @@ def test_the_readme_says_which_learned_method_had_no_pruners_or_others():
     assert "`earlier-scheme` was scored by other pruners than `sdtp` in all of its rows here." in note
     assert "Not in all as in their papers: `uniprefill`;" in note and picture.in_words(framed(rows)) in note
     rows[2] |= {"scorer_id": "a"}
-    assert rows[2]["method"] == "earlier-scheme" and "in 7 of 8 of its rows here" in readme.readme_table(rows)["note"]
+    assert rows[2]["method"] == "earlier-scheme" and "in 7 of 8 of its rows here" in blocks.readme_table(rows)["note"]
     same = [{**row, "scorer": "learned", "scorer_id": "a"} for row in kl_rows({"sdtp": 0.1, "earlier-scheme": 0.3})]
-    assert "†" not in str(readme.readme_table(same))
+    assert "†" not in str(blocks.readme_table(same))
 
 
 def test_the_readme_marks_a_solved_score_of_fewer_items_with_their_number():
     rows = ruler_rows({"sdtp": [1, 1, 0], "uniprefill": [1, None, None]}, [1, 1, 0])
-    table = readme.readme_table([*kl_rows({"sdtp": 0.1, "uniprefill": 0.2}), *rows])
+    table = blocks.readme_table([*kl_rows({"sdtp": 0.1, "uniprefill": 0.2}), *rows])
     column = table["header"].index("RULER, solved")
     assert [line[column] for line in table["body"]] == ["100", "100 (1)"]
     assert "of 2 items that the unpruned model solves, the score x 100; in brackets" in table["note"]
-    assert "in brackets" not in readme.readme_table(kl_rows({"sdtp": 0.1}))["note"]
+    assert "in brackets" not in blocks.readme_table(kl_rows({"sdtp": 0.1}))["note"]
+
+
+def test_the_results_page_says_where_ours_is_lowest_and_who_is_lower_or_level():
+    rows = [
+        *kl_rows({"sdtp": 0.1, "lazyllm": 0.05, "asl": 0.3, "sdtp-fast": 0.01}),
+        *kl_rows({"sdtp": 0.1, "lazyllm": 0.2, "asl": 0.3, "sdtp-fast": 0.01}, "needle"),
+        *ruler_rows({"sdtp": [1, 1, 1, 1, 1, 0], "lazyllm": [0] * 6, "asl": [1] * 5 + [None], "sdtp-fast": [1] * 6},
+                    [1] * 6),
+    ]  # fmt: skip
+    for row in rows:  # asl: now below, now above ours
+        if row["method"] == "asl" and row.get("cell") == "needle":
+            row["kl_nats"] = 0.06 if int(row["sample"][-1]) % 2 else 0.15
+    table = blocks.standing(rows)
+    (line,) = table["body"]
+    assert dict(zip(table["header"], line, strict=True)) == {
+        "prompts": "64 tokens, 2x", "others": "2", "ours has the lowest KL": "needle", "lower than ours":
+        "text: `lazyllm`", "level with ours": "needle: `asl`", "RULER, solved": "83 (6), `lazyllm` 0", "n": "8",
+    }, "asl lacks an item of RULER; this project's other schedule is no rival"  # fmt: skip
+    few = [*kl_rows({"sdtp": 0.1, "lazyllm": 0.2}), *ruler_rows({"sdtp": [1], "lazyllm": [1]}, [1])]
+    assert blocks.standing(few)["body"][0][5] == "too few (1)"
+    assert set(blocks.every(rows)) == {"leaderboard", "standing"} and blocks.every([]) == {}
+    assert set(blocks.every(kl_rows({"sdtp": 0.1, "lazyllm": 0.2}, speedup=3.0))) == {"standing"}
 
 
 def test_the_readmes_lines_are_the_best_ten_by_kl_and_name_their_count_and_origin():
     names = {"sdtp": 0.1} | {f"m{n:02d}": 0.2 + n / 10 for n in range(12)}
-    table = readme.readme_table(kl_rows(names))
+    table = blocks.readme_table(kl_rows(names))
     assert len(table["body"]) == 10 and table["body"][0][0] == "**sdtp**" and table["body"][0][-1] == "8"
     assert table["header"][2] == "KL text" and "measured 2026-01-02" in table["note"]
     assert "Nowhere in these rows is another method's mean ahead" in table["note"]
-    assert readme.readme_table(kl_rows(names, speedup=1.5)) is None
+    assert blocks.readme_table(kl_rows(names, speedup=1.5)) is None
 
 
 def test_random_weights_give_costs_and_no_word_on_quality():
