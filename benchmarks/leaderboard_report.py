@@ -45,7 +45,8 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
               "are as many", file=sys.stderr)  # fmt: skip
     committed.write_committed(path, committed.joined(before, rows or before))
     models = committed.every_committed(root)
-    shown = {suffix: each for suffix, each in models.items() if page.has_quality(each)}
+    shown = {suffix: each for suffix, each in models.items()
+             if page.has_quality(each) and len(picture.shown(tables.frame_of(each)))}  # fmt: skip
     if shown:
         draw(list(shown.values()), root / PICTURE)
     sentence = words.over_models({_called(each): tables.frame_of(each) for each in shown.values()})

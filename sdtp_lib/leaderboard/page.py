@@ -71,7 +71,7 @@ def page(
                   "bootstrap intervals.", ""]  # fmt: skip
         if picture:
             lines += [f"![Quality lost over prefill speed-up, one line per method]({PICTURE})", ""]
-            lines += [picture_of.in_words(frame), ""] if has_quality(rows) else []
+            lines += [said, ""] if has_quality(rows) and (said := picture_of.in_words(frame)) else []
         lines += _in_words(frame, over_models)
     lines += _who(frame, "untrained pruners of the trained ones' sizes" if timing_only else "trained pruners")
     for length, speedup in tables.places(frame):
@@ -192,7 +192,7 @@ def _place(frame: Any, length: int, speedup: float) -> list[str]:
                   markdown_table(header, body, RULE), ""]  # fmt: skip
         fewer = words.on_fewer_items(part)
         lines += [*(f"- {each}" for each in fewer), ""] if fewer else []
-        lines += [f"By task{' (in brackets how many items a method has, where it has fewer)' if fewer else ''}:", "",
+        lines += [f"By task{' (in brackets the number of items where a method has fewer)' if fewer else ''}:", "",
                   *_task_table(tables.by_task(part), names), ""]  # fmt: skip
     lines += _longbench(part, names)
     if costs:

@@ -14,6 +14,9 @@ from sdtp_lib.leaderboard.tables import KL, RULER, answers, at, costs, methods_i
 with extra("train"):
     import pandas
 
+COLUMNS = ["length", "speedup", "method", "measured", "kl_nats", "kl_items", "kl_lacking", "lost", "lost_items",
+           "lost_lacking"]  # fmt: skip
+
 
 def points(frame: pandas.DataFrame) -> pandas.DataFrame:
     """One line per length, speed-up and method, over the items that are measured at every speed-up of their length.
@@ -41,7 +44,7 @@ def points(frame: pandas.DataFrame) -> pandas.DataFrame:
                 "lost": 100 * (1 - float(own_ruler.score.mean())) if has_ruler else None,
                 "lost_items": len(own_ruler) if has_ruler else 0, "lost_lacking": len(ruler) - len(own_ruler),
             })  # fmt: skip
-    return pandas.DataFrame(lines)
+    return pandas.DataFrame(lines, columns=COLUMNS)
 
 
 def shown(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -51,8 +54,11 @@ def shown(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def in_words(frame: pandas.DataFrame) -> str:
-    """What the picture's lines connect, how many items that is, and which method has no point where."""
+    """What the picture's lines connect, how many items that is, and which method has no point where; empty where
+    nothing is drawn."""
     lines = shown(frame)
+    if lines.empty:
+        return ""
     counts, without = [], []
     panels = (("kl", "KL", "per KL test set"), ("lost", "RULER", "of RULER that the unpruned model solves"))
     for kind, name, what in panels:

@@ -132,6 +132,12 @@ def test_a_line_of_the_picture_connects_the_same_prompts_only():
     assert said.endswith("over all of them ours loses 75.0 points, over the 2 in the picture 50.0.")
 
 
+def test_before_any_pruned_run_there_is_a_page_and_nothing_to_draw():
+    rows = [{**row, "method": "unpruned", "speedup": 1.0} for row in kl_rows({"sdtp": 0.1}, count=1)]
+    assert picture.shown(framed(rows)).empty and picture.in_words(framed(rows)) == ""
+    assert "not measured at 2x yet" in page.page(rows) and "In the picture" not in page.page(rows)
+
+
 def test_a_method_that_lacks_an_item_of_the_picture_has_no_point_there_and_that_is_said():
     slow = ruler_rows({"sdtp": [1, 1], "uniprefill": [1, 0]}, [1, 1], speedup=1.5)
     fast = ruler_rows({"sdtp": [1, 0], "uniprefill": [1, None]}, [1, 1])
@@ -165,9 +171,9 @@ def test_a_method_with_fewer_items_of_ruler_is_held_against_ours_on_those_it_has
     text = page.page(rows)
     assert "`uniprefill` has 6 of the 8 items and 1 of the 1 tasks" in text
     assert "on the 6 that ours has too it scores 91.7 where ours scores 100.0" in text
-    assert "| niah_single_1 | 8 | 100 | 75 | 92 (6) |" in text and "in brackets how many items" in text
+    assert "| niah_single_1 | 8 | 100 | 75 | 92 (6) |" in text and "in brackets the number of items" in text
     whole = ruler_rows({"sdtp": [1, 0], "uniprefill": [1, 0.5]}, [1, 1])
-    assert "in brackets how many items" not in page.page(whole) and "`uniprefill` has" not in page.page(whole)
+    assert "in brackets the number of items" not in page.page(whole) and "`uniprefill` has" not in page.page(whole)
 
 
 def test_a_lead_on_ruler_has_its_paired_interval():
