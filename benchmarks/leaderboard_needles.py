@@ -25,7 +25,7 @@ SHOWN = (UNPRUNED, OURS, "specprefill", "attention_pooled", "streamingllm")
 
 def needles(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
     """Rows of the methods that are shown, on the needles that all of them answered; empty where there are none."""
-    frame = tables.frame_of(rows)
+    frame = tables.frame_of(rows) if rows else pandas.DataFrame()
     if "answer_depth" not in frame:
         return frame.iloc[:0]
     part = frame[(frame.sort == RULER) & frame.answer_depth.notna() & frame.score.notna()]

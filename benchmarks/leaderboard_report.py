@@ -15,6 +15,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from leaderboard_needles import PICTURE as NEEDLES
+from leaderboard_needles import draw_needles
+
 from sdtp_lib import plots
 from sdtp_lib.files import atomic_write
 from sdtp_lib.leaderboard import blocks, committed, page, picture, tables, words
@@ -49,11 +52,14 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
              if page.has_quality(each) and len(picture.shown(tables.frame_of(each)))}  # fmt: skip
     if shown:
         draw(list(shown.values()), root / PICTURE)
+    drawn = draw_needles(models.get("", ()), root / NEEDLES, _made([models.get("", ())]))
     sentence = words.over_models({_called(each): tables.frame_of(each) for each in shown.values()})
     for suffix, each in models.items():
         others = {str(other[0]["model"]): f"leaderboard{name}.md" for name, other in models.items() if name != suffix}
         with atomic_write(root / "docs" / f"leaderboard{suffix}.md") as temporary:
-            temporary.write_text(page.page(each, others=others, over_models=sentence), encoding="utf-8")
+            needles = f"../{NEEDLES}" if drawn and not suffix else ""
+            text = page.page(each, others=others, over_models=sentence, needle_map=needles)
+            temporary.write_text(text, encoding="utf-8")
     store = root / STORE
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     if made := blocks.every(models.get("", ())):
@@ -79,13 +85,20 @@ def _commits(rows: Sequence[Mapping[str, Any]]) -> str:
     return newest + (f" and {others} earlier" if others else "")
 
 
+def _made(models: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """What stands in a picture's foot line and beside it."""
+    rows = [row for each in models for row in each]
+    if not rows:
+        return {}
+    return {name: rows[0].get(name) for name in ORIGIN} | {
+        "commit": _commits(rows), "drawn_at": provenance_of()["commit"],
+        "models": [str(each[0]["model"]) for each in models],
+    }  # fmt: skip
+
+
 def draw(models: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> Path:
     """The picture: per model a line of panels, from its rows at their shortest length."""
-    rows = models[0]
-    made = {name: rows[0].get(name) for name in ORIGIN} | {
-        "commit": _commits([row for each in models for row in each]),
-        "drawn_at": provenance_of()["commit"], "models": [str(each[0]["model"]) for each in models],
-    }  # fmt: skip
+    made = _made(models)
     with plots.use_style():
         figure = plt.figure(figsize=(11.5, 4.6 * len(models)), layout="constrained")
         for part, each in zip(np.atleast_1d(figure.subfigures(len(models), 1)), models, strict=True):

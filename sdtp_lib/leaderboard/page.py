@@ -36,6 +36,7 @@ def page(
     picture: bool = True,
     others: Mapping[str, str] | None = None,
     over_models: str = "",
+    needle_map: str = "",
 ) -> str:
     """The whole page, as Markdown.
 
@@ -45,6 +46,8 @@ def page(
         The name and the page of each other model.
     over_models
         A sentence about all of them.
+    needle_map
+        Of that picture, seen from the page's folder; empty: there is none.
     """
     frame = tables.frame_of(rows)
     done = [row for row in rows if row["kind"] == "item"]
@@ -73,6 +76,10 @@ def page(
             lines += [f"![Quality lost over prefill speed-up, one line per method]({PICTURE})", ""]
             lines += [said, ""] if has_quality(rows) and (said := picture_of.in_words(frame)) else []
         lines += _in_words(frame, over_models)
+        if needle_map:
+            lines += ["RULER's planted values by their depth in the prompt and its length, unpruned and pruned, the "
+                      "same items in every panel:", "",
+                      f"![Share of planted values found, by depth and length]({needle_map})", ""]  # fmt: skip
     lines += _who(frame, "untrained pruners of the trained ones' sizes" if timing_only else "trained pruners")
     for length, speedup in tables.places(frame):
         lines += _place(frame, length, speedup)

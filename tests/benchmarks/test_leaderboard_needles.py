@@ -28,6 +28,7 @@ def test_a_needle_is_shown_in_all_panels_or_in_none(tmp_path):
         (method, name) for method in ("sdtp", "streamingllm", "unpruned") for name in "ab"
     ]
     saved = leaderboard_needles.draw_needles(rows, tmp_path / "map.png", {"commit": "abc"})
+    assert leaderboard_needles.draw_needles([], tmp_path / "none.png", {}) is None
     assert saved.is_file() and '"items": 2' in (tmp_path / "map.json").read_text()
     assert leaderboard_needles.draw_needles([row("sdtp", "a", 1.0, depth=None)], tmp_path / "no.png", {}) is None
     assert not (tmp_path / "no.png").exists()
