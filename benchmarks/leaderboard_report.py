@@ -14,7 +14,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-
 from leaderboard_needles import PICTURE as NEEDLES
 from leaderboard_needles import draw_needles
 
