@@ -29,7 +29,7 @@ from sdtp_lib.pruning.stage import LAYERS_BACK, QUERY_TOKENS, earlier_layers
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.pruner_files import HUB_OPTIONS, loaded_whole, weights_file
 from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StageInputs, StagePruner
-from sdtp_lib.scorers.words import whole_words, word_table, words_of
+from sdtp_lib.scorers.words import LEAST, MOST, whole_words, word_table, words_of
 
 FEATURES = ("hidden", "distance", "query", "attention", "memory")
 
@@ -204,7 +204,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         """How result rows tell these pruners from others of the same name: a hash of weights and settings."""
         # "score" is the one output there is; rows that were written when there were two kinds name it.
         settings = (self.layers, self.features, "score", self.query_heads, self.query_window, self.attention_kernel)
-        return f"TokenPruners {content_id(dict(self.state_dict()), *settings, self.passage_tokens, self.blend)}"
+        words = () if self.word_table is None else (LEAST, MOST)
+        return f"TokenPruners {content_id(dict(self.state_dict()), *settings, self.passage_tokens, self.blend, *words)}"
 
     def check(self, model: nn.Module, config: Any) -> None:
         """Refuse a model of other sizes or layers without a pruner, before any compute; warn of other weights.

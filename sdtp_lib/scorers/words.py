@@ -1,11 +1,12 @@
-"""Long words kept or dropped whole: identifiers, numbers, addresses, paths are of no use without a part of them.
+"""Long words kept or dropped whole: identifiers, addresses, paths are of no use without a part of them.
 
 A word is a run of tokens without white space, of ASCII letters, digits and signs; other scripts have no spaces to go
 by, and each of their tokens stands alone. Knows token ids and scores, not who scored.
 Axes: B batch, N kept tokens, V tokens of the vocabulary.
 
-Example: of the tokens ``The``, `` key``, `` 7``, ``f``, ``3``, ``9``, ``-``, ``c``, ``4``, `` is`` the third to the
-ninth are one word of seven, and get the mean of their seven scores each; the others keep their own.
+Example: of the tokens ``The``, `` key``, `` 7``, ``f``, ``3``, ``9``, ``-``, .. ``4``, `` is`` the third to the last
+but one are one word, of 36 for a UUID, and get the mean of its scores each; the others keep their own. Of a number of
+seven digits each counts: late layers can do with some of them, and a tight budget has no room for all (LOG.md).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST, MOST = 6, 64  # kept tokens of a word that counts as one; below, and in what no person calls a word, each counts
+LEAST, MOST = 12, 64  # kept tokens of a word that counts as one; in shorter ones, and in heaps of signs, each counts
 _CONTINUES, _BEGINS, _ALONE = 0, 1, 2
 _WHITE = str.maketrans(
     {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r"}
