@@ -57,10 +57,11 @@ def test_tokens_of_a_long_word_get_its_mean_in_the_order_of_their_own_and_others
 
 
 def test_padding_belongs_to_no_word():
-    words, scores = torch.tensor([[3] * 9]), torch.arange(9.0)[None]
-    valid = torch.tensor([[False] * 2 + [True] * 7])
+    words, scores = torch.full((1, LEAST + 2), 3), torch.arange(LEAST + 2.0)[None]
+    valid = torch.arange(LEAST + 2)[None] >= 2
     told = whole_words(scores.masked_fill(~valid, torch.nan), words, valid)
-    torch.testing.assert_close(told[0, 2:], torch.full((7,), 5.0), atol=1e-3, rtol=0)
+    mean = torch.arange(2.0, LEAST + 2).mean()
+    torch.testing.assert_close(told[0, 2:], mean.expand(LEAST), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("lengths", [(60,), (60, 41)])
