@@ -11,7 +11,7 @@ from typing import Any
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.leaderboard import picture, tables, words
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS, OWN
-from sdtp_lib.leaderboard.participants import is_learned, of_other_pruners, remarks, scored_by
+from sdtp_lib.leaderboard.participants import before_what_ships, is_learned, of_other_pruners, remarks, scored_by
 from sdtp_lib.provenance import origin_line
 
 LINES = 10
@@ -64,6 +64,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         f"{_origin(part)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}.",
         *([f"{MARK} {' '.join(marked.values())}"] if marked else []),
         *([f"Not in all as in their papers: {', '.join(differ)}; in what, says the page."] if differ else []),
+        *([earlier] if (earlier := before_what_ships(frame)) else []),
         words.better_in_short(frame),
         picture.in_words(frame),
         f"Intervals, all methods, tasks and speed-ups: {PAGE}.",

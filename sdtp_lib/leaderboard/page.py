@@ -9,6 +9,7 @@ from sdtp_lib.leaderboard import committed, tables, words
 from sdtp_lib.leaderboard import picture as picture_of
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS
 from sdtp_lib.leaderboard.participants import (
+    before_what_ships,
     is_learned,
     not_by_one_dial,
     of_other_pruners,
@@ -148,6 +149,7 @@ def _who(frame: Any, pruners: str) -> list[str]:
             " They were trained on prompts of the kinds that are measured here, of other documents, names and ids "
             "(`sdtp_lib/data/training_mix.py`); what decided between sets stands in the card of the one that ships."
         )
+    said += f" {earlier}" if (earlier := before_what_ships(frame)) else ""
     for name, (others, of) in of_other_pruners(frame).items():
         said += (
             f" `{name}` was measured with other pruners than `{OURS}` in {others:,} of its {of:,} rows: an earlier "

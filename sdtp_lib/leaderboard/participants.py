@@ -14,6 +14,8 @@ from sdtp_lib.leaderboard.entrants import LEARNED, OURS
 from sdtp_lib.leaderboard.tables import at, methods_in, unreached
 from sdtp_lib.methods.variant import UNPRUNED
 from sdtp_lib.scorers.found import TRAINING_FREE
+from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.shipped import shipped_for
 
 
 def scored_by(frame: Any) -> dict[str, str]:
@@ -37,6 +39,15 @@ def of_other_pruners(frame: Any) -> dict[str, tuple[int, int]]:
         if is_learned(name, used) and (others := int((~own.isin(ours)).sum())):
             found[name] = (others, len(own))
     return found
+
+
+def before_what_ships(frame: Any) -> str:
+    """That ours was measured with other pruners than ship for the model today; empty where it was not, or none ship."""
+    shipped = shipped_for(str(frame.model.iloc[0])) if len(frame) else None
+    ids = set(frame[(frame.kind == "item") & (frame.method == OURS)].scorer_id.dropna())
+    if shipped is None or not ids or ids == {TokenPruners.from_pretrained(shipped).identity}:
+        return ""
+    return f"`{OURS}` was measured with pruners that shipped earlier: the rows of those that ship now are not all in."
 
 
 def remarks(frame: Any) -> dict[str, str]:

@@ -6,6 +6,7 @@ import pytest
 
 from sdtp_lib import methods
 from sdtp_lib.leaderboard import blocks, page, participants, picture, plan, tables, words
+from sdtp_lib.scorers.token_pruners import TokenPruners
 
 STAMP = {
     "utc": "2026-01-02T03:04:05+00:00", "commit": "abc", "model": "m", "weights": "w", "device": "cpu", "dtype": "d",
@@ -389,3 +390,12 @@ def test_random_weights_give_costs_and_no_word_on_quality():
     ]  # fmt: skip
     text = page.page(rows)
     assert "Random weights" in text and "| lazyllm | 1.50x" in text and "## In words" not in text
+
+
+def test_rows_of_pruners_that_do_not_ship_any_more_say_so():
+    ships = TokenPruners.from_pretrained("smollm2-135m-instruct").identity
+    rows = kl_rows({"sdtp": 0.1, "lazyllm": 0.2}, count=2)
+    for name, own, said in (("embedded", ships, False), ("embedded", "an earlier set", True), ("mine", "own", False)):
+        given = [{**row, "model": name, "scorer_id": own if row["method"] == "sdtp" else "x"} for row in rows]
+        sentence = "`sdtp` was measured with pruners that shipped earlier"
+        assert (sentence in page.page(given)) == said == (sentence in participants.before_what_ships(framed(given)))
