@@ -191,7 +191,8 @@ def scored_rows(part: pandas.DataFrame, sort: str) -> pandas.DataFrame:
 
 def _over_tasks(own: pandas.DataFrame, base: pandas.DataFrame) -> tuple[float, Mean]:
     """The mean of tasks x 100 of ``own``, and how far it is above ``base``, rows of the same items."""
-    named = [rows.assign(dataset=rows.cell, item=rows["sample"], variant=variant)
+    # These columns alone: each pairing copies all that there are, and rows have fifty.
+    named = [rows[["kind", "length", "score"]].assign(dataset=rows.cell, item=rows["sample"], variant=variant)
              for rows, variant in ((base, "base"), (own, "own"))]  # fmt: skip
     line = means_over_tasks(pandas.concat(named), against="base", by=("length",))
     line = line[line.variant == "own"].iloc[0]

@@ -231,9 +231,9 @@ def _span(counts: list[int]) -> str:
 def on_fewer_items(part: Any) -> list[str]:
     """The methods that have fewer items of RULER than there are, and what they and ours score on those they have."""
     items, tasks, _ = items_of(part)
-    found = []
+    found, every = [], answers(part)
     for line in ruler_differences(part):
-        own = answers(part)[line["method"]]
+        own = every[line["method"]]
         if own["items"] == items:
             continue
         both = answers(shared(part, line["method"], OURS))
