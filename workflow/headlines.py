@@ -78,7 +78,7 @@ def cost_beside_all_methods(root: Path, folder: str = "docs/") -> str:
     return (
         f"at {GOAL_SPEEDUP:g}x fewer prefill FLOPs and {length:,} tokens, KL to the unpruned model's next-token "
         f"distributions in nats per token (and the best of all other methods): {', '.join(said)} "
-        f"([every method]({folder}leaderboard.md))."
+        f"([all that were measured]({folder}leaderboard.md))."
     )
 
 
