@@ -12,6 +12,7 @@ from result_tables import Table
 
 from sdtp_lib.leaderboard import committed, page, tables
 from sdtp_lib.leaderboard.entrants import OURS, OWN
+from sdtp_lib.leaderboard.participants import before_what_ships
 from sdtp_lib.leaderboard.words import GOAL_SPEEDUP
 
 
@@ -71,6 +72,7 @@ def cost_beside_all_methods(root: Path, folder: str = "docs/") -> str:
         if OURS in by_method and others:
             best, own = min(others, key=lambda name, others=others: others[name].value), by_method[OURS]
             said.append(f"{test_set} {own.value:.3f} ({best} {others[best].value:.3f}, n = {own.items})")
+    dates = sorted({str(utc)[:10] for utc in part.utc})
     ruler = tables.answers(part).get(OURS)
     if ruler and ruler["solved"]:
         kept = f"; {ruler['solved'].value:.0f} % of RULER's points on the {ruler['solved_items']} items solved unpruned"
@@ -78,7 +80,8 @@ def cost_beside_all_methods(root: Path, folder: str = "docs/") -> str:
     return (
         f"at {GOAL_SPEEDUP:g}x fewer prefill FLOPs and {length:,} tokens, KL to the unpruned model's next-token "
         f"distributions in nats per token (and the best of all other methods): {', '.join(said)} "
-        f"([all that were measured]({folder}leaderboard.md))."
+        f"([all that were measured]({folder}leaderboard.md); {' to '.join(sorted({dates[0], dates[-1]}))})."
+        f"{f' {earlier}' if (earlier := before_what_ships(frame)) else ''}"
     )
 
 

@@ -100,6 +100,7 @@ def standing(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "by item: lower where the 95 % interval of the difference is below zero, level where it holds zero; n items "
         "per test set. RULER: the score x 100 on the items that the unpruned model solves (how many), and that of the "
         f"best other method that has all of them. No verdict under {FEWEST_PAIRS} items. "
+        f"{f'{earlier} ' if (earlier := before_what_ships(frame)) else ''}"
         f"{_origin(frame[frame.kind == 'item'])}. Figures, intervals, LongBench: [leaderboard](leaderboard.md)."
     )
     return {"name": "standing", "title": "Beside other methods", "header": header, "body": body, "note": note}

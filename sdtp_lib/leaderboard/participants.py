@@ -42,12 +42,12 @@ def of_other_pruners(frame: Any) -> dict[str, tuple[int, int]]:
 
 
 def before_what_ships(frame: Any) -> str:
-    """That ours was measured with other pruners than ship for the model today; empty where it was not, or none ship."""
+    """That ours was measured with other pruners than those that ship today; empty where it was not, or none ship."""
     shipped = shipped_for(str(frame.model.iloc[0])) if len(frame) else None
     ids = set(frame[(frame.kind == "item") & (frame.method == OURS)].scorer_id.dropna())
     if shipped is None or not ids or ids == {TokenPruners.from_pretrained(shipped).identity}:
         return ""
-    return f"`{OURS}` was measured with pruners that shipped earlier: the rows of those that ship now are not all in."
+    return f"`{OURS}` was measured with other pruners than those that ship now, whose rows are not all in."
 
 
 def remarks(frame: Any) -> dict[str, str]:

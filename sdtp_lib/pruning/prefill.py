@@ -59,7 +59,8 @@ class Prefill(EarlierLayers):
     ) -> None:
         config, plan = self._planned(architecture, wanted, lengths)
         columns, device = tokens.shape[1], tokens.device
-        self.token_ids = tokens if tokens.dim() == 2 else None  # of the kept tokens
+        # Of the kept tokens; a copy, since scores may be read when the caller has filled its tensor anew.
+        self.token_ids = tokens.clone() if tokens.dim() == 2 else None
         super().__init__(architecture, config.positions == "compact", len(lengths), columns, cache, config.layers)
         self.config, self.scorer, self.trace, self.lengths, self.plan = config, scorer, trace, lengths, plan
         self.wanted, self.protected = wanted, None if protected is None else protected.to(device)

@@ -166,8 +166,9 @@ class Session:
             changed = (), self._begin_chunk(arguments, rows, cache)
         elif seen == 0 or every:
             lengths = prompt_lengths(self._padding_of(arguments), rows, columns)
-            outside = self._outside.get("input_ids")  # a multimodal model's, whose stack gets embeddings
-            tokens = outside if outside is not None and outside.shape == (rows, columns) else _tokens_of(arguments)
+            outside, tokens = self._outside.get("input_ids"), _tokens_of(arguments)
+            if outside is not None and outside.shape == (rows, columns):  # a multimodal model's stack gets embeddings
+                tokens = outside.to(tokens.device)
             given = (self.architecture, self.budget, self.scorer, self.trace, lengths, tokens)
             protected = self._protection(rows, seen, columns)
             if self.two_passes is None or columns < 2 or seen:

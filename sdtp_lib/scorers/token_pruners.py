@@ -175,16 +175,15 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         return cls._load_as_safetensor(cls(**options), weights_file(model_id, hub), map_location, strict)
 
     def know_words(self, tokenizer: Any) -> TokenPruners:
-        """Score long words as a whole from now on (`sdtp_lib.scorers.words`): what ``tokenizer`` says is saved along.
-
-        Not in the losses of a training; and not where a prompt comes as embeddings, of which no ids are known.
-        """
+        """Score long words as one from now on (`sdtp_lib.scorers.words`), but in the losses of a training, or where a
+        prompt comes as embeddings; what ``tokenizer`` says is saved along."""
         self.word_table = word_table(tokenizer).to(next(self.parameters()).device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         held = state_dict.get(f"{prefix}word_table")
-        self.word_table = None if held is None else torch.empty_like(held, device=next(self.parameters()).device)
+        if held is not None:
+            self.word_table = torch.empty_like(held, device=next(self.parameters()).device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
@@ -253,6 +252,8 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         if network.down.weight.device != stage.hidden_states.device:
             # Under a device_map each decoder layer has its own device: its pruner moves there once.
             network.to(stage.hidden_states.device)
+            if self.word_table is not None:
+                self.word_table = self.word_table.to(stage.hidden_states.device)
         attention = None
         if self.earlier_layers:
             attention = stage.attention_mass(self.earlier_layers[stage.layer_index], QUERY_TOKENS)
@@ -265,9 +266,10 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         scores = learned if self.blend is None else self.blend(learned, stage)
         if self.word_table is None or stage.token_ids is None:
             return scores
-        if "words" not in stage.carried:  # of the whole prompt: later stages see words with gaps
-            stage.carried["words"] = words_of(stage.token_ids, self.word_table)
-        return whole_words(scores, stage.carried["words"], valid)
+        words = f"words of {id(self)}"
+        if words not in stage.carried:  # of the whole prompt: later stages see words with gaps
+            stage.carried[words] = words_of(stage.token_ids, stage.positions, self.word_table)
+        return whole_words(scores, stage.carried[words], valid)
 
     def score(self, layer: int, inputs: StageInputs) -> Tensor:
         """Differentiable scores (B, n) at ``layer``."""

@@ -1,4 +1,4 @@
-"""Long words kept or dropped whole: identifiers, addresses, paths are of no use without a part of them.
+"""Long words scored as one, and so kept or dropped whole: identifiers, addresses, paths are of no use in part.
 
 A word is a run of tokens without white space, of ASCII letters, digits and signs; other scripts have no spaces to go
 by, and each of their tokens stands alone. Knows token ids and scores, not who scored.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST, MOST = 12, 64  # kept tokens of a word that counts as one; in shorter ones, and in heaps of signs, each counts
+LEAST, MOST = 12, 64  # kept tokens of a word that counts as one; in shorter and in longer ones each counts
 _CONTINUES, _BEGINS, _ALONE = 0, 1, 2
 _WHITE = str.maketrans(
     {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r"}
@@ -44,11 +44,15 @@ def _kind(piece: str | None) -> int:
     return _BEGINS if text[0].isspace() else _CONTINUES
 
 
-def words_of(ids: Tensor, table: Tensor) -> Tensor:
-    """(B, N) of int64: which word of its row each of the adjacent tokens ``ids`` (B, N) belongs to, ascending."""
+def words_of(ids: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    """(B, N) of int64: which word of its row each of the tokens ``ids`` (B, N) belongs to, ascending.
+
+    Tokens whose ``positions`` (B, N) are not adjacent share none: a chunk of a prompt and the query tokens behind it,
+    or what an earlier cut left. So a word across the border of two chunks is two.
+    """
     kinds = table.to(ids.device)[ids.clamp(0, len(table) - 1)]
     begins = kinds != _CONTINUES
-    begins[:, 1:] |= kinds[:, :-1] == _ALONE
+    begins[:, 1:] |= (kinds[:, :-1] == _ALONE) | (positions[:, 1:] - positions[:, :-1] != 1)
     return begins.cumsum(dim=1)
 
 

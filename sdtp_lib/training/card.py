@@ -27,6 +27,7 @@ def write_card(
     epochs = f"{recipe.training.epochs:g} epochs"
     if recipe.refinement is not None:
         epochs += f", then {recipe.refinement.epochs:g} through simulated pruning"
+    words = " Long words are scored as one (`sdtp_lib/scorers/words.py`)." if recipe.blends else ""
     measured = "Nothing was measured."
     if lines:
         measured = (
@@ -51,7 +52,7 @@ They were made for the weights with fingerprint `{provenance["weights_fingerprin
 ## How they were made
 
 Recipe `{recipe_name}`: labels {" + ".join(recipe.labels)}, {prompts} prompts, {epochs}; settings, versions,
-seed and the prompts' ids in `training.json`. {begun}Data: {"; ".join(data)}. Prompts of Dolly (CC BY-SA 3.0) may be among them.
+seed and the prompts' ids in `training.json`.{words} {begun}Data: {"; ".join(data)}. Prompts of Dolly (CC BY-SA 3.0) may be among them.
 
 torch {provenance["torch"]}, transformers {provenance["transformers"]}, {provenance["device"]}, {provenance["dtype"]}; {provenance["utc"]}.
 """,  # noqa: E501 - Markdown

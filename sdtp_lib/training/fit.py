@@ -30,6 +30,7 @@ def begun_from(start: str | Path, model: nn.Module, layers: Sequence[int]) -> To
     if pruners.layers != tuple(layers):
         raise ValueError(f"start={str(start)!r} has layers {list(pruners.layers)}; wanted are {list(layers)}.")
     pruners.check(model, PruningConfig(layers=tuple(layers)))
+    pruners.word_table = None  # the blend is chosen without, as for new ones
     return pruners.to(model.device).train()
 
 

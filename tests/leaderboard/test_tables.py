@@ -397,5 +397,5 @@ def test_rows_of_pruners_that_do_not_ship_any_more_say_so():
     rows = kl_rows({"sdtp": 0.1, "lazyllm": 0.2}, count=2)
     for name, own, said in (("embedded", ships, False), ("embedded", "an earlier set", True), ("mine", "own", False)):
         given = [{**row, "model": name, "scorer_id": own if row["method"] == "sdtp" else "x"} for row in rows]
-        sentence = "`sdtp` was measured with pruners that shipped earlier"
+        sentence = "`sdtp` was measured with other pruners than those that ship now"
         assert (sentence in page.page(given)) == said == (sentence in participants.before_what_ships(framed(given)))

@@ -33,7 +33,7 @@ def test_a_token_continues_a_word_begins_one_or_stands_alone(piece, kind):
 def test_special_tokens_stand_alone_and_what_follows_begins_a_word(tiny_tokenizer):
     table = word_table(tiny_tokenizer)
     ids = tiny_tokenizer("ab 7f39<|im_end|>cd\nef", add_special_tokens=False, return_tensors="pt")["input_ids"]
-    words = words_of(ids, table)[0].tolist()
+    words = words_of(ids, torch.arange(ids.shape[1])[None], table)[0].tolist()
     pieces = tiny_tokenizer.convert_ids_to_tokens(ids[0])
     joined = {}
     for piece, word in zip(pieces, words, strict=True):
@@ -43,7 +43,14 @@ def test_special_tokens_stand_alone_and_what_follows_begins_a_word(tiny_tokenize
 
 def test_ids_that_the_tokenizer_does_not_have_stand_alone():
     table = word_table(Vocabulary("a", "b"))
-    assert words_of(torch.tensor([[0, 1, 2, 900, 0, 1]]), table).tolist() == [[0, 0, 1, 2, 3, 3]]
+    assert words_of(torch.tensor([[0, 1, 2, 900, 0, 1]]), torch.arange(6)[None], table).tolist() == [[0, 0, 1, 2, 3, 3]]
+
+
+def test_tokens_that_were_not_adjacent_in_the_prompt_share_no_word():
+    """A chunk's tokens stand beside the query tokens, and what a cut left beside what it left."""
+    table = word_table(Vocabulary("a"))
+    positions = torch.tensor([[-1, -1, 3, 4, 9, 10, 11]])
+    assert words_of(torch.zeros(1, 7, dtype=torch.long), positions, table).tolist() == [[0, 1, 2, 2, 3, 3, 3]]
 
 
 def test_tokens_of_a_long_word_get_its_mean_in_the_order_of_their_own_and_others_keep_theirs():
@@ -96,7 +103,7 @@ def test_pruners_that_know_words_say_so_when_saved_and_keep_a_long_word_whole(ti
     assert (loaded.word_table == word_table(tiny_tokenizer)).all()
     text = " ".join(["all was well on board and in the hold"] * 3) + " key-7f39c4d1b20e " + "so they sailed on " * 4
     ids = tiny_tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    word = words_of(ids, loaded.word_table)[0]
+    word = words_of(ids, torch.arange(ids.shape[1])[None], loaded.word_table)[0]
     longest = word == word.mode().values
     assert int(longest.sum()) >= 15
     config = PruningConfig((1, 3), 0.5, min_local_tokens=4)
@@ -107,6 +114,8 @@ def test_pruners_that_know_words_say_so_when_saved_and_keep_a_long_word_whole(ti
         scores = trace.scores[1][0][longest]
         return float(scores.max() - scores.min())
 
+    with pytest.raises(RuntimeError, match="word_table"):
+        loaded.load_state_dict(TokenPruners.for_model(model, (1, 3)).state_dict())
     whole = spread(loaded)
     loaded.word_table = None
     assert whole < 0.01 * spread(loaded)

@@ -176,7 +176,10 @@ def test_a_gpus_times_of_random_weights_stand_in_the_headline(tmp_path):
 
 
 def test_what_it_costs_stands_beside_the_best_other_method_of_the_leaderboard(tmp_path):
-    shared = {"kind": "item", "model": "embedded", "sort": "kl", "length": 64, "speedup": 2.0, "scorer_id": "a"}
+    shared = {
+        "kind": "item", "model": "embedded", "sort": "kl", "length": 64, "speedup": 2.0, "scorer_id": "a",
+        "utc": "2026-01-02T03:04:05+00:00",
+    }  # fmt: skip
     rows = [
         shared | {"method": method, "cell": cell, "sample": f"{cell}{n}", "key": f"{method}{cell}{n}", "kl_nats": kl}
         for n in range(3)
@@ -189,7 +192,8 @@ def test_what_it_costs_stands_beside_the_best_other_method_of_the_leaderboard(tm
     path.parent.mkdir()
     committed.write_committed(path, rows)
     said = headlines.cost_beside_all_methods(tmp_path)
-    assert "at 2x fewer prefill FLOPs and 64 tokens" in said
+    assert "at 2x fewer prefill FLOPs and 64 tokens" in said and "leaderboard.md); 2026-01-02)" in said
+    assert said.endswith("`sdtp` was measured with other pruners than those that ship now, whose rows are not all in.")
     assert "text 0.200 (lazyllm 0.300, n = 3), needle 0.500 (asl 0.250, n = 3)" in said, "also where ours is behind"
     table = Table("latency", "", (), (), "x. y")
     assert f"**What it costs:** {said}" in headlines.headline(table, None, costs=said).note
