@@ -179,8 +179,10 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
         )  # fmt: skip
         scorers = {each.name: scorer_id(each.scorer) for each in found}
         start_from_committed(options, path, share, stamp, scorers)
-        elsewhere = [row for row in committed.read_committed(committed.path_of(options.name))
-                     if committed.of_other_device(row, stamp) and committed.of_scorers(row, scorers)]  # fmt: skip
+        kept = committed.read_committed(committed.path_of(options.name)) if options.new_only else []
+        elsewhere = [
+            row for row in kept if committed.of_other_device(row, stamp) and committed.of_scorers(row, scorers)
+        ]
         measured = None
         if options.as_measured:
             rows = read_rows(path) if path.exists() else []
@@ -195,7 +197,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
         with share.rows(path, stamp) as writer:
             rows = read_rows(path) if path.exists() else []
             work = Measurement(model, tokenizer, found, writer, rows, left_out=left_out, times=not options.no_times,
-                               elsewhere=elsewhere if options.new_only else ())  # fmt: skip
+                               elsewhere=elsewhere)  # fmt: skip
             model(torch.arange(8, device=model.device)[None])  # what only a process's first forward pays
             bar = tqdm(share.of(steps), unit="item", desc="leaderboard", mininterval=10, disable=not share.is_first)
             for step in bar:

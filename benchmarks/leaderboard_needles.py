@@ -40,16 +40,9 @@ def draw_needles(rows: Sequence[Mapping[str, Any]], path: Path, made: Mapping[st
     if frame.empty:
         return None
     names = [name for name in SHOWN if name in set(frame.method)]
+    titles = {name: name if name == UNPRUNED else f"{name}, {GOAL_SPEEDUP:g}x" for name in names}
     with plots.use_style():
-        width = 1.5 + 0.9 * frame.target_tokens.nunique()
-        figure, axes = plt.subplots(
-            1, len(names), figsize=(width * len(names) + 1, 4.2), squeeze=False, sharey=True, layout="constrained"
-        )
-        for ax, name in zip(axes[0], names, strict=True):
-            plots.needle_map(frame[frame.method == name], ax, colorbar=name == names[-1])
-            ax.set_title(name if name == UNPRUNED else f"{name}, {GOAL_SPEEDUP:g}x")
-            if name != names[0]:
-                ax.set_ylabel("")
+        figure = plots.needle_maps({title: frame[frame.method == name] for name, title in titles.items()})
         items = len(frame) // len(names)
         saved = plots.save(figure, path, {**made, "items": items, "test": "RULER, tasks of planted values"})
         plt.close(figure)

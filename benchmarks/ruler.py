@@ -113,14 +113,7 @@ def draw_needles(frame: pandas.DataFrame, path: Path) -> None:
     if needles.empty:
         return
     plots.use_style()
-    names = list(needles.variant.unique())
-    width = 2.2 + 0.9 * needles.target_tokens.nunique()
-    figure, axes = plt.subplots(1, len(names), figsize=(width * len(names), 4.2), squeeze=False, sharey=True)
-    for ax, name in zip(axes[0], names, strict=True):
-        plots.needle_map(needles[needles.variant == name], ax, colorbar=name == names[-1])
-        ax.set_title(name)
-        if name != names[0]:
-            ax.set_ylabel("")
+    figure = plots.needle_maps({name: needles[needles.variant == name] for name in needles.variant.unique()})
     commits = sorted(set(needles.commit))
     made = {"rows": path.name, "commits": commits, "model": needles.model.iloc[0], "items": len(needles)}
     print(f"picture: {plots.save(figure, path.with_name('needle_map.png'), made)}")

@@ -11,9 +11,9 @@ from pathlib import Path
 from result_tables import Table
 
 from sdtp_lib.leaderboard import committed, page, tables
-from sdtp_lib.leaderboard.entrants import OURS, OWN
+from sdtp_lib.leaderboard.entrants import OURS
 from sdtp_lib.leaderboard.participants import before_what_ships
-from sdtp_lib.leaderboard.words import GOAL_SPEEDUP
+from sdtp_lib.leaderboard.words import GOAL_SPEEDUP, best_others
 
 
 def headline(latency: Table | None, scorers: Table | None, gpu: str = "", costs: str = "") -> Table | None:
@@ -67,11 +67,8 @@ def cost_beside_all_methods(root: Path, folder: str = "docs/") -> str:
     if not length:
         return ""
     part, said = tables.at(frame, length, GOAL_SPEEDUP), []
-    for test_set, by_method in tables.kl_by_test_set(part).items():
-        others = {name: mean for name, mean in by_method.items() if name not in OWN}
-        if OURS in by_method and others:
-            best, own = min(others, key=lambda name, others=others: others[name].value), by_method[OURS]
-            said.append(f"{test_set} {own.value:.3f} ({best} {others[best].value:.3f}, n = {own.items})")
+    for test_set, (own, best, other) in best_others(part).items():
+        said.append(f"{test_set} {own.value:.3f} ({best} {other.value:.3f}, n = {own.items})")
     dates = sorted({str(utc)[:10] for utc in part.utc})
     ruler = tables.answers(part).get(OURS)
     if ruler and ruler["solved"]:

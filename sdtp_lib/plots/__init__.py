@@ -15,7 +15,7 @@ with extra("study"):
 from sdtp_lib.plots import readings
 from sdtp_lib.plots.cost import memory_over_length, speedup_over_length, time_bars
 from sdtp_lib.plots.leaderboard import quality_lost
-from sdtp_lib.plots.needles import needle_map
+from sdtp_lib.plots.needles import needle_map, needle_maps
 from sdtp_lib.plots.results import (
     loss_curves,
     pareto,
@@ -44,6 +44,7 @@ __all__ = [
     "loss_curves",
     "memory_over_length",
     "needle_map",
+    "needle_maps",
     "one_legend",
     "pareto",
     "pareto_front",

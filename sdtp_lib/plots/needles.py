@@ -1,14 +1,18 @@
 """The needle map: how often a fact is found, by where it stands and how long the prompt is.
 
-Knows frames by their column names; draws on given axes, never shows or saves.
+Knows frames by their column names; draws on given axes or several on a figure of their own, never shows or saves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from sdtp_lib.plots.style import SEQUENTIAL, axes_or_new, need_columns
 
@@ -54,3 +58,16 @@ def needle_map(frame: pd.DataFrame, ax: Axes | None = None, *, bins: int = 5, co
     ax.set_ylabel("depth of the needle [% of the prompt]")
     ax.tick_params(axis="y", rotation=0)
     return ax
+
+
+def needle_maps(panels: Mapping[str, pd.DataFrame]) -> Figure:
+    """A figure of `needle_map` side by side, title -> rows, on one scale of depth and colour."""
+    lengths = max(frame.target_tokens.nunique() for frame in panels.values())
+    size = ((1.5 + 0.9 * lengths) * len(panels) + 1, 4.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for number, (ax, (title, frame)) in enumerate(zip(axes[0], panels.items(), strict=True)):
+        needle_map(frame, ax, colorbar=number == len(panels) - 1)
+        ax.set_title(title)
+        if number:
+            ax.set_ylabel("")
+    return figure

@@ -252,8 +252,6 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         if network.down.weight.device != stage.hidden_states.device:
             # Under a device_map each decoder layer has its own device: its pruner moves there once.
             network.to(stage.hidden_states.device)
-            if self.word_table is not None:
-                self.word_table = self.word_table.to(stage.hidden_states.device)
         attention = None
         if self.earlier_layers:
             attention = stage.attention_mass(self.earlier_layers[stage.layer_index], QUERY_TOKENS)
@@ -268,6 +266,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
             return scores
         words = f"words of {id(self)}"
         if words not in stage.carried:  # of the whole prompt: later stages see words with gaps
+            self.word_table = self.word_table.to(stage.token_ids.device)
             stage.carried[words] = words_of(stage.token_ids, stage.positions, self.word_table)
         return whole_words(scores, stage.carried[words], valid)
 

@@ -19,9 +19,8 @@ from torch import Tensor
 
 LEAST, MOST = 12, 64  # kept tokens of a word that counts as one; in shorter and in longer ones each counts
 _CONTINUES, _BEGINS, _ALONE = 0, 1, 2
-_WHITE = str.maketrans(
-    {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r"}
-)  # as byte-level BPE and SentencePiece write
+# White space as byte-level BPE and SentencePiece write it.
+_WHITE = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r"})
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -50,7 +49,7 @@ def words_of(ids: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     Tokens whose ``positions`` (B, N) are not adjacent share none: a chunk of a prompt and the query tokens behind it,
     or what an earlier cut left. So a word across the border of two chunks is two.
     """
-    kinds = table.to(ids.device)[ids.clamp(0, len(table) - 1)]
+    kinds = table[ids.clamp(0, len(table) - 1)]
     begins = kinds != _CONTINUES
     begins[:, 1:] |= (kinds[:, :-1] == _ALONE) | (positions[:, 1:] - positions[:, :-1] != 1)
     return begins.cumsum(dim=1)

@@ -39,6 +39,15 @@ def test_a_needle_map_says_mean_and_items_by_depth_and_length_and_leaves_empty_c
         plots.needle_map(frame.drop(columns="score"))
 
 
+def test_needle_maps_stand_side_by_side_on_one_scale():
+    frame = pd.DataFrame({"answer_depth": [0.1, 0.9], "target_tokens": [1024, 4096], "score": [1.0, 0.0]})
+    figure = plots.needle_maps({"unpruned": frame, "pruned": frame.assign(score=0.5)})
+    first, second, bar = figure.axes
+    assert [first.get_title(), second.get_title()] == ["unpruned", "pruned"] and second.get_ylabel() == ""
+    assert bar.get_ylabel() == "score [%]" and first.get_ylim() == second.get_ylim()
+    plt.close(figure)
+
+
 def test_the_style_holds_inside_its_block_only():
     before = dict(matplotlib.rcParams)
     with plots.use_style():
