@@ -6,6 +6,7 @@ import torch
 from sdtp_lib import PruningConfig, token_pruning
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.scorers.words import LEAST, MOST, whole_words, word_table, words_of
+from tests.pruning.chunked import needs_chunks
 
 
 class Vocabulary:
@@ -121,6 +122,7 @@ def test_pruners_that_know_words_say_so_when_saved_and_keep_a_long_word_whole(ti
     assert whole < 0.01 * spread(loaded)
 
 
+@needs_chunks
 def test_chunks_of_a_prompt_have_their_own_ids(tiny_model):
     model, seen = tiny_model(), []
     ids = torch.randint(3, 120, (1, 90), generator=torch.Generator().manual_seed(0))
