@@ -23,6 +23,7 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,8 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             threads=threads if model.device.type == "cpu" else None,
         )  # fmt: skip
         scorers = {each.name: scorer_id(each.scorer) for each in found}
+        if options.report_after and share.is_first:
+            report_root(options, stamp)  # said before the hours, not after them
         start_from_committed(options, path, share, stamp, scorers)
         kept = committed.read_committed(committed.path_of(options.name)) if options.new_only else []
         elsewhere = [
@@ -253,6 +256,18 @@ def start_from_committed(
         print(f"goes on from {len(rows)} committed rows", file=sys.stderr)
 
 
+def report_root(options: argparse.Namespace, first: Mapping[str, Any]) -> Path:
+    """Where the report of rows like ``first`` goes: the repository, or the run's own folder, said once, where the
+    repository has rows that these would push out (another device's times)."""
+    path = committed.path_of(options.name)
+    if not (lost := committed.of_other_origin(committed.read_committed(path), [first])):
+        return project_root()
+    print(f"{path.name} has {len(lost)} rows of {lost[0].get('device_name') or lost[0].get('device')}, which have their "
+          f"times there: page, picture and rows of this run go to {options.run_dir}. To join answers and KL to these "
+          "rows measure with --no-times, then --report --join.", file=sys.stderr)  # fmt: skip
+    return options.run_dir
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     path, share = options.run_dir / "leaderboard.jsonl", Share()
@@ -275,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.report or options.report_after:
         from leaderboard_report import write_report
 
-        write_report(rows)
+        write_report(rows, report_root(options, rows[0]))
     print(f"rows: {path}")
 
 

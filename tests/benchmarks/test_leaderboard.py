@@ -80,6 +80,23 @@ def test_a_report_of_rows_of_other_settings_loses_no_committed_row(arguments, tm
     assert path.read_bytes() == before
 
 
+def test_a_report_after_a_run_on_another_device_goes_beside_its_rows_and_says_so_first(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    leaderboard.main([*arguments, "--items", "1"])
+    kept = committed.path_of("mine", tmp_path / "project")
+    kept.parent.mkdir(parents=True)
+    rows = read_rows(tmp_path / "run" / "leaderboard.jsonl")
+    committed.write_committed(kept, [{**row, "device_name": "Big GPU"} for row in rows])
+    before = kept.read_bytes()
+    monkeypatch.setattr(committed, "project_root", lambda: tmp_path / "project")
+    capsys.readouterr()
+    leaderboard.main([*arguments, "--items", "1", "--report-after", "--run-dir", str(tmp_path / "second")])
+    said = capsys.readouterr().err
+    assert said.index("leaderboard-mine.jsonl has 3 rows of Big GPU") < said.index("text at 200"), "before any compute"
+    assert (tmp_path / "second" / "docs" / "leaderboard-mine.md").is_file() and kept.read_bytes() == before
+
+
 def test_without_times_the_page_has_cache_and_limit_and_says_why(arguments, tmp_path, capsys):
     leaderboard.main([*arguments, "--no-times"])
     rows = [row for row in read_rows(tmp_path / "run" / "leaderboard.jsonl") if row["kind"] == "item"]
