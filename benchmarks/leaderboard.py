@@ -262,9 +262,12 @@ def report_root(options: argparse.Namespace, first: Mapping[str, Any]) -> Path:
     path = committed.path_of(options.name)
     if not (lost := committed.of_other_origin(committed.read_committed(path), [first])):
         return project_root()
-    print(f"{path.name} has {len(lost)} rows of {lost[0].get('device_name') or lost[0].get('device')}, which have their "
-          f"times there: page, picture and rows of this run go to {options.run_dir}. To join answers and KL to these "
-          "rows measure with --no-times, then --report --join.", file=sys.stderr)  # fmt: skip
+    device = lost[0].get("device_name") or lost[0].get("device")
+    print(
+        f"{path.name} has {len(lost)} rows of {device}, with their times: page, picture and rows of this run go to "
+        f"{options.run_dir}. To join answers and KL to those, measure with --no-times, then --report --join.",
+        file=sys.stderr,
+    )
     return options.run_dir
 
 

@@ -26,7 +26,7 @@ def continuation_logits(
     model: Any,
     prompt_ids: Sequence[int],
     continuation_ids: Sequence[int],
-    config: PruningConfig | Method | None = None,
+    config: PruningConfig | Method | str | None = None,
     scorer: Scorer | None = None,
     *,
     chunk: int | None = None,
@@ -34,11 +34,12 @@ def continuation_logits(
     """`logits_along` the continuation (R, V), and the trace of the pruned prefill.
 
     ``config`` and ``scorer`` say how to prune the prompt; both None for the unpruned model, whose trace is None. An
-    entry of `sdtp_lib.methods` brings its scorer.
+    entry of `sdtp_lib.methods`, or its name, brings its scorer.
     """
-    if (config is None) != (scorer is None) and not isinstance(config, Method):
+    variant = Variant("", config, scorer)
+    if (config is None) != (scorer is None) and not isinstance(variant.budget, Method):
         raise ValueError("give both config and scorer to prune, or neither for the unpruned model.")
-    with Variant("", config, scorer).applied(model) as trace:
+    with variant.applied(model) as trace:
         return logits_along(model, prompt_ids, continuation_ids, chunk=chunk), trace
 
 

@@ -98,8 +98,7 @@ def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tupl
     around = method = None
     if inspect.isclass(budget) or inspect.isroutine(budget):
         raise ValueError(f"budget={budget.__name__} makes budgets and is none itself: call it, {budget.__name__}(...).")
-    if isinstance(budget, str) and budget not in PRESETS and speedup_in(budget) is None:
-        budget = _method_called(budget)
+    budget = method_in(budget)
     if hasattr(budget, "budget_for"):
         method, budget = budget, budget.budget_for(model)
         scorer = method.scorer_for(model) if scorer is None else scorer
@@ -124,17 +123,20 @@ def resolved(model: nn.Module, budget: Any, scorer: Scorer | str | None) -> tupl
     return config, scorer, around
 
 
-def _method_called(text: str) -> Any:
-    """The method that a budget's text names, perhaps at a speed-up.
+def method_in(budget: Any) -> Any:
+    """The method that a budget's text names, perhaps at a speed-up; any other budget as it is.
 
     Raises
     ------
     ValueError
         For a text that names nothing: the message lists all that a budget may be called.
     """
-    if text.partition("@")[0] in registry.names():
-        return registry.named(text)
-    raise ValueError(f"{_unknown(text)}; or a method: {', '.join(registry.names())}, also at a speed-up (fastkv@1.5x).")
+    if not isinstance(budget, str) or budget in PRESETS or speedup_in(budget) is not None:
+        return budget
+    if budget.partition("@")[0] in registry.names():
+        return registry.named(budget)
+    known = ", ".join(registry.names())
+    raise ValueError(f"{_unknown(budget)}; or a method: {known}, also at a speed-up (fastkv@1.5x).")
 
 
 def _unknown(budget: str) -> str:

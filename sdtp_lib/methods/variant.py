@@ -15,7 +15,7 @@ from typing import Any
 from sdtp_lib import budget as counting
 from sdtp_lib.architectures.layers import num_layers
 from sdtp_lib.config import PruningConfig
-from sdtp_lib.methods.call import config_of, resolved, speedup_in, token_pruning
+from sdtp_lib.methods.call import config_of, method_in, resolved, speedup_in, token_pruning
 from sdtp_lib.methods.method import Method
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.trace import PruningTrace
@@ -51,6 +51,9 @@ class Variant:
     kind: str = ""
     from_sample: bool = False
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", method_in(self.budget))  # "gemfilter@2x" has two passes, as the method has
 
     def at(self, model: Any, cost: Any, prompt_tokens: int) -> Variant:
         """The variant at the prefill FLOPs of ``cost``, a budget: a method is scaled to them, a score gets the budget.

@@ -54,6 +54,8 @@ def test_keep_ratio_one_costs_nothing_and_a_lower_one_something(model):
     less, trace = continuation_logits(*arguments, CONFIG, scorers.random())
     assert kl_divergence(full, less) > 1e-6
     assert trace.tokens_per_layer == [60, 60, 30, 30, 15, 15]
+    by_name, trace = continuation_logits(*arguments, "streamingllm@1.5x")
+    assert trace.tokens_per_layer[-1] < 60 and kl_divergence(full, by_name) > 0
 
 
 def test_one_continuation_token_is_enough_and_none_is_refused(model):

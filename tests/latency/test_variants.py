@@ -48,6 +48,16 @@ LENGTHS = {
 }
 
 
+@pytest.mark.parametrize("text", ["gemfilter@1.5x", "fastkv@1.5x", "snapkv", "1.5x"])
+def test_a_budget_that_names_a_method_is_counted_as_the_method(text, model):
+    scorer = None if text[0].isalpha() else scorers.recency()
+    by_name, itself = Variant("a", text, scorer), Variant("a", text if scorer else methods.named(text), scorer)
+    assert by_name == itself and by_name.passes(model, TOKENS) == itself.passes(model, TOKENS)
+    assert len(by_name.passes(model, TOKENS)) == 1 + text.startswith("gemfilter")
+    with pytest.raises(ValueError, match="'gemfiltre' is unknown"):
+        Variant("b", "gemfiltre")
+
+
 @pytest.mark.parametrize("name", LENGTHS)
 def test_cache_lengths_are_the_promised_ones_and_read_from_the_cache(name, model, ids):
     fields = row_fields(VARIANTS[name], model, ids, 4)
