@@ -69,3 +69,13 @@ def test_what_the_presets_leave_for_the_last_layer_is_told_rightly(preset, perce
     assert len(config.layers) == 9
     left = budget.tokens_per_layer(config, 30, 4096)[-1] / 4096
     assert int(told[percent + 1]) == int(100 * left)
+
+
+def test_how_many_families_and_which_releases_are_those_of_the_sweeps_page():
+    support = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    runs = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| \d.*", support, re.M)]
+    newest, oldest = runs[0], runs[-1]
+    works, total = int(newest[4]), sum(map(int, newest[2:]))
+    release = lambda run: ".".join(run[0].split(".")[:2])  # noqa: E731
+    (ours,) = [line for line in README.splitlines() if line.startswith("| this |")]
+    assert f"| {works} of {total} |" in ours and f"transformers {release(oldest)} to {release(newest)} |" in ours
