@@ -18,6 +18,7 @@ from leaderboard_needles import PICTURE as NEEDLES
 from leaderboard_needles import draw_needles
 
 from sdtp_lib import plots
+from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.files import atomic_write
 from sdtp_lib.leaderboard import blocks, committed, page, picture, tables, words
 from sdtp_lib.leaderboard.entrants import OURS
@@ -49,15 +50,18 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
     models = committed.every_committed(root)
     shown = {suffix: each for suffix, each in models.items()
              if page.has_quality(each) and len(picture.shown(tables.frame_of(each)))}  # fmt: skip
+    drawn_too = of_enough_items(shown)
     if shown:
-        draw(list(shown.values()), root / PICTURE)
+        draw(list(drawn_too.values()), root / PICTURE)
     drawn = draw_needles(models.get("", ()), root / NEEDLES, _made([models.get("", ())]))
     sentence = words.over_models({_called(each): tables.frame_of(each) for each in shown.values()})
     for suffix, each in models.items():
-        others = {str(other[0]["model"]): f"leaderboard{name}.md" for name, other in models.items() if name != suffix}
+        others = {_name(other): f"leaderboard{name}.md" for name, other in models.items() if name != suffix}
         with atomic_write(root / "docs" / f"leaderboard{suffix}.md") as temporary:
             needles = f"../{NEEDLES}" if drawn and not suffix else ""
-            text = page.page(each, others=others, over_models=sentence, needle_map=needles)
+            text = page.page(
+                each, picture=suffix in drawn_too, others=others, over_models=sentence, needle_map=needles
+            )
             temporary.write_text(text, encoding="utf-8")
     store = root / STORE
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
@@ -75,6 +79,24 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
 def _called(rows: Sequence[Mapping[str, Any]]) -> str:
     """What people call the rows' model, with its weights: "SmolLM2-135M-Instruct (Q4_1, dequantised)"."""
     return origin_line(rows[0]).split(" · ")[0]
+
+
+def _name(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The model's name alone."""
+    return origin_line({"model": rows[0]["model"], "device": ""}).split(" · ")[0]
+
+
+def of_enough_items(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """The models with a verdict's number of items to draw; all of them where none has.
+
+    A line through two or three items shows nothing: such a model has its page alone.
+    """
+    found = {}
+    for suffix, rows in models.items():
+        points = picture.shown(tables.frame_of(rows))
+        if max(points.kl_items.max(), points.lost_items.max()) >= FEWEST_PAIRS:
+            found[suffix] = rows
+    return found or dict(models)
 
 
 def _commits(rows: Sequence[Mapping[str, Any]]) -> str:

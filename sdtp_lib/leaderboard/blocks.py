@@ -54,22 +54,25 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     dates = sorted({str(utc)[:10] for utc in part.utc})
     fewer = any("(" in line[header.index("RULER, solved")] for line in body)
     differ = [f"`{name}`" for name in order if name in remarks(part)]
-    sentences = [
-        f"{speedup:g}x fewer prefill FLOPs at {length:,} tokens, the {len(body)} best of "
-        f"{len(tables.methods_in(part))} that can be so fast and were measured, by mean KL to the unpruned model (nats "
-        "per token, n items per test set).",
-        f"RULER, solved: of {solved_items} items that the unpruned model solves, the score x 100"
-        f"{'; in brackets how many of them a method has, where it has fewer' if fewer else ''}.",
-        "TTFT: measured speed-up, beside other work on the machine.",
-        f"{_origin(part)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}.",
-        *([f"{MARK} {' '.join(marked.values())}"] if marked else []),
-        *([f"Not in all as in their papers: {', '.join(differ)}; in what, says the page."] if differ else []),
-        *([earlier] if (earlier := before_what_ships(frame)) else []),
-        words.better_in_short(frame),
-        picture.in_words(frame),
-        f"Intervals, all methods, tasks and speed-ups: {PAGE}.",
+    legend = [
+        f"{speedup:g}x fewer prefill FLOPs, prompts of {length:,} tokens: the {len(body)} best of "
+        f"{len(tables.methods_in(part))} methods.",
+        "KL: to the unpruned model's predictions, nats per token, lower is better; n prompts per test set.",
+        f"RULER, solved: score x 100 on the {solved_items} items that the unpruned model solves"
+        f"{' (in brackets: how many, where a method has fewer)' if fewer else ''}.",
+        "TTFT: measured speed-up of the time to the first token. KV cache: what is left of it.",
     ]
-    note = " ".join(sentences)
+    remarked = [f"{MARK} {'; '.join(marked.values())}."] if marked else []
+    bullets = [
+        words.better_in_short(frame),
+        *picture.of_more_items(frame),
+        *([earlier] if (earlier := before_what_ships(frame)) else []),
+        *remarked,
+        f"{_origin(part)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}, beside other work on the machine.",
+        f"On {PAGE}: all lengths and speed-ups, intervals, RULER by task"
+        f"{', how some methods differ from their papers (' + ', '.join(differ) + ')' if differ else ''}.",
+    ]
+    note = "\n".join([" ".join(legend), "", *(f"- {bullet}" for bullet in bullets)])
     return {"name": "leaderboard", "title": "Leaderboard", "header": header, "body": body, "note": note}
 
 
@@ -140,14 +143,11 @@ def footnotes(part: Any, order: Sequence[str]) -> dict[str, str]:
     used, others, found = scored_by(part), of_other_pruners(part), {}
     for name in order:
         if name in LEARNED and name in used and not is_learned(name, used):
-            found[name] = (
-                f"`{name}` is a learned method, but no pruners for its stages were found: it was scored by "
-                f"{used[name]}, which needs no training."
-            )
+            found[name] = f"`{name}`: no pruners for its stages, scored by {used[name]}"
         elif name in others:
             count, of = others[name]
-            share = "all" if count == of else f"{count:,} of {of:,}"
-            found[name] = f"`{name}` was scored by other pruners than `{OURS}` in {share} of its rows here."
+            share = "" if count == of else f" in {count:,} of {of:,} rows"
+            found[name] = f"`{name}`: scored by other pruners than `{OURS}`{share}"
     return found
 
 

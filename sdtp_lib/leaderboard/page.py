@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from sdtp_lib.records import markdown_table
 
 PICTURE = "../figures/leaderboard.png"
 RULE = " --- "
+LISTED = 4  # numbers of a list in an error, beyond which only its ends are shown
 
 
 def has_quality(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -59,20 +61,20 @@ def page(
     lines = [
         "# Leaderboard",
         "",
-        "The methods of `sdtp_lib.methods` at equal prefill FLOPs on the same items, on one engine; each length and "
-        "speed-up says which were not measured or cannot be so fast, also on single items. Written by "
-        "`make leaderboard` and `benchmarks/leaderboard.py --report` from rows; no number is typed by hand.",
+        "The methods of `sdtp_lib.methods` at equal prefill FLOPs, on the same items, on one engine. Each length and "
+        "speed-up names the methods that were not measured or cannot be so fast. `make leaderboard` writes this page "
+        "from rows; no number is typed by hand.",
         "",
-        f"Model: {origin_line(done[0])}. Measured {' to '.join(sorted({dates[0], dates[-1]}))}, commit "
-        f"{', '.join(commits)}." + (f" Other models: {elsewhere}." if elsewhere else ""),
+        f"Model: {origin_line({**done[0], 'commit': None})}. Measured {' to '.join(sorted({dates[0], dates[-1]}))}, "
+        + (f"commit {commits[0]}." if len(commits) == 1 else f"at {len(commits)} commits, which the rows name.")
+        + (f" Other models: {elsewhere}." if elsewhere else ""),
         "",
         *_measured_elsewhere(done),
     ]
     if timing_only:
         lines += ["**Random weights of the true sizes**: time, cache and memory are real, quality is not measured.", ""]
     else:
-        lines += [f"**How much was run.** {words.extent(frame)} Items in brackets after each mean; intervals are 95 % "
-                  "bootstrap intervals.", ""]  # fmt: skip
+        lines += [*_how_to_read(), *(f"- {place}" for place in words.extent(frame)), ""]
         if picture:
             lines += [f"![Quality lost over prefill speed-up, one line per method]({PICTURE})", ""]
             lines += [said, ""] if has_quality(rows) and (said := picture_of.in_words(frame)) else []
@@ -86,6 +88,18 @@ def page(
         lines += _place(frame, length, speedup)
     lines += _method_of_the_table(frame, quality=not timing_only)
     return "\n".join(lines) + "\n"
+
+
+def _how_to_read() -> list[str]:
+    return [
+        "`0.025 [0.021, 0.030] (24)` is a mean, its 95 % bootstrap interval and the number of items. KL is the "
+        "distance to the unpruned model's predictions: lower is better, 0 is the same model. Of RULER and LongBench "
+        "higher is better. Test sets of KL: `text` is running text, `needle` asks for one planted sentence, "
+        "`instructions` for one of many packed records.",
+        "",
+        "How much was run:",
+        "",
+    ]
 
 
 def _measured_elsewhere(done: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -103,14 +117,15 @@ def _measured_elsewhere(done: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _in_words(frame: Any, over_models: str) -> list[str]:
-    others, against = words.better_elsewhere(frame), words.against_the_default(frame)
+    others = words.better_elsewhere(frame)
+    lead, *against = words.against_the_default(frame) or [""]
     goals = [f"- {goal}" for goal in words.goals(frame)] or ["- not measured at 2x yet"]
     none = "- On no test set, task or data set is another method's mean better than ours."
     places = [f"- {sentence}" for sentence in others] or [none]
     return [
         "## In words",
         "",
-        "Goals of this project:",
+        "Goals of this project, by the means:",
         "",
         *goals,
         "",
@@ -121,8 +136,7 @@ def _in_words(frame: Any, over_models: str) -> list[str]:
         words.best_training_free(frame),
         "",
         *([over_models, ""] if over_models else []),
-        *(f"- {sentence}" for sentence in against),
-        *([""] if against else []),
+        *([lead, "", *(f"- {sentence}" for sentence in against), ""] if against else []),
         "Measured time to the first token:",
         "",
         *(
@@ -137,27 +151,26 @@ def _who(frame: Any, pruners: str) -> list[str]:
     used = scored_by(frame)
     learned = sorted({scorer for name, scorer in used.items() if is_learned(name, used)})
     free = [name for name in LEARNED if name in used and not is_learned(name, used)]
-    said = f"Scored by {pruners} ({', '.join(learned)}): " + (
-        ", ".join(f"`{name}`" for name in used if is_learned(name, used)) or "none") + "."  # fmt: skip
+    said = [f"Scored by {pruners} ({', '.join(learned)}): " + (
+        ", ".join(f"`{name}`" for name in used if is_learned(name, used)) or "none") + "."]  # fmt: skip
     if free:
-        said += (
-            f" {', '.join(f'`{name}`' for name in free)} found no pruners for the model and its stages and ran with "
+        said.append(
+            f"{', '.join(f'`{name}`' for name in free)} found no pruners for the model and its stages and ran with "
             f"{', '.join(sorted({used[name] for name in free}))}."
         )
     if any(is_learned(name, used) for name in used) and pruners == "trained pruners":
-        said += (
-            " They were trained on prompts of the kinds that are measured here, of other documents, names and ids "
-            "(`sdtp_lib/data/training_mix.py`); what decided between sets stands in the card of the one that ships."
+        said.append(
+            "The pruners were trained on prompts of the kinds that are measured here, of other documents, names and "
+            "ids (`sdtp_lib/data/training_mix.py`); the card of the set that ships says how it was chosen."
         )
-    said += f" {earlier}" if (earlier := before_what_ships(frame)) else ""
-    for name, (others, of) in of_other_pruners(frame).items():
-        said += (
-            f" `{name}` was measured with other pruners than `{OURS}` in {others:,} of its {of:,} rows: an earlier "
-            "set, or one of its own."
-        )
-    for name, remark in remarks(frame).items():
-        said += f" `{name}`: {remark}."
-    return [said, ""]
+    said += [earlier] if (earlier := before_what_ships(frame)) else []
+    said += [
+        f"`{name}` was measured with other pruners than `{OURS}` in {others:,} of its {of:,} rows: an earlier set, or "
+        "one of its own."
+        for name, (others, of) in of_other_pruners(frame).items()
+    ]
+    said += [f"`{name}`: {remark}." for name, remark in remarks(frame).items()]
+    return ["## Remarks on the methods", "", *(f"- {sentence}" for sentence in said), ""]
 
 
 def _place(frame: Any, length: int, speedup: float) -> list[str]:
@@ -293,4 +306,6 @@ def _exceptions(frame: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """On one line, fit for a table; of a long list of numbers the ends."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    return re.sub(rf"\[(\d+)(?:, \d+){{{LISTED - 1},}}, (\d+)\]", r"[\1, ..., \2]", text)

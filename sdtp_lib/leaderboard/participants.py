@@ -47,7 +47,10 @@ def before_what_ships(frame: Any) -> str:
     ids = set(frame[(frame.kind == "item") & (frame.method == OURS)].scorer_id.dropna())
     if shipped is None or not ids or ids == {TokenPruners.from_pretrained(shipped).identity}:
         return ""
-    return f"`{OURS}` was measured with other pruners than those that ship now, whose rows are not all in."
+    return (
+        f"`{OURS}` was measured with another set of pruners than the one that ships now, which is not measured in full "
+        "yet."
+    )
 
 
 def remarks(frame: Any) -> dict[str, str]:

@@ -74,18 +74,19 @@ def in_words(frame: pandas.DataFrame) -> str:
         said.append(f"No point, since it lacks some of them: {', '.join(without)}.")
     if untimed := lines[lines.measured.isna()].method.unique().tolist():
         said.append(f"No point, since it has no times: {', '.join(f'`{name}`' for name in untimed)}.")
-    return " ".join((*said, *_of_more_items(frame, lines)))
+    return " ".join((*said, *of_more_items(frame)))
 
 
-def _of_more_items(frame: pandas.DataFrame, lines: pandas.DataFrame) -> list[str]:
+def of_more_items(frame: pandas.DataFrame) -> list[str]:
     """Where ours has more of RULER's solved items than are drawn: what it loses on all of them."""
-    found = []
+    lines, found = shown(frame), []
     for line in lines[(lines.method == OURS) & (lines.lost_items > 0)].itertuples():
         solved = answers(at(frame, line.length, line.speedup))[OURS]["solved"]
         if solved.items > line.lost_items:
             found.append(
-                f"At {line.speedup:g}x {solved.items} such items of RULER were measured: over all of them ours loses "
-                f"{100 - solved.value:.1f} points, over the {line.lost_items} in the picture {line.lost:.1f}."
+                f"The picture has {line.lost_items} of the {solved.items} items of RULER that the unpruned model "
+                f"solves and that were measured at {line.speedup:g}x: ours loses {line.lost:.1f} points on those, "
+                f"{100 - solved.value:.1f} on all."
             )
     return found
 

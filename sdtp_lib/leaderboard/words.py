@@ -42,23 +42,24 @@ def better_elsewhere(frame: Any) -> list[str]:
 
 
 def better_in_short(frame: Any) -> str:
-    """The same by method, in short: where one is ahead of ours beyond its interval, and where not so or without one.
+    """The same in short: which methods are ahead of ours beyond their interval and where, and how often a mean is
+    without that.
 
     This project's other schedules are left out.
     """
-    groups: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
-    for lead in (lead for lead in _leads(frame) if lead.method not in OWN):
-        groups[lead.beyond].setdefault(lead.method, []).append(lead.where)
-    said = {
-        beyond: ", ".join(f"`{method}` ({'; '.join(places)})" for method, places in sorted(group.items()))
-        for beyond, group in groups.items()
-    }
-    if not any(said.values()):
-        return f"Nowhere in these rows is another method's mean ahead of `{OURS}`."
+    leads = [lead for lead in _leads(frame) if lead.method not in OWN]
+    if not leads:
+        return f"No other method's mean is ahead of `{OURS}`, at any length and speed-up."
+    beyond: dict[str, list[str]] = {}
+    for lead in leads:
+        if lead.beyond:
+            beyond.setdefault(lead.method, []).append(lead.where)
+    said = ", ".join(f"`{method}` ({'; '.join(places)})" for method, places in sorted(beyond.items()))
+    rest = sum(not lead.beyond for lead in leads)
+    more = f" {rest} more mean{'s are' if rest > 1 else ' is'} ahead by less than the interval or on too few items."
     return (
-        f"Where another method is ahead of `{OURS}`, at any length and speed-up: beyond its 95 % interval "
-        f"{said[True] or 'nowhere'}; by a mean whose interval holds zero, or of too few items, "
-        f"{said[False] or 'nowhere'}."
+        f"Ahead of `{OURS}` beyond the 95 % interval, at any length and speed-up: {said or 'none'}."
+        f"{more if rest else ''}"
     )
 
 
@@ -120,7 +121,7 @@ def best_others(part: Any) -> dict[str, tuple[Mean, str, Mean]]:
 
 
 def goals(frame: Any) -> list[str]:
-    """The goals of this project at 2x, each with its figure and whether it is met."""
+    """The goals of this project at 2x, each with its figure and whether it is met by the mean."""
     found = []
     for length in sorted({length for length, speedup in places(frame) if speedup == GOAL_SPEEDUP}):
         part = at(frame, length, GOAL_SPEEDUP)
@@ -134,6 +135,7 @@ def goals(frame: Any) -> list[str]:
                 continue
             ours, best, other = beside[test_set]
             met = "met" if ours.value <= other.value else "MISSED"
+            met = met if ours.items >= FEWEST_PAIRS else "too few items to say"
             found.append(f"{met}: {goal} {ours.text()}, best of the others `{best}` {other.text()}.")
         ours = answers(part).get(OURS)
         if ours and ours["solved"]:
@@ -200,24 +202,24 @@ def over_models(frames: Mapping[str, Any]) -> str:
 
 
 def against_the_default(frame: Any) -> list[str]:
-    """Where the best method without training is not the default: both, paired, place by place."""
+    """Where the best method without training is not the default: how far it is from it by KL, a line per place."""
     lines = training_free(frame)
     if not lines or lines[0][0] == TRAINING_FREE:
         return []
-    found = []
+    best, found = lines[0][0], []
     for length, speedup in places(frame):
-        part = at(frame, length, speedup)
-        for line in kl_differences(part, TRAINING_FREE):
-            if line["method"] == lines[0][0]:
-                found.append(
-                    f"{line['cell']} at {speedup:g}x and {length:,} tokens: `{line['method']}` minus the default "
-                    f"`{TRAINING_FREE}` {line['difference'].text(sign=True)}, {line['verdict']}."
-                )
-    return found
+        said = [
+            f"{line['cell']} {line['difference'].text(sign=True)} {line['verdict']}"
+            for line in kl_differences(at(frame, length, speedup), TRAINING_FREE)
+            if line["method"] == best
+        ]
+        if said:
+            found.append(f"{speedup:g}x and {length:,} tokens: {'; '.join(said)}.")
+    return [f"`{best}` minus the default `{TRAINING_FREE}`, KL (below zero: the default loses more):", *found]
 
 
-def extent(frame: Any) -> str:
-    """How many items there are of what, so that nobody reads more into a table than it holds."""
+def extent(frame: Any) -> list[str]:
+    """How many items there are of what, a line per place, so that nobody reads more into a table than it holds."""
     parts = []
     for length, speedup in places(frame):
         part = at(frame, length, speedup)
@@ -233,7 +235,7 @@ def extent(frame: Any) -> str:
             said.append(f"{_span([each['items'] for each in longbench.values()])} of LongBench")
         if said:
             parts.append(f"{length:,} tokens, {speedup:g}x: {', '.join(said)}, {len(methods_in(part))} methods")
-    return "; ".join(parts) + "."
+    return parts
 
 
 def _span(counts: list[int]) -> str:

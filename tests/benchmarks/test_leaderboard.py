@@ -54,6 +54,16 @@ def test_a_run_that_is_stopped_goes_on_and_is_reported_with_page_rows_and_pictur
     assert (tmp_path / "figures" / "leaderboard.png").stat().st_size > 5000
 
 
+def test_a_model_of_a_few_items_stays_out_of_the_picture_where_another_has_more():
+    def rows(count: int) -> list[dict]:
+        return [{"kind": "item", "sort": "kl", "cell": "text", "length": 64, "sample": f"{n}", "method": "sdtp",
+                 "speedup": 2.0, "kl_nats": 0.1, "key": f"{n}"} for n in range(count)]  # fmt: skip
+
+    few, many = rows(5), rows(6)
+    assert leaderboard_report.of_enough_items({"": many, "-few": few}) == {"": many}
+    assert leaderboard_report.of_enough_items({"-few": few}) == {"-few": few}, "better than no picture"
+
+
 def test_a_run_with_other_rows_takes_the_committed_ones_in_and_a_report_loses_none(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(committed, "project_root", lambda: tmp_path)
     leaderboard.main([*arguments, "--items", "1"])
