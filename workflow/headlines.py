@@ -27,7 +27,8 @@ def headline(latency: Table | None, scorers: Table | None, gpu: str = "", costs:
     origins = dict.fromkeys(table.note.rpartition(". ")[2] for table in shown)
     gpu = f"\n\n**On a GPU:** {gpu}" if gpu else ""
     both = f"**How much faster:** {faster(latency)}{gpu}\n\n**What it costs:** {costs or cost(scorers)}"
-    return Table("headline", "In two sentences", (), (), f"{both}\n\n{' '.join(origins)}")
+    beside = "All but the line on a GPU: " if gpu else ""
+    return Table("headline", "In two sentences", (), (), f"{both}\n\n{beside}{' '.join(origins)}")
 
 
 def faster(table: Table | None) -> str:
@@ -38,7 +39,7 @@ def faster(table: Table | None) -> str:
     longest = max(int(row[0].replace(",", "")) for row in body)
     said = [f"{row[1]} **{row[3]}** (FLOPs allow {row[4]})" for row in body if row[0] == f"{longest:,}"]
     beyond = any(float(row[5] or 0) > 1 for row in body if row[0] == f"{longest:,}")
-    scatter = " What is above that is the machine's scatter." if beyond else ""
+    scatter = " What is above the limit is the machine's scatter." if beyond else ""
     return f"time to the first token after {longest:,} tokens, {', '.join(said)}.{scatter}"
 
 
@@ -68,16 +69,18 @@ def cost_beside_all_methods(root: Path, folder: str = "docs/") -> str:
         return ""
     part, said = tables.at(frame, length, GOAL_SPEEDUP), []
     for test_set, (own, best, other) in best_others(part).items():
-        said.append(f"{test_set} {own.value:.3f} ({best} {other.value:.3f}, n = {own.items})")
+        said.append(f"{test_set} **{own.value:.3f}** ({best} {other.value:.3f}, n = {own.items})")
     dates = sorted({str(utc)[:10] for utc in part.utc})
-    ruler = tables.answers(part).get(OURS)
+    ruler, kept = tables.answers(part).get(OURS), ""
     if ruler and ruler["solved"]:
-        kept = f"; {ruler['solved'].value:.0f} % of RULER's points on the {ruler['solved_items']} items solved unpruned"
-        said[-1:] = [said[-1] + kept] if said else []
+        kept = (
+            f" Of RULER's points on the {ruler['solved_items']} items that the unpruned model solves "
+            f"**{ruler['solved'].value:.0f} %** are kept."
+        )
     return (
         f"at {GOAL_SPEEDUP:g}x fewer prefill FLOPs and {length:,} tokens, KL to the unpruned model's next-token "
-        f"distributions in nats per token (and the best of all other methods): {', '.join(said)} "
-        f"([all that were measured]({folder}leaderboard.md); {' to '.join(sorted({dates[0], dates[-1]}))})."
+        f"distributions, nats per token, 0 is no loss; in brackets the best other method: {', '.join(said)}.{kept} "
+        f"[All that were measured]({folder}leaderboard.md), {' to '.join(sorted({dates[0], dates[-1]}))}."
         f"{f' {earlier}' if (earlier := before_what_ships(frame)) else ''}"
     )
 

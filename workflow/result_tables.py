@@ -21,6 +21,7 @@ from sdtp_lib.records import markdown_table, provenance_of, read_rows
 ORIGIN = {
     "schema_version", "key", "kind", "notebook", "folder", "scorer_id", "sample_hash", "config_hash", *provenance_of()
 }  # fmt: skip
+CALLED = {"embedded": "SmolLM2-135M-Instruct", "cpu": "CPU"}  # in rows -> what people call it
 AT_MOST_GROUPS = 12
 RESULTS = "data/results/"
 # Numbers that a run is given, not measures.
@@ -108,10 +109,11 @@ def origin(rows: Sequence[Mapping[str, Any]]) -> str:
     """One sentence on model, device, versions and commit of rows; where they differ, all values are named."""
 
     def values(name: str) -> str:
-        found = dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None)
+        found = dict.fromkeys(CALLED.get(str(row[name]), str(row[name])) for row in rows if row.get(name) is not None)
         return "/".join(found)
 
-    what = [values(name) for name in ("model", "weights", "device", "dtype")]
+    weights = f" ({values('weights')})" if values("weights") else ""
+    what = [values("model") + weights, values("device"), values("dtype")]
     versions = [f"{name} {values(name)}" for name in ("torch", "transformers", "commit", "seed") if values(name)]
     dates = sorted({str(row["utc"])[:10] for row in rows if row.get("utc")})
     when = f"measured {dates[0]}" + (f" to {dates[-1]}" if dates[1:] else "") if dates else ""

@@ -192,12 +192,18 @@ def test_what_it_costs_stands_beside_the_best_other_method_of_the_leaderboard(tm
     path.parent.mkdir()
     committed.write_committed(path, rows)
     said = headlines.cost_beside_all_methods(tmp_path)
-    assert "at 2x fewer prefill FLOPs and 64 tokens" in said and "leaderboard.md); 2026-01-02)" in said
-    assert said.endswith("`sdtp` was measured with other pruners than those that ship now, whose rows are not all in.")
-    assert "text 0.200 (lazyllm 0.300, n = 3), needle 0.500 (asl 0.250, n = 3)" in said, "also where ours is behind"
+    assert "at 2x fewer prefill FLOPs and 64 tokens" in said and "leaderboard.md), 2026-01-02." in said
+    assert said.endswith("another set of pruners than the one that ships now, which is not measured in full yet.")
+    assert "text **0.200** (lazyllm 0.300, n = 3), needle **0.500** (asl 0.250, n = 3)." in said, "also where behind"
     table = Table("latency", "", (), (), "x. y")
     assert f"**What it costs:** {said}" in headlines.headline(table, None, costs=said).note
     assert "**What it costs:** not measured yet." in headlines.headline(table, None).note
+
+
+def test_an_origin_names_the_model_as_people_do():
+    row = {"model": "embedded", "weights": "Q4_1, dequantised", "device": "cpu", "dtype": "float32", "seed": 0}
+    assert result_tables.origin([row]) == "SmolLM2-135M-Instruct (Q4_1, dequantised), CPU, float32; seed 0."
+    assert result_tables.origin([row, {"model": "mine"}]).startswith("SmolLM2-135M-Instruct/mine (Q4_1")
 
 
 @pytest.mark.parametrize("given", ["mine", "data/results/mine", "data/results/mine/", "./data/results/mine"])
