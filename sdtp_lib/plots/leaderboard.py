@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from sdtp_lib.plots.style import lines_by, need_columns, short
+from sdtp_lib.plots.style import lines_by, log_scale, need_columns
 
 
 def quality_lost(frame: pd.DataFrame, axes: Sequence[Axes], *, ours: str) -> Sequence[Axes]:
@@ -54,10 +53,7 @@ def quality_lost(frame: pd.DataFrame, axes: Sequence[Axes], *, ours: str) -> Seq
             ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
             ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes, color="gray")
     if frame.kl_nats.notna().any():
-        axes[0].set_yscale("log")
-        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes[0].yaxis.set_major_formatter(lambda value, _place: short(value))
-        axes[0].yaxis.set_minor_formatter(NullFormatter())
+        log_scale(axes[0])
     low, high = axes[1].get_ylim()
     axes[1].set_ylim(min(-5, low), max(105, high))
     entries = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))

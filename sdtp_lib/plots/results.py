@@ -14,7 +14,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sdtp_lib.plots.style import PALETTE, axes_or_new, legend_beside, lines_by, need_columns, series_look, short
+from sdtp_lib.plots.style import (
+    PALETTE,
+    axes_or_new,
+    legend_beside,
+    lines_by,
+    log_scale,
+    need_columns,
+    series_look,
+    short,
+)
 
 
 def quality_over_flops(
@@ -43,7 +52,7 @@ def quality_over_flops(
             ax.errorbar(at.index, at[y], yerr=reach, fmt="none", color=look[name]["color"], capsize=3, linewidth=1.2)
     kl = "kl" in y.lower()
     if log if log is not None else kl:
-        ax.set_yscale("log")
+        log_scale(ax)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_xlabel("prefill FLOPs, share of unpruned")
     ax.set_ylabel(
@@ -97,7 +106,7 @@ def pareto(
     best = frame.iloc[front].sort_values(x)
     ax.plot(best[x], best[y], color=PALETTE["black"], linestyle="--", linewidth=1.2, zorder=2, label="best of all")
     if "kl" in y.lower() and (frame[y] > 0).all():
-        ax.set_yscale("log")
+        log_scale(ax)
     ax.set_xlabel(_axis_name(x, x_is_cost))
     ax.set_ylabel(_axis_name(y, y_is_cost))
     legend_beside(ax)
@@ -172,7 +181,7 @@ def score_by_group(
         elif bars is not None and len(groups) * len(series) <= 24:
             ax.bar_label(bars, fmt=short, fontsize=8, padding=2, rotation=90 if len(series) > 2 else 0)
     if log:
-        ax.set_yscale("log")
+        log_scale(ax)
         for edge in np.arange(len(groups) - 1) + 0.5:
             ax.axvline(edge, color="#DDDDDD", linewidth=1, zorder=1)
     ax.set_xlim(-0.5, len(groups) - 0.5)
@@ -267,7 +276,7 @@ def loss_curves(
             part = part.rolling(smooth, min_periods=1).mean()
         ax.plot(part.index, part, label=str(term), **style)
     if log:
-        ax.set_yscale("log")
+        log_scale(ax)
     ax.set_xlabel("training step")
     ax.set_ylabel("loss")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -20,6 +20,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from sdtp_lib import records
 from sdtp_lib.provenance import origin_line
@@ -183,6 +184,14 @@ def short(value: float) -> str:
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:.{digits}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def log_scale(ax: Axes) -> None:
+    """Make the y axis of ``ax`` logarithmic, its ticks at 1, 2 and 5 written out: 0.02, not 2 x 10^-2."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda value, _place: short(value))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def axes_or_new(ax: Axes | None) -> Axes:

@@ -220,6 +220,14 @@ def test_the_pareto_front_leaves_out_beaten_points_and_keeps_ties():
     assert plots.pareto_front([1, 2], [5, 5], x_is_cost=True) == [0]
 
 
+def test_a_kl_axis_has_plain_numbers_and_no_powers_of_ten(ax):
+    frame = pd.DataFrame({"method": ["a", "b"], "prefill_ms": [1.0, 2.0], "kl_nats": [0.3, 0.02]})
+    plots.pareto(frame, ax, x="prefill_ms")
+    ax.figure.canvas.draw()
+    shown = [label.get_text() for label in ax.get_yticklabels()]
+    assert {"0.02", "0.05", "0.1", "0.2"} <= set(shown) and not any("mathdefault" in text for text in shown)
+
+
 def test_pareto_draws_all_points_and_joins_the_best(ax):
     frame = pd.DataFrame(
         {"prefill_speedup": [1.0, 2.0, 1.5], "kl_nats": [0.01, 0.03, 0.5], "method": ["full", "a", "b"]}
