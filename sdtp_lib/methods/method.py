@@ -80,8 +80,10 @@ class Method:
         return ""
 
     def that_runs_on(self, model: Any) -> Method:
-        """The method as ``model`` can run it: one that renumbers keeps positions where the model cannot (two rotary
-        tables, say). `token_pruning` never does that unasked; a comparison may, and prints the `remark`.
+        """The method as ``model`` can run it: without renumbered positions where the model cannot have them.
+
+        A model of two rotary tables, say. `token_pruning` never does that unasked; a comparison may, and prints the
+        `remark`.
         """
         renumbers = getattr(self, "positions", None) == "compact"
         return (

@@ -74,7 +74,11 @@ class ForwardPass:
         """After the last layer."""
 
     def close(self) -> int:
-        """After the forward and before `finish`, also after an exception: its last columns that are not to be seen."""
+        """After the forward and before `finish`, also after an exception.
+
+        Returns how many of the last columns are not the caller's (query tokens of a chunk), which the output leaves
+        out.
+        """
         return 0
 
     def _shortened(self, index: int, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -210,7 +210,8 @@ class Stage:
     def attention_from_last(self, window: int) -> torch.Tensor:
         """Attention (B, H, w, N) that the last ``window`` tokens would pay at this layer if all tokens stayed.
 
-        A layer with a window among layers without says nothing about tokens further back: it says so.
+        A layer that sees a window pays nothing to tokens further back: these get 0, which says nothing about them in
+        a family whose other layers see all tokens (`attention_mass` reads those instead).
         """
         self._refuse_more_queries(window)
         queries = None if self.keys is None else projected_queries(self.layer, self.hidden_states[:, -window:])
