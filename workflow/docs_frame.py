@@ -29,6 +29,7 @@ pre { overflow-x: auto; font-size: .85em; }
 STYLE = f"""{BASE_STYLE}
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem;
   overflow-wrap: break-word; }}
+.words th, .words td {{ text-align: left; vertical-align: top; }}
 .many table {{ font-size: .76em; }} .many th, .many td {{ padding: .25rem .3rem; }}
 nav {{ display: flex; flex-wrap: wrap; gap: .2rem .9rem; padding: .8rem 0; border-bottom: 1px solid var(--line); }}
 nav a {{ text-decoration: none; }} nav a[aria-current] {{ font-weight: 700; color: inherit; }}
@@ -91,11 +92,22 @@ def markdown_html(text: str, *, explorer: bool = False) -> str:
 
 
 def _in_a_box(table: re.Match[str]) -> str:
-    """A table that scrolls by itself where it must; one of many columns is small, and its heads break after a ``_``."""
+    """A table that scrolls by itself where it must; one of many columns is small, and its heads break after a ``_``.
+
+    One of words is set left, one of numbers right.
+    """
     if table[0].count("<th>") <= MANY_COLUMNS:
-        return f"<div class=wide>{table[0]}</div>"
+        kind = '"wide words"' if _is_of_words(table[0]) else "wide"
+        return f"<div class={kind}>{table[0]}</div>"
     heads = re.sub(r"<th>.*?</th>", lambda head: head[0].replace("_", "_<wbr>"), table[0])
     return f'<div class="wide many">{heads}</div>'
+
+
+def _is_of_words(table: str) -> bool:
+    """Whether fewer than half of the cells behind the first column begin with a number."""
+    rows = [re.findall(r"<td[^>]*>(?:<[^>]+>)*([^<]*)", row)[1:] for row in table.split("<tr>")]
+    cells = [cell for row in rows for cell in row]
+    return 2 * sum(bool(re.match(r"[-+]?\d", cell)) for cell in cells) < len(cells)
 
 
 def notebook_html(path: Path, *, explorer: bool = False) -> str:

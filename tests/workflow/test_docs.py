@@ -102,6 +102,12 @@ def test_links_to_files_that_are_no_page_become_their_words():
     assert "<td" in markdown_html("| a |\n|---|\n| 1 |") and "class=wide" in markdown_html("| a |\n|---|\n| 1 |")
 
 
+def test_a_table_of_words_is_set_left_and_one_of_numbers_right():
+    words = markdown_html("| command | what |\n|---|---|\n| `a` | time |\n| `b` | 2 kinds |\n| `c` | `memory` |")
+    numbers = markdown_html("| method | KL | by |\n|---|---|---|\n| a | **0.1** | x |\n| b | -33 % | 2x |")
+    assert "wide words" in words and "wide words" not in numbers
+
+
 def test_what_a_prompt_says_stays_text_in_a_rendered_notebook(tmp_path):
     cell = nbformat.v4.new_code_cell("print(answer)")
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="<script>alert(1)</script>")]
