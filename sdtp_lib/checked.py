@@ -10,11 +10,17 @@ from typing import Any
 def whole_number(field: str, value: Any) -> int:
     """``value`` as an int; a ``ValueError`` that names ``field`` where it is none."""
     try:
-        if isinstance(value, bool) or getattr(value, "dtype", None) is not None and "bool" in str(value.dtype):
+        if _says_no_number(value):
             raise TypeError
         return operator.index(value)
-    except TypeError:  # torch's and numpy's arrays of one whole number have an index, of 2.5 they have none
+    except (TypeError, RuntimeError):  # torch's and numpy's arrays of one whole number have an index, of 2.5 none
         raise ValueError(f"{field}={value!r} is not a whole number: give one such as 4.") from None
+
+
+def _says_no_number(value: Any) -> bool:
+    """Whether ``value`` is a truth value, a text or a complex number, which ``float`` may take for a number."""
+    kind = str(getattr(value, "dtype", ""))  # torch's and numpy's, scalars and arrays
+    return isinstance(value, (bool, str, bytes, bytearray, complex)) or "bool" in kind or "complex" in kind
 
 
 def count_of_tokens(field: str, value: Any) -> int:
@@ -34,11 +40,25 @@ def neighbours(field: str, value: Any) -> int:
 def real_number(field: str, value: Any) -> float:
     """``value`` as a float that is a number; infinity is one, to `weight` it is none."""
     try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        number = math.nan if _says_no_number(value) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch's of a tensor that is not one number
         number = math.nan
     if math.isnan(number):
         raise ValueError(f"{field}={value!r} is not a number: give one such as 0.5.")
+    return number
+
+
+def share(field: str, value: Any) -> float:
+    """A number in (0, 1]."""
+    if not 0 < (number := real_number(field, value)) <= 1:
+        raise ValueError(f"{field}={number} is outside (0, 1]: give a share, such as 0.5.")
+    return number
+
+
+def count(field: str, value: Any) -> int:
+    """A whole number of at least 0."""
+    if (number := whole_number(field, value)) < 0:
+        raise ValueError(f"{field}={number} is negative: give 0 or more.")
     return number
 
 
