@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, ClassVar
 
 import torch
 
-from sdtp_lib import budget
+from sdtp_lib import budget, checked
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
 from sdtp_lib.architectures.layers import describe, num_layers
-from sdtp_lib.config import PruningConfig
+from sdtp_lib.config import POSITION_MODES, PruningConfig
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.provenance import content_id
 from sdtp_lib.pruning.stage import QUERY_TOKENS, Scorer, Stage
@@ -43,6 +43,50 @@ def pass_flops(shape: ModelShape, tokens_per_layer: list[int]) -> float:
     return budget.prefill_flops(shape, tokens_per_layer, logits_positions=int(tokens_per_layer[-1] > 0))
 
 
+def _speedup(field: str, value: Any) -> float:
+    if not (number := checked.real_number(field, value)) >= 1:
+        raise ValueError(f"{field}={number} is not a speed-up: give 1 or more, such as 2.0.")
+    return number
+
+
+def _positions(field: str, value: Any) -> str:
+    if value not in POSITION_MODES:
+        raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(POSITION_MODES)}.")
+    return value
+
+
+# What a setting of each name may be, in whichever method it is.
+_CHECKS = {
+    _speedup: ("speedup",),
+    _positions: ("positions",),
+    checked.share: ("cut_depth", "filter_depth", "first_depth", "last_depth", "own_depth", "stages", "keep", "kv",
+                    "mass", "recent", "decay"),
+    checked.real_number: ("threshold", "rise"),
+    checked.count_of_tokens: ("tokens", "window", "block", "chunk", "look_ahead", "layers_compared"),
+    checked.count: ("least", "sinks", "ends", "layers_read"),
+    checked.neighbours: ("kernel",),
+}  # fmt: skip
+SETTINGS = {name: check for check, names in _CHECKS.items() for name in names}
+
+
+def checked_setting(field: dataclasses.Field, value: Any, check: Callable[[str, Any], Any]) -> Any:
+    """A setting of a method that ``check`` lets pass: None where its type says so, a tuple of such where it says that.
+
+    Raises
+    ------
+    ValueError
+        Naming the setting, the value and what it may be.
+    """
+    kind = str(field.type)
+    if value is None and "None" in kind:
+        return None
+    if "tuple" not in kind:
+        return check(field.name, value)
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)) or getattr(value, "ndim", 1) < 1:
+        raise ValueError(f"{field.name}={value!r} is no list: give one value for each stage, such as {field.default}.")
+    return tuple(check(field.name, each) for each in value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A published way to shorten a prefill, under its paper's name.
@@ -53,6 +97,8 @@ class Method:
         As tables and legends show it; arXiv number.
     ranks
         Whether its score orders tokens, so that another budget can use it too.
+    checks
+        Setting -> what lets its values pass, or refuses them by name (`checked`); other settings are taken as they are.
     speedup
         The prefill speed-up by FLOPs that its budget is scaled to (`at_speedup`); None: the paper's own budget.
     """
@@ -60,7 +106,14 @@ class Method:
     name: ClassVar[str]
     paper: ClassVar[str]
     ranks: ClassVar[bool] = True
+    checks: ClassVar[Mapping[str, Callable[[str, Any], Any]]] = SETTINGS
     speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in self.checks:
+                value = checked_setting(field, getattr(self, field.name), self.checks[field.name])
+                object.__setattr__(self, field.name, value)
 
     @property
     def remark(self) -> str:
@@ -135,9 +188,7 @@ class Method:
 
     def at_speedup(self, speedup: float) -> Method:
         """The method with its budget scaled to a prefill speed-up by FLOPs, solved for each prompt's length."""
-        if not speedup >= 1:
-            raise ValueError(f"speedup={speedup} is not a speed-up: give 1 or more, such as 2.0.")
-        return dataclasses.replace(self, speedup=float(speedup))
+        return dataclasses.replace(self, speedup=_speedup("speedup", speedup))
 
     def budget_for(self, model: Any) -> PruningConfig | budget.SpeedupBudget:
         """What `token_pruning` keeps on ``model``."""

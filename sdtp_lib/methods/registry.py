@@ -43,8 +43,10 @@ def named(text: str) -> Method:
     Raises
     ------
     ValueError
-        For an unknown name, or what is no speed-up.
+        For what is no text, an unknown name, or what is no speed-up.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"method={text!r} is no text: give a name such as 'fastkv', or 'fastkv@1.5x'.")
     name, at, speedup = text.partition("@")
     method = get(name)
     if not at:
@@ -62,7 +64,7 @@ def get(name: str, **changes: Any) -> Method:
     ValueError
         For a name or a setting that is not known; the message names those that are, and the likeliest.
     """
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         near = difflib.get_close_matches(str(name).lower(), _METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"method={name!r} is unknown: choose one of {', '.join(_METHODS)}{hint}")

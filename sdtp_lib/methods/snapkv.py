@@ -39,6 +39,9 @@ class CacheOnly(Method):
             f"speedup={speedup}: {self.name} shortens the cache only, its prefill is the whole one."
         )
 
+    def budget_for(self, model: Any) -> Any:
+        return super().budget_for(model) if self.speedup is None else self.at_speedup(self.speedup)
+
     def kv_budget(self) -> KVBudget:
         """What each layer keeps."""
         raise NotImplementedError

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy
 import pytest
 import torch
 
@@ -52,6 +55,54 @@ def test_an_unknown_name_or_setting_is_refused_with_those_that_are_known():
         methods.get("zebra")
     with pytest.raises(ValueError, match=r"fastkv has no setting 'ratio': it has speedup, cut_depth, keep"):
         methods.get("fastkv", ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [("fastkv", "speedup", float("nan")), ("fastkv", "speedup", 0.5), ("fastkv", "speedup", "2x"),
+     ("fastkv", "speedup", True), ("fastkv", "keep", 2.5), ("fastkv", "kv", -0.1), ("fastkv", "kernel", 4),
+     ("fastkv", "cut_depth", float("nan")), ("claa", "cut_depth", "half"), ("claa", "window", 0),
+     ("asl", "threshold", "low"), ("asl", "keep", -1), ("asl", "layers_compared", 2.5), ("gemfilter", "tokens", None),
+     ("gemfilter", "positions", "compacted"), ("lazyllm", "stages", 0.5), ("lazyllm", "keep", ("a", "b", "c")),
+     ("sliminfer", "tokens", 64), ("uniprefill", "mass", 1.5), ("uniprefill", "block", 0),
+     ("uniprefill", "layers_read", 3), ("pyramidinfer", "decay", 2), ("pyramidinfer", "least", -1),
+     ("specprefill", "keep", -1), ("specprefill", "chunk", True), ("snapkv", "window", None), ("h2o", "keep", 0)],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused_by_name_when_the_method_is_made(name, setting, value):
+    """FastKV of ``keep=2.5`` dropped nothing, ASL of ``keep=-1`` all but 8 tokens; ``speedup=nan`` dropped 96 %."""
+    with pytest.raises(ValueError, match=f"^{setting}="):
+        methods.get(name, **{setting: value})
+
+
+def test_settings_of_numpy_and_lists_are_plain_ones_and_every_default_passes_as_it_is():
+    made = methods.get("lazyllm", stages=[0.3, 0.6], keep=numpy.array([0.5, 0.25]))
+    assert (made.stages, made.keep) == ((0.3, 0.6), (0.5, 0.25)) and type(made.keep[0]) is float
+    assert type(methods.get("snapkv", tokens=numpy.int64(9)).tokens) is int
+    for method in map(methods.get, methods.names()):
+        for field in dataclasses.fields(method):
+            found = getattr(method, field.name)
+            assert (found, type(found)) == (field.default, type(field.default)), f"{method.name}: {field.name}"
+            if field.name not in ("preset", "pruners", "draft"):
+                assert field.name in method.checks, f"{method.name}: nothing looks at {field.name}"
+
+
+def test_a_cache_method_that_was_given_a_speedup_refuses_it_where_it_is_used(model):
+    for name in CACHE_ONLY:
+        with pytest.raises(methods.SpeedupOutOfReach, match=f"speedup=2.0: {name} shortens the cache only"):
+            methods.get(name, speedup=2).budget_for(model)
+
+
+@pytest.mark.parametrize("value", ["2x", None, [2], 2 + 0j, float("nan"), 0.5])
+def test_a_speedup_that_is_none_is_refused_by_its_value(value):
+    with pytest.raises(ValueError, match="^speedup="):
+        methods.get("fastkv").at_speedup(value)
+
+
+@pytest.mark.parametrize("value", [None, 5, [], b"fastkv"])
+def test_a_method_is_named_by_a_text(value):
+    for name in (methods.named, methods.get):
+        with pytest.raises(ValueError, match="^method="):
+            name(value)
 
 
 def test_a_rule_that_one_dial_does_not_scale_says_so_beside_the_name_of_a_scaled_method_only():
