@@ -42,9 +42,10 @@ def loaded_whole(load: Callable[..., Loaded], where: str | os.PathLike[str], opt
         # Not strict, it would leave the random numbers of a new network where the weights lack a stage.
         return load(name, strict=True, **options)
     except RuntimeError as error:
-        stages = ", ".join(dict.fromkeys(re.findall(r"stages\.(\d+)\.", str(error)))) or "unknown"
+        stages = ", ".join(dict.fromkeys(re.findall(r"stages\.(\d+)\.", str(error))))
+        where = "its word_table" if not stages and "word_table" in str(error) else f"stage(s) {stages or 'unknown'}"
         raise OSError(
-            f"Cannot load pruners from {name!r}: model.safetensors does not fit config.json at stage(s) {stages}; "
+            f"Cannot load pruners from {name!r}: model.safetensors does not fit config.json at {where}; "
             "write both again with save_pretrained."
         ) from error
     except Exception as error:

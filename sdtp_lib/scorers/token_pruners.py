@@ -29,7 +29,7 @@ from sdtp_lib.pruning.stage import LAYERS_BACK, QUERY_TOKENS, earlier_layers
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.pruner_files import HUB_OPTIONS, loaded_whole, weights_file
 from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StageInputs, StagePruner
-from sdtp_lib.scorers.words import LEAST, MOST, whole_words, word_table, words_of
+from sdtp_lib.scorers.words import LEAST, MOST, is_word_table, whole_words, word_table, words_of
 
 FEATURES = ("hidden", "distance", "query", "attention", "memory")
 
@@ -182,7 +182,9 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         held = state_dict.get(f"{prefix}word_table")
-        if held is not None:
+        if held is not None and not is_word_table(held):
+            rest[-1].append(f"word_table is none of know_words: {held.dtype} {tuple(held.shape)}")
+        elif held is not None:
             self.word_table = torch.empty_like(held, device=next(self.parameters()).device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

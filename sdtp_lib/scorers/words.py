@@ -28,14 +28,32 @@ def word_table(tokenizer: Any) -> Tensor:
     """(V + 1,) of uint8: whether a token continues the word before it (0), begins one (1) or stands alone (2).
 
     The last entry is for ids that the tokenizer does not have.
+
+    Raises
+    ------
+    ValueError
+        For what is no tokenizer of transformers.
     """
+    needed = ("all_special_ids", "convert_ids_to_tokens", "__len__")
+    if lacking := [name for name in needed if not hasattr(tokenizer, name)]:
+        raise ValueError(
+            f"tokenizer={type(tokenizer).__name__} has no {lacking[0]}: give a tokenizer of transformers, such as "
+            "AutoTokenizer's; of a processor, its .tokenizer."
+        )
     special = set(tokenizer.all_special_ids)
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     kinds = [_ALONE if number in special else _kind(piece) for number, piece in enumerate(pieces)]
     return torch.tensor([*kinds, _ALONE], dtype=torch.uint8)
 
 
-def _kind(piece: str | None) -> int:
+def is_word_table(table: Tensor) -> bool:
+    """Whether ``table`` is one of `word_table`'s, by its form."""
+    return table.dtype == torch.uint8 and table.dim() == 1 and len(table) > 0 and int(table.max()) <= _ALONE
+
+
+def _kind(piece: str | bytes | None) -> int:
+    if isinstance(piece, bytes):  # tokenizers by tiktoken
+        piece = piece.decode("latin-1")
     byte = _BYTE.fullmatch(piece or "")
     text = chr(int(byte[1], 16)) if byte else (piece or "").translate(_WHITE)
     if not text.strip() or not text.isascii() or text[-1].isspace():
@@ -49,7 +67,8 @@ def words_of(ids: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     Tokens whose ``positions`` (B, N) are not adjacent share none: a chunk of a prompt and the query tokens behind it,
     or what an earlier cut left. So a word across the border of two chunks is two.
     """
-    kinds = table[ids.clamp(0, len(table) - 1)]
+    unknown = len(table) - 1
+    kinds = table[ids.masked_fill(ids < 0, unknown).clamp_max(unknown)]
     begins = kinds != _CONTINUES
     begins[:, 1:] |= (kinds[:, :-1] == _ALONE) | (positions[:, 1:] - positions[:, :-1] != 1)
     return begins.cumsum(dim=1)

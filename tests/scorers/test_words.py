@@ -1,6 +1,7 @@
 """Long words scored as a whole: what is a word, which score its tokens get, and where their ids come from."""
 
 import pytest
+import safetensors.torch
 import torch
 
 from sdtp_lib import PruningConfig, token_pruning
@@ -45,6 +46,41 @@ def test_special_tokens_stand_alone_and_what_follows_begins_a_word(tiny_tokenize
 def test_ids_that_the_tokenizer_does_not_have_stand_alone():
     table = word_table(Vocabulary("a", "b"))
     assert words_of(torch.tensor([[0, 1, 2, 900, 0, 1]]), torch.arange(6)[None], table).tolist() == [[0, 0, 1, 2, 3, 3]]
+
+
+def test_negative_ids_stand_alone_as_others_that_the_tokenizer_does_not_have():
+    """They were taken for the first token of the vocabulary."""
+    table = word_table(Vocabulary("a", "b"))
+    assert words_of(torch.tensor([[0, -1, 1, 0, -200, 1]]), torch.arange(6)[None], table).tolist() == [
+        [0, 1, 2, 2, 3, 4]
+    ]
+
+
+def test_pieces_may_be_bytes():
+    assert word_table(Vocabulary(b"key", b" key", b"\n", b"\xe4\xb8", None)).tolist() == [0, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("given", [None, "a-folder", 5, object()])
+def test_what_is_no_tokenizer_is_refused_and_pruners_stay_as_they_were(given, tiny_model):
+    pruners = TokenPruners.for_model(tiny_model(), (1, 3))
+    with pytest.raises(ValueError, match=f"tokenizer={type(given).__name__} has no all_special_ids: give a tokenizer"):
+        pruners.know_words(given)
+    assert pruners.word_table is None
+
+
+@pytest.mark.parametrize(
+    "table",
+    [torch.zeros(0, dtype=torch.uint8), torch.rand(9), torch.zeros(3, 3, dtype=torch.uint8),
+     torch.tensor(1, dtype=torch.uint8), torch.full((9,), 7, dtype=torch.uint8)],
+    ids=["empty", "real", "two axes", "a number", "other kinds"],
+)  # fmt: skip
+def test_a_damaged_table_of_words_is_refused_when_pruners_are_loaded(table, tiny_model, tiny_tokenizer, tmp_path):
+    """One of real numbers was taken silently, others failed in the middle of a prefill."""
+    TokenPruners.for_model(tiny_model(), (1, 3)).know_words(tiny_tokenizer).save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    safetensors.torch.save_file({**tensors, "word_table": table}, tmp_path / "model.safetensors")
+    with pytest.raises(OSError, match="does not fit config.json at its word_table; write both again"):
+        TokenPruners.from_pretrained(tmp_path)
 
 
 def test_tokens_that_were_not_adjacent_in_the_prompt_share_no_word():
