@@ -20,6 +20,8 @@ the rows that are committed (``--fresh`` does not). RULER's answers are cut to t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import sys
 import time
 import warnings
@@ -32,6 +34,7 @@ import yaml
 from tqdm import tqdm
 
 from sdtp_lib import load_model
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.data import ruler, ruler_texts
 from sdtp_lib.data.test_sets import TEST_SETS
 from sdtp_lib.latency import measure as timing
@@ -46,6 +49,55 @@ from sdtp_lib.scorers.found import scorer_called
 PARAMS = Path(__file__).resolve().parent / "params"
 
 
+def amount(text: str) -> int:
+    """For ``type=``: a whole number of 0 or more."""
+    return 0 if text.strip() == "0" else count(text)
+
+
+def hours(text: str) -> float:
+    """For ``type=``: how long; more than no time at all."""
+    with contextlib.suppress(ValueError):
+        if float(text) > 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no time: give hours, such as 0.5")
+
+
+def values_in(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """What a YAML file says, by argument."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"{path.name} cannot be read: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        parser.error(f"{path.name} does not say arguments by their names, such as `lengths: [1024]`.")
+    known = {action.dest for action in parser._actions} - {"help", "params"} | {"config"}
+    if unknown := sorted(map(str, set(values) - known)):
+        parser.error(f"{path.name}: {unknown[0]!r} is no argument of this command: see --help.")
+    config = values.get("config")
+    if config is not None and not (isinstance(config, dict) and "model_type" in config):
+        parser.error(f"{path.name}: config: {config!r} is no model's: give model_type and sizes.")
+    return values
+
+
+def as_typed(values: Mapping[str, Any], file: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A YAML file's values as a command line, so that they are checked as if they had been typed."""
+    actions, typed = {action.dest: action for action in parser._actions}, []
+    for name, value in values.items():
+        option, nargs = actions[name].option_strings[0], actions[name].nargs
+        if value is None:
+            continue
+        if nargs == 0 and isinstance(value, bool):
+            typed += [option] * value
+        elif nargs in ("+", "*") and isinstance(value, list):
+            typed += [option, *map(str, value)]
+        elif nargs is None and not isinstance(value, (list, dict)):
+            typed.append(f"{option}={value}")
+        else:
+            wanted = {0: "true or false", None: "one value"}.get(nargs, "a list")
+            parser.error(f"{file}: {name}: {value!r} is not {wanted}.")
+    return typed
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", metavar="NAME", help=f"of {', '.join(sorted(p.stem for p in PARAMS.glob('*')))}, "
@@ -56,10 +108,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pruners", default=None, metavar="FOLDER", help="trained pruners for the methods that learn "
                         "(default: those that are found for the weights)")  # fmt: skip
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="prompt tokens")
-    parser.add_argument("--items", type=int, nargs="+", default=[24, 12], help="per KL test set, by length")
-    parser.add_argument("--ruler-items", type=int, nargs="+", default=[12, 4], help="per task, by length")
-    parser.add_argument("--longbench-items", type=int, default=12, help="per data set, at the longest length")
+    parser.add_argument("--lengths", type=count, nargs="+", default=[1024, 4096], help="prompt tokens")
+    parser.add_argument("--items", type=amount, nargs="+", default=[24, 12], help="per KL test set, by length")
+    parser.add_argument("--ruler-items", type=amount, nargs="+", default=[12, 4], help="per task, by length")
+    parser.add_argument("--longbench-items", type=amount, default=12, help="per data set, at the longest length")
     parser.add_argument("--speedups", type=float, nargs="+", default=[2.0, 1.5, 3.0], help="by prefill FLOPs")
     parser.add_argument("--method", "--methods", dest="methods", nargs="+", default=None, metavar="NAME",
                         help="default: all, and the training-free score")  # fmt: skip
@@ -71,10 +123,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--longbench", default=None, metavar="FOLDER", help="of LongBench v1's files; without it left "
                         "out")  # fmt: skip
     parser.add_argument("--datasets", nargs="+", default=["multi_news"], help="of LongBench")
-    parser.add_argument("--hours", type=float, default=None, help="stop before the item that would begin later")
+    parser.add_argument("--hours", type=hours, default=None, help="stop before the item that would begin later")
     parser.add_argument("--no-times", action="store_true", help="leave prefill times out of the rows: for several "
                         "processes on one GPU")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads; rows of one file have one number")
+    parser.add_argument("--threads", type=count, default=None, help="CPU threads; rows of one file have one number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=None, help="default data/results/leaderboard, or -PARAMS, with "
                         "--model -NAME")  # fmt: skip
@@ -95,13 +147,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         path = Path(named) if Path(named).suffix in (".yaml", ".yml") else PARAMS / f"{named}.yaml"
         if not path.is_file():
             parser.error(f"--params {named}: there is no {path}.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        known = {action.dest for action in parser._actions} | {"config"}
-        if unknown := sorted(set(values) - known):
-            parser.error(f"{path.name}: {unknown[0]!r} is no argument of this command: see --help.")
+        values = values_in(path, parser)
         if typed.model is not None:  # what the file says of its own model is not true of another one
             values = {name: value for name, value in values.items() if name not in ("config", "name")}
-        parser.set_defaults(**values)
+        parser.set_defaults(config=values.pop("config", None))
+        arguments = [*as_typed(values, path.name, parser), *(sys.argv[1:] if arguments is None else arguments)]
     options = parser.parse_args(arguments)
     called = path.stem if named and typed.model is None else options.name or options.model
     if missing := [file for file in options.join if not file.is_file()]:
@@ -114,7 +164,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.tasks = ruler.resolve(options.tasks)
     except ValueError as error:
         parser.error(str(error))
-    if any(speedup <= 1 for speedup in options.speedups):
+    if not all(1 < speedup < math.inf for speedup in options.speedups):
         parser.error(f"--speedups {options.speedups}: each is more than 1.")
     return options
 
@@ -256,12 +306,25 @@ def start_from_committed(
         print(f"goes on from {len(rows)} committed rows", file=sys.stderr)
 
 
-def report_root(options: argparse.Namespace, first: Mapping[str, Any]) -> Path:
-    """Where the report of rows like ``first`` goes: the repository, or the run's own folder, said once, where the
-    repository has rows that these would push out (another device's times)."""
-    path = committed.path_of(options.name)
+def rows_beside(files: list[Path]) -> list[dict[str, Any]]:
+    """The rows of ``--join``."""
+    found = []
+    for file in files:
+        for row in read_rows(file):
+            if lacking := [name for name in ("key", "kind", "method", "length", "speedup") if name not in row]:
+                raise SystemExit(f"--join {file}: row {row.get('key')!r} is none of a leaderboard: no {lacking[0]}.")
+            found.append(row)
+    return found
+
+
+def report_root(options: argparse.Namespace, first: Mapping[str, Any], *, say: bool = True) -> Path:
+    """Where the report of rows like ``first`` goes: the repository, or the run's own folder, where the
+    repository has rows of their model that these would push out (another device's times)."""
+    path = committed.path_of(first["model"])
     if not (lost := committed.of_other_origin(committed.read_committed(path), [first])):
         return project_root()
+    if not say:
+        return options.run_dir
     device = lost[0].get("device_name") or lost[0].get("device")
     print(
         f"{path.name} has {len(lost)} rows of {device}, with their times: page, picture and rows of this run go to "
@@ -283,17 +346,17 @@ def main(arguments: list[str] | None = None) -> None:
     rows = read_rows(path) if path.exists() else committed.read_committed(committed.path_of(options.name))
     if not rows:
         raise SystemExit(f"there are no rows in {path}.")
-    if beside := [row for file in options.join for row in read_rows(file)]:
+    if beside := rows_beside(options.join):
         whole = committed.joined(beside, rows)
         print(f"{len(whole) - len(rows)} of {len(beside)} rows of --join are joined: without times, of this model, of "
               "the same scorers, not measured here", file=sys.stderr)  # fmt: skip
         rows = whole
     text = page.page(rows)
     print(text)
-    if options.report or options.report_after:
+    if (options.report or options.report_after) and not options.tables:
         from leaderboard_report import write_report
 
-        write_report(rows, report_root(options, rows[0]))
+        write_report(rows, report_root(options, rows[0], say=options.report))  # else `measure` has said it
     print(f"rows: {path}")
 
 

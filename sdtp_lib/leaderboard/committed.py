@@ -6,6 +6,7 @@ embedded model's without a name. Knows files and rows, nothing else.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib.files import atomic_write
-from sdtp_lib.provenance import identity, project_root
+from sdtp_lib.provenance import content_id, identity, project_root
 
 SHARED = "shared by all rows"
 _QUALITY = ("model", "weights_fingerprint", "dtype", "seed")  # what decides a KL or an answer, up to rounding
@@ -21,9 +22,10 @@ _ORIGIN = (*_QUALITY, "device", "device_name", "threads", "attn_implementation")
 
 
 def suffix(model: str) -> str:
-    """What a model's files are called beside the embedded one's: none for it, ``-gemma-3-270m`` for that name."""
+    """What a model's files are called beside the embedded one's: none for it, ``-gemma-3-270m`` for that name, and for
+    a name without a Latin letter or digit a hash of it."""
     plain = re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-.")
-    return "" if plain == "embedded" else f"-{plain}"
+    return "" if str(model) == "embedded" else f"-{plain or content_id(str(model))[:8]}"
 
 
 def path_of(model: str, root: Path | None = None) -> Path:
@@ -44,8 +46,11 @@ def of_one_origin(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def of_other_device(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether a row without times is of the same model and seed as ``other`` but was measured elsewhere."""
-    untimed = row.get("prefill_ms") is None and row.get("unpruned_prefill_ms") is None
+    """Whether a row without times is of the same model and seed as ``other`` but was measured elsewhere.
+
+    Peak memory is of a device as times are.
+    """
+    untimed = all(row.get(name) is None for name in ("prefill_ms", "unpruned_prefill_ms", "peak_bytes"))
     return untimed and not of_one_origin(row, other) and all(row.get(name) == other.get(name) for name in _QUALITY)
 
 
@@ -120,12 +125,27 @@ def write_committed(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_committed(path: Path) -> list[dict[str, Any]]:
-    """The rows that `write_committed` wrote, whole again; none where there is no file."""
+    """The rows that `write_committed` wrote, whole again; none where there is no file.
+
+    Raises
+    ------
+    ValueError
+        For a line that is no row, such as a conflict that git left: without it others would lack what all share.
+    """
     if not path.exists():
         return []
     rows, shared = [], {}
-    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        if line["kind"] == SHARED:
+    # By newlines alone: an answer may hold other ends of lines (U+2028), which JSON writes as they are.
+    for number, text in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            raise ValueError(f"{path.name}, line {number} is no row: restore the file (git checkout) or mend it.")
+        if line.get("kind") == SHARED:
             shared = {name: value for name, value in line.items() if name != "kind"}
         else:
             rows.append({**shared, **line})

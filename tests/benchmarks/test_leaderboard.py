@@ -85,7 +85,7 @@ def test_a_report_of_rows_of_other_settings_loses_no_committed_row(arguments, tm
     leaderboard_report.write_report(rows, tmp_path)
     path = committed.path_of("mine", tmp_path)
     before = path.read_bytes()
-    with pytest.raises(SystemExit, match="mine.jsonl: 3 of its 6 rows are of another device"):  # the timed
+    with pytest.raises(SystemExit, match="mine.jsonl: 6 of its 6 rows are of another device"):  # times, memory
         leaderboard_report.write_report([{**row, "threads": 16} for row in rows], tmp_path)
     assert path.read_bytes() == before
 
@@ -103,7 +103,8 @@ def test_a_report_after_a_run_on_another_device_goes_beside_its_rows_and_says_so
     capsys.readouterr()
     leaderboard.main([*arguments, "--items", "1", "--report-after", "--run-dir", str(tmp_path / "second")])
     said = capsys.readouterr().err
-    assert said.index("leaderboard-mine.jsonl has 3 rows of Big GPU") < said.index("text at 200"), "before any compute"
+    first = "leaderboard-mine.jsonl has 6 rows of Big GPU"
+    assert said.index(first) < said.index("text at 200") and said.count(first) == 1, "before any compute, and once"
     assert (tmp_path / "second" / "docs" / "leaderboard-mine.md").is_file() and kept.read_bytes() == before
 
 
@@ -238,6 +239,50 @@ def test_a_model_named_beside_a_set_of_random_weights_is_measured_with_its_own_w
     assert [row["method"] for row in rows if "kl_nats" in row] == ["lazyllm"], "items are measured"
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("lengths: 1024", "lengths: 1024 is not a list"), ("texts: hub", "texts: 'hub' is not a list"),
+     ("methods: sdtp", "methods: 'sdtp' is not a list"), ("speedups: [2x]", "--speedups: invalid float value: '2x'"),
+     ("lengths: []", "--lengths: expected at least one argument"), ("test_sets: [foo]", "invalid choice: 'foo'"),
+     ("hours: soon", "--hours: 'soon' is no time"), ("hours: true", "--hours: 'True' is no"),
+     ("hours: [1]", "hours: [1] is not one value"), ("fresh: always", "fresh: 'always' is not true or false"),
+     ("threads: 2.5", "--threads: '2.5' is not a whole number"), ("lengths: [1.5]", "--lengths: '1.5' is not"),
+     ("config: 5", "config: 5 is no model's"), ("config: {hidden_size: 4}", "give model_type and sizes"),
+     ("- a", "does not say arguments by their names"), ("a: [", "a.yaml cannot be read"), ("join: [no]", "no such"),
+     ("help: true", "'help' is no argument"), ("colour: red", "'colour' is no argument")],
+)  # fmt: skip
+def test_a_value_of_a_yaml_file_is_checked_as_if_it_were_typed(text, told, tmp_path, capsys):
+    """``texts: hub`` meant the places h, u and b, ``lengths: 1024`` a traceback."""
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        leaderboard.parse(["--params", str(tmp_path / "a.yaml")])
+    assert told in capsys.readouterr().err
+
+
+def test_what_is_typed_goes_before_a_yaml_files_value_and_null_is_the_default(tmp_path):
+    (tmp_path / "a.yaml").write_text("lengths: [64, 96]\ntasks: []\nfresh: true\nno_times: false\nhours: null\nseed: 3")
+    options = leaderboard.parse(["--params", str(tmp_path / "a.yaml"), "--seed", "4"])
+    assert (options.lengths, options.tasks, options.seed, options.hours) == ([64, 96], [], 4, None)
+    assert options.fresh and not options.no_times
+
+
+def test_the_report_of_another_models_run_folder_goes_where_that_models_rows_are(tmp_path, monkeypatch):
+    """Without --name it was held against the embedded model's rows, and went to the run's folder."""
+    monkeypatch.setattr(committed, "project_root", lambda: tmp_path)
+    row = {"key": "1", "kind": "item", "device": "cpu", "prefill_ms": 1.0}
+    (tmp_path / "docs").mkdir()
+    committed.write_committed(committed.path_of("embedded"), [row | {"model": "embedded"}])
+    options = leaderboard.parse(["--report", "--run-dir", str(tmp_path / "run")])
+    assert leaderboard.report_root(options, row | {"model": "mine"}) == project_root()
+    assert leaderboard.report_root(options, row | {"model": "embedded", "device": "cuda"}) == tmp_path / "run"
+
+
+def test_rows_of_another_benchmark_are_not_joined(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"key": "1", "kind": "item", "method": "sdtp", "score": 1.0}\n')
+    with pytest.raises(SystemExit, match="row '1' is none of a leaderboard: no length"):
+        leaderboard.rows_beside([tmp_path / "other.jsonl"])
+
+
 def test_gpu_parameter_sets_have_the_true_numbers_of_parameters():
     import yaml
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -254,7 +299,10 @@ def test_gpu_parameter_sets_have_the_true_numbers_of_parameters():
 @pytest.mark.parametrize(
     ("given", "told"),
     [(["--params", "nowhere"], "nowhere"), (["--tasks", "niah"], None), (["--tasks", "niahh"], "niahh"),
-     (["--speedups", "0.5"], "more than 1")],
+     (["--speedups", "0.5"], "more than 1"), (["--speedups", "nan"], "more than 1"),
+     (["--speedups", "inf"], "more than 1"), (["--lengths", "0"], "--lengths: '0' is not a whole number of 1 or more"),
+     (["--items", "-1"], "--items: '-1' is not"), (["--hours", "nan"], "--hours: 'nan' is no time"),
+     (["--hours", "-1"], "is no time"), (["--threads", "0"], "--threads: '0' is not")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(given, told, capsys):
     if told is None:

@@ -208,6 +208,39 @@ def test_times_of_two_kinds_of_gpu_stand_in_no_table_together():
     assert committed.joined([untimed], new) == [*new, untimed] and committed.of_other_device(untimed, new[0])
 
 
+def test_peak_memory_is_of_a_device_as_times_are():
+    """A GPU's share of peak memory was averaged into a CPU's table, and --new-only left the CPU's unmeasured."""
+    here = {"key": "a", "method": "lazyllm", "model": "m", "device": "cpu", "peak_bytes": 5}
+    there = here | {"key": "b", "device": "cuda:0", "device_name": "Big GPU"}
+    assert not committed.of_other_device(there, here) and committed.joined([there], [here]) == [here]
+    assert committed.of_other_origin([there], [here]) == [there], "a report says so before it would go"
+
+
+def test_committed_rows_may_hold_any_text_and_need_no_kind(tmp_path):
+    """An answer with U+2028 in it, which ``str.splitlines`` takes for a line's end, made the file unreadable."""
+    rows = [{"key": "1", "prediction": "a\u2028b\u0085c\x0b\x1cd"}, {"key": "2", "prediction": "\u2029 \U0001f600"}]
+    committed.write_committed(tmp_path / "rows.jsonl", rows)
+    assert committed.read_committed(tmp_path / "rows.jsonl") == rows
+    content = (tmp_path / "rows.jsonl").read_bytes()
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n\r\n"))
+    assert committed.read_committed(tmp_path / "rows.jsonl") == rows, "as an editor on Windows leaves it"
+
+
+@pytest.mark.parametrize("line", [b"<<<<<<< HEAD", b'{"key": "1", "ki', b"[1]", b"\xff"])
+def test_a_line_of_committed_rows_that_is_none_is_named(line, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"key": "0"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2 is no row: restore the file"):
+        committed.read_committed(tmp_path / "rows.jsonl")
+
+
+def test_every_model_has_a_file_of_its_own_name():
+    """Names without a Latin letter all had the name ``-``; a folder called embedded had the embedded model's file."""
+    names = ["embedded", "models/embedded", "Qwen/Qwen3-8B", "模型", "Модель", ".", "/"]
+    found = [committed.suffix(name) for name in names]
+    assert found[:3] == ["", "-embedded", "-qwen3-8b"] and len(set(found)) == len(names)
+    assert all(len(each) == 9 for each in found[3:])
+
+
 def test_committed_rows_come_back_whole_and_say_once_what_they_share(tmp_path):
     rows = [{"key": str(n), "kind": "item", "model": "m", "dtype": "float32", "kl_nats": n / 3} for n in range(3)]
     committed.write_committed(tmp_path / "rows.jsonl", rows)
