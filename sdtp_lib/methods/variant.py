@@ -61,10 +61,12 @@ class Variant:
         Raises
         ------
         ValueError
-            If a method cannot be scaled so far at any length (`SpeedupOutOfReach`).
+            If a method cannot be scaled so far at any length (`SpeedupOutOfReach`), or ``cost`` is a method itself.
         """
+        if isinstance(method_in(cost), Method):
+            raise ValueError(f"cost={cost!r} is a method: give what it is to cost, such as '2x', a preset or a ratio.")
         if not self._method:
-            return dataclasses.replace(self, budget=self.budget or cost)
+            return dataclasses.replace(self, budget=cost if self.budget is None else self.budget)
         speedup = speedup_in(cost)
         if speedup is None:
             config = config_of(cost, num_layers(model))

@@ -10,6 +10,7 @@ from sdtp_lib import budget, methods, scorers
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.divergence import logits_along
+from sdtp_lib.latency import variants as latency_variants
 from sdtp_lib.latency.generation import plain_prefill, plain_step, prefill_and_decode
 from sdtp_lib.latency.run import describe, row_fields
 from sdtp_lib.methods.variant import Variant
@@ -56,6 +57,30 @@ def test_a_budget_that_names_a_method_is_counted_as_the_method(text, model):
     assert len(by_name.passes(model, TOKENS)) == 1 + text.startswith("gemfilter")
     with pytest.raises(ValueError, match="'gemfiltre' is unknown"):
         Variant("b", "gemfiltre")
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0, False, [], {}])
+def test_a_budget_that_is_none_is_refused_and_never_the_comparisons_own(nothing, model):
+    """``Variant("a", 0.0)`` was measured at the budget that the comparison set, under the name of its own."""
+    own = Variant("a", nothing, scorers.recency()).at(model, "2x", TOKENS)
+    assert own.budget == nothing
+    with pytest.raises(ValueError, match="keep_ratio=0|budget="), own.applied(model):
+        pass
+
+
+@pytest.mark.parametrize("cost", ["fastkv@1.5x", "fastkv", methods.get("fastkv")])
+@pytest.mark.parametrize("variant", [Variant("score", None, scorers.recency()), Variant("method", "gemfilter")])
+def test_what_a_comparison_costs_is_no_method(variant, cost, model):
+    """A score became that method, under the score's name."""
+    with pytest.raises(ValueError, match=r"^cost=.* is a method: give what it is to cost"):
+        variant.at(model, cost, TOKENS)
+
+
+def test_a_method_that_cannot_be_so_fast_is_left_out_and_that_is_said(model):
+    """``bench --method fastkv@9x`` printed a table without it and no word."""
+    with pytest.warns(UserWarning, match=r"fastkv@9x is left out at 300 tokens: speedup=9: fastkv prefills .* at most"):
+        found = latency_variants.named(model, ["fastkv@1.2x", "fastkv@9x"], TOKENS, scorers.recency())
+    assert [each.name for each in found] == ["fastkv@1.2x"]
 
 
 @pytest.mark.parametrize("name", LENGTHS)
