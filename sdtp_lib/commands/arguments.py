@@ -106,7 +106,7 @@ def prompt_ids(
     return found
 
 
-def add_budget(parser: argparse.ArgumentParser, default: str = "2x") -> None:
+def add_budget(parser: argparse._ActionsContainer, default: str = "2x") -> None:
     """How much is pruned."""
     parser.add_argument("--budget", type=budget_of, default=default, metavar="B", help="a prefill of so many times "
                         f"fewer FLOPs (2x), a preset ({', '.join(PRESETS)}), or the share that every stage keeps "
@@ -137,8 +137,11 @@ def budget_of(text: str) -> str | float:
 
 def check_budget(budget: str | float) -> None:
     """Refuse a budget that no model can have, before one is loaded."""
+    from sdtp_lib import methods
     from sdtp_lib.methods.call import config_of, speedup_in
 
+    if str(budget).partition("@")[0] in methods.names():
+        raise ValueError(f"--budget {budget} is a method: give it by --method.")
     if speedup_in(budget) is None:
         config_of(budget, 28)
 

@@ -17,12 +17,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
                               "Times are of one run each; `bench` measures.")  # fmt: skip
     shared.add_model(parser)
     shared.add_prompts(parser)
-    shared.add_budget(parser)
+    how_much = parser.add_mutually_exclusive_group()
+    shared.add_budget(how_much)
     parser.add_argument("--scorer", metavar="NAME", help="a training-free score (attention_pooled, recency, ...), or "
                         "a folder or Hub id of pruners; default: pruners made for this model, else "
                         "attention_pooled")  # fmt: skip
-    parser.add_argument("--method", type=shared.method_of, metavar="NAME", help="instead of --budget: "
-                        + shared.METHOD_HELP)  # fmt: skip
+    how_much.add_argument("--method", type=shared.method_of, metavar="NAME", help="instead of --budget: "
+                          + shared.METHOD_HELP)  # fmt: skip
     parser.add_argument("--new-tokens", type=shared.count, default=128, help="longest answer")
     given = parser.parse_intermixed_args(arguments)  # files may stand after options
     prompts = shared.prompts_of(given)

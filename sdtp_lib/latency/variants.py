@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 from sdtp_lib import budget, methods
@@ -46,19 +46,32 @@ def alternatives(model: Any, scorer: Scorer, prompt_tokens: int, names: Sequence
 
 
 def named(model: Any, names: Sequence[str], prompt_tokens: int, scorer: Scorer) -> list[Variant]:
-    """Methods as they are typed (`sdtp_lib.methods.named`), less those that cannot be so fast at this length."""
-    return _within_reach(model, [(text, methods.named(text)) for text in names], prompt_tokens, scorer)
+    """Methods as they are typed (`sdtp_lib.methods.named`), less those that cannot be so fast at this length, with a
+    warning."""
+    left_out: dict[str, str] = {}
+    found = _within_reach(model, [(text, methods.named(text)) for text in names], prompt_tokens, scorer, left_out)
+    for name, why in left_out.items():
+        warnings.warn(f"{name} is left out at {prompt_tokens} tokens: {why}", stacklevel=2)
+    return found
 
 
 def _within_reach(
-    model: Any, entries: Iterable[tuple[str, methods.Method]], prompt_tokens: int, scorer: Scorer | None = None
+    model: Any,
+    entries: Iterable[tuple[str, methods.Method]],
+    prompt_tokens: int,
+    scorer: Scorer | None = None,
+    left_out: MutableMapping[str, str] | None = None,
 ) -> list[Variant]:
-    """Published methods under a name; ``scorer`` is for those that do not bring their own."""
+    """Published methods under a name; ``scorer`` is for those that do not bring their own, ``left_out`` is filled."""
     found = []
     for name, method in entries:
         variant = Variant(name, method, method.scorer_for(model) or scorer, kind=method.name)
-        with contextlib.suppress(methods.SpeedupOutOfReach):
+        try:
             variant.config(model, prompt_tokens)
+        except methods.SpeedupOutOfReach as error:
+            if left_out is not None:
+                left_out[name] = str(error)
+        else:
             found.append(variant)
     return found
 

@@ -241,6 +241,8 @@ def test_pruners_says_what_is_at_hand_and_for_which_weights(folder, own_folder, 
         (["generate", "no/such/folder", "--prompt", "x"], "Cannot load 'no/such/folder': no config.json there"),
         (["generate", "MODEL", "--prompt", TEXT, "--budget", "keep8"], "budget='keep8' is unknown: give keep09"),
         (["generate", "MODEL", "--prompt", TEXT, "--budget", "1.5"], r"keep_ratio=1.5 is outside"),
+        (["generate", "MODEL", "--prompt", TEXT, "--budget", "fastkv@2x"], "--budget fastkv@2x is a method: give it"),
+        (["compare", "MODEL", "--prompt", TEXT, "--budget", "fastkv"], "--budget fastkv is a method: give it by --me"),
         (["generate", "MODEL", "--prompt", TEXT, "--scorer", "recent"], "scorer='recent' is unknown: give one of"),
         (["generate", "MODEL", "--prompt", TEXT, "--scorer", "./none"], "scorer='./none' is unknown|no such folder"),
         (["generate", "MODEL", "--prompt", TEXT, "--dtype", "int3"], "dtype='int3' is unknown"),
@@ -287,6 +289,12 @@ def test_a_method_that_is_not_there_or_cannot_be_so_fast_is_refused_before_a_mod
     with pytest.raises(SystemExit):
         main(["generate", "no/such/model", prompts[0], "--method", text])
     assert "--method" in capsys.readouterr().err
+
+
+def test_a_budget_beside_a_method_is_refused_and_not_passed_over(prompts, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "no/such/model", prompts[0], "--budget", "3x", "--method", "fastkv"])
+    assert "argument --method: not allowed with argument --budget" in capsys.readouterr().err
 
 
 def test_bench_times_a_published_method_in_turn_with_the_presets(folder, tmp_path, capsys):
