@@ -6,21 +6,21 @@ Axes: B batch, N kept tokens, H heads, w query tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from sdtp_lib.architectures.attention_readings import refuse_unreadable
-from sdtp_lib.checked import count_of_tokens, neighbours
-from sdtp_lib.pruning.stage import Scorer, Stage, name_of, query_tokens
+from sdtp_lib.checked import count_of_tokens, neighbours, weight, whole_number
+from sdtp_lib.pruning.stage import Scorer, Stage, name_of, query_tokens, refuse_uncalled
 from sdtp_lib.scorers.blend import standardised, strongest_neighbour
 
 
 def random(seed: int = 0) -> Scorer:
     """Uniform noise that depends on the seed, the layer and the token's position only, so that a run repeats."""
-    return _Random(int(seed))
+    return _Random(whole_number("seed", seed))
 
 
 def recency() -> Scorer:
@@ -63,17 +63,25 @@ def given(scores: Mapping[int, torch.Tensor]) -> Scorer:
     """
     if not isinstance(scores, Mapping):
         raise ValueError(f"scores is a {type(scores).__name__}: give a mapping from layers to tensors (B, T).")
-    return _Given({int(layer): torch.as_tensor(values) for layer, values in scores.items()})
+    found = {}
+    for layer, values in scores.items():
+        try:
+            found[whole_number("layer", layer)] = torch.as_tensor(values)
+        except (TypeError, RuntimeError):
+            raise ValueError(f"scores of layer {layer} are a {type(values).__name__}: give a tensor (B, T).") from None
+    return _Given(found)
 
 
 def weighted(parts: Sequence[tuple[Scorer, float]]) -> Scorer:
     """Weighted sum of scorers, each standardised over the kept tokens of a row first."""
-    parts = list(parts)
-    if not parts:
-        raise ValueError("parts=[] names no scorer: give [(scorer, weight), ...].")
-    if strange := [scorer for scorer, _ in parts if not callable(scorer)]:
+    pairs = list(parts) if isinstance(parts, Iterable) and not isinstance(parts, Mapping) else []
+    if not pairs or any(not isinstance(each, (tuple, list)) or len(each) != 2 for each in pairs):
+        raise ValueError(f"parts={parts!r} names no scorers with their weights: give [(scorer, weight), ...].")
+    if strange := [scorer for scorer, _ in pairs if not callable(scorer)]:
         raise ValueError(f"parts has {strange[0]!r}, which cannot be called: give scorers, such as scorers.recency().")
-    return _Weighted(tuple((scorer, float(weight)) for scorer, weight in parts))
+    for scorer, _ in pairs:
+        refuse_uncalled(scorer)
+    return _Weighted(tuple((scorer, weight("weight", each)) for scorer, each in pairs))
 
 
 @dataclass(frozen=True)
@@ -198,8 +206,8 @@ class _Weighted:
 
     def __call__(self, stage: Stage) -> torch.Tensor:
         total = torch.zeros(stage.positions.shape, device=stage.positions.device)
-        for scorer, weight in self.parts:
-            total += weight * standardised(scorer(stage), stage.valid)
+        for scorer, share in self.parts:
+            total += share * standardised(scorer(stage), stage.valid)
         return total
 
     def check(self, model: Any, config: Any) -> None:
