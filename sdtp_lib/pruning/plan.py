@@ -11,7 +11,7 @@ keep 22, 20 and 18.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -36,6 +36,29 @@ def tokens_plan(wanted: Budget, num_layers: int, lengths: list[int]) -> list[lis
     """
     by_length = {n: budget.tokens_per_layer(wanted.for_prompt(n), num_layers, n) for n in set(lengths)}
     return [[by_length[length][layer] for length in lengths] for layer in range(num_layers)]
+
+
+def tokens_of(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """What a forward with these arguments is over: ids (B, T), or embeddings (B, T, D)."""
+    tokens = arguments.get("input_ids")
+    return tokens if tokens is not None else arguments.get("inputs_embeds")
+
+
+def shape_of(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the tokens of a forward with these arguments.
+
+    Raises
+    ------
+    ValueError
+        For tokens that stand in no rows.
+    """
+    tokens = tokens_of(arguments)
+    if tokens is None:
+        return 0, 0
+    if not torch.is_tensor(tokens) or tokens.dim() < 2:
+        found = f"a tensor of shape {tuple(tokens.shape)}" if torch.is_tensor(tokens) else f"a {type(tokens).__name__}"
+        raise ValueError(f"the prompt is {found}: give input_ids (rows, tokens), such as input_ids[None] of one.")
+    return int(tokens.shape[0]), int(tokens.shape[1])
 
 
 def prompt_lengths(mask: Any, rows: int, columns: int) -> list[int]:

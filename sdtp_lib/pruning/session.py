@@ -24,7 +24,7 @@ from sdtp_lib.pruning.chunks import ChunkPrefill
 from sdtp_lib.pruning.continuation import ForwardPass
 from sdtp_lib.pruning.kv_budget import KVBudget
 from sdtp_lib.pruning.packed_prefill import PackedPrefill
-from sdtp_lib.pruning.plan import Budget, prompt_lengths, tokens_plan
+from sdtp_lib.pruning.plan import Budget, prompt_lengths, shape_of, tokens_of, tokens_plan
 from sdtp_lib.pruning.prefill import Prefill
 from sdtp_lib.pruning.protected_columns import protected_columns
 from sdtp_lib.pruning.pruned_cache import PrunedCache, remembered
@@ -66,12 +66,17 @@ class Session:
         self._for_this_forward = contextlib.ExitStack()
         self._outside: dict[str, Any] = {}  # what a multimodal model was called with: ids and padding of its text
 
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise PruningNotSupported(
+            "the model cannot be copied inside a `with token_pruning(...)`, whose hooks would go with it: copy it before."
+        )
+
     def before_model(self, names: tuple[str, ...]):
         """The hook on the causal LM: refuses what cannot be right with K columns of logits."""
 
         def check(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             arguments = named_arguments(names, args, kwargs)
-            rows, columns = _shape_of(arguments)
+            rows, columns = shape_of(arguments)
             seen = tokens_seen(cache_of(arguments))
             if self.architecture.is_multimodal:
                 self._outside = arguments
@@ -155,7 +160,7 @@ class Session:
         cache = cache_of(arguments)
         if cache is not None:
             refuse_cache(cache)
-        rows, columns = _shape_of(arguments)
+        rows, columns = shape_of(arguments)
         seen = tokens_seen(cache)
         self.check_pending()
         every = self.config.prune == "every" and columns > max(1, self.config.min_prompt_tokens)
@@ -166,7 +171,7 @@ class Session:
             changed = (), self._begin_chunk(arguments, rows, cache)
         elif seen == 0 or every:
             lengths = prompt_lengths(self._padding_of(arguments), rows, columns)
-            outside, tokens = self._outside.get("input_ids"), _tokens_of(arguments)
+            outside, tokens = self._outside.get("input_ids"), tokens_of(arguments)
             if outside is not None and outside.shape == (rows, columns):  # a multimodal model's stack gets embeddings
                 tokens = outside.to(tokens.device)
             given = (self.architecture, self.budget, self.scorer, self.trace, lengths, tokens)
@@ -316,14 +321,3 @@ class Session:
             return (given.pop("hidden_states"),), given
 
         return replace
-
-
-def _tokens_of(arguments: dict[str, Any]) -> torch.Tensor | None:
-    tokens = arguments.get("input_ids")
-    return tokens if tokens is not None else arguments.get("inputs_embeds")
-
-
-def _shape_of(arguments: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the tokens of this forward."""
-    tokens = _tokens_of(arguments)
-    return (0, 0) if tokens is None else (int(tokens.shape[0]), int(tokens.shape[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -177,6 +178,24 @@ def test_a_prompt_of_one_token_is_a_prefill_and_an_empty_one_is_said(tiny_model)
     _refused(model, "no tokens", lambda model: model(input_ids=PROMPT[:, :0]), ValueError)
     with token_pruning(model, CONFIG, scorers.recency()) as t, pytest.raises(ValueError, match="the trace is empty"):
         _ = t.tokens_per_layer
+
+
+@pytest.mark.parametrize("prompt", [torch.arange(3, 43), list(range(3, 43)), torch.tensor(3)])
+def test_a_prompt_without_rows_is_refused_by_its_shape(tiny_model, prompt):
+    model = tiny_model()
+    with token_pruning(model, CONFIG, scorers.recency()), pytest.raises(ValueError, match="the prompt is a .*: give"):
+        model(input_ids=prompt)
+
+
+def test_a_model_is_not_copied_with_the_hooks_of_a_with_in_it(tiny_model):
+    """It ended as ``cannot pickle '_thread.lock' object``."""
+    model = tiny_model()
+    with token_pruning(model, CONFIG, scorers.recency()) as trace:
+        with pytest.raises(PruningNotSupported, match="cannot be copied inside a `with token_pruning"):
+            copy.deepcopy(model)
+        with torch.no_grad():
+            model(input_ids=torch.arange(3, 67)[None])
+    assert trace.prefills == 1 and hooks_of(copy.deepcopy(model)) == hooks_of(model)
 
 
 def test_encoder_decoders_are_refused():
