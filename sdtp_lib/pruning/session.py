@@ -68,7 +68,7 @@ class Session:
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         raise PruningNotSupported(
-            "the model cannot be copied inside a `with token_pruning(...)`, whose hooks would go with it: copy it before."
+            "the model cannot be copied inside a `with token_pruning(...)`, whose hooks would go along: copy it before."
         )
 
     def before_model(self, names: tuple[str, ...]):
