@@ -33,7 +33,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from sdtp_lib import load_model
+from sdtp_lib import load_model, methods
 from sdtp_lib.commands.arguments import count
 from sdtp_lib.data import ruler, ruler_texts
 from sdtp_lib.data.test_sets import TEST_SETS
@@ -44,7 +44,7 @@ from sdtp_lib.leaderboard.measure import Measurement
 from sdtp_lib.processes import Share
 from sdtp_lib.provenance import scorer_id
 from sdtp_lib.records import RowWriter, project_root, provenance_of, read_rows
-from sdtp_lib.scorers.found import scorer_called
+from sdtp_lib.scorers.found import TRAINING_FREE, scorer_called
 
 PARAMS = Path(__file__).resolve().parent / "params"
 
@@ -164,6 +164,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.tasks = ruler.resolve(options.tasks)
     except ValueError as error:
         parser.error(str(error))
+    known = [*methods.names(), TRAINING_FREE]
+    if unknown := [name for name in options.methods or () if name not in known]:
+        parser.error(f"--method {unknown[0]} is none of {', '.join(known)}; how fast say --speedups.")
     if not all(1 < speedup < math.inf for speedup in options.speedups):
         parser.error(f"--speedups {options.speedups}: each is more than 1.")
     return options

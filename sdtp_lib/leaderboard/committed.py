@@ -36,7 +36,8 @@ def path_of(model: str, root: Path | None = None) -> Path:
 def every_committed(root: Path | None = None) -> dict[str, list[dict[str, Any]]]:
     """Suffix -> rows of every model that has some under ``root``, the embedded one first."""
     paths = sorted(((root or project_root()) / "docs").glob("leaderboard*.jsonl"), key=lambda path: path.stem)
-    return {path.stem.removeprefix("leaderboard"): read_committed(path) for path in paths}
+    found = {path.stem.removeprefix("leaderboard"): read_committed(path) for path in paths}
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def of_one_origin(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -302,7 +302,8 @@ def test_gpu_parameter_sets_have_the_true_numbers_of_parameters():
      (["--speedups", "0.5"], "more than 1"), (["--speedups", "nan"], "more than 1"),
      (["--speedups", "inf"], "more than 1"), (["--lengths", "0"], "--lengths: '0' is not a whole number of 1 or more"),
      (["--items", "-1"], "--items: '-1' is not"), (["--hours", "nan"], "--hours: 'nan' is no time"),
-     (["--hours", "-1"], "is no time"), (["--threads", "0"], "--threads: '0' is not")],
+     (["--hours", "-1"], "is no time"), (["--method", "fastkv@2x"], "--method fastkv@2x is none of"),
+     (["--threads", "0"], "--threads: '0' is not")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(given, told, capsys):
     if told is None:

@@ -233,6 +233,14 @@ def test_a_line_of_committed_rows_that_is_none_is_named(line, tmp_path):
         committed.read_committed(tmp_path / "rows.jsonl")
 
 
+def test_a_committed_file_without_rows_is_no_model(tmp_path):
+    """The report of another model ended in an IndexError."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "leaderboard-begun.jsonl").write_text("")
+    committed.write_committed(committed.path_of("mine", tmp_path), [{"key": "1", "kind": "item"}])
+    assert list(committed.every_committed(tmp_path)) == ["-mine"]
+
+
 def test_every_model_has_a_file_of_its_own_name():
     """Names without a Latin letter all had the name ``-``; a folder called embedded had the embedded model's file."""
     names = ["embedded", "models/embedded", "Qwen/Qwen3-8B", "模型", "Модель", ".", "/"]
