@@ -83,7 +83,7 @@ class SDTPLM(HFLM):
             raise ValueError(f"scorer={scorer!r} and pruners={pruners!r} exclude each other: give one of them.")
         if method is not None and (pruning, preset, scorer, pruners) != (None,) * 4:
             raise ValueError(f"method={method!r} brings its budget and its scorer: give no preset, scorer or pruners.")
-        method = methods.named(method) if isinstance(method, str) else method
+        method = method if method is None or isinstance(method, methods.Method) else methods.named(method)
         if isinstance(scorer, str) and scorer not in NAMED:
             raise ValueError(f"scorer={scorer!r} is unknown: choose one of {', '.join(NAMED)}, or give pruners=DIR.")
         if isinstance(pretrained, str):

@@ -160,3 +160,5 @@ def test_a_published_method_brings_its_budget_and_its_scorer(tiny_model, tiny_to
     assert ours.scorer.name == "lazyllm"
     with pytest.raises(ValueError, match="brings its budget"):
         SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, method="lazyllm", scorer="recency")
+    with pytest.raises(ValueError, match="method=5 is no text: give a name"):
+        SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, method=5)

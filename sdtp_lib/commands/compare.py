@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     )
     left_out = compared.refusals(rows)
     ran = [choice for choice in found if choice.name not in left_out and choice.kind == "method"]
-    remarks = [f"\n{choice.name}: {choice.budget.remark}." for choice in ran if choice.budget.remark]
+    # Methods are scaled to the budget's cost: which remark that adds is the same at every speed-up.
+    scaled = {choice.name: dataclasses.replace(choice.budget, speedup=2.0).remark for choice in ran}
+    remarks = [f"\n{name}: {remark}." for name, remark in scaled.items() if remark]
     text += "".join(remarks) + ("\n" if remarks else "")
     text += "".join(f"\nLeft out: {name}: {reason}" for name, reason in left_out.items()) + ("\n" if left_out else "")
     print(text)

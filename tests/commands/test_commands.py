@@ -141,6 +141,8 @@ def test_compare_makes_one_table_and_one_picture_of_everything_at_hand(folder, o
     assert all(int(line["KV cache"].rstrip("%")) < 100 for name, line in table.items() if name in ("recency", "random"))
     assert "-- report.txt, unpruned:" in text
     assert "\nspecprefill: without a draft model, which is not the paper's method" in text
+    told = "\nfastkv: at a wanted speed-up its cut is scaled and its own KV budget is not"
+    assert told in text, "every method here is scaled, and its table line is read beside 10 % of the keys"
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == [
         "compare.json", "compare.md", "compare.png", "rows.json",
     ]  # fmt: skip
