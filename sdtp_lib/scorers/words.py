@@ -86,8 +86,7 @@ def whole_words(scores: Tensor, words: Tensor, valid: Tensor | None) -> Tensor:
     """
     apart = words[:, 1:] != words[:, :-1]
     real = torch.ones_like(scores)
-    if valid is not None:
-        apart = apart | (valid[:, 1:] != valid[:, :-1])
+    if valid is not None:  # padding adds nothing to whichever word it stands in
         real, scores = valid.to(scores.dtype), scores.masked_fill(~valid, 0)
     # Words of kept tokens [3, 3, 7, 9, 9] become [0, 0, 1, 2, 2]: places to add up in, without asking the device.
     place = torch.nn.functional.pad(apart.long().cumsum(dim=1), (1, 0))

@@ -1,13 +1,17 @@
 """Long words scored as a whole: what is a word, which score its tokens get, and where their ids come from."""
 
+import re
+
 import pytest
 import safetensors.torch
 import torch
 
 from sdtp_lib import PruningConfig, token_pruning
+from sdtp_lib.provenance import project_root
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.scorers.words import LEAST, MOST, whole_words, word_table, words_of
 from tests.pruning.chunked import needs_chunks
+from tests.reference import louder
 
 
 class Vocabulary:
@@ -156,6 +160,53 @@ def test_pruners_that_know_words_say_so_when_saved_and_keep_a_long_word_whole(ti
     whole = spread(loaded)
     loaded.word_table = None
     assert whole < 0.01 * spread(loaded)
+
+
+def test_a_word_that_a_cut_went_through_is_one_at_later_stages_too(tiny_model, tiny_tokenizer):
+    """Its tokens stand with gaps between them then: words are those of the whole prompt."""
+    model = louder(tiny_model())
+    torch.manual_seed(0)
+    pruners = TokenPruners.for_model(model, (1, 3)).eval().know_words(tiny_tokenizer)
+    text = " and so " + "7f39c4d1b20e-55x8q1w9z0k4m2n6p3r5t7v" + " is it" * 3
+    ids = tiny_tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    word = words_of(ids, torch.arange(ids.shape[1])[None], pruners.word_table)[0]
+    of_the_word = word == word.mode().values
+    with token_pruning(model, PruningConfig((1, 3), 0.6, min_local_tokens=4), pruners) as trace, torch.no_grad():
+        model(ids)
+    left = trace.scored_positions[3][0]
+    inside = of_the_word[left]
+    assert LEAST <= int(inside.sum()) < int(of_the_word.sum()) and (left[inside].diff() > 1).any(), "nothing to test"
+    scores = trace.scores[3][0]
+    assert scores[inside].max() - scores[inside].min() < 1e-3 * scores.std()
+
+
+def test_scores_that_are_read_after_the_caller_filled_its_ids_anew_are_of_the_prompt(tiny_model, tiny_tokenizer):
+    model = louder(tiny_model())
+    torch.manual_seed(0)
+    pruners = TokenPruners.for_model(model, (1, 3)).eval().know_words(tiny_tokenizer)
+    ids = tiny_tokenizer("so 7f39c4d1b20e-55x8q1w9 it", add_special_tokens=False, return_tensors="pt")[
+        "input_ids"
+    ]
+
+    def scores(after):
+        given = ids.clone()
+        with token_pruning(model, PruningConfig((1, 3), 1.0), pruners) as trace, torch.no_grad():
+            model(given)
+        after(given)
+        return trace.scores[1]
+
+    assert torch.equal(scores(lambda given: given.fill_(8)), scores(lambda given: None))
+
+
+def test_the_lengths_of_a_long_word_are_those_that_readers_are_told_and_part_of_the_identity(tiny_model, monkeypatch):
+    assert (LEAST, MOST) == (12, 64)
+    for document in ("README.md", "docs/method.md", "sdtp_lib/shipped_pruners/smollm2-135m-instruct/README.md"):
+        text = (project_root() / document).read_text()
+        assert re.search(rf"{LEAST} to {MOST} tokens", " ".join(text.split())), document
+    pruners = TokenPruners.for_model(tiny_model(), (1, 3)).know_words(Vocabulary("a"))
+    before = pruners.identity
+    monkeypatch.setattr("sdtp_lib.scorers.token_pruners.LEAST", LEAST + 1)
+    assert pruners.identity != before, "rows of other lengths are of another scorer"
 
 
 @needs_chunks
