@@ -153,3 +153,15 @@ def test_what_is_added_to_a_cache_from_before_has_its_reason_at_once(model, chan
             assert reason in trace.not_pruned and str(trace) == f"not pruned: {trace.not_pruned}"
     assert [reason in str(warning.message) for warning in found] == [True] * warned
     assert trace.prefills == 0
+
+
+def test_what_is_added_to_a_cache_from_before_is_no_reason_beside_a_prefill_that_was_pruned(model):
+    """The trace is of that prefill: it would say that nothing was pruned beside what was."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=PROMPT[:, :12], **cache_argument(model, cache))
+        with token_pruning(model, CONFIG, scorers.recency()) as trace:
+            model(input_ids=PROMPT)
+            with pytest.warns(UserWarning, match="nothing is pruned: the cache held 12"):
+                model(input_ids=PROMPT[:, :9], **cache_argument(model, cache))
+    assert trace.not_pruned == "" and trace.prompt_lengths == [300] and "not pruned" not in str(trace)
