@@ -200,7 +200,7 @@ def test_scores_that_are_read_after_the_caller_filled_its_ids_anew_are_of_the_pr
 
 def test_the_lengths_of_a_long_word_are_those_that_readers_are_told_and_part_of_the_identity(tiny_model, monkeypatch):
     assert (LEAST, MOST) == (12, 64)
-    for document in ("README.md", "docs/method.md", "sdtp_lib/shipped_pruners/smollm2-135m-instruct/README.md"):
+    for document in ("docs/method.md", "sdtp_lib/shipped_pruners/smollm2-135m-instruct/README.md"):
         text = (project_root() / document).read_text()
         assert re.search(rf"{LEAST} to {MOST} tokens", " ".join(text.split())), document
     pruners = TokenPruners.for_model(tiny_model(), (1, 3)).know_words(Vocabulary("a"))
