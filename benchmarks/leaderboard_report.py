@@ -22,7 +22,7 @@ from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.files import atomic_write
 from sdtp_lib.leaderboard import blocks, committed, page, picture, tables, words
 from sdtp_lib.leaderboard.entrants import OURS
-from sdtp_lib.provenance import origin_line
+from sdtp_lib.provenance import called, model_called
 from sdtp_lib.records import project_root, provenance_of, write_json
 
 PICTURE, STORE = "figures/leaderboard.png", "figures/tables.json"
@@ -54,9 +54,9 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
     if shown:
         draw(list(drawn_too.values()), root / PICTURE)
     drawn = draw_needles(models.get("", ()), root / NEEDLES, _made([models.get("", ())]))
-    sentence = words.over_models({_called(each): tables.frame_of(each) for each in shown.values()})
+    sentence = words.over_models({model_called(each[0]): tables.frame_of(each) for each in shown.values()})
     for suffix, each in models.items():
-        others = {_name(other): f"leaderboard{name}.md" for name, other in models.items() if name != suffix}
+        others = {called(rows[0]["model"]): f"leaderboard{name}.md" for name, rows in models.items() if name != suffix}
         with atomic_write(root / "docs" / f"leaderboard{suffix}.md") as temporary:
             needles = f"../{NEEDLES}" if drawn and not suffix else ""
             text = page.page(
@@ -74,16 +74,6 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
         documents.main(["--render-only"])
     pages = ", ".join(f"docs/leaderboard{suffix}.md" for suffix in models)
     print(f"written: {path.relative_to(root)}, {pages}{f', {PICTURE}' if shown else ''}")
-
-
-def _called(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What people call the rows' model, with its weights: "SmolLM2-135M-Instruct (Q4_1, dequantised)"."""
-    return origin_line(rows[0]).split(" · ")[0]
-
-
-def _name(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The model's name alone."""
-    return origin_line({"model": rows[0]["model"], "device": ""}).split(" · ")[0]
 
 
 def of_enough_items(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Sequence[Mapping[str, Any]]]:
@@ -127,7 +117,7 @@ def draw(models: Sequence[Sequence[Mapping[str, Any]]], path: Path) -> Path:
             length = int(found.length.min())
             made.setdefault("prompt_tokens", length)
             plots.quality_lost(found, part.subplots(1, 2), ours=OURS)
-            title = f"{_called(each)}: quality lost over prefill speed-up, {length:,} tokens"
+            title = f"{model_called(each[0])}: quality lost over prefill speed-up, {length:,} tokens"
             part.suptitle(title, x=0.01, ha="left", weight="bold")
         saved = plots.save(figure, path, made)
         plt.close(figure)

@@ -1,9 +1,10 @@
-"""Numbers that a person gave, checked by name: each is returned, or a ``ValueError`` says field, value and remedy."""
+"""What a person gave, checked by name: each is returned, or a ``ValueError`` says field, value and remedy."""
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -67,3 +68,10 @@ def weight(field: str, value: Any) -> float:
     if math.isinf(number := real_number(field, value)):
         raise ValueError(f"{field}={number} is no weight: give a finite number.")
     return number
+
+
+def one_of(field: str, value: Any, known: Iterable[str]) -> Any:
+    """A name that is among ``known``."""
+    if value not in known:
+        raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(known)}.")
+    return value

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sdtp_lib.checked import real_number, whole_number
+from sdtp_lib.checked import one_of, real_number, whole_number
 
 PRESETS = ("keep09", "keep08", "keep07", "paper-low", "fast")
 _FAST = (0.435, 0.708, 0.765, 0.823)  # kept at its four stages
@@ -87,10 +87,8 @@ class PruningConfig:
         if not 0 <= local_ratio <= 1:
             raise ValueError(f"local_ratio={local_ratio} is outside [0, 1]: give a share of the tokens, such as 0.1.")
         object.__setattr__(self, "local_ratio", local_ratio)
-        if self.positions not in POSITION_MODES:
-            raise ValueError(f"positions={self.positions!r} is unknown: choose one of {', '.join(POSITION_MODES)}.")
-        if self.prune not in PRUNE_MODES:
-            raise ValueError(f"prune={self.prune!r} is unknown: choose one of {', '.join(PRUNE_MODES)}.")
+        one_of("positions", self.positions, POSITION_MODES)
+        one_of("prune", self.prune, PRUNE_MODES)
         if self.keep_tokens is not None:
             object.__setattr__(self, "keep_tokens", _checked_tokens(self.keep_tokens, len(self.layers)))
         if self.keep_mass is not None:
@@ -111,8 +109,7 @@ class PruningConfig:
         reference and is level on needles, instructions, several documents and RULER; at 4,096 tokens it loses more on
         instructions (LOG.md, "Few stages that drop early").
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset={name!r} is unknown: choose one of {', '.join(PRESETS)}.")
+        one_of("preset", name, PRESETS)
         num_layers = whole_number("num_layers", num_layers)
         if name == "paper-low":
             layers = tuple(range(4, num_layers, 5))[:5]

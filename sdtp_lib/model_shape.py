@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sdtp_lib.checked import whole_number
+from sdtp_lib.checked import one_of, whole_number
 from sdtp_lib.layer_shape import LayerShape, count_layer, held_parameters, linear_size, matmul_parts
 from sdtp_lib.load_failures import first_line
 
@@ -166,9 +166,7 @@ class ModelShape:
     @classmethod
     def named(cls, name: str) -> ModelShape:
         """The shape of one of the models that the study names, without asking a hub."""
-        if name not in MODEL_FIELDS:
-            raise ValueError(f"model={name!r} is unknown: choose one of {', '.join(MODEL_FIELDS)}.")
-        return cls(**MODEL_FIELDS[name])
+        return cls(**MODEL_FIELDS[one_of("model", name, MODEL_FIELDS)])
 
     @classmethod
     def of(cls, model: str) -> ModelShape:

@@ -69,13 +69,25 @@ def _cells(notebook: str) -> list[tuple[str, str, list[str]]]:
     return [(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells]
 
 
+_CALLED = {"embedded": "SmolLM2-135M-Instruct", "cpu": "CPU"}
+
+
+def called(value: str) -> str:
+    """What people call a model or a device that rows name; of a folder its own name."""
+    return _CALLED.get(value) or (Path(value).name if Path(value).is_dir() else value)
+
+
+def model_called(fields: Mapping[str, Any]) -> str:
+    """The model with a note on its weights, from provenance fields: ``SmolLM2-135M-Instruct (Q4_1, dequantised)``."""
+    weights = f" ({fields['weights']})" if fields.get("weights") not in (None, "as published") else ""
+    return called(str(fields.get("model"))) + weights
+
+
 def origin_line(fields: Mapping[str, Any]) -> str:
     """Model, device and commit in one line, from provenance fields: for pictures and first outputs."""
-    name, device = str(fields.get("model")), fields.get("device_name") or str(fields.get("device"))
-    name = {"embedded": "SmolLM2-135M-Instruct"}.get(name, Path(name).name if Path(name).is_dir() else name)
-    weights = f" ({fields['weights']})" if fields.get("weights") not in (None, "as published") else ""
+    device = fields.get("device_name") or str(fields.get("device"))
     cores = f", {fields['host_cpus']} cores" if device == "cpu" and fields.get("host_cpus") else ""
-    parts = [f"{name}{weights}", {"cpu": "CPU"}.get(device, device) + cores, fields.get("dtype")]
+    parts = [model_called(fields), _CALLED.get(device, device) + cores, fields.get("dtype")]
     parts += [f"torch {fields['torch']}" if fields.get("torch") else None]
     parts += [f"commit {fields['commit']}" if fields.get("commit") else None]
     return " · ".join(filter(None, parts))

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdtp_lib.provenance import called
 from sdtp_lib.records import markdown_table, provenance_of, read_rows
 
 # What says where a row comes from, and so never is a result.
 ORIGIN = {
     "schema_version", "key", "kind", "notebook", "folder", "scorer_id", "sample_hash", "config_hash", *provenance_of()
 }  # fmt: skip
-CALLED = {"embedded": "SmolLM2-135M-Instruct", "cpu": "CPU"}  # in rows -> what people call it
 AT_MOST_GROUPS = 12
 RESULTS = "data/results/"
 # Numbers that a run is given, not measures.
@@ -109,7 +109,7 @@ def origin(rows: Sequence[Mapping[str, Any]]) -> str:
     """One sentence on model, device, versions and commit of rows; where they differ, all values are named."""
 
     def values(name: str) -> str:
-        found = dict.fromkeys(CALLED.get(str(row[name]), str(row[name])) for row in rows if row.get(name) is not None)
+        found = dict.fromkeys(called(str(row[name])) for row in rows if row.get(name) is not None)
         return "/".join(found)
 
     weights = f" ({values('weights')})" if values("weights") else ""

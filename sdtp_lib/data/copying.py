@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdtp_lib.checked import one_of
 from sdtp_lib.data import tasks
 from sdtp_lib.data.samples import chat_prompt, tokenise_prompt
 from sdtp_lib.data.texts import stable_number
@@ -42,8 +43,7 @@ def records(name: str, length: int, count: int, tokenizer: Any, *, seed: int = 0
     ValueError
         For an unknown task or a length with no room for it.
     """
-    if name not in TASKS:
-        raise ValueError(f"task={name!r} is unknown: choose one of {', '.join(TASKS)}.")
+    one_of("task", name, TASKS)
     make = {"repeat_function": _function, "quote_sentence": _sentence, "second_question": _two_questions}[name]
     around = 2 * _tokens(tokenizer, chat_prompt(tokenizer, ""))  # for two turns
     found = []

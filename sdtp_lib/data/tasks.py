@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from sdtp_lib.checked import one_of
 from sdtp_lib.data.samples import chat_prompt, long_documents, stable_number, tokenise_prompt
 
 TASKS = ("needle", "multi_key", "variable_tracking", "multi_doc_qa", "fewshot_classification")
@@ -96,10 +97,8 @@ def synthetic_tasks(
     ValueError
         For an unknown task or split, or a length with no room for the task's own facts (below about 250 tokens).
     """
-    if task not in TASKS:
-        raise ValueError(f"task={task!r} is unknown: choose one of {', '.join(TASKS)}.")
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}.")
+    one_of("task", task, TASKS)
+    one_of("split", split, SPLITS)
     sentences = () if task == "fewshot_classification" else haystack(split)
     records = []
     for number in range(count):

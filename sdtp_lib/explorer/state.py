@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sdtp_lib import budget
+from sdtp_lib.checked import one_of
 from sdtp_lib.config import POSITION_MODES, PRESETS, PruningConfig
 from sdtp_lib.model_shape import ModelShape
 from sdtp_lib.pruning.token_fates import TokenFates, simulate
@@ -119,8 +120,8 @@ class ExplorerState:
         layers: Sequence[int] | None = None,
     ) -> None:
         self.source = source
-        self.prompt = _one_of("prompt", prompt or source.prompts[0], source.prompts)
-        self.scorer = _one_of("scorer", scorer or source.scorers[0], source.scorers)
+        self.prompt = one_of("prompt", prompt or source.prompts[0], source.prompts)
+        self.scorer = one_of("scorer", scorer or source.scorers[0], source.scorers)
         self.preset = preset
         self.config = PruningConfig.preset(preset, source.num_layers, positions=positions)
         self.protect: tuple[int, ...] = ()
@@ -140,10 +141,10 @@ class ExplorerState:
             raise ValueError(f"unknown choice(s) {unknown}.")
         before = (self.prompt, self.scorer, self.preset, self.config, self.protect)
         try:
-            self.prompt = _one_of("prompt", choices.get("prompt", self.prompt), self.source.prompts)
-            self.scorer = _one_of("scorer", choices.get("scorer", self.scorer), self.source.scorers)
+            self.prompt = one_of("prompt", choices.get("prompt", self.prompt), self.source.prompts)
+            self.scorer = one_of("scorer", choices.get("scorer", self.scorer), self.source.scorers)
             if "preset" in choices and choices["preset"] != OWN:
-                name = _one_of("preset", choices["preset"], PRESETS)
+                name = one_of("preset", choices["preset"], PRESETS)
                 self.config = PruningConfig.preset(name, self.source.num_layers, positions=self.config.positions)
                 self.preset = name
             if "prompt" in choices:
@@ -154,7 +155,7 @@ class ExplorerState:
                 # a slider's 0.8999999999999999 is meant as 0.9
                 changes["keep_ratio"] = round(changes["keep_ratio"], 6)
             if "positions" in changes:
-                _one_of("positions", changes["positions"], POSITION_MODES)
+                one_of("positions", changes["positions"], POSITION_MODES)
             changed = self.config.replace(**{n: tuple(v) if n == "layers" else v for n, v in changes.items()})
             if changed.replace(positions=self.config.positions) != self.config:
                 self.preset = OWN
@@ -177,7 +178,7 @@ class ExplorerState:
 
     def fates_of(self, scorer: str) -> TokenFates:
         """The approximate `TokenFates` under another scorer with the same choices."""
-        return self._cut(_one_of("scorer", scorer, self.source.scorers))
+        return self._cut(one_of("scorer", scorer, self.source.scorers))
 
     def run(self) -> Outcome:
         """Prune for real with the present choices."""
@@ -220,9 +221,3 @@ class ExplorerState:
         never = np.zeros(len(scored.tokens), bool)
         never[list(self.protect)] = True
         return simulate(scored.scores, self.config, self.source.num_layers, protect=never)
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> str:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(known)}.")
-    return value

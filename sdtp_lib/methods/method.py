@@ -50,9 +50,7 @@ def _speedup(field: str, value: Any) -> float:
 
 
 def _positions(field: str, value: Any) -> str:
-    if value not in POSITION_MODES:
-        raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(POSITION_MODES)}.")
-    return value
+    return checked.one_of(field, value, POSITION_MODES)
 
 
 # What a setting of each name may be, in whichever method it is.

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdtp_lib.checked import one_of
 from sdtp_lib.config import PruningConfig, PruningNotSupported
 from sdtp_lib.pruning.masked_reference import NoReference, find_layers, masked_forward
 
@@ -86,8 +87,7 @@ def check_on_entry(
     PruningNotSupported
         Where the pruned model is not the masked one.
     """
-    if mode not in MODES:
-        raise ValueError(f"verify={mode!r} is unknown: choose one of {', '.join(MODES)}.")
+    one_of("verify", mode, MODES)
     if mode == "never" or (mode == "auto" and trusted(model, model_type, backend)):
         return None
     return verify_pruning(model, prune, backend=backend)

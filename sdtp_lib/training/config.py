@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from sdtp_lib.checked import one_of
+
 MIXED_PRECISION = ("no", "bf16", "fp16")
 
 
@@ -112,10 +114,7 @@ class TrainingConfig:
             raise ValueError(f"eval_share={self.eval_share} is outside [0, 1): 0.1 holds out a tenth of the samples.")
         if not 0 < self.eval_ratio <= 1 or not 0 < self.keep_floor < 1:
             raise ValueError(f"eval_ratio={self.eval_ratio} and keep_floor={self.keep_floor} must be within (0, 1).")
-        if self.mixed_precision not in MIXED_PRECISION:
-            raise ValueError(
-                f"mixed_precision={self.mixed_precision!r} is unknown: choose one of {', '.join(MIXED_PRECISION)}."
-            )
+        one_of("mixed_precision", self.mixed_precision, MIXED_PRECISION)
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss by name."""

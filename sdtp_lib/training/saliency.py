@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from sdtp_lib.architectures.attention_readings import attention_of_earlier_layers, refuse_unreadable, sources_of
 from sdtp_lib.architectures.layers import Architecture, describe, layer_inputs, pad_left
+from sdtp_lib.checked import one_of
 from sdtp_lib.extras import extra
 from sdtp_lib.models import cache_directory
 from sdtp_lib.provenance import adapters_fingerprint, fingerprint
@@ -86,8 +87,7 @@ def compute_saliency(
     """
     with extra("train"):  # before any compute
         from datasets import Dataset
-    if loss_on not in LOSS_ON:
-        raise ValueError(f"loss_on={loss_on!r} is unknown: choose one of {', '.join(LOSS_ON)}.")
+    one_of("loss_on", loss_on, LOSS_ON)
     layers = tuple(layers)
     tokenised = [_tokenised(sample, tokenizer) for sample in samples]
     ids = [sample["id"] for sample in tokenised]
