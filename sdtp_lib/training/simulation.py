@@ -157,6 +157,7 @@ class _Simulation:
         self.tokens = KeptTokens(pruners, prompt_mask, protect)
         self.keeps: dict[int, Tensor] = {}
         self.log_keep: Tensor | None = None  # (B, T), the sum over the stages so far
+        self.with_graph = torch.is_grad_enabled()  # attention is read without one, and a cut may come from there
         # Filled by the forward: what enters each layer, and what was just attended to.
         self.seen: dict[int, Tensor] = {}
         self.paid: dict[int, Tensor] = {}
@@ -175,8 +176,11 @@ class _Simulation:
 
     def _cut(self, index: int) -> None:
         # Called twice per layer, and again where a forward is recomputed: each stage cuts once, in order.
-        if index not in self.pruners.layers or index in self.keeps:
-            return
+        if index in self.pruners.layers and index not in self.keeps:
+            with torch.set_grad_enabled(self.with_graph):
+                self._cut_once(index)
+
+    def _cut_once(self, index: int) -> None:
         config, tokens = self.config, self.tokens
         scores = tokens.put_back(tokens.score(index, self.seen[index], self.paid.get(index), self.pruners.blend))
         open_to_cut = tokens.open_to_cut(config)

@@ -10,7 +10,7 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.pruning.stage import QUERY_TOKENS
 from sdtp_lib.scorers.stage_network import StageInputs
-from sdtp_lib.scorers.token_pruners import TokenPruners
+from sdtp_lib.scorers.token_pruners import FEATURES, TokenPruners
 from sdtp_lib.training import losses
 from sdtp_lib.training.config import TrainingConfig
 from sdtp_lib.training.saliency import compute_saliency
@@ -100,18 +100,25 @@ def test_the_loss_of_a_row_does_not_change_with_its_padding(tiny_model, labelled
     torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("blend", [None, {"learned": 3.0, "attention": 1.0, "recency": 0.5, "smoothing": 3}])
+@pytest.mark.parametrize("features", [("hidden",), FEATURES])
 @pytest.mark.parametrize("straight_through", [True, False])
 def test_the_pruned_models_loss_reaches_every_stage_of_the_pruners_and_no_weight(
-    tiny_model, labelled, straight_through
+    tiny_model, labelled, straight_through, features, blend
 ):
-    """An earlier reproduction multiplied hidden states by the mask; here keys are masked in attention."""
+    """An earlier reproduction multiplied hidden states by the mask; here keys are masked in attention.
+
+    Where a stage reads attention, the cut of the one before came from a hook without a graph: only the last one learned.
+    """
     model = tiny_model()
     config = QUICK.replace(
         mse_weight=0.0, rank_weight=0.0, distill_weight=1.0, lm_weight=1.0, straight_through=straight_through
     )
     torch.manual_seed(0)
-    pruners = TokenPruners(32, LAYERS)
-    outputs = PrunerLoss(pruners, model, LAYERS, config)(**batch_of(labelled, [0, 5]))
+    pruners = TokenPruners(32, LAYERS, features=features, attention_heads=4, blend=blend)
+    batch = batch_of(labelled, [0, 5])
+    del batch["hidden"]
+    outputs = PrunerLoss(pruners, model, LAYERS, config)(**batch)
     outputs["loss"].backward()
     assert set(outputs) == {"loss", "lm_loss", "distill_loss"}
     for layer in LAYERS:
