@@ -199,6 +199,13 @@ def split_by_id(labelled: Dataset, config: TrainingConfig) -> tuple[Dataset, Dat
 class _PrunerTrainer(Trainer):
     """`Trainer` that logs each loss by name and saves the pruners only."""
 
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not self.__dict__.get("_reached"):
+            _refuse_unreached(self.accelerator.unwrap_model(model).pruners)
+            self._reached = True
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.accelerator.unwrap_model(model).number = self.state.global_step
         outputs = model(**inputs)
@@ -226,6 +233,16 @@ class _PrunerTrainer(Trainer):
         prefix = "eval_" if mode == "eval" else ""
         logs.update({prefix + name: sum(values) / len(values) for name, values in parts.items()})
         super().log(logs, *args, **kwargs)
+
+
+def _refuse_unreached(pruners: TokenPruners) -> None:
+    """After the first backward pass: a stage that no loss reaches would be saved as it began, and nobody would see."""
+    lacking = [name for name, weight in pruners.named_parameters() if weight.requires_grad and weight.grad is None]
+    if stages := sorted({int(name.split(".")[1]) for name in lacking}):
+        raise RuntimeError(
+            f"no loss reaches the pruners of the stages at layers {stages} ({', '.join(lacking[:3])}): the scores "
+            "there were computed without a graph, or are not used. A fault of the training step, not of your data."
+        )
 
 
 def _arguments(config: TrainingConfig, output_dir: Path, evaluates: bool, progress: bool) -> TrainingArguments:

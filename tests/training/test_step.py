@@ -108,7 +108,8 @@ def test_the_pruned_models_loss_reaches_every_stage_of_the_pruners_and_no_weight
 ):
     """An earlier reproduction multiplied hidden states by the mask; here keys are masked in attention.
 
-    Where a stage reads attention, the cut of the one before came from a hook without a graph: only the last one learned.
+    Where a stage reads attention, the cut of the one before came from a hook without a graph, so that the last stage
+    alone learned.
     """
     model = tiny_model()
     config = QUICK.replace(

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training import trainer
 from sdtp_lib.training.config import TrainingConfig
+from sdtp_lib.training.simulation import KeptTokens
 from sdtp_lib.training.step import PrunerLoss
 from sdtp_lib.training.trainer import split_by_id, train_pruners
 from tests.training.made_up import LAYERS, QUICK
@@ -50,6 +51,19 @@ def work():
 if __name__ == "__main__":
     debug_launcher(work, num_processes=2)
 """
+
+
+def test_a_stage_that_no_loss_reaches_is_told_at_the_first_step(tiny_model, labelled, tmp_path, monkeypatch):
+    """The loss on predictions reached the last stage alone for days: the others were saved as they had begun."""
+    score = KeptTokens.score
+
+    def without_graph(self, layer, *args, **kwargs):
+        found = score(self, layer, *args, **kwargs)
+        return found.detach() if layer == LAYERS[0] else found
+
+    monkeypatch.setattr(KeptTokens, "score", without_graph)
+    with pytest.raises(RuntimeError, match=rf"no loss reaches the pruners of the stages at layers \[{LAYERS[0]}\]"):
+        train_pruners(tiny_model(), labelled, QUICK, output_dir=tmp_path, progress=False)
 
 
 def test_training_lowers_the_loss_and_saves_pruners_only(tiny_model, labelled, tmp_path):
