@@ -344,8 +344,6 @@ def main(arguments: list[str] | None = None) -> None:
         measure(options, path, share)
     if not share.is_first:
         return
-    from sdtp_lib.leaderboard import page
-
     rows = read_rows(path) if path.exists() else committed.read_committed(committed.path_of(options.name))
     if not rows:
         raise SystemExit(f"there are no rows in {path}.")
@@ -354,12 +352,14 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{len(whole) - len(rows)} of {len(beside)} rows of --join are joined: without times, of this model, of "
               "the same scorers, not measured here", file=sys.stderr)  # fmt: skip
         rows = whole
-    text = page.page(rows)
-    print(text)
     if (options.report or options.report_after) and not options.tables:
         from leaderboard_report import write_report
 
-        write_report(rows, report_root(options, rows[0], say=options.report))  # else `measure` has said it
+        print(write_report(rows, report_root(options, rows[0], say=options.report)))  # else `measure` has said it
+    else:
+        from sdtp_lib.leaderboard import page
+
+        print(page.page(rows))
     print(f"rows: {path}")
 
 

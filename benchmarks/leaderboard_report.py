@@ -29,9 +29,9 @@ PICTURE, STORE = "figures/leaderboard.png", "figures/tables.json"
 ORIGIN = ("model", "weights", "device", "device_name", "dtype", "torch", "transformers", "host_cpus", "threads", "seed")
 
 
-def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) -> None:
+def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) -> str:
     """Write one model's rows, then pages and picture of all models and the documents' blocks, under ``root`` (default:
-    the project's)."""
+    the project's); returns that model's page."""
     root = root or project_root()
     path = committed.path_of(rows[0]["model"], root)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,15 +54,16 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
     if shown:
         draw(list(drawn_too.values()), root / PICTURE)
     drawn = draw_needles(models.get("", ()), root / NEEDLES, _made([models.get("", ())]))
+    pages: dict[str, str] = {}
     sentence = words.over_models({model_called(each[0]): tables.frame_of(each) for each in shown.values()})
     for suffix, each in models.items():
         others = {called(rows[0]["model"]): f"leaderboard{name}.md" for name, rows in models.items() if name != suffix}
         with atomic_write(root / "docs" / f"leaderboard{suffix}.md") as temporary:
             needles = f"../{NEEDLES}" if drawn and not suffix else ""
-            text = page.page(
+            pages[suffix] = page.page(
                 each, picture=suffix in drawn_too, others=others, over_models=sentence, needle_map=needles
             )
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(pages[suffix], encoding="utf-8")
     store = root / STORE
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     if made := blocks.every(models.get("", ())):
@@ -72,8 +73,9 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
         import tables as documents  # workflow/tables.py
 
         documents.main(["--render-only"])
-    pages = ", ".join(f"docs/leaderboard{suffix}.md" for suffix in models)
-    print(f"written: {path.relative_to(root)}, {pages}{f', {PICTURE}' if shown else ''}")
+    names = ", ".join(f"docs/leaderboard{suffix}.md" for suffix in pages)
+    print(f"written: {path.relative_to(root)}, {names}{f', {PICTURE}' if shown else ''}")
+    return pages[path.stem.removeprefix("leaderboard")]
 
 
 def of_enough_items(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Sequence[Mapping[str, Any]]]:
