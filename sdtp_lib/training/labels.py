@@ -203,9 +203,15 @@ def _removal(
 
 
 def _signed_log_odds(loss_at: Tensor, targets: Tensor) -> Tensor:
-    """Sum over response tokens of +-log(p / (1 - p)), p the probability of the token; signs are fixed by place."""
+    """Sum over response tokens of +-log(p / (1 - p)), p the probability of the token; signs are fixed by place.
+
+    The place is that in the row's own response, so that a row gets the same signs in any batch.
+    """
     generator = torch.Generator().manual_seed(_ODDS_SEED)
     signs = torch.randint(0, 2, (loss_at.shape[1],), generator=generator).mul(2).sub(1).to(loss_at.device)
+    # Two rows of 5 columns, responses of 5 and 3 tokens, both at the end: places 0 .. 4 and 0, 0, 0, 1, 2.
+    place = torch.arange(loss_at.shape[1], device=loss_at.device) - targets.long().argmax(-1, keepdim=True)
+    signs = signs[place.clamp(min=0)]
     # log(1 - p) by expm1; kept off 0, where float32 logits say p = 1.
     rest = (-torch.expm1(-loss_at)).clamp(min=1e-4)
     return ((-loss_at - rest.log()) * signs * targets).sum()

@@ -144,6 +144,22 @@ def test_a_padded_row_is_labelled_like_the_row_alone(tiny_model, label):
             torch.testing.assert_close(together[layer][row, start:], expected[layer][0], rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("label", LABELS)
+def test_a_row_is_labelled_the_same_beside_one_with_a_longer_response(tiny_model, label):
+    """The signs of ``removal_odds`` went by the batch's columns, so that labels hung on who stood beside a prompt."""
+    model = tiny_model()
+    ids, _, _ = inputs(prompt=12, seed=1)
+    answers = torch.zeros_like(ids)
+    answers[:, -5:] = 1
+    alone = saliency_of(model, ids, torch.ones_like(ids), answers, LAYERS, label)
+    two = torch.cat([ids, inputs(prompt=12, seed=2)[0]])
+    answers = torch.cat([answers, torch.zeros_like(answers)])
+    answers[1, -9:] = 1
+    together = saliency_of(model, two, torch.ones_like(two), answers, LAYERS, label)
+    for layer in LAYERS:
+        torch.testing.assert_close(together[layer][0], alone[layer][0], rtol=2e-3, atol=1e-7)
+
+
 def test_several_labels_at_once_equal_each_alone_and_leave_no_weight_gradient(tiny_model):
     model = tiny_model().requires_grad_(True)
     ids, mask, answers = inputs()
