@@ -18,6 +18,7 @@ T tokens, R response tokens, G key/value heads, L layers.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,6 +82,8 @@ def saliency_of(
     """
     architecture = describe(model)
     labels = checked_labels(architecture, layers, label)
+    if keep:
+        bias_route(architecture)  # found before the hooks below are on, for it runs the model
     model, depth = architecture.model, len(architecture.layers)
     attention_mask, response_mask = attention_mask.bool(), response_mask.bool() & attention_mask.bool()
     # The first real token is predicted from nothing.
@@ -107,18 +110,23 @@ def saliency_of(
     entropy_at = layers if "attention_entropy" in labels else ()
     is_query = targets[:, first:]
 
-    def entropy_share(attention: Tensor) -> Tensor:
+    def entropy_share(layer: int, attention: Tensor) -> Tensor:
         # attention (B, H, R, T): each key's term of -sum p log p, mean over heads, then over the row's response tokens.
         queries = is_query.to(attention.device)
+        for left in (left.to(attention) for stage, left in (keep or {}).items() if stage <= layer):
+            # It is read without the bias: what went to tokens that are gone is shared out among all that has a part.
+            stays = attention * left[:, None, None]
+            attention = stays / (1 - (attention - stays).sum(-1, keepdim=True)).clamp(min=1e-6)
         share = -torch.xlogy(attention, attention).mean(1) * queries[..., None]
         return share.sum(1) / queries.sum(-1, keepdim=True)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if wants_bias or wants_hidden else torch.no_grad())
         seen = stack.enter_context(layer_inputs(architecture, layers if wants_hidden else ()))
-        entropy = stack.enter_context(
-            attention_in_forward(architecture, entropy_at, input_ids.shape[1] - first, entropy_share)
-        )
+        window, entropy = input_ids.shape[1] - first, {}
+        for layer in entropy_at:
+            share = functools.partial(entropy_share, layer)
+            entropy[layer] = stack.enter_context(attention_in_forward(architecture, [layer], window, share))
         bias = {}
         if wants_bias or keep:
             bias = stack.enter_context(attention_bias(architecture, biased, by_head, keep))
@@ -140,7 +148,7 @@ def saliency_of(
             odds = _signed_log_odds(loss_at, targets[:, first:])
             at_bias = dict(zip(bias, torch.autograd.grad(odds, list(bias.values())), strict=True))
             found["removal_odds"] = _removal(at_bias, layers, depth, {"removal"}, by_head)["removal"]
-    found["attention_entropy"] = entropy
+    found["attention_entropy"] = {layer: by_layer[layer] for layer, by_layer in entropy.items()}
     found = {
         name: {i: found[name][i].detach().float() * attention_mask.to(found[name][i].device) for i in layers}
         for name in labels

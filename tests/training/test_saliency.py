@@ -111,6 +111,24 @@ def test_the_label_of_a_cut_prompt_predicts_what_a_weakened_key_costs_there(tiny
         assert abs(float(after - before)) / 1e-3 == pytest.approx(label[0, token].item(), rel=2e-2, abs=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_the_entropy_of_a_cut_prompt_is_that_of_the_tokens_left(tiny_model, family):
+    """It was that of all tokens: those that earlier stages had dropped took part, and had labels of their own."""
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64} if family == "gpt_oss" else {}
+    model = tiny_model(family, attn_implementation="eager", **more)
+    ids, mask, answers = inputs()
+    keep = torch.ones(1, 25)
+    keep[0, 3:11] = 0
+    found = saliency_of(model, ids, mask, answers, LAYERS, "attention_entropy", {0: keep})
+    seen = torch.ones(25, 25).tril().bool() & keep[0].bool()
+    seen = torch.zeros(1, 1, 25, 25).masked_fill(~seen, torch.finfo(torch.float32).min)
+    seen = dict.fromkeys(("full_attention", "sliding_attention"), seen) if more else seen
+    attentions = model(ids, attention_mask=seen, use_cache=False, output_attentions=True).attentions
+    for layer in LAYERS:
+        paid = attentions[layer][0, :, 20:]
+        torch.testing.assert_close(found[layer][0], -torch.xlogy(paid, paid).mean((0, 1)), rtol=2e-3, atol=1e-5)
+
+
 def test_a_loss_mask_leaves_response_tokens_out_of_the_label(tiny_model, tmp_path):
     model = tiny_model()
     ids, mask, answers = inputs()
