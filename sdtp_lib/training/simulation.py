@@ -186,10 +186,12 @@ class _Simulation:
         open_to_cut = tokens.open_to_cut(config)
         kept = tokens.kept(self.keep_ratio, open_to_cut)
         soft = losses.soft_keep(scores, open_to_cut, kept, config.temperature, config.keep_floor)
-        hard = torch.where(soft >= (1 + config.keep_floor) / 2, 1.0, config.keep_floor).to(soft.dtype)
+        # By rank: a soft value of one half is off by a rounding for some floors, and equal scores would all stay.
+        stay = ~open_to_cut | losses.highest(scores.detach(), open_to_cut, kept)
+        hard = torch.where(stay, 1.0, config.keep_floor).to(soft.dtype)
         keep = losses.straight_through(soft, hard) if config.straight_through else soft
         self.keeps[index] = keep
-        tokens.mask = tokens.mask & (hard > 0.5)
+        tokens.mask = tokens.mask & stay
         self.log_keep = keep.log() if self.log_keep is None else self.log_keep + keep.log()
 
 

@@ -158,6 +158,33 @@ def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_pred
     torch.testing.assert_close(simulated, pruned, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("keep_floor", "even"), [(0.044, False), (0.6, False), (1e-3, True)])
+def test_a_simulated_cut_keeps_as_many_as_the_engine_whatever_the_floor_and_where_scores_are_equal(
+    tiny_model, keep_floor, even
+):
+    """A floor of 0.044 took one more by a rounding, one of 0.6 hid no cut from later stages, and equal scores all
+    stayed."""
+    model = tiny_model()
+    torch.manual_seed(3)
+    pruners = TokenPruners(32, LAYERS)
+    if even:
+        for network in pruners.stages.values():
+            network.out.weight.data.zero_()
+    ids = torch.tensor([samples(1, 60)[0]["prompt_ids"]])
+    with token_pruning(model, PruningConfig(LAYERS, 0.7, min_local_tokens=4), pruners) as trace, torch.no_grad():
+        model(ids)
+    config = TrainingConfig(min_local_tokens=4, keep_floor=keep_floor)
+    with simulated_pruning(model, pruners, torch.ones_like(ids, dtype=torch.bool), 0.7, config) as keep:
+        model(ids, use_cache=False)
+    visible = torch.ones(ids.shape[1], dtype=torch.bool)
+    for layer in LAYERS:
+        visible &= keep[layer][0] > (1 + keep_floor) / 2
+        counts = int(visible.sum()), len(trace.kept_positions[layer][0])
+        assert counts[0] == counts[1]
+        if keep_floor < 0.5:
+            assert visible.nonzero().flatten().tolist() == trace.kept_positions[layer][0].tolist()
+
+
 @pytest.mark.parametrize("ratio", [0.7, 0.3])
 def test_what_a_sample_protects_no_stage_of_training_drops_and_the_budget_counts_it(tiny_model, ratio):
     """``protect`` reached the engine only: training dropped what inference keeps, and ranked it."""
