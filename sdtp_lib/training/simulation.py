@@ -110,7 +110,9 @@ class KeptTokens:
         places = self.positions.gather(1, self.order)
         memory = None if self.memory is None else self.memory.gather(1, self.order)
         states = gather_tokens(hidden, self.order)
-        scores = self.pruners.score(layer, StageInputs(states, places, self.left, self.lengths, own, memory))
+        # In float32 under autocast too, as in inference: in half precision many scores are equal, at the cut above all.
+        with torch.autocast(states.device.type, enabled=False):
+            scores = self.pruners.score(layer, StageInputs(states, places, self.left, self.lengths, own, memory))
         self.memory = self.put_back(standardised(scores, self.left).detach())
         if blend is None:
             return scores
