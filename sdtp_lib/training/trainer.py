@@ -106,7 +106,9 @@ def train_pruners(
         raise ValueError(f"layers={list(layers)}: the samples have no labels at {lacking}; label them there first.")
     torch.manual_seed(config.seed)
     if pruners is None:
-        pruners = TokenPruners.for_model(model, layers, **{"notes": {"label": label}, **pruner_options})
+        # Of given labels nobody says which they are; of several the first is trained on.
+        named = {} if isinstance(samples, Dataset) else {"label": label if isinstance(label, str) else label[0]}
+        pruners = TokenPruners.for_model(model, layers, **{"notes": named, **pruner_options})
     train, held_out = split_by_id(labelled, config)
     output_dir = Path(output_dir)
     last = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

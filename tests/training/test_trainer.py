@@ -16,10 +16,11 @@ from safetensors import safe_open
 from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training import trainer
 from sdtp_lib.training.config import TrainingConfig
+from sdtp_lib.training.saliency import compute_saliency
 from sdtp_lib.training.simulation import KeptTokens
 from sdtp_lib.training.step import PrunerLoss
 from sdtp_lib.training.trainer import split_by_id, train_pruners
-from tests.training.made_up import LAYERS, QUICK
+from tests.training.made_up import LAYERS, QUICK, samples
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -199,6 +200,17 @@ def test_training_goes_on_from_given_pruners(tiny_model, labelled, tmp_path):
     before = start.stages["1"].down.weight.detach().clone()
     after = train_pruners(tiny_model(), labelled, config, pruners=start, output_dir=tmp_path, progress=False)
     torch.testing.assert_close(after.stages["1"].down.weight, before)
+
+
+def test_pruners_note_the_label_that_they_were_trained_on_where_it_is_known(tiny_model, tmp_path):
+    """On labels that were given they noted the default one, whichever it was, and of several all."""
+    model, config, names = tiny_model(), QUICK.replace(epochs=1), ("gradient_x_hidden", "removal")
+    about = {"cache_dir": tmp_path / "labels", "progress": False}
+    given = compute_saliency(model, samples(4), LAYERS, names, **about)
+    assert train_pruners(model, given, config, output_dir=tmp_path / "a", progress=False).notes == {}
+    more = {"label": names, "layers": LAYERS, **about}
+    made = train_pruners(model, samples(4), config, output_dir=tmp_path / "b", **more)
+    assert made.notes == {"label": "gradient_x_hidden"}
 
 
 def test_samples_without_labels_at_a_layer_are_refused(tiny_model, labelled, tmp_path):
