@@ -16,20 +16,28 @@ from sdtp_lib.scorers.token_pruners import TokenPruners
 from sdtp_lib.training import trainer
 from sdtp_lib.training.recipes import Recipe
 
+_SIZES = ("features", "width", "query_rank", "query_heads", "query_window", "attention_kernel", "passage_tokens")
 
-def begun_from(start: str | Path, model: nn.Module, layers: Sequence[int]) -> TokenPruners:
+
+def begun_from(start: str | Path, model: nn.Module, layers: Sequence[int], recipe: Recipe) -> TokenPruners:
     """Pruners to train further, without a blend: it is chosen anew.
 
     Raises
     ------
     ValueError
-        If they are for other layers, or for a model of other sizes.
+        If they are for other layers, for a model of other sizes, or have other inputs or sizes than the recipe's.
     """
     pruners = TokenPruners.from_pretrained(start)
     pruners = TokenPruners.from_pretrained(start, blend=None, notes={"start": pruners.identity})
     if pruners.layers != tuple(layers):
         raise ValueError(f"start={str(start)!r} has layers {list(pruners.layers)}; wanted are {list(layers)}.")
     pruners.check(model, PruningConfig(layers=tuple(layers)))
+    wanted = TokenPruners.for_model(model, layers, **recipe.pruner_options(pruners.hidden_size))
+    own, other = ({name: getattr(each, name) for name in _SIZES} for each in (pruners, wanted))
+    own["features"], other["features"] = sorted(own["features"]), sorted(other["features"])
+    if differing := [f"{name}={own[name]!r} and not {other[name]!r}" for name in _SIZES if own[name] != other[name]]:
+        raise ValueError(f"start={str(start)!r} has other inputs or sizes than the recipe ({', '.join(differing)}): "
+                         "give the recipe that it was made by.")  # fmt: skip
     pruners.word_table = None  # the blend is chosen without, as for new ones
     return pruners.to(model.device).train()
 

@@ -162,7 +162,7 @@ def train_by_recipe(
     checked_labels(model, layers, chosen.labels)
     if not 0 <= start_share < 1 or (start_share and start is None):
         raise ValueError(f"start_share={start_share} needs start= and a share in [0, 1).")
-    begun = None if start is None else begun_from(start, model, layers)
+    begun = None if start is None else begun_from(start, model, layers, chosen)
 
     train, held_out, told = choose_prompts(
         tokenizer, data, instructions, prompts, prompt_tokens, most_tokens, heldout, seed, say
@@ -177,7 +177,7 @@ def train_by_recipe(
         return None
     pruners = trained(model, labelled, layers, chosen, work, name, share, progress, seed, begun)
     if start_share:
-        first = begun_from(start, model, layers).state_dict()
+        first = begun_from(start, model, layers, chosen).state_dict()
         pruners.load_state_dict(averaged(first, pruners.state_dict(), start_share))
         if share.is_first:
             pruners.save_pretrained(work / "pruners")

@@ -187,6 +187,10 @@ def test_training_goes_on_from_given_pruners_and_refuses_those_of_other_layers(t
         torch.testing.assert_close(weight, (anew.state_dict()[name] + further.state_dict()[name]) / 2)
     with pytest.raises(ValueError, match=r"has layers \[4\]; wanted are \[5\]"):
         sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "third", start=first, layers=[5], **options)
+    # They were trained on as they are, and the card and `training.json` told of the recipe's inputs.
+    other = {**options, "recipe": "sdtp, without passages"}
+    with pytest.raises(ValueError, match=r"sizes than the recipe \(features=\['hidden'\] and not \['att"):
+        sdtp_lib.train_pruners(model, tiny_tokenizer, out=tmp_path / "fourth", start=first, **other)
 
 
 @pytest.mark.parametrize(
