@@ -79,6 +79,23 @@ def test_a_run_with_other_rows_takes_the_committed_ones_in_and_a_report_loses_no
     assert {row["key"] for row in read_rows(tmp_path / "other" / "leaderboard.jsonl")} == kept
 
 
+def test_a_method_that_a_run_only_repeats_keeps_its_rows_of_other_pruners(arguments, tmp_path):
+    """192 rows of a method that the run had not measured went, unsaid, when its own rows were written."""
+    leaderboard.main([*arguments, "--items", "1"])
+    rows = read_rows(tmp_path / "run" / "leaderboard.jsonl")
+    timed = {"prefill_ms", "unpruned_prefill_ms", "peak_bytes"}
+    quality = next(row for row in rows if row["method"] != "unpruned" and "kl_nats" in row)
+    elsewhere = {name: value for name, value in quality.items() if name not in timed}
+    elsewhere |= {"key": "elsewhere", "scorer_id": "others", "device": "cuda", "device_name": "Big GPU"}
+    kept, other = [*rows, elsewhere], {**quality, "method": "another", "key": "another"}
+
+    def left(*more):
+        return {row["key"] for row in committed.joined(kept, [*rows, *more])}
+
+    assert left(other) == {row["key"] for row in kept} | {"another"}
+    assert "elsewhere" not in left({**quality, "key": "one more item"})
+
+
 def test_a_report_of_rows_of_other_settings_loses_no_committed_row(arguments, tmp_path):
     leaderboard.main([*arguments, "--items", "1"])
     rows = read_rows(tmp_path / "run" / "leaderboard.jsonl")
