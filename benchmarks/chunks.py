@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, load_model, scorers, token_pruning
 from sdtp_lib.architectures.caches import cache_in
+from sdtp_lib.config import PRESETS
 from sdtp_lib.data.test_sets import TEST_SETS, samples_of
 from sdtp_lib.evaluation.divergence import continuation_logits, kl_divergence
 from sdtp_lib.evaluation.tables import markdown
@@ -43,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=("quality", "memory"), default=["quality", "memory"])
     parser.add_argument("--model", default="embedded", help="of the quality part: embedded, a folder or a Hub id")
     parser.add_argument("--scorers", nargs="+", type=scorer_named, default=["SDTP", "attention"], metavar="NAME[=DIR]")
-    parser.add_argument("--preset", default="keep08")
+    parser.add_argument("--preset", choices=list(PRESETS), default="keep08")
     parser.add_argument("--test-sets", nargs="+", choices=TEST_SETS, default=["text", "needle"])
     parser.add_argument("--samples", type=int, default=4, help="per test set")
     parser.add_argument("--prompt-tokens", type=int, default=1024)

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, budget, evaluation, load_model
+from sdtp_lib.config import PRESETS
 from sdtp_lib.data.test_sets import TEST_SETS, samples_of
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape, element_bytes
@@ -30,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--scorer", type=scorer_named, default="SDTP", help="SDTP, SDTP=DIR, attention, recency, ...")
-    parser.add_argument("--presets", nargs="+", default=["keep09"])
+    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["keep09"])
     parser.add_argument("--kv", type=float, default=0.4, help="share of the cached tokens that a press keeps")
     parser.add_argument("--test-sets", nargs="+", choices=TEST_SETS,
                         default=["text", "needle", "multi_key", "instructions"], help="test sets")  # fmt: skip

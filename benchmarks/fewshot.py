@@ -15,8 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdtp_lib import PruningConfig, load_model
-from sdtp_lib.evaluation.answer_run import print_failures
+from sdtp_lib import load_model
+from sdtp_lib.config import PRESETS
+from sdtp_lib.evaluation.answer_run import budget_argument, budget_from, print_failures
 from sdtp_lib.evaluation.answer_tables import fewshot_table
 from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
 from sdtp_lib.evaluation.tables import markdown
@@ -38,7 +39,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--limit", type=int, default=200, help="items per task")
     parser.add_argument("--shots", type=int, default=5)
-    parser.add_argument("--presets", nargs="+", default=["keep09"])
+    parser.add_argument("--presets", nargs="+", type=budget_argument, default=["keep09"], metavar="BUDGET",
+                        help=f"{', '.join(PRESETS)}, a speed-up such as 2x, or a keep ratio such as 0.8")  # fmt: skip
     parser.add_argument("--pruners", nargs="*", type=scorer_named, default=None, metavar="NAME[=DIR]",
                         help="learned pruners; default SDTP, the shipped set; no value: none")  # fmt: skip
     parser.add_argument("--scorers", nargs="*", default=[], choices=tuple(NAMED))
@@ -60,7 +62,7 @@ def measure(options: argparse.Namespace, path: Path) -> None:
         raise SystemExit("neither --pruners nor --scorers nor --method: name one of them.")
     models = {"full": SDTPLM(**shared)}
     for preset in options.presets:
-        config = PruningConfig.preset(preset, num_layers=model.config.num_hidden_layers)
+        config = budget_from(preset, model.config.num_hidden_layers)
         models |= {f"{name} {preset}": SDTPLM(**shared, pruning=config, scorer=s) for name, s in chosen.items()}
     models |= {name: SDTPLM(**shared, method=name) for name in options.method}
     with RowWriter(path, provenance_of(model, model_name=options.model)) as writer:

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model, scorers
+from sdtp_lib.config import PRESETS
 from sdtp_lib.data.test_sets import TEST_SETS, samples_in_turn
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.records import RowWriter, content_id, project_root, provenance_of, read_frame
@@ -41,7 +42,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", nargs="*", choices=LABELS, default=[], help="labels also within gold blocks")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16], help="of the gold check")
     parser.add_argument("--block-tokens", type=int, default=16, help="removed together in the gold check")
-    parser.add_argument("--presets", nargs="*", default=["keep09", "keep07"], help="at which labels serve as oracles")
+    parser.add_argument("--presets", nargs="*", choices=list(PRESETS), default=["keep09", "keep07"],
+                        help="at which labels serve as oracles")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "labels")
     parser.add_argument("--tables", action="store_true", help="print what the rows hold, compute nothing")

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sdtp_lib.config import PRESETS
 from sdtp_lib.latency import report as latency_report
 from sdtp_lib.records import RowWriter, atomic_write, markdown_table, project_root, provenance_of, read_rows, write_json
 
@@ -60,8 +61,9 @@ def parser() -> argparse.ArgumentParser:
     run = command("run", run_latency, "time methods in turn")
     run.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="prompt tokens")
     run.add_argument("--new-tokens", type=int, default=128, help="generated, the prefill's included")
-    run.add_argument("--presets", nargs="*", default=["keep09", "keep08", "keep07"], help="of SDTP")
-    run.add_argument("--alternatives", nargs="*", default=[], metavar="PRESET",
+    run.add_argument("--presets", nargs="*", choices=list(PRESETS), default=["keep09", "keep08", "keep07"],
+                     help="of SDTP")  # fmt: skip
+    run.add_argument("--alternatives", nargs="*", choices=list(PRESETS), default=[], metavar="PRESET",
                      help="also time everything else at the prefill FLOPs of these presets")  # fmt: skip
     run.add_argument("--method", nargs="+", default=[], metavar="NAME",
                      help="published methods too, as NAME (its paper's budget) or NAME@2x")  # fmt: skip

@@ -16,9 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 from sdtp_lib import methods
-from sdtp_lib.config import PruningConfig
+from sdtp_lib.config import PRESETS
 from sdtp_lib.evaluation.answers import FULL, run_items
 from sdtp_lib.evaluation.items import Item
+from sdtp_lib.methods.call import config_of, speedup_in
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.models import load_model
 from sdtp_lib.processes import Share
@@ -51,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser, run: str, *, presets: Sequenc
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--device-map", default=None)
-    parser.add_argument("--presets", nargs="*", default=list(presets))
+    parser.add_argument("--presets", nargs="*", type=budget_argument, default=list(presets), metavar="BUDGET",
+                        help=f"{', '.join(PRESETS)}, a speed-up such as 2x, or a keep ratio such as 0.8")  # fmt: skip
     parser.add_argument("--scorers", nargs="+", type=scorer_named, default=None, metavar="NAME[=DIR]",
                         help=f"SDTP (default), NAME=DIR, {', '.join(NAMED)}")  # fmt: skip
     parser.add_argument("--method", nargs="+", type=_method, default=[], metavar="NAME",
@@ -59,6 +61,32 @@ def add_arguments(parser: argparse.ArgumentParser, run: str, *, presets: Sequenc
     parser.add_argument("--batch-size", type=int, default=1, help="prompts per batch; times are then of whole batches")
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / run)
     parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
+
+
+def budget_argument(text: str) -> str:
+    """For ``type=``: a budget as `token_pruning` takes it, by its text; a method has an argument of its own.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        For what no model can have.
+    """
+    try:
+        budget_from(text, layers=28)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def budget_from(text: str, layers: int) -> Any:
+    """The budget of a model of so many layers that ``text`` says: a preset, a keep ratio, or a speed-up, as it is."""
+    if speedup_in(text) is not None:
+        return text
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = None
+    return config_of(text if ratio is None else ratio, layers)
 
 
 def _method(text: str) -> tuple[str, methods.Method]:
@@ -89,13 +117,13 @@ def load(options: argparse.Namespace, share: Share) -> tuple[Any, Any]:
 
 
 def variants(options: argparse.Namespace, model: Any) -> list[Variant]:
-    """The unpruned model, then each preset with each score, then the published methods."""
+    """The unpruned model, then each budget with each score, then the published methods."""
     layers = model.config.num_hidden_layers
     chosen = [(named.name, named.load(model)) for named in options.scorers or [scorer_named("SDTP")]]
     found = [Variant(FULL)]
     for preset in options.presets:
-        config = PruningConfig.preset(preset, num_layers=layers)
-        found += [Variant(f"{name} {preset}", config, scorer) for name, scorer in chosen]
+        budget = budget_from(preset, layers)
+        found += [Variant(f"{name} {preset}", budget, scorer) for name, scorer in chosen]
     return found + [Variant(name, method, method.scorer_for(model)) for name, method in options.method]
 
 

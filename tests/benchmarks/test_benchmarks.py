@@ -209,6 +209,18 @@ def test_unknown_names_end_a_command_before_it_loads_a_model(tmp_path):
         command("scorers")(["--test-sets", "nonsense"])
 
 
+@pytest.mark.parametrize(
+    "name", ["ruler", "longbench", "fewshot", "labels", "latency run", "tune_blend", "compression"]
+)
+def test_a_preset_that_there_is_not_ends_a_command_before_it_loads_a_model(name, capsys):
+    """It was a traceback, after the model had been loaded."""
+    name, *rest = name.split()
+    needed = {"tune_blend": ["smollm2-135m-instruct"]}
+    with pytest.raises(SystemExit):
+        command(name)([*rest, *needed.get(name, ()), "--presets", "keep09", "kepe09"])
+    assert "kepe09" in capsys.readouterr().err
+
+
 @pytest.fixture
 def other_folder(tiny_model, tiny_tokenizer, tmp_path):
     """A model of the same shape with other weights, under the same folder name as `model_folder`'s would have."""

@@ -63,6 +63,14 @@ def test_all_variants_answer_the_same_items_and_a_stopped_run_goes_on(run, tmp_p
         run("--tasks", "niah_single_1", "--limit", "1", "--no-chat")
 
 
+def test_a_speed_up_and_a_keep_ratio_do_beside_the_presets(run, tmp_path):
+    run("--tasks", "niah_single_1", "--limit", "1", "--presets", "keep09", "1.2x", "0.8")
+    rows = read_rows(tmp_path / "ruler.jsonl")
+    assert [row["variant"] for row in rows] == ["full", "recency keep09", "recency 1.2x", "recency 0.8"]
+    assert rows[1]["tokens_per_layer"][-1] > rows[3]["tokens_per_layer"][-1]
+    assert all(row["kind"] == "item" for row in rows)
+
+
 def test_longbench2_runs_beside_the_others_and_what_is_not_there_is_left_out(run, tmp_path, capsys):
     record = {"_id": "a", "domain": "Code", "difficulty": "easy", "length": "short", "question": "Which?",
               "answer": "A", "context": "House one is green. " * 30}  # fmt: skip
