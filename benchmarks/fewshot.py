@@ -16,12 +16,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdtp_lib import load_model
-from sdtp_lib.config import PRESETS
-from sdtp_lib.evaluation.answer_run import budget_argument, budget_from, print_failures
+from sdtp_lib.config import PRESETS, typed_budget
+from sdtp_lib.evaluation.answer_run import budget_argument, print_failures
 from sdtp_lib.evaluation.answer_tables import fewshot_table
 from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
 from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.harness import SDTPLM
+from sdtp_lib.methods.call import budget_for
 from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
 from sdtp_lib.scorers.by_name import scorer_named
 from sdtp_lib.scorers.simple import NAMED
@@ -62,8 +63,8 @@ def measure(options: argparse.Namespace, path: Path) -> None:
         raise SystemExit("neither --pruners nor --scorers nor --method: name one of them.")
     models = {"full": SDTPLM(**shared)}
     for preset in options.presets:
-        config = budget_from(preset, model.config.num_hidden_layers)
-        models |= {f"{name} {preset}": SDTPLM(**shared, pruning=config, scorer=s) for name, s in chosen.items()}
+        budget = budget_for(typed_budget(preset), model.config.num_hidden_layers)
+        models |= {f"{name} {preset}": SDTPLM(**shared, pruning=budget, scorer=s) for name, s in chosen.items()}
     models |= {name: SDTPLM(**shared, method=name) for name in options.method}
     with RowWriter(path, provenance_of(model, model_name=options.model)) as writer:
         for name in options.tasks:

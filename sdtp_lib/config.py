@@ -10,6 +10,7 @@ it in `sdtp_lib.budget`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -175,6 +176,11 @@ class PruningConfig:
         if unknown:
             raise ValueError(f"unknown field(s) {unknown} for PruningConfig: known are {sorted(known)}.")
         return cls(**values)
+
+
+def typed_budget(text: str) -> str | float:
+    """What `token_pruning` takes for what was typed: a keep ratio as a number, anything else as it is."""
+    return float(text) if re.fullmatch(r"\d*\.?\d+", text) else text
 
 
 def front_stages(layers: Sequence[int]) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ class SDTPLM(HFLM):
     ----------
     pretrained
         A model (then give ``tokenizer`` too), or a name for `load_model`: ``"embedded"``, a folder, a Hub id.
-    pruning : PruningConfig, optional
+    pruning : PruningConfig or ``"2x"``, optional
         What to prune; or ``preset``, by name; neither runs unpruned.
     method
         Instead of both: an entry of `sdtp_lib.methods`, or its name (``fastkv``, ``lazyllm@2x``).
@@ -70,7 +70,7 @@ class SDTPLM(HFLM):
         pretrained: Any = "embedded",
         *,
         tokenizer: Any = None,
-        pruning: PruningConfig | None = None,
+        pruning: PruningConfig | str | None = None,
         preset: str | None = None,
         scorer: Any = None,
         pruners: str | None = None,

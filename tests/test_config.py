@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sdtp_lib import PruningConfig, budget
+from sdtp_lib.config import typed_budget
 
 
 def test_presets_name_the_users_eight_layers_and_the_papers_ten():
@@ -125,3 +126,10 @@ def test_an_array_of_no_dimension_is_a_number(field):
 def test_what_is_no_configuration_is_refused_by_name(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"), [("0.8", 0.8), (".5", 0.5), ("1", 1.0), *((text, text) for text in ("2x", "fast", "nan", "-1"))]
+)
+def test_a_keep_ratio_that_was_typed_is_a_number_and_nothing_else_is(text, budget):
+    assert typed_budget(text) == budget and type(typed_budget(text)) is type(budget)

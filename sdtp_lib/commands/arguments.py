@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtp_lib.config import PRESETS
+from sdtp_lib.config import PRESETS, typed_budget
 
 if TYPE_CHECKING:
     from sdtp_lib.data.prompts import Prompt
@@ -108,7 +107,7 @@ def prompt_ids(
 
 def add_budget(parser: argparse._ActionsContainer, default: str = "2x") -> None:
     """How much is pruned."""
-    parser.add_argument("--budget", type=budget_of, default=default, metavar="B", help="a prefill of so many times "
+    parser.add_argument("--budget", type=typed_budget, default=default, metavar="B", help="a prefill of so many times "
                         f"fewer FLOPs (2x), a preset ({', '.join(PRESETS)}), or the share that every stage keeps "
                         "(0.8)")  # fmt: skip
 
@@ -130,20 +129,14 @@ def method_of(text: str) -> str:
     return text
 
 
-def budget_of(text: str) -> str | float:
-    """What `token_pruning` takes for what was typed."""
-    return float(text) if re.fullmatch(r"\d*\.?\d+", text) else text
-
-
 def check_budget(budget: str | float) -> None:
     """Refuse a budget that no model can have, before one is loaded."""
     from sdtp_lib import methods
-    from sdtp_lib.methods.call import config_of, speedup_in
+    from sdtp_lib.methods.call import budget_for
 
     if str(budget).partition("@")[0] in methods.names():
         raise ValueError(f"--budget {budget} is a method: give it by --method.")
-    if speedup_in(budget) is None:
-        config_of(budget, 28)
+    budget_for(budget, 28)
 
 
 def count(text: str) -> int:

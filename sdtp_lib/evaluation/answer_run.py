@@ -16,10 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 from sdtp_lib import methods
-from sdtp_lib.config import PRESETS
+from sdtp_lib.config import PRESETS, typed_budget
 from sdtp_lib.evaluation.answers import FULL, run_items
 from sdtp_lib.evaluation.items import Item
-from sdtp_lib.methods.call import config_of, speedup_in
+from sdtp_lib.methods.call import budget_for
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.models import load_model
 from sdtp_lib.processes import Share
@@ -72,21 +72,10 @@ def budget_argument(text: str) -> str:
         For what no model can have.
     """
     try:
-        budget_from(text, layers=28)
+        budget_for(typed_budget(text), 28)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
-
-
-def budget_from(text: str, layers: int) -> Any:
-    """The budget of a model of so many layers that ``text`` says: a preset, a keep ratio, or a speed-up, as it is."""
-    if speedup_in(text) is not None:
-        return text
-    try:
-        ratio = float(text)
-    except ValueError:
-        ratio = None
-    return config_of(text if ratio is None else ratio, layers)
 
 
 def _method(text: str) -> tuple[str, methods.Method]:
@@ -122,7 +111,7 @@ def variants(options: argparse.Namespace, model: Any) -> list[Variant]:
     chosen = [(named.name, named.load(model)) for named in options.scorers or [scorer_named("SDTP")]]
     found = [Variant(FULL)]
     for preset in options.presets:
-        budget = budget_from(preset, layers)
+        budget = budget_for(typed_budget(preset), layers)
         found += [Variant(f"{name} {preset}", budget, scorer) for name, scorer in chosen]
     return found + [Variant(name, method, method.scorer_for(model)) for name, method in options.method]
 

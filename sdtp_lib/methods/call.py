@@ -198,6 +198,11 @@ def config_of(budget: Any, layers: int) -> Budget:
     return budget
 
 
+def budget_for(budget: Any, layers: int) -> Budget | str:
+    """`config_of`, but a speed-up stays the text that it is: it is solved for each prompt's length."""
+    return budget if speedup_in(budget) is not None else config_of(budget, layers)
+
+
 def speedup_in(budget: Any) -> float | None:
     """2.0 for ``"2x"``; None for what is no speed-up."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)x", budget.strip()) if isinstance(budget, str) else None
