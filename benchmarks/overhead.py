@@ -27,6 +27,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdtp_lib import PruningConfig, TokenPruners, budget, load_model, scorers, token_pruning
+from sdtp_lib.config import PRESETS
 from sdtp_lib.latency.measure import measure, quartiles
 from sdtp_lib.latency.memory import peak_allocated_bytes
 from sdtp_lib.model_shape import ModelShape
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub id")
-    common.add_argument("--preset", default="keep08")
+    common.add_argument("--preset", choices=list(PRESETS), default="keep08")
     common.add_argument("--seed", type=int, default=0)
 
     def command(name: str, call: Callable[..., None], lengths: list[int], repeats: int) -> argparse.ArgumentParser:

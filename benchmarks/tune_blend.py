@@ -33,13 +33,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pruners", help="a folder, whose config.json gets the blend, or pruners that ship")
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
-    parser.add_argument(
-        "--presets",
-        nargs="+",
-        choices=list(PRESETS),
-        default=["keep08", "keep07"],
-        help="at which candidates are compared",
-    )
+    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["keep08", "keep07"],
+                        help="at which candidates are compared")  # fmt: skip
     parser.add_argument("--learned", type=float, nargs="+", default=[2.0, 4.0])
     parser.add_argument("--attention", type=float, nargs="+", default=[1.0])
     parser.add_argument("--recency", type=float, nargs="+", default=[0.5])

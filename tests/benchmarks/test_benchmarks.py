@@ -210,14 +210,26 @@ def test_unknown_names_end_a_command_before_it_loads_a_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["ruler", "longbench", "fewshot", "labels", "latency run", "tune_blend", "compression"]
+    "name",
+    [
+        "ruler",
+        "longbench",
+        "fewshot",
+        "labels",
+        "latency run",
+        "tune_blend",
+        "compression",
+        "chunks",
+        "overhead scoring",
+    ],
 )
 def test_a_preset_that_there_is_not_ends_a_command_before_it_loads_a_model(name, capsys):
     """It was a traceback, after the model had been loaded."""
     name, *rest = name.split()
     needed = {"tune_blend": ["smollm2-135m-instruct"]}
     with pytest.raises(SystemExit):
-        command(name)([*rest, *needed.get(name, ()), "--presets", "keep09", "kepe09"])
+        option = ["--preset"] if name in ("chunks", "overhead") else ["--presets", "keep09"]
+        command(name)([*rest, *needed.get(name, ()), *option, "kepe09"])
     assert "kepe09" in capsys.readouterr().err
 
 
