@@ -79,6 +79,8 @@ def train_pruners(
         ``output_dir`` of another run (naming what differs).
     FloatingPointError
         If a loss is not a finite number, at the step where it is.
+    RuntimeError
+        If no loss reaches the pruners of a stage, at the first step.
     """
     with extra("train"):  # before any compute; the trainer itself needs accelerate
         importlib.import_module("accelerate")
@@ -199,11 +201,13 @@ def split_by_id(labelled: Dataset, config: TrainingConfig) -> tuple[Dataset, Dat
 
 
 class _PrunerTrainer(Trainer):
-    """`Trainer` that logs each loss by name and saves the pruners only."""
+    """`Trainer` that logs each loss by name, saves the pruners only, and stops where no loss reaches a stage."""
+
+    _reached = False  # whether the first backward pass has been looked at
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not self.__dict__.get("_reached"):
+        if not self._reached:
             _refuse_unreached(self.accelerator.unwrap_model(model).pruners)
             self._reached = True
         return loss
