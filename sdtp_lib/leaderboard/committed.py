@@ -75,10 +75,10 @@ def joined(kept: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]])
     device, and of methods that the same scorer scored. New rows never mix two sets of pruners under one name, nor times
     of two devices; a method of which ``rows`` only repeat what ``kept`` has (a run goes on from committed rows) stays
     as it is."""
-    kept = list(kept)
+    kept = [row for row in kept if _in_one_table(row, rows[0])]
     known = {(row["key"], row.get("scorer_id")) for row in kept}
     scored = {row["method"]: row.get("scorer_id") for row in rows if (row["key"], row.get("scorer_id")) not in known}
-    staying = {row["key"]: row for row in kept if _in_one_table(row, rows[0]) and of_scorers(row, scored)}
+    staying = {row["key"]: row for row in kept if of_scorers(row, scored)}
     found = staying | {row["key"]: row for row in rows}
     return sorted(found.values(), key=lambda row: of_other_device(row, rows[0]))  # the first says where times are of
 
