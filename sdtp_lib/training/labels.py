@@ -114,7 +114,7 @@ def saliency_of(
         # attention (B, H, R, T): each key's term of -sum p log p, mean over heads, then over the row's response tokens.
         queries = is_query.to(attention.device)
         for left in (left.to(attention) for stage, left in (keep or {}).items() if stage <= layer):
-            # It is read without the bias: what went to tokens that are gone is shared out among all that has a part.
+            # Attention is read without the bias: the part of tokens that are gone is shared among the rest, sinks too.
             stays = attention * left[:, None, None]
             attention = stays / (1 - (attention - stays).sum(-1, keepdim=True)).clamp(min=1e-6)
         share = -torch.xlogy(attention, attention).mean(1) * queries[..., None]
