@@ -36,7 +36,7 @@ def refuse_unreadable(model: nn.Module | Architecture, layers: Sequence[int]) ->
         return
     model = architecture.model
     ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None] + 3
-    with torch.no_grad(), attention_in_forward(architecture, asked, 4, lambda paid: paid.sum()):
+    with torch.no_grad(), attention_in_forward(architecture, asked, 4, lambda _, paid: paid.sum()):
         model(ids, use_cache=False)
     known |= asked
 
@@ -46,13 +46,14 @@ def attention_in_forward(
     model: nn.Module | Architecture,
     layers: Iterable[int],
     window: int,
-    reduce: Callable[[torch.Tensor], torch.Tensor],
+    reduce: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Layer -> ``reduce`` of the attention (B, H, w, T) that the last ``window`` tokens pay there, without a graph."""
+    """Layer -> ``reduce(layer, paid)``, paid (B, H, w, T) by the last ``window`` tokens; without a graph."""
     found: dict[int, torch.Tensor] = {}
 
     def read(index: int, layer: nn.Module, arguments: dict[str, Any]) -> None:
-        found[index] = reduce(attention_from_last(layer, arguments["hidden_states"], without_cache(arguments), window))
+        paid = attention_from_last(layer, arguments["hidden_states"], without_cache(arguments), window)
+        found[index] = reduce(index, paid)
 
     with _before_layers(model, layers, read):
         yield found

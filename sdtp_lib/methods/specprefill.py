@@ -100,8 +100,9 @@ class SpecPrefill(Method):
                 min_new_tokens=self.look_ahead, do_sample=False,
             )  # fmt: skip
             with attention_in_forward(
-                draft, range(num_layers(draft)), self.look_ahead, lambda paid: self._strongest_head(paid[..., :tokens])
-            ) as found:
+                draft, range(num_layers(draft)), self.look_ahead,
+                lambda _, paid: self._strongest_head(paid[..., :tokens]),
+            ) as found:  # fmt: skip
                 draft(longer, use_cache=False, logits_to_keep=1)
         return self._chunks(torch.stack([each.to(ids.device) for each in found.values()]).amax(dim=0).mean(dim=1))
 

@@ -18,7 +18,6 @@ T tokens, R response tokens, G key/value heads, L layers.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,10 +122,9 @@ def saliency_of(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if wants_bias or wants_hidden else torch.no_grad())
         seen = stack.enter_context(layer_inputs(architecture, layers if wants_hidden else ()))
-        window, entropy = input_ids.shape[1] - first, {}
-        for layer in entropy_at:
-            share = functools.partial(entropy_share, layer)
-            entropy[layer] = stack.enter_context(attention_in_forward(architecture, [layer], window, share))
+        entropy = stack.enter_context(
+            attention_in_forward(architecture, entropy_at, input_ids.shape[1] - first, entropy_share)
+        )
         bias = {}
         if wants_bias or keep:
             bias = stack.enter_context(attention_bias(architecture, biased, by_head, keep))
@@ -148,7 +146,7 @@ def saliency_of(
             odds = _signed_log_odds(loss_at, targets[:, first:])
             at_bias = dict(zip(bias, torch.autograd.grad(odds, list(bias.values())), strict=True))
             found["removal_odds"] = _removal(at_bias, layers, depth, {"removal"}, by_head)["removal"]
-    found["attention_entropy"] = {layer: by_layer[layer] for layer, by_layer in entropy.items()}
+    found["attention_entropy"] = entropy
     found = {
         name: {i: found[name][i].detach().float() * attention_mask.to(found[name][i].device) for i in layers}
         for name in labels

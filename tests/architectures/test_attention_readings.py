@@ -54,7 +54,7 @@ def model_of():
 def test_what_is_read_is_what_the_layer_pays(model_of, family):
     model = model_of(family, "eager")
     layers = range(model.config.num_hidden_layers)
-    with torch.no_grad(), attention_in_forward(model, layers, 5, lambda paid: paid) as read:
+    with torch.no_grad(), attention_in_forward(model, layers, 5, lambda _, paid: paid) as read:
         shown = model(PROMPT, use_cache=False, output_attentions=True).attentions
     for layer in layers:
         torch.testing.assert_close(read[layer], shown[layer][:, :, -5:], rtol=1e-4, atol=1e-6)
@@ -77,7 +77,7 @@ def test_sdpa_pays_what_eager_pays(model_of):
     found = []
     for backend in ("eager", "sdpa"):
         model = model_of("ministral3", backend)
-        with torch.no_grad(), attention_in_forward(model, (1, 4), 5, lambda paid: paid) as read:
+        with torch.no_grad(), attention_in_forward(model, (1, 4), 5, lambda _, paid: paid) as read:
             model(PROMPT, use_cache=False)
         found.append(read)
     for layer in (1, 4):
@@ -86,7 +86,7 @@ def test_sdpa_pays_what_eager_pays(model_of):
 
 def test_packed_sequences_pay_nothing_to_each_other(model_of):
     model, starts = model_of("llama", "sdpa"), torch.cat([torch.arange(24), torch.arange(24)])[None]
-    with torch.no_grad(), attention_in_forward(model, (1,), 5, lambda paid: paid) as read:
+    with torch.no_grad(), attention_in_forward(model, (1,), 5, lambda _, paid: paid) as read:
         model(PROMPT, position_ids=starts, use_cache=False)
     assert read[1][..., :24].max() == 0 and read[1][..., 24:].max() > 0
 
