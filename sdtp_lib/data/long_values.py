@@ -144,7 +144,7 @@ def _sample(tokenizer: Any, tokens: tuple[int, int], number: int, seed: int, spl
     prompt, response = build(filler), answer if begun else opening + answer
     return {
         "id": f"long-value-{split}-{seed}-{tokens[0]}-{number}", "prompt": prompt, "source": "synthetic",
-        "category": "long value", "response": response, "values": values,
+        "category": "long value", "response": response, "values": values, "question": question,
         "prompt_ids": tokenise_prompt(tokenizer, prompt, chat=True),
         "response_ids": response_ids(tokenizer, response, RESPONSE_TOKENS),
     }  # fmt: skip

@@ -82,7 +82,7 @@ def _lookup(tokenizer: Any, tokens: tuple[int, int], number: int, seed: int, spl
     prompt = build(lines, question)
     made = {
         "id": f"table-{split}-{seed}-{tokens[0]}-{number}", "prompt": prompt, "source": "synthetic",
-        "prompt_ids": tokenise_prompt(tokenizer, prompt, chat=True),
+        "question": question, "prompt_ids": tokenise_prompt(tokenizer, prompt, chat=True),
     }  # fmt: skip
     if number % 3 < 2:
         ids = response_ids(tokenizer, answer, RESPONSE_TOKENS)

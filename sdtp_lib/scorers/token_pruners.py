@@ -29,7 +29,7 @@ from sdtp_lib.pruning.stage import LAYERS_BACK, QUERY_TOKENS, earlier_layers
 from sdtp_lib.scorers.blend import Blend, standardised
 from sdtp_lib.scorers.pruner_files import HUB_OPTIONS, loaded_whole, weights_file
 from sdtp_lib.scorers.stage_network import DISTANCE_INPUTS, StageInputs, StagePruner
-from sdtp_lib.scorers.words import LEAST, MOST, is_word_table, whole_words, word_table, words_of
+from sdtp_lib.scorers.words import LEAST, LEAST_LATER, MOST, is_word_table, least_at, whole_words, word_table, words_of
 
 FEATURES = ("hidden", "distance", "query", "attention", "memory")
 
@@ -205,7 +205,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         """How result rows tell these pruners from others of the same name: a hash of weights and settings."""
         # "score" is the one output there is; rows that were written when there were two kinds name it.
         settings = (self.layers, self.features, "score", self.query_heads, self.query_window, self.attention_kernel)
-        words = () if self.word_table is None else (LEAST, MOST)
+        words = () if self.word_table is None else (LEAST, LEAST_LATER, MOST)
         return f"TokenPruners {content_id(dict(self.state_dict()), *settings, self.passage_tokens, self.blend, *words)}"
 
     def check(self, model: nn.Module, config: Any) -> None:
@@ -270,7 +270,7 @@ class TokenPruners(nn.Module, PyTorchModelHubMixin, library_name="sdtp", repo_ur
         if words not in stage.carried:  # of the whole prompt: later stages see words with gaps
             self.word_table = self.word_table.to(stage.token_ids.device)
             stage.carried[words] = words_of(stage.token_ids, stage.positions, self.word_table)
-        return whole_words(scores, stage.carried[words], valid)
+        return whole_words(scores, stage.carried[words], valid, least_at(stage.layer_index, self.layers))
 
     def score(self, layer: int, inputs: StageInputs) -> Tensor:
         """Differentiable scores (B, n) at ``layer``."""

@@ -5,19 +5,23 @@ by, and each of their tokens stands alone. Knows token ids and scores, not who s
 Axes: B batch, N kept tokens, V tokens of the vocabulary.
 
 Example: of the tokens ``The``, `` key``, `` 7``, ``f``, ``3``, ``9``, ``-``, .. ``4``, `` is`` the third to the last
-but one are one word, of 36 for a UUID, and get the mean of its scores each; the others keep their own. Of a number of
-seven digits each counts: late layers can do with some of them, and a tight budget has no room for all (LOG.md).
+but one are one word, of 36 for a UUID, and get the mean of its scores each; the others keep their own. A number of
+seven digits is one in the first half of the stages alone: late layers can do with some of its digits, and a tight
+budget has no room for all (LOG.md).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LEAST, MOST = 12, 64  # kept tokens of a word that counts as one; in shorter and in longer ones each counts
+# Kept tokens of a word that counts as one: at least, at least in the later half of the stages, at most. In others each
+# token counts.
+LEAST, LEAST_LATER, MOST = 6, 12, 64
 _CONTINUES, _BEGINS, _ALONE = 0, 1, 2
 # White space as byte-level BPE and SentencePiece write it.
 _WHITE = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r"})
@@ -74,8 +78,13 @@ def words_of(ids: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     return begins.cumsum(dim=1)
 
 
-def whole_words(scores: Tensor, words: Tensor, valid: Tensor | None) -> Tensor:
-    """``scores`` (B, N) with the mean of each word of `LEAST` to `MOST` kept tokens in the place of its tokens' own.
+def least_at(layer: int, layers: Sequence[int]) -> int:
+    """Kept tokens that make a word one at ``layer`` of the stages ``layers``; of five, the first three ask for less."""
+    return LEAST if layers.index(layer) < (len(layers) + 1) // 2 else LEAST_LATER
+
+
+def whole_words(scores: Tensor, words: Tensor, valid: Tensor | None, least: int = LEAST) -> Tensor:
+    """``scores`` (B, N) with the mean of each word of ``least`` to `MOST` kept tokens in the place of its tokens' own.
 
     Parameters
     ----------
@@ -93,4 +102,4 @@ def whole_words(scores: Tensor, words: Tensor, valid: Tensor | None) -> Tensor:
     size, total = (torch.zeros_like(scores).scatter_add(1, place, each).gather(1, place) for each in (real, scores))
     mean = total / size.clamp_min(1)
     # Where a cut goes through a word its own scores decide: they count a ten-thousandth.
-    return torch.where((size >= LEAST) & (size <= MOST), mean + 1e-4 * (scores - mean), scores)
+    return torch.where((size >= least) & (size <= MOST), mean + 1e-4 * (scores - mean), scores)

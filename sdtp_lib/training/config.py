@@ -37,6 +37,8 @@ class TrainingConfig:
         Nats: above 0 the distillation loss is each prompt's ``log(KL + distill_floor)`` instead of its KL.
     keep_ratios
         (low, high): each step draws its keep ratio from here, so that one set of pruners serves every ratio.
+    input_dropout
+        Share of the hidden states' numbers that a step of the losses on labels hides from the pruners.
     temperature, keep_floor
         Softness of the simulated cut in standard deviations of the score, and the least that stays of a token: the
         gradient of its logarithm grows as 1 / keep.
@@ -75,6 +77,7 @@ class TrainingConfig:
     distill_weight: float = 0.0
     distill_floor: float = 0.0
     keep_ratios: tuple[float, float] = (0.6, 0.95)
+    input_dropout: float = 0.0
     temperature: float = 0.3
     keep_floor: float = 1e-3
     straight_through: bool = True
@@ -110,6 +113,8 @@ class TrainingConfig:
         low, high = self.keep_ratios if len(self.keep_ratios) == 2 else (0, 0)
         if not 0 < low <= high <= 1:
             raise ValueError(f"keep_ratios={self.keep_ratios} must be (low, high) within (0, 1], such as (0.6, 0.95).")
+        if not 0 <= self.input_dropout < 1:
+            raise ValueError(f"input_dropout={self.input_dropout} is outside [0, 1): 0.1 hides a tenth of the inputs.")
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share={self.eval_share} is outside [0, 1): 0.1 holds out a tenth of the samples.")
         if not 0 < self.eval_ratio <= 1 or not 0 < self.keep_floor < 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtp_lib.data import training_mix
+from sdtp_lib.data.evidence import evidence_prompts
 from sdtp_lib.data.own_records import own_samples
 from sdtp_lib.data.samples import dolly_split, stable_number
 
@@ -22,10 +23,12 @@ def choose_prompts(
     heldout: int,
     seed: int,
     say: Any,
+    evidence: float = 0.0,
 ) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]], list[str]]:
     """(training prompts, kind -> held-out prompts, what was printed), before a model is loaded.
 
-    A user's prompts make up half at most; two in ten of them are held out. ``say`` prints.
+    A user's prompts make up half at most; two in ten of them are held out. ``say`` prints. ``evidence`` times as many
+    of `data.evidence` come after the others.
     """
     records, source = training_mix.instruction_records(instructions)
     own, own_held, told = [], [], [f"instructions: {source}"]
@@ -39,6 +42,12 @@ def choose_prompts(
         own = own[: max(1, prompts // 2)]
     mixed = training_mix.training_mix(tokenizer, prompts - len(own), records, lengths=lengths, seed=seed)
     train = interleaved(own, mixed)
+    known = evidence_prompts(
+        tokenizer, round(evidence * len(train)), records, lengths=(min(300, lengths[0]), lengths[1]), seed=seed
+    )
+    if known:
+        told.append(f"{len(known)} more prompts whose evidence is known by how they are made")
+    train += known
     held_out = {
         kind: training_mix.samples_of(kind, tokenizer, heldout, records, "heldout", _upper(lengths), seed + 100)
         for kind in (training_mix.KINDS if heldout else ())

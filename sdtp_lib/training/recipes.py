@@ -53,6 +53,8 @@ class Recipe:
         Losses and schedule.
     blends
         Fields of `Blend` to choose from on training-side prompts; none: the learned score alone.
+    evidence
+        Prompts of `data.evidence` beside each labelled one: their labels are known by how they are made.
     refinement
         Losses and schedule of a second training, from where the first ended and under the first of ``blends``: through
         simulated pruning, on what a cut does to the model's predictions. None: there is none.
@@ -64,6 +66,7 @@ class Recipe:
     training: TrainingConfig
     blends: tuple[Mapping[str, Any], ...] = ()
     refinement: TrainingConfig | None = None
+    evidence: float = 0.0
 
     def pruner_options(self, hidden_size: int) -> dict[str, Any]:
         """`pruner` for a model of this size: a set ``width`` is the least, a sixteenth of the hidden size the rule."""
@@ -73,8 +76,9 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         known = {**dataclasses.asdict(self), "training": self.training.to_dict()}
-        refinement = known.pop("refinement")
-        return known if refinement is None else {**known, "refinement": self.refinement.to_dict()}
+        if self.refinement is not None:
+            known["refinement"] = self.refinement.to_dict()
+        return {name: value for name, value in known.items() if name not in ("refinement", "evidence") or value}
 
     def changed(self, part: str, **changes: Any) -> Recipe:
         """The same with fields of ``pruner`` or ``training`` changed."""
@@ -115,6 +119,11 @@ RECIPES = {
         training=TrainingConfig(rank_at_cut=False, staged=False, **_SCHEDULE),
     ),
     "sdtp, refined": dataclasses.replace(_OURS, refinement=_REFINEMENT),
+    # For pruners to go on from, averaged with them (start_share=0.5).
+    "sdtp, on evidence": dataclasses.replace(
+        _OURS, evidence=5 / 3, blends=_OURS.blends[:1],
+        training=_OURS.training.replace(epochs=2.0, batch_size=16, learning_rate=1e-3, input_dropout=0.1),
+    ),
     "sdtp, hidden alone": _OURS.changed("pruner", features=("hidden",), passage_tokens=0),
     "sdtp, without attention": _OURS.changed("pruner", features=("hidden", "distance", "query", "memory")),
     "sdtp, without passages": _OURS.changed("pruner", passage_tokens=0),
@@ -148,6 +157,18 @@ def joined_label(row: dict, layers: Sequence[int], labels: Sequence[str], smooth
         total = sum(part / part.mean().clamp(min=1e-30) for part in parts)[None]
         joined[f"layer_{layer}"] = average_of_neighbours(total, torch.ones_like(total).bool(), smoothing)[0].tolist()
     return joined
+
+
+def with_evidence(labelled: Any, samples: Sequence[Mapping[str, Any]]) -> Any:
+    """A labelled data set with ``samples`` of `data.evidence` behind it, whose column ``evidence`` is their label."""
+    if not samples:
+        return labelled
+    from datasets import Dataset, concatenate_datasets
+
+    rows = [{"sample_id": sample["id"], "category": sample["category"], "evidence": sample["evidence"],
+             "input_ids": sample["prompt_ids"] + sample["response_ids"], "prompt_length": len(sample["prompt_ids"])}
+            for sample in samples]  # fmt: skip
+    return concatenate_datasets([labelled, Dataset.from_list(rows)])
 
 
 def kind_of(category: str) -> str:
@@ -206,6 +227,8 @@ def with_blend(folder: Path, blend: Mapping[str, Any]) -> TokenPruners:
 
 def held_back(labelled: Any, recipe: Recipe) -> list[dict[str, Any]]:
     """Prompts that training has kept back for its own measure, as samples; the first ones where it kept back none."""
+    if "evidence" in labelled.column_names:
+        labelled = labelled.filter(lambda row: row["evidence"] is None)
     kept = trainer.split_by_id(labelled, recipe.training)[1]
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for row in kept if kept is not None else labelled:

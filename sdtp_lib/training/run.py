@@ -41,12 +41,14 @@ from sdtp_lib.training.recipes import (
     joined_label,
     recipe_named,
     with_blend,
+    with_evidence,
 )  # fmt: skip
 from sdtp_lib.training.saliency import compute_saliency
 
 FIRST_LABELS = 6  # timed, before the time of a run is told
 BLEND_RATIO = 0.8
-_READ = ("prompt_ids", "response_ids", "own_tokens", "loss_mask")  # of a sample: what labels are made from
+# Of a sample: what its labels are made from.
+_READ = ("prompt_ids", "response_ids", "own_tokens", "loss_mask", "evidence")
 MEASURED_RUNS = 1 + len(verdict.RATIOS) * (1 + len(verdict.TRAINING_FREE))  # prefills per held-out prompt
 
 
@@ -165,7 +167,7 @@ def train_by_recipe(
     begun = None if start is None else begun_from(start, model, layers, chosen)
 
     train, held_out, told = choose_prompts(
-        tokenizer, data, instructions, prompts, prompt_tokens, most_tokens, heldout, seed, say
+        tokenizer, data, instructions, prompts, prompt_tokens, most_tokens, heldout, seed, say, chosen.evidence
     )
     work = _work_folder(cache_dir, marks, model, layers, chosen, train, begun, start_share)
     fast = _fast_copy(model)
@@ -278,8 +280,11 @@ def _labelled(
     progress: bool,
     measured: int,
 ) -> Any:
-    """All prompts labelled by all processes; tells the expected time after the first ones."""
-    store = _fits_on_disk(model, train, layers, cache_dir)
+    """All prompts labelled by all processes, but those with evidence; tells the expected time after the first ones."""
+    known = [sample for sample in train if "evidence" in sample]
+    train = [sample for sample in train if "evidence" not in sample]
+    # A batch with evidence in it runs the model for its inputs.
+    store = not known and _fits_on_disk(model, train, layers, cache_dir)
     about = {"label": recipe.labels, "cache_dir": cache_dir, "store_hidden": store}
     first = share.of(train)[:FIRST_LABELS]
     started = time.perf_counter()
@@ -295,7 +300,7 @@ def _labelled(
     share.wait()
     labelled = compute_saliency(model, train, layers, progress=False, **about)
     joined = {"layers": layers, "labels": recipe.labels, "smoothing": recipe.smoothing}
-    return labelled.map(joined_label, fn_kwargs=joined, desc="joined labels")
+    return with_evidence(labelled.map(joined_label, fn_kwargs=joined, desc="joined labels"), known)
 
 
 def _fits_on_disk(model: nn.Module, train: Sequence[dict], layers: Sequence[int], cache_dir: Any) -> bool:

@@ -22,6 +22,8 @@ from sdtp_lib.training.config import TrainingConfig
 from sdtp_lib.training.saliency import stored_inputs
 from sdtp_lib.training.simulation import KeptTokens, simulated_pruning
 
+LEAST_EVIDENCE = 0.02  # of a token that is none: the regression is on logarithms
+
 
 class PrunerLoss(nn.Module):
     """What `Trainer` trains: the pruners with their losses. The language model is no submodule, so it is not saved."""
@@ -103,7 +105,8 @@ class PrunerLoss(nn.Module):
         config, tokens = self.settings, KeptTokens(self.pruners, prompt_mask, protect_mask)
         found: dict[str, list[Tensor]] = {name: [] for name in ("mse", "rank", "drop")}
         for stage, layer in enumerate(self.layers):
-            scores = tokens.score(layer, *by_layer[layer])
+            hidden, paid = by_layer[layer]
+            scores = tokens.score(layer, F.dropout(hidden, config.input_dropout, self.training), paid)
             saliency = labels[:, stage].gather(1, tokens.order)
             counted = tokens.open_to_cut(config).gather(1, tokens.order)
             kept = tokens.kept(keep_ratio, counted)
@@ -143,7 +146,7 @@ class PrunerLoss(nn.Module):
 
 
 class Collator:
-    """Left-padded batches. Labels are padded like the tokens that they were computed for."""
+    """Left-padded batches. Labels are padded like the tokens that they were computed for; evidence is each stage's."""
 
     def __init__(self, layers: tuple[int, ...], back: Mapping[int, Sequence[int]] | None = None) -> None:
         """``back``: stage -> the earlier layers whose attention it reads (`TokenPruners.earlier_layers`)."""
@@ -163,15 +166,18 @@ class Collator:
             stored = [{}] * len(rows)
         for name, kept in stored[0].items():
             batch[name] = torch.zeros(len(rows), len(self.layers), width, kept.shape[-1])
-        if any("protect" in row for row in rows):
+        if any(row.get("protect") is not None for row in rows):
             batch["protect_mask"] = torch.zeros(len(rows), width, dtype=torch.bool)
         for index, row in enumerate(rows):
             start, prompt = width - len(row["input_ids"]), row["prompt_length"]
             batch["prompt_mask"][index, start : start + prompt] = True
-            if "protect" in row:
+            if row.get("protect") is not None:
                 batch["protect_mask"][index, start : start + prompt] = torch.tensor(row["protect"])
-            for stage, layer in enumerate(self.layers):
-                batch["labels"][index, stage, start : start + prompt] = torch.tensor(row[f"layer_{layer}"])
+            prompt_labels = batch["labels"][index, :, start : start + prompt]
+            if row.get("evidence") is not None:
+                prompt_labels[:] = torch.tensor(row["evidence"]).clamp(min=LEAST_EVIDENCE)
+            else:
+                prompt_labels[:] = torch.tensor([row[f"layer_{layer}"] for layer in self.layers])
             for name, kept in stored[index].items():
                 batch[name][index, :, start : start + prompt] = kept.float()
         return batch

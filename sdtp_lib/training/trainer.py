@@ -160,7 +160,7 @@ def _run_of(
 def _content_of(labelled: Dataset, layers: Sequence[int]) -> str:
     """A hash of all samples, whatever their order: tokens, labels, protection."""
     told = ["sample_id", "input_ids", "prompt_length", *(f"layer_{layer}" for layer in layers)]
-    told += ["protect"] if "protect" in labelled.column_names else []
+    told += [name for name in ("protect", "evidence") if name in labelled.column_names]
     rows = (
         content_id(*(row[name] if isinstance(row[name], str) else np.asarray(row[name], float) for name in told))
         for row in labelled

@@ -9,7 +9,7 @@ import torch
 from sdtp_lib import PruningConfig, token_pruning
 from sdtp_lib.provenance import project_root
 from sdtp_lib.scorers.token_pruners import TokenPruners
-from sdtp_lib.scorers.words import LEAST, MOST, whole_words, word_table, words_of
+from sdtp_lib.scorers.words import LEAST, LEAST_LATER, MOST, least_at, whole_words, word_table, words_of
 from tests.pruning.chunked import needs_chunks
 from tests.reference import louder
 
@@ -175,7 +175,8 @@ def test_a_word_that_a_cut_went_through_is_one_at_later_stages_too(tiny_model, t
         model(ids)
     left = trace.scored_positions[3][0]
     inside = of_the_word[left]
-    assert LEAST <= int(inside.sum()) < int(of_the_word.sum()) and (left[inside].diff() > 1).any(), "nothing to test"
+    assert LEAST_LATER <= int(inside.sum()) < int(of_the_word.sum()), "nothing to test"
+    assert (left[inside].diff() > 1).any(), "nothing to test"
     scores = trace.scores[3][0]
     assert scores[inside].max() - scores[inside].min() < 1e-3 * scores.std()
 
@@ -199,13 +200,15 @@ def test_scores_that_are_read_after_the_caller_filled_its_ids_anew_are_of_the_pr
 
 
 def test_the_lengths_of_a_long_word_are_those_that_readers_are_told_and_part_of_the_identity(tiny_model, monkeypatch):
-    assert (LEAST, MOST) == (12, 64)
+    assert (LEAST, LEAST_LATER, MOST) == (6, 12, 64)
+    assert [least_at(layer, (4, 7, 10)) for layer in (4, 7, 10)] == [6, 6, 12]
     for document in ("docs/method.md", "sdtp_lib/shipped_pruners/smollm2-135m-instruct/README.md"):
         text = (project_root() / document).read_text()
-        assert re.search(rf"{LEAST} to {MOST} tokens", " ".join(text.split())), document
+        told = rf"{LEAST} to {MOST} tokens \(from {LEAST_LATER} on in the later half of the stages\)"
+        assert re.search(told, " ".join(text.split())), document
     pruners = TokenPruners.for_model(tiny_model(), (1, 3)).know_words(Vocabulary("a"))
     before = pruners.identity
-    monkeypatch.setattr("sdtp_lib.scorers.token_pruners.LEAST", LEAST + 1)
+    monkeypatch.setattr("sdtp_lib.scorers.token_pruners.LEAST_LATER", LEAST_LATER + 1)
     assert pruners.identity != before, "rows of other lengths are of another scorer"
 
 

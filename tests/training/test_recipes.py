@@ -167,6 +167,34 @@ def test_a_refined_recipe_trains_on_through_simulated_pruning_and_says_so(tiny_m
     assert "refinement" not in json.loads((tmp_path / "first" / "training.json").read_text())["recipe"]
 
 
+def test_prompts_with_evidence_train_beside_labelled_ones_and_need_no_label(
+    tiny_model, tiny_tokenizer, tmp_path, monkeypatch, capsys
+):
+    model, seen = tiny_model(max_position_embeddings=4096), []
+    recipe = RECIPES["sdtp, on evidence"].changed("training", batch_size=4)
+    training = run.trained
+
+    def looked_at(model, labelled, *rest):
+        seen.append(labelled)
+        return training(model, labelled, *rest)
+
+    monkeypatch.setattr(run, "trained", looked_at)
+    options = {"heldout": 0, **SMALL, "progress": True, "out": tmp_path / "out"}
+    pruners = sdtp_lib.train_pruners(model, tiny_tokenizer, recipe=recipe, **options)
+    labelled = seen[0]
+    with_evidence = labelled.filter(lambda row: row["evidence"] is not None)
+    assert "17 more prompts whose evidence is known" in capsys.readouterr().out
+    assert len(labelled) == 27 and len(with_evidence) == 17
+    assert all(row["layer_4"] is None and len(row["evidence"]) == row["prompt_length"] for row in with_evidence)
+    labels = list((tmp_path / "cache" / "saliency").rglob("*.safetensors"))
+    assert len(labels) == 10, "what is known is not labelled"
+    chosen_on = {sample["id"] for sample in recipes.held_back(labelled, recipe)}
+    assert chosen_on and not any(name.startswith("evidence") for name in chosen_on), "a blend is chosen on others"
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert facts["recipe"]["evidence"] == pytest.approx(5 / 3) and len(facts["ids"]) == 27
+    assert pruners.history and "evidence" not in RECIPES["sdtp"].to_dict()
+
+
 def test_the_old_form_takes_samples_and_a_config(tiny_model, tiny_tokenizer, tmp_path):
     model = tiny_model()
     samples = [{"id": str(n), "prompt_ids": list(range(5, 45)), "response_ids": [7, 8, 9 + n]} for n in range(4)]

@@ -15,7 +15,7 @@ from sdtp_lib.training import losses
 from sdtp_lib.training.config import TrainingConfig
 from sdtp_lib.training.saliency import compute_saliency
 from sdtp_lib.training.simulation import KeptTokens, share_of_kept, simulated_pruning
-from sdtp_lib.training.step import Collator, PrunerLoss
+from sdtp_lib.training.step import LEAST_EVIDENCE, Collator, PrunerLoss
 from tests.training.made_up import LAYERS, QUICK, samples
 
 
@@ -89,6 +89,31 @@ def test_labels_sit_at_their_own_tokens_in_a_padded_batch(labelled):
         assert batch["input_ids"][index][prompt].tolist() == expected
         torch.testing.assert_close(batch["labels"][index, 1][prompt], torch.tensor(labelled[row]["layer_3"]))
         assert (batch["labels"][index][:, ~prompt] == 0).all()
+
+
+def test_evidence_is_the_label_of_every_stage_and_a_token_without_any_has_a_little(labelled):
+    known = {**labelled[0], "evidence": [0.0, 1.0] * 100}
+    known["evidence"] = known["evidence"][: known["prompt_length"]]
+    known |= dict.fromkeys((f"layer_{layer}" for layer in LAYERS), None)
+    batch = Collator(LAYERS)([known, {**labelled[7], "evidence": None}])
+    prompt = batch["prompt_mask"][0]
+    for stage in range(len(LAYERS)):
+        expected = torch.tensor(known["evidence"]).clamp(min=LEAST_EVIDENCE)
+        torch.testing.assert_close(batch["labels"][0, stage][prompt], expected)
+    other = batch["labels"][1, 1][batch["prompt_mask"][1]]
+    torch.testing.assert_close(other, torch.tensor(labelled[7]["layer_3"]))
+
+
+def test_inputs_are_hidden_in_training_steps_alone(tiny_model, labelled):
+    model, batch = tiny_model(), batch_of(labelled, range(4))
+    pruners = TokenPruners.for_model(model, LAYERS)
+    fixed = QUICK.replace(keep_ratios=(0.8, 0.8), eval_ratio=0.8)
+    with_all, with_half = (
+        PrunerLoss(pruners, model, LAYERS, fixed.replace(input_dropout=share)) for share in (0.0, 0.5)
+    )
+    full = with_all.eval()(**batch)["loss"]
+    torch.testing.assert_close(with_half.eval()(**batch)["loss"], full)
+    assert not torch.isclose(with_half.train()(**batch)["loss"], full)
 
 
 def test_the_loss_of_a_row_does_not_change_with_its_padding(tiny_model, labelled):

@@ -228,6 +228,7 @@ def test_samples_without_labels_at_a_layer_are_refused(tiny_model, labelled, tmp
         ({"mse_weight": 0, "rank_weight": 0}, "every loss"),
         ({"keep_ratios": (0.9, 0.5)}, "keep_ratios"),
         ({"eval_share": 1.0}, "eval_share=1.0"),
+        ({"input_dropout": 1.0}, "input_dropout=1.0"),
         ({"mixed_precision": "int3"}, "int3"),
     ],
 )
