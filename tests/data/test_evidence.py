@@ -75,8 +75,8 @@ def test_of_planted_facts_rows_and_quotations_the_place_of_the_answer_has_most(s
         text = told(tiny_tokenizer, sample, 1.0)
         assert answer in text and len(text) < 200, text
     for sample in of_kind(samples, "table"):
-        for answer in re.findall(r" is ([^ ]+?)\.(?:\s|<|$)", sample["response"]):
-            assert answer in told(tiny_tokenizer, sample, 1.0)
+        answer = re.search(r" is ([^ ]+?)\.(?:\s|<|$)", sample["response"])[1]  # of two questions the first stands there
+        assert answer in told(tiny_tokenizer, sample, 1.0)
     for sample in of_kind(samples, "quoted"):
         for part in (sample["response"][:40], sample["response"][-40:]):
             assert part.strip() in told(tiny_tokenizer, sample, 1.0)
