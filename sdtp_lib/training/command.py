@@ -46,7 +46,7 @@ def parser(prog: str = "python -m sdtp_lib train") -> argparse.ArgumentParser:
         choices=list(RECIPES),
         default=DEFAULT,
         metavar="NAME",
-        help="labels, inputs and losses: sdtp, paper, or one of the ablations of benchmarks/ablations.py",
+        help=f"labels, inputs and losses: one of {'; '.join(RECIPES)}",
     )
     made.add_argument("--instructions", default=DOLLY, metavar="SOURCE", help="instruction records with contexts: a "
                       "Hub data set or a JSON-lines file in Dolly's fields, or 'embedded'")  # fmt: skip
@@ -58,6 +58,8 @@ def parser(prog: str = "python -m sdtp_lib train") -> argparse.ArgumentParser:
     made.add_argument("--heldout", type=int, default=24, help="held-out prompts per kind to measure on; 0: do not")
     made.add_argument("--layers", type=int, nargs="+", help="before which to prune; default: every third from layer 4")
     made.add_argument("--start", metavar="PRUNERS", help="go on from these: a folder, or the name of shipped ones")
+    made.add_argument("--start-share", type=float, default=0.0, metavar="SHARE", help="share of --start in the "
+                      "averaged weights that come out: 0.5 with --recipe 'sdtp, on evidence'")  # fmt: skip
     made.add_argument("--dtype", default="default", help="of the model: default, auto, float32, bfloat16, ...")
     made.add_argument("--seed", type=int, default=0, help="of prompts, order and weights")
     made.add_argument("--labels-only", action="store_true", help="stop when all prompts are labelled")
@@ -72,8 +74,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
         train_by_recipe(
             model, tokenizer, given.data, recipe=given.recipe, instructions=given.instructions, prompts=given.prompts,
             prompt_tokens=tuple(given.prompt_tokens), most_tokens=given.most_tokens, epochs=given.epochs,
-            heldout=given.heldout, layers=given.layers, start=given.start, out=given.out, force=given.force,
-            labels_only=given.labels_only, seed=given.seed,
+            heldout=given.heldout, layers=given.layers, start=given.start, start_share=given.start_share,
+            out=given.out, force=given.force, labels_only=given.labels_only, seed=given.seed,
         )  # fmt: skip
     except (ValueError, OSError, PruningNotSupported, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)

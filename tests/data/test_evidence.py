@@ -75,7 +75,7 @@ def test_of_planted_facts_rows_and_quotations_the_place_of_the_answer_has_most(s
         text = told(tiny_tokenizer, sample, 1.0)
         assert answer in text and len(text) < 200, text
     for sample in of_kind(samples, "table"):
-        answer = re.search(r" is ([^ ]+?)\.(?:\s|<|$)", sample["response"])[1]  # of two questions the first stands there
+        answer = re.search(r" is ([^ ]+?)\.(?:\s|<|$)", sample["response"])[1]  # the first of two
         assert answer in told(tiny_tokenizer, sample, 1.0)
     for sample in of_kind(samples, "quoted"):
         for part in (sample["response"][:40], sample["response"][-40:]):
