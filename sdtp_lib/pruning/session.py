@@ -279,7 +279,10 @@ class Session:
         if isinstance(finished.cache, PrunedCache):
             finished.cache.inside = False
         queries = finished.close()
-        if not isinstance(finished, Prefill) or output is None:
+        if not isinstance(finished, Prefill):
+            return None
+        if output is None:
+            self.trace.end_early()
             return None
         finished.finish()
         self._unchecked = finished

@@ -94,6 +94,28 @@ def test_the_reason_is_that_of_the_last_prefill(model):
     assert "5 tokens is too short" in trace.not_pruned
 
 
+@pytest.mark.parametrize("broken", [0, 3, 7])
+def test_a_prefill_that_ends_in_an_error_leaves_no_plan_as_if_it_had_been(model, broken):
+    """The trace had shown what the prefill was going to keep, in memory that had run out on the way."""
+
+    def runs_out(*_):
+        raise MemoryError("no room")
+
+    with torch.no_grad(), token_pruning(model, CONFIG, scorers.recency()) as trace:
+        model(input_ids=PROMPT)
+        whole = str(trace)
+        hook = model.model.layers[broken].register_forward_pre_hook(runs_out)
+        with pytest.raises(MemoryError):
+            model(input_ids=PROMPT)
+        hook.remove()
+        assert str(trace) == "not pruned: the last prefill ended in an error"
+        assert trace.prefills == 1 and not trace.kept_positions and not trace.scores
+        with pytest.raises(ValueError, match="the trace is empty: the last prefill ended in an error"):
+            _ = trace.compression_ratio
+        model(input_ids=PROMPT)
+        assert str(trace) == whole and trace.prefills == 2
+
+
 def test_a_row_that_stays_whole_beside_one_that_is_cut_is_no_remark(model):
     ids, protect = PROMPT.expand(2, -1), torch.zeros(2, 300, dtype=torch.bool)
     protect[0] = True
