@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dolly", required=True, help="Dolly-15k: a JSON-lines file or a Hub data set")
     parser.add_argument("--recipes", nargs="+", choices=recipes(),
                         default=[name for name, each in RECIPES.items() if not each.refinement and not each.evidence],
-                        help="default: all but those that train further")  # fmt: skip
+                        help="default: all but those that go on from others")  # fmt: skip
     parser.add_argument("--prompts", type=int, default=180, help="labelled prompts to train on")
     parser.add_argument("--epochs", type=float, default=10.0)
     parser.add_argument("--samples", type=int, default=6, help="held-out prompts per test set")

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dolly", default=DOLLY, help="Dolly-15k: a JSON-lines file or a Hub data set")
     parser.add_argument("--prompts", type=int, default=480, help="how many to label and train on")
     parser.add_argument("--prompt-tokens", type=int, nargs=2, metavar=("FROM", "TO"), default=LENGTHS)
-    parser.add_argument("--epochs", type=float, default=10.0, help="passes over the prompts")
+    parser.add_argument("--epochs", type=float, help="passes over the prompts; default: the recipe's")
     parser.add_argument("--heldout", type=int, default=0, help="held-out prompts per kind to measure on")
     parser.add_argument("--recipe", choices=list(RECIPES), default=DEFAULT, help="labels, inputs and losses")
     parser.add_argument("--start", help="pruners to go on from: a folder, or the name of shipped ones; default: anew")

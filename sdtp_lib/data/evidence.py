@@ -2,8 +2,9 @@
 
 A sample here has ``evidence`` too, one number in [0, 1] per prompt token: 1 for what answers the question, less for
 what may. In a record packed among others (`samples.pack_contexts`) it is the record's own context, its sentences
-weighed by the words that they share with the answer; among planted facts, a table's rows and quoted sentences it is the
-fact, the row, the sentence. The question counts too: it may stand before the text. Training side only. Knows no model.
+weighed by the words that they share with the answer; among planted facts, a table's rows and named sentences it is the
+fact, the row with the table's head, the sentence. The question counts too: it may stand before the text. Training side
+only. Recipes read it (`training.recipes`), other ways to train do not. Knows no model.
 
 Example: of "The lift is on the left. The key of Anna is 4821. It rains.", asked for Anna's key, the tokens of the
 second sentence have 1 and those of the others 0.
@@ -31,7 +32,7 @@ from sdtp_lib.data.samples import (
 )
 
 PARTS = {"packed": 10, "values": 2, "needles": 1, "table": 1, "quoted": 3}  # of seventeen prompts
-_QUESTION = 0.8  # of the question, which may stand before the text
+_NEEDED = 0.8  # of the question, which may stand before the text, and of a table's head
 _LEAST_OF_CONTEXT = 0.35  # of a sentence that shares no word with the answer
 _RESPONSE_TOKENS = 64
 _WORD = re.compile(r"[A-Za-z0-9]{4,}")
@@ -126,14 +127,14 @@ def _packed(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
             (a, b, _LEAST_OF_CONTEXT + (1 - _LEAST_OF_CONTEXT) * share / most)
             for (a, b), share in zip(sentences, shares, strict=True)
         ]
-        found.append(_told(tokenizer, sample, [*spans, *_question(prompt, record["instruction"])]))
+        found.append(_told(tokenizer, sample, [*spans, *_where(prompt, record["instruction"])]))
     return [sample for sample in found if sample]
 
 
 def _values(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
     made = long_values(tokenizer, tokens=lengths, count=count, seed=seed + 100)
     about = ([span for value in sample["values"] for span in _around(sample["prompt"], value)] for sample in made)
-    found = [_told(tokenizer, sample, [*spans, *_question(sample["prompt"], sample["question"])])
+    found = [_told(tokenizer, sample, [*spans, *_where(sample["prompt"], sample["question"])])
              for sample, spans in zip(made, about, strict=True)]  # fmt: skip
     return [sample for sample in found if sample]
 
@@ -147,22 +148,28 @@ def _needles(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
             name, tokenizer=tokenizer, prompt_tokens=size, count=wanted, seed=seed + 100
         ):
             sample = tasks.as_sample(record, tokenizer)
-            found.append(_told(tokenizer, sample, _around(sample["prompt"], record["answers"][0])))
+            # The response repeats the fact, which no other sentence does; "red" stands in "hundred" too.
+            fact = _around(sample["prompt"], sample["response"].rstrip("."))
+            found.append(_told(tokenizer, sample, [*fact, *_where(sample["prompt"], record["input"])]))
     return [sample for sample in found if sample]
 
 
 def _tables(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
     found = []
     for sample in table_lookups(tokenizer, tokens=lengths, count=count, seed=seed + 100):
-        prompt, spans = sample["prompt"], []
-        for item in sorted(set(re.findall(r"item ([A-Z]-\d{5})", prompt))):
-            spans += [_line(prompt, place.start()) for place in re.finditer(re.escape(item), prompt)]
-        found.append(_told(tokenizer, sample, [*spans, *_question(prompt, sample["question"])]))
+        prompt, question = sample["prompt"], _where(sample["prompt"], sample["question"])
+        item = re.search(r"item ([A-Z]-\d{5})", sample["question"])[1]
+        places = (place.start() for place in re.finditer(re.escape(item), prompt))
+        rows = [_line(prompt, at) for at in places if not any(a <= at < b for a, b, _ in question)]
+        # A row such as "B-46223,800.62,1999-10-01" cannot be read without the table's head.
+        bare = any("item" not in prompt[a:b] for a, b, _ in rows)
+        head = _where(prompt, sample["table_head"]) if bare else []
+        found.append(_told(tokenizer, sample, [*rows, *head, *question]))
     return [sample for sample in found if sample]
 
 
 def _quoted(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
-    """Questions that name one to three sentences of a text by rare words or by their beginning."""
+    """Questions that name one to three sentences of a text by rare words or by some words in a row."""
     pool = [record["context"] for record in records] or [document["text"] for document in long_documents("train")]
     made = (_quotation(tokenizer, pool, lengths, seed, number) for number in range(2 * count))
     found = []
@@ -187,14 +194,17 @@ def _quotation(tokenizer, pool, lengths, seed, number) -> dict[str, Any] | None:
     question = draw.choice(_ASKED_BY_QUOTE if by_quote else _ASKED_BY_WORDS).format(" and ".join(named))
     first = draw.random() < 0.25
     prompt = chat_prompt(tokenizer, f"{question}\n\n{text}" if first else f"{text}\n\n{question}")
-    at, response = prompt.find(text), " ".join(text[a:b] for a, b in chosen)
+    at = prompt.find(text)
+    if at < 0:  # a chat format that changes white space
+        return None
+    response = " ".join(text[a:b] for a, b in chosen)
     spans: list[Span] = [(at + a, at + b, 1.0) for a, b in chosen]
     sample = {
         "id": str(number), "prompt": prompt, "response": response, "source": "synthetic", "category": "quotation",
         "prompt_ids": tokenise_prompt(tokenizer, prompt, chat=True),
         "response_ids": response_ids(tokenizer, response, _RESPONSE_TOKENS),
     }  # fmt: skip
-    return _told(tokenizer, sample, [*spans, *_question(prompt, question)])
+    return _told(tokenizer, sample, [*spans, *_where(prompt, question)])
 
 
 def _text_of(tokenizer: Any, tokens: int, pool: Sequence[str], draw: random.Random) -> str:
@@ -241,7 +251,8 @@ def _around(prompt: str, value: str) -> list[Span]:
     """The sentence, or the line, of each place where ``value`` stands."""
     spans: list[Span] = []
     for place in re.finditer(re.escape(value), prompt):
-        begin = max(prompt.rfind(". ", 0, place.start()) + 2, prompt.rfind("\n", 0, place.start()) + 1)
+        stop = prompt.rfind(". ", 0, place.start())
+        begin = max(stop + 2 if stop >= 0 else 0, prompt.rfind("\n", 0, place.start()) + 1)
         spans.append((begin, place.end() + 1, 1.0))
     return spans
 
@@ -251,9 +262,10 @@ def _line(prompt: str, at: int) -> Span:
     return prompt.rfind("\n", 0, at) + 1, end if end > 0 else len(prompt), 1.0
 
 
-def _question(prompt: str, question: str) -> list[Span]:
-    at = prompt.find(question)
-    return [(at, at + len(question), _QUESTION)] if at >= 0 else []
+def _where(prompt: str, text: str) -> list[Span]:
+    """What is needed to read the evidence: the question, the head of a table."""
+    at = prompt.find(text)
+    return [(at, at + len(text), _NEEDED)] if at >= 0 else []
 
 
 _MAKERS: dict[str, Callable[..., list[dict[str, Any]]]] = {

@@ -82,7 +82,8 @@ def _lookup(tokenizer: Any, tokens: tuple[int, int], number: int, seed: int, spl
     prompt = build(lines, question)
     made = {
         "id": f"table-{split}-{seed}-{tokens[0]}-{number}", "prompt": prompt, "source": "synthetic",
-        "question": question, "prompt_ids": tokenise_prompt(tokenizer, prompt, chat=True),
+        "question": question, "table_head": row_of(heads, heads),
+        "prompt_ids": tokenise_prompt(tokenizer, prompt, chat=True),
     }  # fmt: skip
     if number % 3 < 2:
         ids = response_ids(tokenizer, answer, RESPONSE_TOKENS)

@@ -79,7 +79,8 @@ def words_of(ids: Tensor, positions: Tensor, table: Tensor) -> Tensor:
 
 
 def least_at(layer: int, layers: Sequence[int]) -> int:
-    """Kept tokens that make a word one at ``layer`` of the stages ``layers``; of five, the first three ask for less."""
+    """Kept tokens that make a word one at ``layer``, of the ``layers`` that pruners were made for; of five, the first
+    three ask for less."""
     return LEAST if layers.index(layer) < (len(layers) + 1) // 2 else LEAST_LATER
 
 

@@ -50,7 +50,7 @@ def parser(prog: str = "python -m sdtp_lib train") -> argparse.ArgumentParser:
     )
     made.add_argument("--instructions", default=DOLLY, metavar="SOURCE", help="instruction records with contexts: a "
                       "Hub data set or a JSON-lines file in Dolly's fields, or 'embedded'")  # fmt: skip
-    made.add_argument("--prompts", type=int, default=480, help="how many to train on, yours included")
+    made.add_argument("--prompts", type=int, default=480, help="how many to label and train on, yours included")
     made.add_argument("--prompt-tokens", type=int, nargs=2, default=LENGTHS, metavar=("FROM", "TO"),
                       help="lengths of prompts")  # fmt: skip
     made.add_argument("--most-tokens", type=int, default=4096, help="of your longer prompts the middle is left out")
@@ -59,7 +59,7 @@ def parser(prog: str = "python -m sdtp_lib train") -> argparse.ArgumentParser:
     made.add_argument("--layers", type=int, nargs="+", help="before which to prune; default: every third from layer 4")
     made.add_argument("--start", metavar="PRUNERS", help="go on from these: a folder, or the name of shipped ones")
     made.add_argument("--start-share", type=float, default=0.0, metavar="SHARE", help="share of --start in the "
-                      "averaged weights that come out: 0.5 with --recipe 'sdtp, on evidence'")  # fmt: skip
+                      "averaged weights that come out, such as 0.5 with --recipe 'sdtp, on evidence'")  # fmt: skip
     made.add_argument("--dtype", default="default", help="of the model: default, auto, float32, bfloat16, ...")
     made.add_argument("--seed", type=int, default=0, help="of prompts, order and weights")
     made.add_argument("--labels-only", action="store_true", help="stop when all prompts are labelled")

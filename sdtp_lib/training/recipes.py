@@ -78,6 +78,9 @@ class Recipe:
         known = {**dataclasses.asdict(self), "training": self.training.to_dict()}
         if self.refinement is not None:
             known["refinement"] = self.refinement.to_dict()
+        # What a recipe does not have is left out: a run of before goes on as the same one.
+        if not self.training.input_dropout:
+            del known["training"]["input_dropout"]
         return {name: value for name, value in known.items() if name not in ("refinement", "evidence") or value}
 
     def changed(self, part: str, **changes: Any) -> Recipe:
@@ -119,7 +122,7 @@ RECIPES = {
         training=TrainingConfig(rank_at_cut=False, staged=False, **_SCHEDULE),
     ),
     "sdtp, refined": dataclasses.replace(_OURS, refinement=_REFINEMENT),
-    # For pruners to go on from, averaged with them (start_share=0.5).
+    # For pruners to go on from (start=), averaged with them (start_share=0.5).
     "sdtp, on evidence": dataclasses.replace(
         _OURS, evidence=5 / 3, blends=_OURS.blends[:1],
         training=_OURS.training.replace(epochs=2.0, batch_size=16, learning_rate=1e-3, input_dropout=0.1),

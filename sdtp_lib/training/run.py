@@ -97,14 +97,14 @@ def train_by_recipe(
     ----------
     data
         A user's records: a JSON-lines file or an iterable of objects, in any form of `data.own_records`. They make up
-        half of the prompts at most; two in ten are held out and measured on. None: data of its own alone.
+        half of the labelled prompts at most; two in ten are held out and measured on. None: data of its own alone.
     recipe
         A name of `RECIPES`, or a `Recipe`.
     instructions
         Instruction records with contexts, part of the data of its own: Dolly from the Hub, a JSON-lines file in its
         fields, or ``"embedded"``, which also stands in where the Hub cannot be reached.
     prompts, prompt_tokens
-        How many to train on, and their lengths, from and to.
+        How many to label and train on, and their lengths, from and to; a recipe may add some with evidence.
     most_tokens
         Of a user's longer prompts the middle is left out.
     epochs
@@ -161,6 +161,8 @@ def train_by_recipe(
     chosen = dataclasses.replace(chosen, training=chosen.training.replace(seed=seed, logging_steps=logged))
     if chosen.refinement is not None:
         chosen = dataclasses.replace(chosen, refinement=chosen.refinement.replace(seed=seed, logging_steps=logged))
+    if chosen.evidence and start is None:
+        say("evidence is meant for pruners to go on from (start=); these begin anew")
     checked_labels(model, layers, chosen.labels)
     if not 0 <= start_share < 1 or (start_share and start is None):
         raise ValueError(f"start_share={start_share} needs start= and a share in [0, 1).")

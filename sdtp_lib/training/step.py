@@ -68,7 +68,10 @@ class PrunerLoss(nn.Module):
                 layer_inputs(architecture, self.layers) as seen,
                 attention_of_earlier_layers(architecture, back, QUERY_TOKENS, lambda _layer: prompt_mask) as paid,
             ):
-                teacher = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)[0]
+                if config.distill_weight:
+                    teacher = self._response_logits(language_model, input_ids, attention_mask, prompt_mask)[0]
+                else:
+                    self._logits(language_model, input_ids, attention_mask, 1)
             by_layer = {layer: (seen[layer].to(device), _moved(paid.get(layer), device)) for layer in self.layers}
         if hidden is not None:
             paid = [None] * len(self.layers) if attention is None else attention.unbind(dim=1)
@@ -127,6 +130,13 @@ class PrunerLoss(nn.Module):
         return {name: torch.stack(values).mean() for name, values in found.items() if values}
 
     @staticmethod
+    def _logits(language_model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+        positions = position_argument(language_model, (attention_mask.cumsum(-1) - 1).clamp(min=0))
+        return language_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep, **positions
+        ).logits
+
+    @staticmethod
     def _response_logits(
         language_model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -134,13 +144,8 @@ class PrunerLoss(nn.Module):
         response = attention_mask.bool() & ~prompt_mask
         # 14 tokens, the last 4 the response: logits at 9 .. 13, and without the last those that predict 10 .. 13.
         first = int(response.any(0).nonzero()[0])
-        logits = language_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-            logits_to_keep=input_ids.shape[1] - first + 1,
-            **position_argument(language_model, (attention_mask.cumsum(-1) - 1).clamp(min=0)),
-        ).logits[:, :-1]
+        keep = input_ids.shape[1] - first + 1
+        logits = PrunerLoss._logits(language_model, input_ids, attention_mask, keep)[:, :-1]
         here = response[:, first:]
         return logits[here], input_ids[:, first:][here]
 

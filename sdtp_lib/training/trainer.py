@@ -173,7 +173,8 @@ def _same_run(output_dir: Path, run: dict[str, Any]) -> dict[str, Any]:
     file = output_dir / _RUN_FILE
     if not file.is_file():
         return {}
-    known = json.loads(file.read_text(encoding="utf-8"))
+    # A field that the config did not have when the run began had no effect then, as by its default now.
+    known = {**TrainingConfig().to_dict(), **json.loads(file.read_text(encoding="utf-8"))}
     if differing := [name for name in run if run[name] != known.get(name)]:
         shown = ", ".join(
             f"{name}={known.get(name)!r} there and {run[name]!r} here" if len(repr(run[name])) < 40 else name

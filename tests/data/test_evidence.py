@@ -82,6 +82,38 @@ def test_of_planted_facts_rows_and_quotations_the_place_of_the_answer_has_most(s
             assert part.strip() in told(tiny_tokenizer, sample, 1.0)
 
 
+def test_an_answer_inside_another_word_or_sentence_is_no_evidence(tiny_tokenizer):
+    """The colour red had been seen in "incurred" and "the reduction"."""
+    found = evidence._needles(tiny_tokenizer, 90, [], (1000, 1100), 0)
+    some = [sample for sample in found if sample["category"] == "multi_doc_qa"]
+    assert len(some) == 30 and any("red" in sample["response"] for sample in some)
+    for sample in some:
+        assert told(tiny_tokenizer, sample, 1.0).strip() == sample["response"].strip()
+
+
+def test_a_row_that_cannot_be_read_without_the_tables_head_comes_with_it(tiny_tokenizer):
+    found = evidence._tables(tiny_tokenizer, 24, [], (900, 1000), 0)
+    bare = [sample for sample in found if "item" not in told(tiny_tokenizer, sample, 1.0)]
+    assert 0 < len(bare) < len(found)
+    for sample in bare:
+        assert sample["table_head"] in told(tiny_tokenizer, sample, 0.8)
+    for sample in found:
+        text = told(tiny_tokenizer, sample, 1.0)
+        assert sample["question"] not in text and text.strip().count("\n") == 0, "one row"
+
+
+def test_where_a_chat_format_changes_the_text_there_is_no_quotation(tiny_tokenizer, monkeypatch):
+    made = evidence.chat_prompt
+    monkeypatch.setattr(evidence, "chat_prompt", lambda tokenizer, text: " ".join(made(tokenizer, text).split()))
+    pool = ["One small sentence with several rare words stands here. " * 3 + "\n\nAnother paragraph."]
+    assert not [sample for sample in evidence._quoted(tiny_tokenizer, 6, [{"context": pool[0]}], (900, 1000), 0)
+                if "\n" in sample["prompt"]]  # fmt: skip
+
+
+def test_a_fact_at_the_very_beginning_is_evidence_from_its_first_letter():
+    assert evidence._around("X is 4821. Rain.", "4821") == [(0, 10, 1.0)]
+
+
 def test_where_tokens_are_not_those_of_the_text_there_is_no_sample(tiny_tokenizer):
     sample = {"prompt": "The lift is here. The key is 4821.", "prompt_ids": [5, 6, 7]}
     assert evidence._told(tiny_tokenizer, sample, [(18, 34, 1.0)]) is None

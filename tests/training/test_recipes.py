@@ -183,7 +183,9 @@ def test_prompts_with_evidence_train_beside_labelled_ones_and_need_no_label(
     pruners = sdtp_lib.train_pruners(model, tiny_tokenizer, recipe=recipe, **options)
     labelled = seen[0]
     with_evidence = labelled.filter(lambda row: row["evidence"] is not None)
-    assert f"{len(with_evidence)} more prompts whose evidence is known" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{len(with_evidence)} more prompts whose evidence is known" in printed
+    assert "evidence is meant for pruners to go on from (start=); these begin anew" in printed
     assert len(labelled) == 10 + len(with_evidence) and 12 <= len(with_evidence) <= 17, "too long ones are left out"
     assert all(row["layer_4"] is None and len(row["evidence"]) == row["prompt_length"] for row in with_evidence)
     labels = list((tmp_path / "cache" / "saliency").rglob("*.safetensors"))

@@ -153,6 +153,19 @@ def test_a_run_that_has_ended_is_read_and_not_trained_further(tiny_model, labell
     assert [line["step"] for line in again.history] == steps and again.identity == first.identity
 
 
+def test_a_run_from_before_a_field_was_there_is_the_same_run(tiny_model, labelled, tmp_path):
+    """A new field with a default that changes nothing had made each older folder another run's."""
+    options = {"output_dir": tmp_path, "progress": False, "layers": LAYERS}
+    first = train_pruners(tiny_model(), labelled, QUICK, **options)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run.pop("input_dropout") == 0.0
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    again = train_pruners(tiny_model(), labelled, QUICK, **options)
+    assert again.identity == first.identity
+    with pytest.raises(ValueError, match=r"input_dropout=0\.0 there and 0\.1 here"):
+        train_pruners(tiny_model(), labelled, QUICK.replace(input_dropout=0.1), **options)
+
+
 @pytest.mark.parametrize("what", ["label", "protect", "begun"])
 def test_other_samples_or_another_start_are_another_run(tiny_model, labelled, tmp_path, what):
     train_pruners(tiny_model(), labelled, QUICK, output_dir=tmp_path, progress=False)
