@@ -10,6 +10,7 @@ With 3 test sets, tasks A, B, and 3 items: text 0, needle 0, instructions 0, A 0
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,8 @@ def name_of_sample(step: Step, item: Any) -> str:
 class Measured:
     """What rows have been measured of: for a new method, or new pruners, on the same items as all others.
 
-    An item counts where all methods of its length and speed-up have been tried on it: a table leaves out the others.
+    An item counts where all methods of its length and speed-up have been tried on it, those aside that were tried on
+    fewer than half of the most measured one's: as in the tables (`tables.at`).
 
     Parameters
     ----------
@@ -111,16 +113,16 @@ class Measured:
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], methods: Iterable[str] = ()) -> None:
-        own, places, everyone = {UNPRUNED, *methods}, {}, {}
+        own, places = {UNPRUNED, *methods}, {}
         for row in rows:
             if row.get("sample") and row.get("method") not in own:  # measured, failed, or out of reach on this item
                 place = (row["sort"], row["cell"], row["length"], row["sample"], row["speedup"])
                 places.setdefault(place, set()).add(row["method"])
-                everyone.setdefault((row["length"], row["speedup"]), set()).add(row["method"])
-        self._places = {
-            (sort, cell, length, sample, speedup) for (sort, cell, length, sample, speedup), tried in places.items()
-            if tried == everyone[length, speedup]
-        }  # fmt: skip
+        counts: dict[tuple[int, float], Counter[str]] = {}
+        for (_, _, length, _, speedup), tried in places.items():
+            counts.setdefault((length, speedup), Counter()).update(tried)
+        everyone = {at: {name for name, n in of.items() if 2 * n >= max(of.values())} for at, of in counts.items()}
+        self._places = {place for place, tried in places.items() if tried >= everyone[place[2], place[-1]]}
 
     def sizes(self, spare: int = 8) -> list[Sizes]:
         """As many items as the fullest test set, task and data set of each length has, and some for gaps between."""
