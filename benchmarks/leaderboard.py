@@ -298,7 +298,9 @@ def start_from_committed(
     this run does not measure are laid down as they are."""
     if options.fresh or not share.is_first:
         return
-    known = {row["key"] for row in read_rows(path)} if path.exists() else set()
+    # A run of several processes that was stopped has left its last rows in files beside it.
+    files = [*path.parent.glob(f"{path.stem}.share*{path.suffix}"), *([path] if path.exists() else [])]
+    known = {row["key"] for file in files for row in read_rows(file)}
     rows = [row for row in committed.read_committed(committed.path_of(options.name))
             if row["key"] not in known and committed.of_one_origin(row, stamp)
             and committed.of_scorers(row, scorers)]  # fmt: skip

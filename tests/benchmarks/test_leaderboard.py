@@ -178,6 +178,13 @@ def test_a_run_goes_on_from_committed_rows_of_the_same_model(arguments, tmp_path
     leaderboard.main([*arguments[:-2], "gemfilter"])
     laid = {row["scorer_id"] for row in read_rows(path) if row["method"] == "lazyllm"}
     assert laid == {"settings of before"}, "this run does not measure it: its rows are laid down as they are"
+    # Rows of before had been laid over new ones that a stopped run of two processes had left in its own files.
+    path.rename(path.with_name("leaderboard.share1.jsonl"))
+    write_rows = [{**row, "scorer_id": "new"} if row["method"] == "lazyllm" else row
+                  for row in read_rows(tmp_path / "run" / "leaderboard.share1.jsonl")]  # fmt: skip
+    path.with_name("leaderboard.share1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in write_rows))
+    leaderboard.main([*arguments[:-2], "gemfilter"])
+    assert {row["scorer_id"] for row in read_rows(path) if row["method"] == "lazyllm"} == {"new"}
 
 
 def test_a_new_method_is_measured_on_the_items_that_there_are_rows_of(arguments, tmp_path, monkeypatch, capsys):
