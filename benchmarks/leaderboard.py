@@ -41,7 +41,7 @@ from sdtp_lib.latency import measure as timing
 from sdtp_lib.leaderboard import committed, plan
 from sdtp_lib.leaderboard.entrants import entrants
 from sdtp_lib.leaderboard.measure import Measurement
-from sdtp_lib.processes import Share
+from sdtp_lib.processes import Share, share_files
 from sdtp_lib.provenance import scorer_id
 from sdtp_lib.records import RowWriter, project_root, provenance_of, read_rows
 from sdtp_lib.scorers.found import TRAINING_FREE, scorer_called
@@ -299,7 +299,7 @@ def start_from_committed(
     if options.fresh or not share.is_first:
         return
     # A run of several processes that was stopped has left its last rows in files beside it.
-    files = [*path.parent.glob(f"{path.stem}.share*{path.suffix}"), *([path] if path.exists() else [])]
+    files = [*share_files(path), *([path] if path.exists() else [])]
     known = {row["key"] for file in files for row in read_rows(file)}
     rows = [row for row in committed.read_committed(committed.path_of(options.name))
             if row["key"] not in known and committed.of_one_origin(row, stamp)

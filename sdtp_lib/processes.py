@@ -86,8 +86,12 @@ class Share:
         self.wait()
 
 
+def share_files(path: Path) -> list[Path]:
+    """What several processes are writing, or a stopped run has left, of the rows that belong into ``path``."""
+    return sorted(path.parent.glob(f"{path.stem}.share*{path.suffix}"))
+
+
 def _gather(path: Path, provenance: Mapping[str, Any]) -> None:
     """Move the rows of all share files beside ``path`` into it; refused while a process still writes to one."""
-    shares = sorted(path.parent.glob(f"{path.stem}.share*{path.suffix}"))
-    if shares:
+    if shares := share_files(path):
         join_rows(path, shares, provenance)

@@ -85,14 +85,14 @@ def evidence_prompts(
     found = []
     for kind, parts in PARTS.items():
         made = _MAKERS[kind](tokenizer, each * parts, records, lengths, seed)
-        found += [{**sample, "id": f"evidence-{kind}-{seed}-{sample['id']}"} for sample in made]
+        found += [{**sample, "id": f"evidence-{kind}-{seed}-{sample['id']}"} for sample in made if sample is not None]
     random.Random(stable_number("evidence", seed)).shuffle(found)
     return found[:count]
 
 
-def _told(tokenizer: Any, sample: dict[str, Any], spans: Sequence[Span], chat: bool = True) -> dict[str, Any] | None:
+def _told(tokenizer: Any, sample: dict[str, Any], spans: Sequence[Span]) -> dict[str, Any] | None:
     """``sample`` with its ``evidence``; None where its tokens are not those of its text, or nothing is evidence."""
-    special = not (chat and getattr(tokenizer, "chat_template", None))
+    special = not getattr(tokenizer, "chat_template", None)  # as in `tokenise_prompt`
     read = tokenizer(sample["prompt"], add_special_tokens=special, return_offsets_mapping=True)
     if list(read["input_ids"]) != list(sample["prompt_ids"]):
         return None
@@ -101,7 +101,7 @@ def _told(tokenizer: Any, sample: dict[str, Any], spans: Sequence[Span], chat: b
     return {**sample, "evidence": evidence} if any(evidence) else None
 
 
-def _packed(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
+def _packed(tokenizer, count, records, lengths, seed) -> list[dict[str, Any] | None]:
     by_id = {record["id"]: record for record in records}
     made = pack_contexts(
         records,
@@ -121,25 +121,25 @@ def _packed(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
         answer = _words(record["response"])
         sentences = _sentences(record["context"], at)
         # Long sentences share more words with anything.
-        shares = [len(_words(prompt[a:b]) & answer) / (4 + len(_words(prompt[a:b]))) for a, b in sentences]
+        words = [_words(prompt[a:b]) for a, b in sentences]
+        shares = [len(own & answer) / (4 + len(own)) for own in words]
         most = max(shares) or 1
         spans = [
             (a, b, _LEAST_OF_CONTEXT + (1 - _LEAST_OF_CONTEXT) * share / most)
             for (a, b), share in zip(sentences, shares, strict=True)
         ]
         found.append(_told(tokenizer, sample, [*spans, *_where(prompt, record["instruction"])]))
-    return [sample for sample in found if sample]
+    return found
 
 
-def _values(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
+def _values(tokenizer, count, records, lengths, seed) -> list[dict[str, Any] | None]:
     made = long_values(tokenizer, tokens=lengths, count=count, seed=seed + 100)
     about = ([span for value in sample["values"] for span in _around(sample["prompt"], value)] for sample in made)
-    found = [_told(tokenizer, sample, [*spans, *_where(sample["prompt"], sample["question"])])
-             for sample, spans in zip(made, about, strict=True)]  # fmt: skip
-    return [sample for sample in found if sample]
+    return [_told(tokenizer, sample, [*spans, *_where(sample["prompt"], sample["question"])])
+            for sample, spans in zip(made, about, strict=True)]  # fmt: skip
 
 
-def _needles(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
+def _needles(tokenizer, count, records, lengths, seed) -> list[dict[str, Any] | None]:
     found = []
     for number, name in enumerate(_TASKS):
         size = lengths[0] + (lengths[1] - lengths[0]) * (number + 1) // (len(_TASKS) + 1)
@@ -151,10 +151,10 @@ def _needles(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
             # The response repeats the fact, which no other sentence does; "red" stands in "hundred" too.
             fact = _around(sample["prompt"], sample["response"].rstrip("."))
             found.append(_told(tokenizer, sample, [*fact, *_where(sample["prompt"], record["input"])]))
-    return [sample for sample in found if sample]
+    return found
 
 
-def _tables(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
+def _tables(tokenizer, count, records, lengths, seed) -> list[dict[str, Any] | None]:
     found = []
     for sample in table_lookups(tokenizer, tokens=lengths, count=count, seed=seed + 100):
         prompt, question = sample["prompt"], _where(sample["prompt"], sample["question"])
@@ -165,7 +165,7 @@ def _tables(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
         bare = any("item" not in prompt[a:b] for a, b, _ in rows)
         head = _where(prompt, sample["table_head"]) if bare else []
         found.append(_told(tokenizer, sample, [*rows, *head, *question]))
-    return [sample for sample in found if sample]
+    return found
 
 
 def _quoted(tokenizer, count, records, lengths, seed) -> list[dict[str, Any]]:
@@ -268,6 +268,6 @@ def _where(prompt: str, text: str) -> list[Span]:
     return [(at, at + len(text), _NEEDED)] if at >= 0 else []
 
 
-_MAKERS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+_MAKERS: dict[str, Callable[..., Sequence[dict[str, Any] | None]]] = {
     "packed": _packed, "values": _values, "needles": _needles, "table": _tables, "quoted": _quoted
 }  # fmt: skip

@@ -100,11 +100,16 @@ def name_of_sample(step: Step, item: Any) -> str:
     return str(item["id"]) if step.sort == KL else item.identifier
 
 
+def only_begun(tried: Mapping[str, int]) -> set[str]:
+    """Methods tried on fewer than half of the items that the most measured one was tried on; ``tried``: on how many."""
+    return {name for name, items in tried.items() if 2 * items < max(tried.values())}
+
+
 class Measured:
     """What rows have been measured of: for a new method, or new pruners, on the same items as all others.
 
     An item counts where all methods of its length and speed-up have been tried on it, those aside that were tried on
-    fewer than half of the most measured one's: as in the tables (`tables.at`).
+    fewer than half of the most measured one's (`only_begun`).
 
     Parameters
     ----------
@@ -121,7 +126,7 @@ class Measured:
         counts: dict[tuple[int, float], Counter[str]] = {}
         for (_, _, length, _, speedup), tried in places.items():
             counts.setdefault((length, speedup), Counter()).update(tried)
-        everyone = {at: {name for name, n in of.items() if 2 * n >= max(of.values())} for at, of in counts.items()}
+        everyone = {at: of.keys() - only_begun(of) for at, of in counts.items()}
         self._places = {place for place, tried in places.items() if tried >= everyone[place[2], place[-1]]}
 
     def sizes(self, spare: int = 8) -> list[Sizes]:

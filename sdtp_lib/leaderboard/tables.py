@@ -15,7 +15,7 @@ from sdtp_lib.evaluation.statistics import paired_bootstrap
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.extras import extra
 from sdtp_lib.leaderboard.entrants import OURS
-from sdtp_lib.leaderboard.plan import KL, LONGBENCH, MEMORY, RULER, TIME
+from sdtp_lib.leaderboard.plan import KL, LONGBENCH, MEMORY, RULER, TIME, only_begun
 from sdtp_lib.methods.variant import UNPRUNED
 
 with extra("train"):
@@ -69,8 +69,8 @@ def at(frame: pandas.DataFrame, length: int, speedup: float) -> pandas.DataFrame
 def begun(frame: pandas.DataFrame, length: int, speedup: float) -> dict[str, tuple[int, int]]:
     """Methods tried on fewer than half of the items that the most measured one was tried on: (their items, its)."""
     here = frame[(frame.length == length) & (frame.speedup == speedup) & frame["sample"].notna()]
-    tried = here.drop_duplicates(["method", "sort", "cell", "sample"]).method.value_counts()
-    return {str(name): (int(n), int(tried.max())) for name, n in tried.items() if 2 * n < tried.max()}
+    tried = here.drop_duplicates(["method", "sort", "cell", "sample"]).method.value_counts().to_dict()
+    return {name: (tried[name], max(tried.values())) for name in tried if name in only_begun(tried)}
 
 
 def shared(part: pandas.DataFrame, *names: str) -> pandas.DataFrame:

@@ -93,19 +93,23 @@ class PruningTrace:
             score()
         return self._scores
 
-    def begin(self, prompt_lengths: list[int], tokens_per_row: torch.Tensor | None) -> None:
+    def begin(self, prompt_lengths: list[int], tokens_per_row: torch.Tensor) -> None:
         """Forget the previous prefill (called by the engine)."""
-        self.kept_positions, self.scored_positions, self._scores, self.scored_when_read = {}, {}, {}, []
-        self.kv_bytes_per_layer, self.keys_per_layer, self.passes = [], [], [tokens_per_row]
-        self.prompt_lengths, self.tokens_per_row = list(prompt_lengths), tokens_per_row
-        self.not_pruned, self.query_tokens = "", 0
+        self._forget()
+        self.passes, self.prompt_lengths, self.tokens_per_row = [tokens_per_row], list(prompt_lengths), tokens_per_row
         self.prefills += 1
 
     def end_early(self) -> None:
         """Forget a prefill that an error ended (called by the engine): what was planned is not what was computed."""
-        seen = self.prefills - 1
-        self.begin([], None)
-        self.passes, self.prefills, self.not_pruned = [], seen, "the last prefill ended in an error"
+        self._forget()
+        self.not_pruned = "the last prefill ended in an error"
+        self.prefills -= 1
+
+    def _forget(self) -> None:
+        self.kept_positions, self.scored_positions, self._scores, self.scored_when_read = {}, {}, {}, []
+        self.kv_bytes_per_layer, self.keys_per_layer, self.passes = [], [], []
+        self.prompt_lengths, self.tokens_per_row = [], None
+        self.not_pruned, self.query_tokens = "", 0
 
     @property
     def tokens_per_layer(self) -> list[int]:
