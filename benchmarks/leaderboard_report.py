@@ -20,7 +20,7 @@ from leaderboard_needles import draw_needles
 from sdtp_lib import plots
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.files import atomic_write
-from sdtp_lib.leaderboard import blocks, committed, page, picture, tables, words
+from sdtp_lib.leaderboard import blocks, committed, opening, page, picture, tables, words
 from sdtp_lib.leaderboard.entrants import OURS
 from sdtp_lib.provenance import called, model_called
 from sdtp_lib.records import project_root, provenance_of, write_json
@@ -66,7 +66,8 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
             temporary.write_text(pages[suffix], encoding="utf-8")
     store = root / STORE
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    if made := blocks.every(models.get("", ())):
+    made = blocks.every(models.get("", ())) | ({"costs": first} if (first := opening.block(models)) else {})
+    if made:
         write_json(store, dict(sorted((kept | made).items())))
     if root == project_root():
         sys.path.insert(0, str(root / "workflow"))

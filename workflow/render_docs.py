@@ -22,10 +22,12 @@ from typing import Any
 
 import docs_reference
 from docs_frame import Frame, markdown_html, notebook_html
-from headlines import cost, cost_beside_all_methods, faster, on_a_gpu
+from headlines import cost, faster
 from notebook_parameters import load_notebook, source_of
 from result_tables import latency_table, rows_of, run_name, scorer_table
 
+from sdtp_lib.leaderboard.committed import every_committed
+from sdtp_lib.leaderboard.opening import cost_beside_all_methods, on_a_gpu
 from sdtp_lib.provenance import commit, origin_line, project_root
 from sdtp_lib.records import atomic_write
 
@@ -59,13 +61,11 @@ def build(run: Path, docs: Path) -> list[Path]:
     (docs / "pictures").mkdir(parents=True, exist_ok=True)
     for name, source in PICTURES.items():
         shutil.copyfile(run / f"{source}.png", docs / "pictures" / f"{name}.png")
-    frame, explorer = _frame(docs), (docs / "explorer.html").is_file()
+    frame, models, explorer = _frame(docs), every_committed(docs.parent), (docs / "explorer.html").is_file()
     pages = {f"{name}.html": (titles[name], notebook_html(path, explorer=explorer)) for name, path in executed.items()}
     pages["index.html"] = (
         "SDTP: token pruning in prefill",
-        index(
-            rows, titles, dict(frame.navigation), on_a_gpu(docs.parent, ""), cost_beside_all_methods(docs.parent, "")
-        ),
+        index(rows, titles, dict(frame.navigation), on_a_gpu(models, ""), cost_beside_all_methods(models, "")),
     )
     (docs / ".nojekyll").touch()  # GitHub Pages serves the files as they are
     return _written(pages, frame, docs) + documents(docs)

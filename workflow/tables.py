@@ -17,9 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headlines import cost_beside_all_methods, headline, on_a_gpu
+from headlines import costs, headline
 from result_tables import Table, latency_table, other_tables, rows_of, run_name, scorer_table
 
+from sdtp_lib.leaderboard import opening
+from sdtp_lib.leaderboard.committed import every_committed
 from sdtp_lib.records import atomic_write, project_root, write_json
 
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
@@ -35,11 +37,10 @@ def collect(run: Path) -> dict[str, Any]:
     """All tables of a run by name, as JSON."""
     rows = rows_of(run)
     latency, scorers = latency_table(rows), scorer_table(rows)
-    root = project_root()
-    first = headline(latency, scorers, on_a_gpu(root), cost_beside_all_methods(root))
-    found = [table for table in (first, latency, scorers) if table]
+    found = [table for table in (headline(latency), costs(scorers), latency, scorers) if table]
     found += other_tables(rows)
-    return {table.name: table.to_dict() for table in found}
+    beside_others = opening.block(every_committed())
+    return {table.name: table.to_dict() for table in found} | ({"costs": beside_others} if beside_others else {})
 
 
 def pages(root: Path) -> list[Path]:

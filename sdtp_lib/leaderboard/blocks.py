@@ -51,7 +51,6 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             str(min((values[name].items for values in kl.values() if name in values), default=0)),
         ))  # fmt: skip
     header = ("method", "trained", *(f"KL {test_set}" for test_set in kl), "RULER, solved", "TTFT", "KV cache", "n")
-    dates = sorted({str(utc)[:10] for utc in part.utc})
     fewer = any("(" in line[header.index("RULER, solved")] for line in body)
     differ = [f"`{name}`" for name in order if name in remarks(part)]
     legend = [
@@ -68,7 +67,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         *picture.of_more_items(frame),
         *([earlier] if (earlier := before_what_ships(frame)) else []),
         *remarked,
-        f"{_origin(part)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}, beside other work on the machine.",
+        f"{measured_on(part)}, beside other work on the machine.",
         f"On {PAGE}: all lengths and speed-ups, intervals, RULER by task"
         f"{', how some methods differ from their papers (' + ', '.join(differ) + ')' if differ else ''}.",
     ]
@@ -136,6 +135,12 @@ def _origin(part: Any) -> str:
     # Commits are many, and the page names them; a column that other rows have is NaN where this one has nothing.
     return origin_line({name: value for name, value in (timed if len(timed) else part).iloc[0].items()
                         if name != "commit" and value == value})  # fmt: skip
+
+
+def measured_on(part: Any) -> str:
+    """Model, device and days of these rows."""
+    dates = sorted({str(utc)[:10] for utc in part.utc})
+    return f"{_origin(part)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}"
 
 
 def footnotes(part: Any, order: Sequence[str]) -> dict[str, str]:

@@ -15,7 +15,6 @@ import result_tables
 import tables
 from result_tables import Table
 
-from sdtp_lib.leaderboard import committed
 from sdtp_lib.records import RowWriter, provenance_of, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,50 +153,15 @@ def test_the_pages_show_what_the_tables_hold():
     assert shown >= set(kept)
 
 
-def test_a_gpus_times_of_random_weights_stand_in_the_headline(tmp_path):
-    shared = {
-        "kind": "item", "model": "Big-7B, random weights", "device_name": "Chip", "dtype": "bfloat16", "sort": "time",
-        "cell": "time", "length": 8192, "speedup": 2.0, "unpruned_prefill_ms": 90, "kv_bytes": 5,
-        "unpruned_kv_bytes": 10, "flops_speedup": 2.0, "commit": "abc",
-    }  # fmt: skip
-    rows = [
-        shared | {"method": method, "sample": f"{n}", "key": f"{method}{n}", "prefill_ms": ms}
-        for n in range(3) for method, ms in (("sdtp", 50), ("lazyllm", 45))
-    ]  # fmt: skip
-    path = committed.path_of("big", tmp_path)
-    path.parent.mkdir()
-    committed.write_committed(path, rows)
-    said = headlines.on_a_gpu(tmp_path)
-    assert "Big-7B, random weights, bfloat16 on one Chip" in said and "**1.80x** after 8,192 (n = 3) tokens" in said
-    assert "(docs/leaderboard-big.md)" in said
-    assert f"**On a GPU:** {said}" in headlines.headline(Table("latency", "", (), (), "x. y"), None, said).note
-    committed.write_committed(path, [{**row, "sort": "kl"} for row in rows])
-    assert headlines.on_a_gpu(tmp_path) == "", "a model with quality has a page of its own"
-
-
-def test_what_it_costs_stands_beside_the_best_other_method_of_the_leaderboard(tmp_path):
-    shared = {
-        "kind": "item", "model": "embedded", "sort": "kl", "length": 64, "speedup": 2.0, "scorer_id": "a",
-        "utc": "2026-01-02T03:04:05+00:00",
-    }  # fmt: skip
-    rows = [
-        shared | {"method": method, "cell": cell, "sample": f"{cell}{n}", "key": f"{method}{cell}{n}", "kl_nats": kl}
-        for n in range(3)
-        for method, text, needle in (("sdtp", 0.2, 0.5), ("lazyllm", 0.3, 0.4), ("asl", 0.4, 0.25),
-                                     ("sdtp-fast", 0.1, 0.1))
-        for cell, kl in (("text", text), ("needle", needle))
-    ]  # fmt: skip
-    assert headlines.cost_beside_all_methods(tmp_path) == ""
-    path = committed.path_of("embedded", tmp_path)
-    path.parent.mkdir()
-    committed.write_committed(path, rows)
-    said = headlines.cost_beside_all_methods(tmp_path)
-    assert "at 2x fewer prefill FLOPs and 64 tokens" in said and "leaderboard.md), 2026-01-02." in said
-    assert said.endswith("another set of pruners than the one that ships now, which is not measured in full yet.")
-    assert "text **0.200** (lazyllm 0.300, n = 3), needle **0.500** (asl 0.250, n = 3)." in said, "also where behind"
-    table = Table("latency", "", (), (), "x. y")
-    assert f"**What it costs:** {said}" in headlines.headline(table, None, costs=said).note
-    assert "**What it costs:** not measured yet." in headlines.headline(table, None).note
+def test_the_first_lines_of_a_run_have_its_origin_and_stand_where_it_measured_that(run):
+    rows = result_tables.rows_of(run)
+    latency, scorers = result_tables.latency_table(rows), result_tables.scorer_table(rows)
+    faster, cost = headlines.headline(latency), headlines.costs(scorers)
+    assert (faster.name, cost.name) == ("headline", "costs")
+    assert faster.note.startswith("**How much faster:** time to the first token after 1,024 tokens, ")
+    assert cost.note.startswith("**What it costs:** KL to the unpruned model's next-token distributions")
+    assert all("abc123" in table.note for table in (faster, cost))
+    assert headlines.headline(None) is headlines.costs(None) is None
 
 
 def test_an_origin_names_the_model_as_people_do():
