@@ -65,15 +65,16 @@ def means_over_tasks(
     """
     lines = []
     for group, part in frame[frame.kind == "item"].groupby(list(by), sort=False, dropna=False):
-        for variant in part.variant.unique():
-            scores, gaps, solved = [], [], []
-            for _, task in part.groupby("dataset", sort=False):
-                for _, ours, theirs in _pairs(task, against, only=variant):
-                    scores.append(100 * ours.score.to_numpy())
-                    gaps.append(scores[-1] - 100 * theirs.score.to_numpy())
-                    solved.append(scores[-1][(theirs.score >= solved_from).to_numpy()])
-            if not scores:
+        base = part.loc[part.variant == against, ["dataset", "item", "score"]]
+        for variant, own in part.groupby("variant", sort=False):
+            pairs = own[["dataset", "item", "score"]].merge(base, on=["dataset", "item"], suffixes=("", "_against"))
+            tasks = dict(iter(pairs.groupby("dataset")))
+            tasks = [tasks[name] for name in part.dataset.unique() if name in tasks]
+            if not tasks:
                 continue
+            scores = [100 * task.score.to_numpy() for task in tasks]
+            gaps = [100 * (task.score - task.score_against).to_numpy() for task in tasks]
+            solved = [100 * task.score[task.score_against >= solved_from].to_numpy() for task in tasks]
             solved = [values for values in solved if len(values)]
             line = dict(zip(by, group, strict=True)) | {"variant": variant, "tasks": len(scores)}
             line |= {"items": sum(map(len, scores)), "score": stratified_bootstrap(scores)[0]}
