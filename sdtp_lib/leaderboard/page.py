@@ -119,7 +119,7 @@ def _measured_elsewhere(done: Sequence[Mapping[str, Any]]) -> list[str]:
 def _in_words(frame: Any, over_models: str) -> list[str]:
     others = words.better_elsewhere(frame)
     lead, *against = words.against_the_default(frame) or [""]
-    goals = [f"- {goal}" for goal in words.goals(frame)] or ["- not measured at 2x yet"]
+    goals = [f"- {goal}" for goal in words.goals(frame)] or ["- not measured at 2x or 1.5x yet"]
     none = "- On no test set, task or data set is another method's mean better than ours."
     places = [f"- {sentence}" for sentence in others] or [none]
     return [
@@ -176,19 +176,21 @@ def _who(frame: Any, pruners: str) -> list[str]:
 def _place(frame: Any, length: int, speedup: float) -> list[str]:
     part = tables.at(frame, length, speedup)
     kl, ruler = tables.kl_by_test_set(part), tables.answers(part)
-    costs, kept = tables.costs(part), tables.answers_kept(part)
+    costs, kept, perplexity = tables.costs(part), tables.answers_kept(part), tables.perplexity_change(part)
     names = tables.by_mean_kl(kl, tables.methods_in(part))
     lines = [f"## {speedup:g}x at {length:,} tokens", ""]
     verdicts = {(line["cell"], line["method"]): line for line in tables.kl_differences(part)}
     if kl:
-        header = ["method", *kl, "far answers kept, %"]
+        header = ["method", *kl, *(["perplexity of text, %"] if perplexity else []), "far answers kept, %"]
         body = [
             [name, *(values[name].text() if name in values else "-" for values in kl.values()),
+             *([perplexity[name].text(1, sign=True) if name in perplexity else "-"] if perplexity else []),
              kept[name].text(0) if name in kept else "-"]
             for name in names
         ]  # fmt: skip
-        lines += ["KL to the unpruned model, nats per token, by test set; answers to far questions that are right "
-                  "unpruned and stay right.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
+        said = " by how much the perplexity of what follows a text grows;" if perplexity else ""
+        lines += [f"KL to the unpruned model, nats per token, by test set;{said} answers to far questions that are "
+                  "right unpruned and stay right.", "", markdown_table(header, body, RULE), ""]  # fmt: skip
         header = [f"method minus {OURS}", *kl]
         body = [
             [name, *(f"{verdicts[test_set, name]['difference'].text(sign=True)} {verdicts[test_set, name]['verdict']}"

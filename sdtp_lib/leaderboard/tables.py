@@ -6,6 +6,7 @@ answer against the unpruned one of the same item. Nothing is computed on a model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from sdtp_lib.methods.variant import UNPRUNED
 
 with extra("train"):
     import pandas
+
+
+TEXT = "text"  # the test set of running text
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,10 @@ class Mean:
 def frame_of(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
     """The rows as a frame that has every column that is asked for here."""
     frame = pandas.DataFrame.from_records(list(rows))
-    for column in ("kl_nats", "score", "unpruned_score", "answer", "answer_full", "peak_bytes", "unpruned_peak_bytes",
-                   "prefill_ms", "unpruned_prefill_ms", "kv_bytes", "unpruned_kv_bytes", "flops_speedup", "sort",
-                   "cell", "sample", "scorer", "scorer_id", "error", "remark", "key"):  # fmt: skip
+    for column in ("kl_nats", "loss_nats", "loss_full_nats", "score", "unpruned_score", "answer", "answer_full",
+                   "peak_bytes", "unpruned_peak_bytes", "prefill_ms", "unpruned_prefill_ms", "kv_bytes",
+                   "unpruned_kv_bytes", "flops_speedup", "sort", "cell", "sample", "scorer", "scorer_id", "error",
+                   "remark", "key"):  # fmt: skip
         if column not in frame:
             frame[column] = None
     return frame
@@ -93,6 +98,19 @@ def kl_by_test_set(part: pandas.DataFrame) -> dict[str, dict[str, Mean]]:
         for name, own in rows.groupby("method", sort=False):
             values = own.kl_nats.astype(float)
             found[test_set][name] = Mean(*paired_bootstrap(values, [0.0] * len(values)), len(values))
+    return found
+
+
+def perplexity_change(part: pandas.DataFrame) -> dict[str, Mean]:
+    """Method -> by how many percent the perplexity of what follows a text is above the unpruned model's; paired.
+
+    Perplexity is exp of the mean loss [nats per token] over all items, which have equally many tokens.
+    """
+    rows = part[(part.sort == KL) & (part.cell == TEXT) & part.loss_nats.notna() & part.loss_full_nats.notna()]
+    found = {}
+    for name, own in rows.groupby("method", sort=False):
+        change = paired_bootstrap(own.loss_nats.astype(float), own.loss_full_nats.astype(float))
+        found[name] = Mean(*(100 * math.expm1(nats) for nats in change), len(own))
     return found
 
 
@@ -274,5 +292,5 @@ def _share(right: pandas.Series) -> Mean:
 
 
 __all__ = ["KL", "LONGBENCH", "RULER", "Mean", "answers", "answers_kept", "at", "begun", "by_mean_kl", "by_task",
-           "costs", "frame_of", "items_of", "kl_by_test_set", "kl_differences", "methods_in", "places",
-           "ruler_differences", "score_differences", "scored_rows", "shared", "unreached"]  # fmt: skip
+           "costs", "frame_of", "items_of", "kl_by_test_set", "kl_differences", "methods_in", "perplexity_change",
+           "places", "ruler_differences", "score_differences", "scored_rows", "shared", "unreached"]  # fmt: skip

@@ -136,7 +136,7 @@ def test_a_line_of_the_picture_connects_the_same_prompts_only():
 def test_before_any_pruned_run_there_is_a_page_and_nothing_to_draw():
     rows = [{**row, "method": "unpruned", "speedup": 1.0} for row in kl_rows({"sdtp": 0.1}, count=1)]
     assert picture.shown(framed(rows)).empty and picture.in_words(framed(rows)) == ""
-    assert "not measured at 2x yet" in page.page(rows) and "In the picture" not in page.page(rows)
+    assert "not measured at 2x or 1.5x yet" in page.page(rows) and "In the picture" not in page.page(rows)
 
 
 def test_a_method_that_lacks_an_item_of_the_picture_has_no_point_there_and_that_is_said():
@@ -401,3 +401,23 @@ def test_rows_of_pruners_that_do_not_ship_any_more_say_so():
         given = [{**row, "model": name, "scorer_id": own if row["method"] == "sdtp" else "x"} for row in rows]
         sentence = "`sdtp` was measured with another set of pruners than the one that ships now"
         assert (sentence in page.page(given)) == said == (sentence in participants.before_what_ships(framed(given)))
+
+
+def test_the_perplexity_of_text_is_paired_with_the_unpruned_models_and_has_its_goal():
+    def with_losses(rows, change):
+        losses = [2.0 + n / 10 for n in range(len(rows))]
+        return [row | {"loss_full_nats": at, "loss_nats": at + change} for row, at in zip(rows, losses, strict=True)]
+
+    rows = with_losses(kl_rows({"sdtp": 0.1}, speedup=1.5), 0.02)
+    rows += with_losses(kl_rows({"lazyllm": 0.2}, speedup=1.5), 0.0)
+    rows += with_losses(kl_rows({"sdtp": 0.1}, "needle", speedup=1.5), 9.0)
+    grown = tables.perplexity_change(tables.at(framed(rows), 64, 1.5))
+    assert {name: round(each.value, 3) for name, each in grown.items()} == {"sdtp": 2.020, "lazyllm": 0.0}
+    assert grown["sdtp"].low == pytest.approx(grown["sdtp"].high), "one and the same change on every item"
+    text = page.page(rows)
+    assert "- MISSED: perplexity of text at most 1 % higher at 1.5x, 64 tokens: +2.0 [+2.0, +2.0] (8) %." in text
+    assert "| perplexity of text, % |" in text and "| lazyllm | 0.200 " in text and "| +0.0 [+0.0, +0.0] (8) |" in text
+    assert "perplexity of" not in page.page(kl_rows({"sdtp": 0.1}))
+    few = words.goals(framed(with_losses(kl_rows({"sdtp": 0.1}, count=2, speedup=1.5), 0.0)))
+    assert few == ["too few items to say: perplexity of text at most 1 % higher at 1.5x, 64 tokens: "
+                   "+0.0 [+0.0, +0.0] (2) %."]  # fmt: skip
