@@ -118,7 +118,7 @@ def _measured_elsewhere(done: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _in_words(frame: Any, over_models: str) -> list[str]:
     others = words.better_elsewhere(frame)
-    lead, *against = words.against_the_default(frame) or [""]
+    heading, against = words.against_the_default(frame)
     goals = [f"- {goal}" for goal in words.goals(frame)] or ["- not measured at 2x or 1.5x yet"]
     none = "- On no test set, task or data set is another method's mean better than ours."
     places = [f"- {sentence}" for sentence in others] or [none]
@@ -136,7 +136,7 @@ def _in_words(frame: Any, over_models: str) -> list[str]:
         words.best_training_free(frame),
         "",
         *([over_models, ""] if over_models else []),
-        *([lead, "", *(f"- {sentence}" for sentence in against), ""] if against else []),
+        *([heading, "", *(f"- {sentence}" for sentence in against), ""] if against else []),
         "Measured time to the first token:",
         "",
         *(

@@ -218,11 +218,12 @@ def over_models(frames: Mapping[str, Any]) -> str:
     )
 
 
-def against_the_default(frame: Any) -> list[str]:
-    """Where the best method without training is not the default: how far it is from it by KL, a line per place."""
+def against_the_default(frame: Any) -> tuple[str, list[str]]:
+    """Where the best method without training is not the default: a heading, and how far it is from it by KL, a line
+    per place; nothing where it is the default."""
     lines = training_free(frame)
     if not lines or lines[0][0] == TRAINING_FREE:
-        return []
+        return "", []
     best, found = lines[0][0], []
     for length, speedup in places(frame):
         said = [
@@ -232,7 +233,7 @@ def against_the_default(frame: Any) -> list[str]:
         ]
         if said:
             found.append(f"{speedup:g}x and {length:,} tokens: {'; '.join(said)}.")
-    return [f"`{best}` minus the default `{TRAINING_FREE}`, KL (below zero: the default loses more):", *found]
+    return f"`{best}` minus the default `{TRAINING_FREE}`, KL (below zero: the default loses more):", found
 
 
 def extent(frame: Any) -> list[str]:

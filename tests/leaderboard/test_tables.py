@@ -250,7 +250,7 @@ def test_the_best_method_without_training_is_found_by_rank_and_learned_ones_do_n
     )  # fmt: skip
     assert [name for name, *_ in words.training_free(frame)] == ["lazyllm", FREE]
     assert "`lazyllm` is best by rows: mean rank 1.3" in words.best_training_free(frame)
-    lead, line = words.against_the_default(frame)
+    lead, (line,) = words.against_the_default(frame)
     assert lead.startswith("`lazyllm` minus the default `attention_pooled`") and line.startswith("2x and 64 tokens: ")
     text, needle, _ = line.split("; ")
     assert "text -0.2" in text and text.endswith("better") and needle.endswith("worse")
