@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def peak_allocated_bytes(call: Callable[[], Any], device: torch.device | str = "
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()  # else what an earlier call left in circles is freed in this one, and counts against it
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else "profiler_start" and "_stop" on standard error at each call
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

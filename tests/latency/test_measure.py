@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -86,6 +88,12 @@ def test_allocated_bytes_are_the_ones_alive_at_once():
         return third.sum()
 
     assert peak_allocated_bytes(call) == pytest.approx(8e6, rel=0.01)
+
+
+def test_the_count_of_memory_writes_nothing_beside_what_it_returns():
+    code = "import torch; from sdtp_lib.latency.memory import peak_allocated_bytes as f; f(lambda: torch.ones(9) + 1)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")
 
 
 def test_energy_is_a_number_or_unknown():
