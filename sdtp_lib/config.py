@@ -108,7 +108,7 @@ class PruningConfig:
         the FLOPs of keep07 on 30 layers with four of its stages (`front_stages`; 4, 7, 13 and 22 of 30), which keep
         0.435, 0.708, 0.765 and 0.823. At 1,024 tokens it loses less on text, long values, news and the language
         reference and is level on needles, instructions, several documents and RULER; at 4,096 tokens it loses more on
-        instructions (LOG.md, "Few stages that drop early").
+        needles (docs/method.md, "How much"; LOG.md, "Few stages that drop early").
         """
         one_of("preset", name, PRESETS)
         num_layers = whole_number("num_layers", num_layers)

@@ -11,18 +11,17 @@ from result_tables import Table
 
 def headline(latency: Table | None) -> Table | None:
     """README's first line, as a block of `tables`: a table without columns, whose note is the text."""
-    return _line("headline", "How much faster", faster(latency), latency)
+    if not latency:
+        return None
+    return Table("headline", "How much faster", (), (), f"**How much faster:** {faster(latency)} {latency.note}")
 
 
 def costs(scorers: Table | None) -> Table | None:
     """What stands in the place of `opening.block` where no leaderboard was measured."""
-    return _line("costs", "What it costs", cost(scorers), scorers)
-
-
-def _line(name: str, title: str, said: str, table: Table | None) -> Table | None:
-    if not table:
+    if not scorers:
         return None
-    return Table(name, title, (), (), f"**{title}:** {said} {table.note.rpartition('. ')[2]}")
+    origin = scorers.note.rpartition(". ")[2]  # what KL is, which stands before it, is in the sentence
+    return Table("costs", "What it costs", (), (), f"**What it costs:** {cost(scorers)} {origin}")
 
 
 def faster(table: Table | None) -> str:

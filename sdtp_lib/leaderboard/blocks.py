@@ -11,7 +11,14 @@ from typing import Any
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.leaderboard import picture, tables, words
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS, OWN
-from sdtp_lib.leaderboard.participants import before_what_ships, is_learned, of_other_pruners, remarks, scored_by
+from sdtp_lib.leaderboard.participants import (
+    before_what_ships,
+    is_learned,
+    measured_elsewhere,
+    of_other_pruners,
+    remarks,
+    scored_by,
+)
 from sdtp_lib.provenance import origin_line
 
 LINES = 10
@@ -67,7 +74,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         *picture.of_more_items(frame),
         *([earlier] if (earlier := before_what_ships(frame)) else []),
         *remarked,
-        f"{measured_on(part)}, beside other work on the machine.",
+        f"Measured beside other work on the machine: {measured_on(part)}.",
         f"On {PAGE}: all lengths and speed-ups, intervals, RULER by task"
         f"{', how some methods differ from their papers (' + ', '.join(differ) + ')' if differ else ''}.",
     ]
@@ -97,13 +104,14 @@ def standing(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     header = ("prompts", "others", "ours has the lowest KL", "lower than ours", "level with ours",
               "RULER, solved", "n")  # fmt: skip
+    done = frame[frame.kind == "item"]
     note = (
         f"Ours: `{OURS}`; this project's other schedules are no rivals. KL to the unpruned model by test set, paired "
         "by item: lower where the 95 % interval of the difference is below zero, level where it holds zero; n items "
         "per test set. RULER: the score x 100 on the items that the unpruned model solves (how many), and that of the "
         f"best other method that has all of them. No verdict under {FEWEST_PAIRS} items. "
         f"{f'{earlier} ' if (earlier := before_what_ships(frame)) else ''}"
-        f"{_origin(frame[frame.kind == 'item'])}. Figures, intervals, LongBench: [leaderboard](leaderboard.md)."
+        f"{_origin(done)}{_elsewhere(done)}. Figures, intervals, LongBench: [leaderboard](leaderboard.md)."
     )
     return {"name": "standing", "title": "Beside other methods", "header": header, "body": body, "note": note}
 
@@ -140,7 +148,14 @@ def _origin(part: Any) -> str:
 def measured_on(part: Any) -> str:
     """Model, device and days of these rows."""
     dates = sorted({str(utc)[:10] for utc in part.utc})
-    return f"{_origin(part)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}"
+    return f"{_origin(part)}; measured {' to '.join(sorted({dates[0], dates[-1]}))}{_elsewhere(part)}"
+
+
+def _elsewhere(part: Any) -> str:
+    rows = part.to_dict("records")
+    known = [{name: value for name, value in row.items() if value == value} for row in rows]  # NaN: the row has none
+    said = measured_elsewhere(known)
+    return f"; {said[0].lower()}{said[1:]}" if said else ""
 
 
 def footnotes(part: Any, order: Sequence[str]) -> dict[str, str]:

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdtp_lib.leaderboard import committed, tables, words
 from sdtp_lib.leaderboard import picture as picture_of
+from sdtp_lib.leaderboard import tables, words
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS
 from sdtp_lib.leaderboard.participants import (
     before_what_ships,
     is_learned,
+    measured_elsewhere,
     not_by_one_dial,
     of_other_pruners,
     remarks,
@@ -69,7 +70,7 @@ def page(
         + (f"commit {commits[0]}." if len(commits) == 1 else f"at {len(commits)} commits, which the rows name.")
         + (f" Other models: {elsewhere}." if elsewhere else ""),
         "",
-        *_measured_elsewhere(done),
+        *([f"{elsewhere_too}.", ""] if (elsewhere_too := measured_elsewhere(done)) else []),
     ]
     if timing_only:
         lines += ["**Random weights of the true sizes**: time, cache and memory are real, quality is not measured.", ""]
@@ -100,20 +101,6 @@ def _how_to_read() -> list[str]:
         "How much was run:",
         "",
     ]
-
-
-def _measured_elsewhere(done: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which rows are of another device than the first, and that they have no times."""
-    others = [row for row in done if committed.of_other_device(row, done[0])]
-    if not others:
-        return []
-    where = {}
-    for row in others:
-        name = row.get("device_name") or row.get("device")
-        place = f"{name}, torch {row.get('torch')}, transformers {row.get('transformers')}"
-        where[place] = where.get(place, 0) + 1
-    said = "; ".join(f"{count:,} of {len(done):,} rows on {place}" for place, count in where.items())
-    return [f"Measured elsewhere, without times and in the same dtype: {said}.", ""]
 
 
 def _in_words(frame: Any, over_models: str) -> list[str]:

@@ -1,15 +1,17 @@
 """Which methods rows are of: what scored them, in what each is not its paper's, and which were not measured.
 
-Views of a leaderboard's rows and of the registry; no figure is computed here.
+Views of a leaderboard's rows and of the registry; no figure is computed here but counts of rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdtp_lib import methods
+from sdtp_lib.leaderboard.committed import of_other_device
 from sdtp_lib.leaderboard.entrants import LEARNED, OURS
 from sdtp_lib.leaderboard.tables import at, methods_in, unreached
 from sdtp_lib.methods.variant import UNPRUNED
@@ -51,6 +53,18 @@ def before_what_ships(frame: Any) -> str:
         f"`{OURS}` was measured with another set of pruners than the one that ships now, which is not measured in full "
         "yet."
     )
+
+
+def measured_elsewhere(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many of ``rows`` are of another device than the first timed one, and of which; empty where none is."""
+    first = next((row for row in rows if row.get("prefill_ms") is not None), rows[0] if rows else {})
+    where: Counter[str] = Counter()
+    for row in rows:
+        if of_other_device(row, first):
+            name = row.get("device_name") or row.get("device")
+            where[f"{name}, torch {row.get('torch')}, transformers {row.get('transformers')}"] += 1
+    said = "; ".join(f"{count:,} of {len(rows):,} rows on {place}" for place, count in where.items())
+    return f"Measured elsewhere, without times and in the same dtype: {said}" if said else ""
 
 
 def remarks(frame: Any) -> dict[str, str]:

@@ -421,3 +421,15 @@ def test_the_perplexity_of_text_is_paired_with_the_unpruned_models_and_has_its_g
     few = words.goals(framed(with_losses(kl_rows({"sdtp": 0.1}, count=2, speedup=1.5), 0.0)))
     assert few == ["too few items to say: perplexity of text at most 1 % higher at 1.5x, 64 tokens: "
                    "+0.0 [+0.0, +0.0] (2) %."]  # fmt: skip
+
+
+def test_rows_of_another_device_are_counted_wherever_the_machine_is_named():
+    near = [row | {"threads": 1} for row in kl_rows({"sdtp": 0.1, "lazyllm": 0.2})]
+    there = {"device": "cuda", "device_name": "Chip", "torch": "2", "prefill_ms": None, "unpruned_prefill_ms": None}
+    far = [row | there for row in ruler_rows({"sdtp": [1.0], "lazyllm": [0.0]}, [1.0])]
+    assert participants.measured_elsewhere(near) == "" == participants.measured_elsewhere([])
+    said = "easured elsewhere, without times and in the same dtype: 2 of 18 rows on Chip, torch 2"
+    assert f"M{said}" in page.page([*near, *far])
+    for block in blocks.every([*far, *near]).values():
+        assert f"; m{said}" in block["note"]
+    assert "elsewhere" not in str(blocks.every(near))
