@@ -78,8 +78,7 @@ def test_what_a_killed_shared_run_left_counts_as_done(trec_arguments, tmp_path):
 
 
 def test_the_rows_of_multi_news_that_are_kept_give_the_figures_that_the_documents_quote(capsys):
-    longbench = command("longbench")
-    longbench.main(["--tables", "--run-dir", str(project_root() / "benchmarks" / "rows" / "multi_news-keep09")])
+    command("longbench")(["--tables", "--run-dir", str(project_root() / "benchmarks" / "rows" / "multi_news-keep09")])
     printed = capsys.readouterr().out
     assert "| multi_news | SDTP keep09 | 91 | 17.25 | -1.03 | -2.10 | -0.04 |" in printed
     documents = [(project_root() / name).read_text(encoding="utf-8") for name in ("LOG.md", "docs/results.md")]
