@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdtp_lib.evaluation.items import Item
-from sdtp_lib.leaderboard import committed, page, plan, tables
+from sdtp_lib.leaderboard import committed, participants, plan, tables
 from sdtp_lib.leaderboard.entrants import OURS, entrants
 from sdtp_lib.leaderboard.measure import Measurement
 from sdtp_lib.methods.variant import UNPRUNED, Variant
@@ -191,10 +191,10 @@ def test_rows_of_another_device_stay_where_they_tell_no_time_and_no_other_scorer
               row("e", **gpu, seed=1)]  # fmt: skip
     rows = [row("c", prefill_ms=9.0), row("f", "sdtp", "new")]
     assert committed.joined(beside, rows) == [rows[0], rows[1], beside[0]]
-    assert page._measured_elsewhere(rows) == []
+    assert participants.measured_elsewhere(rows) == ""
     two_gpus = [row("g", **gpu, prefill_ms=1.0), row("h", **gpu | {"device": "cuda:1"}, prefill_ms=1.0)]
-    assert committed.joined(two_gpus[1:], two_gpus[:1]) == two_gpus[::-1] and page._measured_elsewhere(two_gpus) == []
-    said = page._measured_elsewhere([rows[0], beside[0], rows[1]])[0]
+    assert committed.joined(two_gpus[1:], two_gpus[:1]) == two_gpus[::-1] and participants.measured_elsewhere(two_gpus) == ""
+    said = participants.measured_elsewhere([rows[0], beside[0], rows[1]])
     assert "1 of 3 rows on Big GPU, torch 2.9" in said and "without times" in said
 
 
