@@ -193,7 +193,8 @@ def test_rows_of_another_device_stay_where_they_tell_no_time_and_no_other_scorer
     assert committed.joined(beside, rows) == [rows[0], rows[1], beside[0]]
     assert participants.measured_elsewhere(rows) == ""
     two_gpus = [row("g", **gpu, prefill_ms=1.0), row("h", **gpu | {"device": "cuda:1"}, prefill_ms=1.0)]
-    assert committed.joined(two_gpus[1:], two_gpus[:1]) == two_gpus[::-1] and participants.measured_elsewhere(two_gpus) == ""
+    assert committed.joined(two_gpus[1:], two_gpus[:1]) == two_gpus[::-1]
+    assert participants.measured_elsewhere(two_gpus) == ""
     said = participants.measured_elsewhere([rows[0], beside[0], rows[1]])
     assert "1 of 3 rows on Big GPU, torch 2.9" in said and "without times" in said
 
