@@ -66,8 +66,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
             temporary.write_text(pages[suffix], encoding="utf-8")
     store = root / STORE
     kept = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    made = blocks.every(models.get("", ())) | ({"costs": first} if (first := opening.block(models)) else {})
-    if made:
+    if made := blocks.every(models.get("", ())) | opening.every(models):
         write_json(store, dict(sorted((kept | made).items())))
     if root == project_root():
         sys.path.insert(0, str(root / "workflow"))

@@ -17,7 +17,7 @@ def headline(latency: Table | None) -> Table | None:
 
 
 def costs(scorers: Table | None) -> Table | None:
-    """What stands in the place of `opening.block` where no leaderboard was measured."""
+    """What stands in the place of `opening`'s line where no leaderboard was measured."""
     if not scorers:
         return None
     origin = scorers.note.rpartition(". ")[2]  # what KL is, which stands before it, is in the sentence

@@ -39,8 +39,7 @@ def collect(run: Path) -> dict[str, Any]:
     latency, scorers = latency_table(rows), scorer_table(rows)
     found = [table for table in (headline(latency), costs(scorers), latency, scorers) if table]
     found += other_tables(rows)
-    beside_others = opening.block(every_committed())
-    return {table.name: table.to_dict() for table in found} | ({"costs": beside_others} if beside_others else {})
+    return {table.name: table.to_dict() for table in found} | opening.every(every_committed())
 
 
 def pages(root: Path) -> list[Path]:

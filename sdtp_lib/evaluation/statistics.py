@@ -53,6 +53,11 @@ def perplexity(losses: Sequence[float]) -> float:
     return math.exp(float(np.mean(losses)))
 
 
+def perplexity_growth(nats: float) -> float:
+    """By how many percent perplexity is higher when the mean loss is higher by ``nats`` per token."""
+    return 100 * math.expm1(nats)
+
+
 def paired_bootstrap(
     a: Sequence[float], b: Sequence[float], seed: int = 0, *, resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float, float]:

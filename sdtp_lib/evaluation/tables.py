@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sdtp_lib.evaluation.statistics import paired_bootstrap
+from sdtp_lib.evaluation.statistics import paired_bootstrap, perplexity_growth
 from sdtp_lib.extras import extra
 from sdtp_lib.records import markdown_table
 
@@ -37,7 +37,7 @@ def scorer_summary(frame: pandas.DataFrame, *, by: Sequence[str] = ("cell", "set
             line = dict(zip(by, group, strict=True))
             line |= {"scorer": name, "block": rows.block.iloc[0], "items": len(rows)}
             line |= {"kl_nats": mean, "kl_nats_low": low, "kl_nats_high": high, "loss_change_nats": change}
-            line["perplexity_change_percent"] = 100 * (2.718281828459045**change - 1)
+            line["perplexity_change_percent"] = perplexity_growth(change)
             for field in ("answer", "answer_full"):
                 values = rows[field].dropna() if field in rows else []
                 line[field.replace("answer", "answers") + "_percent"] = (

@@ -140,9 +140,8 @@ def _ruler_beside_the_next(part: Any) -> str:
 def _origin(part: Any) -> str:
     """What measured the rows; where some are timed, those."""
     timed = part[part.unpruned_prefill_ms.notna()]
-    # Commits are many, and the page names them; a column that other rows have is NaN where this one has nothing.
-    return origin_line({name: value for name, value in (timed if len(timed) else part).iloc[0].items()
-                        if name != "commit" and value == value})  # fmt: skip
+    first = _known((timed if len(timed) else part).iloc[0])
+    return origin_line({**first, "commit": None})  # commits are many, and the page names them
 
 
 def measured_on(part: Any) -> str:
@@ -152,10 +151,13 @@ def measured_on(part: Any) -> str:
 
 
 def _elsewhere(part: Any) -> str:
-    rows = part.to_dict("records")
-    known = [{name: value for name, value in row.items() if value == value} for row in rows]  # NaN: the row has none
-    said = measured_elsewhere(known)
+    said = measured_elsewhere([_known(row) for row in part.to_dict("records")])
     return f"; {said[0].lower()}{said[1:]}" if said else ""
+
+
+def _known(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a frame without the columns that only other rows have, which are NaN there."""
+    return {name: value for name, value in row.items() if value == value}
 
 
 def footnotes(part: Any, order: Sequence[str]) -> dict[str, str]:

@@ -19,13 +19,15 @@ from sdtp_lib.leaderboard.words import GOAL_SPEEDUP, best_others
 Models = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def block(models: Models, folder: str = "docs/") -> dict[str, Any] | None:
-    """README's lines as a block of `workflow/tables.py`: no columns, the note is the text; None without such rows."""
-    gpu, costs = on_a_gpu(models, folder), cost_beside_all_methods(models, folder)
-    lines = [f"**On a GPU:** {gpu}"] * bool(gpu) + [f"**What it costs:** {costs}"] * bool(costs)
-    if not lines:
-        return None
-    return {"name": "costs", "title": "What it costs", "header": (), "body": (), "note": "\n\n".join(lines)}
+def every(models: Models) -> dict[str, dict[str, Any]]:
+    """README's lines that the rows give, by name, as `workflow/tables.py` keeps blocks: no columns, the note is the
+    text."""
+    lines = {"gpu": ("On a GPU", on_a_gpu(models)), "costs": ("What it costs", cost_beside_all_methods(models))}
+    return {
+        name: {"name": name, "title": title, "header": (), "body": (), "note": f"**{title}:** {said}"}
+        for name, (title, said) in lines.items()
+        if said
+    }
 
 
 def cost_beside_all_methods(models: Models, folder: str = "docs/") -> str:
@@ -37,7 +39,7 @@ def cost_beside_all_methods(models: Models, folder: str = "docs/") -> str:
     if not length:
         return ""
     part, said = tables.at(frame, length, GOAL_SPEEDUP), []
-    for test_set, (own, best, other) in best_others(part).items():
+    for test_set, (own, best, other, _) in best_others(part).items():
         said.append(f"{test_set} **{own.value:.3f}** ({best} {other.value:.3f}, n = {own.items})")
     ruler, kept = tables.answers(part).get(OURS), ""
     if ruler and ruler["solved"]:

@@ -6,13 +6,12 @@ answer against the unpruned one of the same item. Nothing is computed on a model
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sdtp_lib.evaluation.answer_tables import means_over_tasks
-from sdtp_lib.evaluation.statistics import paired_bootstrap
+from sdtp_lib.evaluation.statistics import paired_bootstrap, perplexity_growth
 from sdtp_lib.evaluation.tables import FEWEST_PAIRS
 from sdtp_lib.extras import extra
 from sdtp_lib.leaderboard.entrants import OURS
@@ -110,7 +109,7 @@ def perplexity_change(part: pandas.DataFrame) -> dict[str, Mean]:
     found = {}
     for name, own in rows.groupby("method", sort=False):
         change = paired_bootstrap(own.loss_nats.astype(float), own.loss_full_nats.astype(float))
-        found[name] = Mean(*(100 * math.expm1(nats) for nats in change), len(own))
+        found[name] = Mean(*map(perplexity_growth, change), len(own))
     return found
 
 

@@ -109,17 +109,17 @@ def _how(line: Mapping[str, Any], word: str) -> str:
     return said[line["verdict"]]
 
 
-def best_others(part: Any) -> dict[str, tuple[Mean, str, Mean]]:
-    """Test set -> our mean KL, the best other method and its mean, on the items that both have."""
-    ahead: dict[str, dict[str, float]] = {}
+def best_others(part: Any) -> dict[str, tuple[Mean, str, Mean, str]]:
+    """Test set -> our mean KL, the best other method, its mean, and the verdict on it, on the items that both have."""
+    others: dict[str, list[dict[str, Any]]] = {}
     for line in kl_differences(part):
         if line["method"] not in OWN:
-            ahead.setdefault(line["cell"], {})[line["method"]] = line["difference"].value
+            others.setdefault(line["cell"], []).append(line)
     found = {}
-    for test_set, others in ahead.items():
-        best = min(others, key=others.__getitem__)
-        both = kl_by_test_set(shared(part, best, OURS))[test_set]
-        found[test_set] = both[OURS], best, both[best]
+    for test_set, lines in others.items():
+        line = min(lines, key=lambda line: line["difference"].value)
+        both = kl_by_test_set(shared(part, line["method"], OURS))[test_set]
+        found[test_set] = both[OURS], line["method"], both[line["method"]], line["verdict"]
     return found
 
 
@@ -129,7 +129,6 @@ def goals(frame: Any) -> list[str]:
     for length in sorted({length for length, speedup in places(frame) if speedup == GOAL_SPEEDUP}):
         part = at(frame, length, GOAL_SPEEDUP)
         beside = best_others(part)
-        open_ones = {(line["cell"], line["method"]) for line in kl_differences(part) if line["verdict"] == "open"}
         for test_set, values in kl_by_test_set(part).items():
             if test_set not in KL_TEST_SETS or OURS not in values:
                 continue
@@ -137,9 +136,9 @@ def goals(frame: Any) -> list[str]:
             if test_set not in beside:
                 found.append(f"no other method to say: {goal} {values[OURS].text()}.")
                 continue
-            ours, best, other = beside[test_set]
+            ours, best, other, verdict = beside[test_set]
             met = _met(ours.value <= other.value, ours.items)
-            level = "; level, the interval of the difference holds zero" if (test_set, best) in open_ones else ""
+            level = "; level, the interval of the difference holds zero" if verdict == "open" else ""
             found.append(f"{met}: {goal} {ours.text()}, best of the others `{best}` {other.text()}{level}.")
         found += _points_goal(part, length, GOAL_SPEEDUP)
     for length in sorted({length for length, speedup in places(frame) if speedup == LIGHT_SPEEDUP}):

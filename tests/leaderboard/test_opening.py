@@ -8,6 +8,10 @@ from sdtp_lib.leaderboard import blocks, committed, opening
 from sdtp_lib.records import project_root
 
 
+def notes(models: dict[str, list[dict]]) -> dict[str, str]:
+    return {name: block["note"] for name, block in opening.every(models).items()}
+
+
 def test_a_gpus_times_of_random_weights_stand_in_the_opening():
     shared = {
         "kind": "item", "model": "Big-7B, random weights", "device_name": "Chip", "dtype": "bfloat16", "sort": "time",
@@ -21,10 +25,10 @@ def test_a_gpus_times_of_random_weights_stand_in_the_opening():
     said = opening.on_a_gpu({"-big": rows})
     assert "Big-7B, random weights, bfloat16 on one Chip" in said and "**1.80x** after 8,192 (n = 3) tokens" in said
     assert "(docs/leaderboard-big.md)" in said and "(leaderboard-big.md)" in opening.on_a_gpu({"-big": rows}, "")
-    assert opening.block({"-big": rows})["note"] == f"**On a GPU:** {said}"
+    assert notes({"-big": rows}) == {"gpu": f"**On a GPU:** {said}"}
     with_quality = [{**row, "sort": "kl"} for row in rows]
     assert opening.on_a_gpu({"-big": with_quality}) == "", "a model with quality has a page of its own"
-    assert opening.block({"-big": with_quality}) is None
+    assert opening.every({"-big": with_quality}) == {}
 
 
 def test_what_it_costs_stands_beside_the_best_other_method():
@@ -45,13 +49,13 @@ def test_what_it_costs_stands_beside_the_best_other_method():
     assert "(docs/leaderboard.md): SmolLM2-135M-Instruct · CPU; measured 2026-01-02." in said
     assert said.endswith("another set of pruners than the one that ships now, which is not measured in full yet.")
     assert "text **0.200** (lazyllm 0.300, n = 3), needle **0.500** (asl 0.250, n = 3)." in said, "also where behind"
-    assert opening.block({"": rows})["note"] == f"**What it costs:** {said}"
+    assert notes({"": rows}) == {"costs": f"**What it costs:** {said}"}
 
 
 def test_the_documents_blocks_are_those_of_the_committed_rows():
     kept = json.loads((project_root() / "figures/tables.json").read_text(encoding="utf-8"))
     models = committed.every_committed()
-    made = blocks.every(models[""]) | {"costs": opening.block(models)}
-    assert set(made) == {"leaderboard", "standing", "costs"}
+    made = blocks.every(models[""]) | opening.every(models)
+    assert set(made) == {"leaderboard", "standing", "gpu", "costs"}
     for name, block in made.items():
         assert kept[name] == json.loads(json.dumps(block)), "run `python benchmarks/leaderboard.py --report`"
