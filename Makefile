@@ -116,7 +116,8 @@ test: $(READY) ## the tests (PYTEST_FLAGS=... for pytest, WORKERS=0 for one proc
 	$(THREADS) $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_FLAGS)
 
 # Two more legs: the lowest versions that pyproject.toml allows (which is where kvpress installs), and what pip finds today.
-# Both run whatever needs no notebook, picture, page or embedded model.
+# Both run whatever needs no notebook, picture, page or embedded model; the second leaves out the engine's folders where
+# pip finds the very versions of constraints.txt.
 FLOOR := .venv-floor
 NEWEST := .venv-newest
 LIBRARY_TESTS := tests/architectures tests/pruning tests/scorers tests/methods tests/training tests/data tests/evaluation \

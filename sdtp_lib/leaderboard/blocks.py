@@ -74,7 +74,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         *picture.of_more_items(frame),
         *([earlier] if (earlier := before_what_ships(frame)) else []),
         *remarked,
-        f"Measured beside other work on the machine: {measured_on(part)}.",
+        f"{measured_on(part)}. Other work ran on the machine meanwhile: times scatter.",
         f"On {PAGE}: all lengths and speed-ups, intervals, RULER by task"
         f"{', how some methods differ from their papers (' + ', '.join(differ) + ')' if differ else ''}.",
     ]
@@ -152,7 +152,7 @@ def measured_on(part: Any) -> str:
 
 def _elsewhere(part: Any) -> str:
     said = measured_elsewhere([_known(row) for row in part.to_dict("records")])
-    return f"; {said[0].lower()}{said[1:]}" if said else ""
+    return f", {said}" if said else ""
 
 
 def _known(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def page(
         + (f"commit {commits[0]}." if len(commits) == 1 else f"at {len(commits)} commits, which the rows name.")
         + (f" Other models: {elsewhere}." if elsewhere else ""),
         "",
-        *([f"{elsewhere_too}.", ""] if (elsewhere_too := measured_elsewhere(done)) else []),
+        *([f"Measured elsewhere: {elsewhere_too}.", ""] if (elsewhere_too := measured_elsewhere(done)) else []),
     ]
     if timing_only:
         lines += ["**Random weights of the true sizes**: time, cache and memory are real, quality is not measured.", ""]

@@ -62,9 +62,9 @@ def measured_elsewhere(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         if of_other_device(row, first):
             name = row.get("device_name") or row.get("device")
-            where[f"{name}, torch {row.get('torch')}, transformers {row.get('transformers')}"] += 1
-    said = "; ".join(f"{count:,} of {len(rows):,} rows on {place}" for place, count in where.items())
-    return f"Measured elsewhere, without times and in the same dtype: {said}" if said else ""
+            where[f"{name} (torch {row.get('torch')}, transformers {row.get('transformers')})"] += 1
+    said = ", ".join(f"{count:,} of {len(rows):,} rows on {place}" for place, count in where.items())
+    return f"{said}, in the same dtype and without times" if said else ""
 
 
 def remarks(frame: Any) -> dict[str, str]:

@@ -151,8 +151,8 @@ def test_rows_of_another_device_are_counted_wherever_the_machine_is_named():
     there = {"device": "cuda", "device_name": "Chip", "torch": "2", "prefill_ms": None, "unpruned_prefill_ms": None}
     far = [row | there for row in ruler_rows({"sdtp": [1.0], "lazyllm": [0.0]}, [1.0])]
     assert participants.measured_elsewhere(near) == "" == participants.measured_elsewhere([])
-    said = "easured elsewhere, without times and in the same dtype: 2 of 18 rows on Chip, torch 2"
-    assert f"M{said}" in page.page([*near, *far])
+    said = "2 of 18 rows on Chip (torch 2"
+    assert f"Measured elsewhere: {said}" in page.page([*near, *far])
     for block in blocks.every([*far, *near]).values():
-        assert f"; m{said}" in block["note"]
-    assert "elsewhere" not in str(blocks.every(near))
+        assert f", {said}" in block["note"]
+    assert "rows on" not in str(blocks.every(near))
