@@ -103,8 +103,9 @@ def _made(models: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     rows = [row for each in models for row in each]
     if not rows:
         return {}
+    names = list(dict.fromkeys(model_called(each[0]) for each in models))
     return {name: rows[0].get(name) for name in ORIGIN} | {
-        "commit": _commits(rows), "drawn_at": provenance_of()["commit"],
+        "model": " and ".join(names), "weights": None, "commit": _commits(rows), "drawn_at": provenance_of()["commit"],
         "models": [str(each[0]["model"]) for each in models],
     }  # fmt: skip
 

@@ -127,9 +127,10 @@ def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     rows = [row for row in rows if row.get("kind") == "latency"]
     if not rows:
         return None
+    generated = "/".join(map(str, sorted({row["new_tokens"] for row in rows if row.get("new_tokens")})))
     header = (
-        "prompt", "method", "prefill ms", "speed-up", "limit", "share", "decode ms", "end to end ms", "speed-up",
-        "KV cache", "1/tau",
+        "prompt", "method", "prefill ms", "prefill speed-up", "limit", "share of the limit",
+        f"decode ms ({generated} tokens)", "end to end ms", "end-to-end speed-up", "KV cache", "1/tau",
     )  # fmt: skip
     body = []
     for line in summary(rows):
@@ -146,7 +147,8 @@ def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
         ))  # fmt: skip
     repeats = sorted({line["repetitions"] for line in summary(rows)})
     note = (
-        f"Medians of {'/'.join(map(str, repeats))} repetitions taken in turn; speed-ups are medians of paired ratios. "
+        f"Medians of {'/'.join(map(str, repeats))} repetitions taken in turn; a speed-up is the median of ratios to "
+        "the unpruned run of the same turn. "
     )
     return Table("latency", "Time by prompt length", header, tuple(body), note + origin(rows))
 
@@ -168,7 +170,12 @@ def scorer_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
         best = min((value for value in values.values() if not math.isnan(value)), default=None)
         shown = [f"**{values[s]:.3f}**" if values.get(s) == best else number(values.get(s), 3) for s in scorers]
         body.append((str(cell), str(setting), str(int(part["items"].iloc[0])), *shown))
-    note = "KL to the unpruned model's next-token distributions, nats per token, lower is better; the best is bold. "
+    lengths = sorted({int(row["prompt_tokens"]) for row in rows if row.get("prompt_tokens")})
+    span = f" Prompts of {' to '.join(f'{n:,}' for n in sorted({lengths[0], lengths[-1]}))} tokens." if lengths else ""
+    note = (
+        "KL to the unpruned model's next-token distributions, nats per token, lower is better; the best is bold."
+        f"{span} "
+    )
     header = ("data", "budget", "items", *scorers)
     return Table("scorers", "How far the output moves, by scorer", header, tuple(body), note + origin(rows))
 

@@ -62,10 +62,10 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     differ = [f"`{name}`" for name in order if name in remarks(part)]
     legend = [
         f"{speedup:g}x fewer prefill FLOPs, prompts of {length:,} tokens: the {len(body)} best of "
-        f"{len(tables.methods_in(part))} methods.",
+        f"{len(tables.methods_in(part))} methods by the mean of the KL columns.",
         "KL: to the unpruned model's predictions, nats per token, lower is better; n prompts per test set.",
-        f"RULER, solved: score x 100 on the {solved_items} items that the unpruned model solves"
-        f"{' (in brackets: how many, where a method has fewer)' if fewer else ''}.",
+        f"RULER, solved: score x 100 on the {solved_items} items that the unpruned model solves and every method was "
+        f"run on{' (in brackets: how many, where a method has fewer)' if fewer else ''}.",
         "TTFT: measured speed-up of the time to the first token. KV cache: what is left of it.",
     ]
     remarked = [f"{MARK} {'; '.join(marked.values())}."] if marked else []
@@ -78,7 +78,7 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         f"On {PAGE}: all lengths and speed-ups, intervals, RULER by task"
         f"{', how some methods differ from their papers (' + ', '.join(differ) + ')' if differ else ''}.",
     ]
-    note = "\n".join([" ".join(legend), "", *(f"- {bullet}" for bullet in bullets)])
+    note = "\n".join([" ".join(legend[:2]), "", *(f"- {bullet}" for bullet in (*legend[2:], *bullets))])
     return {"name": "leaderboard", "title": "Leaderboard", "header": header, "body": body, "note": note}
 
 

@@ -41,11 +41,13 @@ def cost_beside_all_methods(models: Models, folder: str = "docs/") -> str:
     part, said = tables.at(frame, length, GOAL_SPEEDUP), []
     for test_set, (own, best, other, _) in best_others(part).items():
         said.append(f"{test_set} **{own.value:.3f}** ({best} {other.value:.3f}, n = {own.items})")
-    ruler, kept = tables.answers(part).get(OURS), ""
-    if ruler and ruler["solved"]:
+    # All items of ours, also those that other methods were not run on.
+    own = frame[(frame.length == length) & (frame.speedup == GOAL_SPEEDUP) & (frame.kind == "item")]
+    ruler, kept = tables.answers(own[own.method == OURS]).get(OURS), ""
+    if ruler and (solved := ruler["solved"]):
         kept = (
-            f" Of RULER's points on the {ruler['solved_items']} items that the unpruned model solves "
-            f"**{ruler['solved'].value:.0f} %** are kept."
+            f" Of RULER's score on the {solved.items} items that the unpruned model solves "
+            f"**{solved.value:.0f} %** [{solved.low:.0f}, {solved.high:.0f}] is kept."
         )
     return (
         f"at {GOAL_SPEEDUP:g}x fewer prefill FLOPs and {length:,} tokens, KL to the unpruned model's next-token "

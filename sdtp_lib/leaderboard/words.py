@@ -6,7 +6,7 @@ Each says what its own figures say, whichever way these turn out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,25 +45,30 @@ def better_elsewhere(frame: Any) -> list[str]:
 
 
 def better_in_short(frame: Any) -> str:
-    """The same in short: which methods are ahead of ours beyond their interval and where, and how often a mean is
-    without that.
-
-    This project's other schedules are left out.
+    """The same in short: which methods are ahead of ours beyond their interval and where, how often a mean is without
+    that, and where this project's other schedules are.
     """
-    leads = [lead for lead in _leads(frame) if lead.method not in OWN]
-    if not leads:
-        return f"No other method's mean is ahead of `{OURS}`, at any length and speed-up."
-    beyond: dict[str, list[str]] = {}
-    for lead in leads:
-        if lead.beyond:
-            beyond.setdefault(lead.method, []).append(lead.where)
-    said = ", ".join(f"`{method}` ({'; '.join(places)})" for method, places in sorted(beyond.items()))
-    rest = sum(not lead.beyond for lead in leads)
+    leads = _leads(frame)
+    others = [lead for lead in leads if lead.method not in OWN]
+    own = _beyond(lead for lead in leads if lead.method in OWN)
+    of_own = f" Of this project's other schedules: {own}." if own else ""
+    if not others:
+        return f"No other method's mean is ahead of `{OURS}`, at any length and speed-up.{of_own}"
+    rest = sum(not lead.beyond for lead in others)
     more = f" {rest} more mean{'s are' if rest > 1 else ' is'} ahead by less than the interval or on too few items."
     return (
-        f"Ahead of `{OURS}` beyond the 95 % interval, at any length and speed-up: {said or 'none'}."
-        f"{more if rest else ''}"
+        f"Ahead of `{OURS}` beyond the 95 % interval, at any length and speed-up: {_beyond(others) or 'none'}."
+        f"{more if rest else ''}{of_own}"
     )
+
+
+def _beyond(leads: Iterable[_Lead]) -> str:
+    """The methods among ``leads`` that are ahead beyond their interval, each with its places in brackets."""
+    found: dict[str, list[str]] = {}
+    for lead in leads:
+        if lead.beyond:
+            found.setdefault(lead.method, []).append(lead.where)
+    return ", ".join(f"`{method}` ({'; '.join(places)})" for method, places in sorted(found.items()))
 
 
 @dataclass(frozen=True)

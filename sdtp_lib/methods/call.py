@@ -62,7 +62,7 @@ def token_pruning(
     scorer
         What says which tokens matter: `TokenPruners`, one of `sdtp_lib.scorers`, any callable from a `Stage` to scores
         (B, N); or a name: a training-free score's, a method's, a folder or Hub id of pruners. None: pruners made for
-        these very weights, shipped or trained here before; else the best training-free score, which is said once.
+        these very weights, shipped or trained here before; else the training-free default, which is said once.
     protect : Tensor (B, T) of bool, optional
         Prompt tokens that are never dropped; see `sdtp_lib.pruning.protection`.
     verify

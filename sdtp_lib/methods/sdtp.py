@@ -19,7 +19,7 @@ class SDTP(Method):
     preset
         Of `PruningConfig`: where and how much.
     pruners
-        The scorer; None: those that `token_pruning` finds for the model, else its best training-free score.
+        The scorer; None: those that `token_pruning` finds for the model, else its training-free default.
     """
 
     name: ClassVar[str] = "sdtp"
@@ -47,7 +47,7 @@ class SDTPFast(SDTP):
     """This project's schedule: four stages that drop early, the last layers nothing (preset ``fast``).
 
     At 1,024 tokens better on text, long values, news and the language reference, level on needles, instructions,
-    several documents and RULER; at 4,096 worse on instructions (LOG.md, "Few stages that drop early").
+    several documents and RULER; at 4,096 worse on needles (LOG.md, "Few stages that drop early").
     """
 
     name: ClassVar[str] = "sdtp-fast"

@@ -21,7 +21,7 @@ def quality_lost(frame: pd.DataFrame, axes: Sequence[Axes], *, ours: str) -> Seq
     frame
         One row per method and budget: ``method, measured`` (speed-up), ``kl_nats, kl_items, lost, lost_items``.
     axes
-        Two, side by side; the second has the legend of both beside it.
+        Two, side by side; the second has the legend of both beside it, or in its place where there is nothing of it.
     ours
         The method whose line is drawn last and thickest.
 
@@ -33,9 +33,10 @@ def quality_lost(frame: pd.DataFrame, axes: Sequence[Axes], *, ours: str) -> Seq
     need_columns(frame, "method", "measured", "kl_nats", "kl_items", "lost", "lost_items", what="quality_lost")
     frame = pd.concat([frame[frame.method != ours], frame[frame.method == ours]])
     panels = (
-        ("kl_nats", "kl_items", "KL to the unpruned model [nats/token]", "Text, needle, instructions", "per test set"),
+        ("kl_nats", "kl_items", "KL to the unpruned model [nats/token]", "Mean of text, needle, instructions",
+         "per test set"),
         ("lost", "lost_items", "points lost [of 100]", "RULER, items solved unpruned", "items"),
-    )
+    )  # fmt: skip
     for ax, (column, counted, label, title, of_what) in zip(axes, panels, strict=True):
         part = frame.dropna(subset=[column, "measured"]).astype({column: float, "measured": float})
         lines_by(part, ax, "measured", column, "method", linewidth=1.4, markersize=6)
@@ -50,12 +51,13 @@ def quality_lost(frame: pd.DataFrame, axes: Sequence[Axes], *, ours: str) -> Seq
         ax.set_xlabel("measured prefill speed-up, scoring included")
         ax.xaxis.set_major_formatter(lambda value, _place: f"{value:g}x")
         if part.empty:
-            ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
-            ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes, color="gray")
+            ax.set_axis_off()  # of a panel without a point there is nothing to see; the legend has its place
+            ax.set_title("")
     if frame.kl_nats.notna().any():
         log_scale(axes[0])
     low, high = axes[1].get_ylim()
     axes[1].set_ylim(min(-5, low), max(105, high))
     entries = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    axes[1].legend(entries.values(), entries, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
+    beside = 1.02 if axes[1].axison else 0.0
+    axes[1].legend(entries.values(), entries, loc="upper left", bbox_to_anchor=(beside, 1.0), borderaxespad=0)
     return axes

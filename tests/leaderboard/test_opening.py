@@ -6,6 +6,7 @@ import json
 
 from sdtp_lib.leaderboard import blocks, committed, opening
 from sdtp_lib.records import project_root
+from tests.leaderboard.made_rows import ruler_rows
 
 
 def notes(models: dict[str, list[dict]]) -> dict[str, str]:
@@ -50,6 +51,14 @@ def test_what_it_costs_stands_beside_the_best_other_method():
     assert said.endswith("another set of pruners than the one that ships now, which is not measured in full yet.")
     assert "text **0.200** (lazyllm 0.300, n = 3), needle **0.500** (asl 0.250, n = 3)." in said, "also where behind"
     assert notes({"": rows}) == {"costs": f"**What it costs:** {said}"}
+
+
+def test_what_is_kept_of_ruler_is_of_all_items_of_ours_and_has_its_interval():
+    both = ruler_rows({"sdtp": [1.0] * 4, "asl": [0.0] * 4}, [1.0] * 4)
+    ours = ruler_rows({"sdtp": [0.0] * 4}, [1.0] * 4)
+    ours = [row | {"sample": f"more {row['sample']}", "key": f"more {row['key']}"} for row in ours]
+    said = opening.cost_beside_all_methods({"": [*both, *ours]})
+    assert "RULER's score on the 8 items that the unpruned model solves **50 %** [" in said, "`asl` has four of them"
 
 
 def test_the_documents_blocks_are_those_of_the_committed_rows():

@@ -35,7 +35,12 @@ def test_where_none_is_ahead_the_goal_is_met_and_no_sentence_stands():
 def test_this_projects_other_schedules_are_named_where_they_are_ahead_and_are_no_rivals():
     frame = framed(kl_rows({"sdtp": 0.2, "sdtp-fast": 0.1, "lazyllm": 0.15}))
     assert "text at 2x and 64 tokens: `sdtp-fast` is better" in words.better_elsewhere(frame)[0]
-    assert "`lazyllm` (text at 2x" in (short := words.better_in_short(frame)) and "sdtp-fast" not in short
+    ahead, own = words.better_in_short(frame).split(" Of this project's other schedules: ")
+    assert "`lazyllm` (text at 2x" in ahead and "sdtp-fast" not in ahead
+    assert own == "`sdtp-fast` (text at 2x and 64 tokens)."
+    alone = framed(kl_rows({"sdtp": 0.2, "sdtp-fast": 0.1}))
+    assert words.better_in_short(alone).startswith("No other method's mean is ahead of `sdtp`")
+    assert words.better_in_short(alone).endswith("schedules: `sdtp-fast` (text at 2x and 64 tokens).")
     assert "best of the others `lazyllm`" in words.goals(frame)[0]
 
 
