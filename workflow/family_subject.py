@@ -146,7 +146,7 @@ def equal(found: torch.Tensor, expected: torch.Tensor, what: str, tolerance: flo
 def attentions_of(subject: Subject, output: Any) -> Any:
     found, layers = getattr(output, "attentions", None), len(find_layers(subject.model))
     if not found or len(found) != layers or any(a is None or a.shape[-2:] != (PROMPT, PROMPT) for a in found):
-        raise NoReference("outputattentions_of gives no (B, H, T, T) tensor for each layer")
+        raise NoReference("output_attentions gives no (B, H, T, T) tensor for each layer")
     return found
 
 
