@@ -49,7 +49,7 @@ def test_the_version_is_in_one_place():
 def test_the_citation_names_this_version_and_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == sdtp_lib.__version__
-    assert citation["license"] == PROJECT["project"]["license"] == "Apache-2.0"
+    assert citation["license"] == PROJECT["project"]["license"].split(" AND ") == ["Apache-2.0", "CC-BY-SA-3.0"]
     paper = citation["preferred-citation"]
     assert paper["url"].endswith("2504.04514") and paper["authors"][0]["family-names"] == "Tao"
 
