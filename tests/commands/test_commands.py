@@ -14,6 +14,7 @@ import torch
 
 from sdtp_lib import PruningConfig, TokenPruners
 from sdtp_lib.__main__ import COMMANDS, main
+from sdtp_lib.records import RowWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "the rain in the plain stays on the mainland, it is said, and so on. " * 4
@@ -266,6 +267,13 @@ def test_an_error_is_one_sentence_and_exit_code_two(folder, arguments, sentence,
     assert re.search(f"error: .*(?:{sentence})", error), error
     assert error.count("error: ") == 1 and "Traceback" not in error
     assert error.rpartition("error: ")[2].count("\n") == 1
+
+
+def test_a_folder_that_another_run_writes_is_said_in_one_sentence(folder, capsys, tmp_path):
+    with RowWriter(tmp_path / "sdtp-bench" / "bench.jsonl", {}):
+        assert main(["bench", str(folder), "--lengths", "64", "--repeats", "1", "--scorer", "recency"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"^error: bench.jsonl is being written by process \d+ on .*a folder of its own.$", error, re.M)
 
 
 def test_a_fault_of_ours_is_not_hidden(folder, monkeypatch):
