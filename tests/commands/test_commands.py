@@ -196,6 +196,14 @@ def test_bench_times_presets_and_lengths_and_goes_on_where_it_stopped(folder, ca
     assert said(capsys, *arguments) == text and (tmp_path / "sdtp-bench" / "bench.jsonl").read_bytes() == rows
 
 
+def test_bench_shows_the_lengths_and_new_tokens_that_were_asked_for_and_keeps_the_others(folder, capsys):
+    arguments = ("bench", folder, "--scorer", "recency", "--repeats", 2, "--lengths")
+    assert "not shown" not in said(capsys, *arguments, 64, "--new-tokens", 2, "--presets", "keep09")
+    text = said(capsys, *arguments, 64, "--new-tokens", 3, "--presets", "keep08")
+    assert re.findall(r"^\| (\d+) \| (\w+) ", text, re.M) == 2 * [("64", "unpruned"), ("64", "keep08")]
+    assert "batch 1, 3 new tokens" in text and "(4 more there, of other prompt lengths or numbers of new" in text
+
+
 def test_verify_tells_the_differences_and_what_rounding_explains(folder, capsys):
     text = said(capsys, "verify", folder, "--repeats", 3)
     assert re.match(r"LlamaForCausalLM with sdpa: (not )?in this release's list .*transformers 5", text)
