@@ -52,6 +52,7 @@ def cost(table: Table | None) -> str:
         return "not measured yet."
     first = table.header.index("data")  # 1 where lines name their folder
     own, *others = table.header[first + 3 :]
+    budget = table.body[0][first + 1]
     said = []
     for row in table.body:
         data, _, items, value, *rest = row[first:]
@@ -60,6 +61,6 @@ def cost(table: Table | None) -> str:
         other = "" if not known else " ({1} {0}, n = {2})".format(*min(known, key=lambda pair: float(pair[0])), items)
         said.append(f"{data.replace('_', ' ')} {value.strip('*')}{other}")
     return (
-        f"KL to the unpruned model's next-token distributions in nats per token, {own} at {table.body[0][first + 1]} (and "
-        f"the best simple score): {'; '.join(said)}."
+        f"KL to the unpruned model's next-token distributions in nats per token, {own} at {budget} (and the "
+        f"best simple score): {'; '.join(said)}."
     )

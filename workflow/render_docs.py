@@ -119,7 +119,7 @@ def _executed(run: Path, name: str) -> Path:
     stamps = [stamp for stamp in stamps_of(run) if (stamp["folder"], stamp["notebook"]) == (".", name)]
     named = [Path(stamp["executed"]).name for stamp in sorted(stamps, key=lambda stamp: stamp["ended_utc"])]
     if not named or not (found := run / "executed" / named[-1]).is_file():
-        raise FileNotFoundError(f"data/results/{run.name} has no executed {name} that finished: {remedy}")
+        raise FileNotFoundError(f"data/results/{run.name} has no finished, executed {name}: {remedy}")
     outputs = [output for cell in load_notebook(found)["cells"] for output in cell.get("outputs", ())]
     if any(output["output_type"] == "error" for output in outputs):
         raise FileNotFoundError(f"data/results/{run.name}: the executed {name} holds an error: {remedy}")

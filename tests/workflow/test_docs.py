@@ -83,7 +83,7 @@ def test_a_study_becomes_pages_without_a_broken_link_or_a_request(run, tmp_path)
 
 def test_a_run_without_an_executed_notebook_is_refused(run, tmp_path):
     shutil.rmtree(run / "executed")
-    with pytest.raises(FileNotFoundError, match="no executed 01_saliency: run `make study` first"):
+    with pytest.raises(FileNotFoundError, match="no finished, executed 01_saliency: run `make study` first"):
         docs.build(run, tmp_path)
 
 

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import figures
 import headlines
 import nbformat
 import pandas
@@ -16,6 +15,7 @@ import result_tables
 import tables
 from result_tables import Table
 
+import figures
 from sdtp_lib.records import RowWriter, provenance_of, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
