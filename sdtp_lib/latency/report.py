@@ -31,8 +31,9 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Repetitions are paired with the unpruned run's of the same length and number of new tokens.
 
     Columns: ``prompt_tokens, new_tokens, method, status, repetitions``; ``prefill_ms, decode_ms, end_to_end_ms`` and
-    each with ``_q1``, ``_q3``; ``prefill_speedup, decode_speedup, end_to_end_speedup`` (medians of ratios of paired repetitions)
-    with ``_q1``, ``_q3``; ``prefill_limit, end_to_end_limit, prefill_share_of_limit, end_to_end_share_of_limit``;
+    each with ``_q1``, ``_q3``; ``prefill_speedup, decode_speedup, end_to_end_speedup`` (medians of ratios of
+    paired repetitions) with ``_q1``, ``_q3``; ``prefill_limit, end_to_end_limit, prefill_share_of_limit,
+    end_to_end_share_of_limit``;
     ``tflops, flops_reduction_percent, kv_bytes, kv_reduction_percent, kv_tokens_per_layer, kept_tokens,
     peak_memory_mb, energy_j, decode_tokens_per_s, compression_ratio, family, keep_ratio``.
     """
@@ -173,8 +174,9 @@ def _costs_of(row: Mapping[str, Any], several: bool, energy: bool) -> list[str]:
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Two runs, by prompt length, number of new tokens and method, one entry per field (prefill, decode).
 
-    Of an entry: ``prompt_tokens, new_tokens, method, field, before_ms, after_ms, ratio, verdict``. ``ratio`` is after / before. A change counts (``faster``, ``slower``) if it is above 3 % and the quartiles of the
-    two runs do not overlap; else the verdict is ``equal``. What only one run has is ``missing``.
+    Of an entry: ``prompt_tokens, new_tokens, method, field, before_ms, after_ms, ratio, verdict``. ``ratio`` is
+    after / before. A change counts (``faster``, ``slower``) if it is above 3 % and the quartiles of the two runs do not
+    overlap; else the verdict is ``equal``. What only one run has is ``missing``.
     """
     names = ("prompt_tokens", "new_tokens", "method")
     old, new = ({tuple(row[name] for name in names): row for row in summary(rows)} for rows in (before, after))
