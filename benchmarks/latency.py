@@ -254,12 +254,13 @@ def write_report(options: argparse.Namespace) -> int:
 
 def print_comparison(options: argparse.Namespace) -> int:
     found = latency_report.compare(read_rows(options.before), read_rows(options.after))
-    body = []
+    body, several = [], latency_report.several_new_tokens(found)
     for entry in found:
         numbers = [f"{entry[name]:,.1f}" if entry[name] else "-" for name in ("before_ms", "after_ms")]
         ratio = f"{entry['ratio']:.3f}" if entry["ratio"] else "-"
         what = entry["field"].removesuffix("_ms")
-        body.append((str(entry["prompt_tokens"]), entry["method"], what, *numbers, ratio, entry["verdict"]))
+        place = f"{entry['prompt_tokens']}" + (f"+{entry['new_tokens']}" if several else "")
+        body.append((place, entry["method"], what, *numbers, ratio, entry["verdict"]))
     header = ("prompt", "method", "what", "before ms", "after ms", "after / before", "verdict")
     print(markdown_table(header, body))
     return int(any(entry["verdict"] == "slower" for entry in found))

@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # By name: their modules load torch, and a command has loaded them by then.
-_SAYABLE = {"PruningNotSupported", "MissingExtra", "OtherProvenance", "OutOfMemoryError"}
+_SAYABLE = {"PruningNotSupported", "MissingExtra", "OtherProvenance", "OutOfMemoryError", "BeingWritten",
+            "NothingMeasured"}  # fmt: skip
 
 
 def _prog() -> str:

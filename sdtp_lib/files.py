@@ -20,6 +20,10 @@ from typing import Any
 from sdtp_lib.provenance import project_root
 
 
+class BeingWritten(RuntimeError):
+    """Another process holds the lock of a file; the text says which process, and the remedy."""
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path in the same folder and with the same suffix, which becomes ``path`` if the body succeeds.
@@ -102,14 +106,20 @@ def locked(descriptor: int) -> bool:
 
 
 def take_lock(path: Path) -> int:
-    """An open descriptor that holds the lock of ``path``; the kernel drops it when the process dies."""
+    """An open descriptor that holds the lock of ``path``; the kernel drops it when the process dies.
+
+    Raises
+    ------
+    BeingWritten
+        If another process, or another writer of this one, holds it.
+    """
     lock = lock_path(path)
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         if not locked(descriptor):
             owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise RuntimeError(
+            raise BeingWritten(
                 f"{path.name} is being written by {owner}: wait for it, or give this run a folder of its own."
             )
         try:

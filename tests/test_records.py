@@ -13,6 +13,7 @@ import pytest
 
 from sdtp_lib import provenance, records
 from sdtp_lib.config import PruningConfig
+from sdtp_lib.files import BeingWritten
 from sdtp_lib.records import OtherProvenance, RowWriter, atomic_write, provenance_of, read_frame, read_rows, write_json
 
 
@@ -82,7 +83,7 @@ def test_a_damaged_line_is_left_out_and_named(tmp_path, damage):
 
 def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
     path = tmp_path / "a.jsonl"
-    with RowWriter(path, {}), pytest.raises(RuntimeError, match=f"a.jsonl is being written by process {os.getpid()}"):
+    with RowWriter(path, {}), pytest.raises(BeingWritten, match=f"a.jsonl is being written by process {os.getpid()}"):
         RowWriter(path, {}).__enter__()
     with RowWriter(path, {}) as rows:
         rows.add("free again")

@@ -10,7 +10,7 @@ import shutil
 import sys
 
 import tables
-from result_tables import run_name
+from result_tables import refuse_unfinished, run_name
 
 from sdtp_lib.records import atomic_write, project_root
 
@@ -30,6 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     missing = [f"{name}.png" for name in SHOWN.values() if not (source / f"{name}.png").exists()]
     if missing:
         print(f"REFUSED  {source.name} lacks {', '.join(missing)}: run `make study` first.", file=sys.stderr)
+        return 2
+    try:
+        refuse_unfinished(source)
+    except FileNotFoundError as error:
+        print(f"REFUSED  {error}", file=sys.stderr)
         return 2
     for name, made in SHOWN.items():
         for suffix in (".png", ".json"):

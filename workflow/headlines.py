@@ -6,6 +6,8 @@ Where a leaderboard is there, `sdtp_lib.leaderboard.opening` says the cost, besi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from result_tables import Table
 
 
@@ -26,27 +28,39 @@ def costs(scorers: Table | None) -> Table | None:
 
 def faster(table: Table | None) -> str:
     """Each preset's prefill speed-up at the longest prompt that was timed, beside what FLOPs allow."""
-    body = [row for row in table.body if row[3] and row[1] != "unpruned"] if table else []
+    body = [dict(zip(table.header, row, strict=True)) for row in table.body] if table else []
+    body = [row for row in body if row["prefill speed-up"] and row["method"] != "unpruned"]
     if not body:
         return "not measured yet."
-    longest = max(int(row[0].replace(",", "")) for row in body)
-    said = [f"{row[1]} **{row[3]}** (FLOPs allow {row[4]})" for row in body if row[0] == f"{longest:,}"]
-    beyond = any(float(row[5] or 0) > 1 for row in body if row[0] == f"{longest:,}")
+    longest = max(int(row["prompt"].replace(",", "")) for row in body)
+    body = [row for row in body if row["prompt"] == f"{longest:,}"]
+    said = [f"{_called(row)} **{row['prefill speed-up']}** (FLOPs allow {row['limit']})" for row in body]
+    beyond = any(float(row["share of the limit"] or 0) > 1 for row in body)
     scatter = " What is above the limit is the machine's scatter." if beyond else ""
     return f"time to the first token after {longest:,} tokens, {', '.join(said)}.{scatter}"
+
+
+def _called(row: Mapping[str, str]) -> str:
+    """A line's method, and of which folder and number of new tokens it is where lines differ in them."""
+    tokens = f" at {row['new tokens']} new tokens" if row.get("new tokens") else ""
+    return row["method"] + tokens + (f" in {row['folder']}" if row.get("folder") else "")
 
 
 def cost(table: Table | None) -> str:
     """KL to the unpruned model by test set: the first scorer's, and the best other one's."""
     if not table or not table.body:
         return "not measured yet."
-    own, *others = table.header[3:]
+    first = table.header.index("data")  # 1 where lines name their folder
+    own, *others = table.header[first + 3 :]
+    budget = table.body[0][first + 1]
     said = []
-    for data, _, items, value, *rest in table.body:
+    for row in table.body:
+        data, _, items, value, *rest = row[first:]
+        data = f"{data} in {row[0]}" if first and row[0] else data
         known = [(cell.strip("*"), name) for cell, name in zip(rest, others, strict=True) if cell]
         other = "" if not known else " ({1} {0}, n = {2})".format(*min(known, key=lambda pair: float(pair[0])), items)
         said.append(f"{data.replace('_', ' ')} {value.strip('*')}{other}")
     return (
-        f"KL to the unpruned model's next-token distributions in nats per token, {own} at {table.body[0][1]} (and the "
+        f"KL to the unpruned model's next-token distributions in nats per token, {own} at {budget} (and the "
         f"best simple score): {'; '.join(said)}."
     )

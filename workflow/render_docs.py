@@ -24,7 +24,7 @@ import docs_reference
 from docs_frame import Frame, markdown_html, notebook_html
 from headlines import cost, faster
 from notebook_parameters import load_notebook, source_of
-from result_tables import latency_table, rows_of, run_name, scorer_table
+from result_tables import latency_table, refuse_unfinished, rows_of, run_name, scorer_table, stamps_of
 
 from sdtp_lib.leaderboard.committed import every_committed
 from sdtp_lib.leaderboard.opening import cost_beside_all_methods, on_a_gpu
@@ -53,8 +53,9 @@ def build(run: Path, docs: Path) -> list[Path]:
     Raises
     ------
     FileNotFoundError
-        If the run lacks an executed notebook.
+        If a notebook of the run is not finished, or its executed copy is not there or holds an error.
     """
+    refuse_unfinished(run)
     executed = {name: _executed(run, name) for name in NOTEBOOKS}
     rows = rows_of(run)
     titles = {name: _title(path) for name, path in executed.items()}
@@ -113,13 +114,16 @@ def _with_pictures(text: str, docs: Path) -> str:
 
 
 def _executed(run: Path, name: str) -> Path:
-    found = sorted(run.glob(f"executed/{name}*.ipynb"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(
-            f"data/results/{run.name} has no executed {name}: run `make study` first, or ask for the documents alone "
-            "(--documents)."
-        )
-    return found[-1]
+    """The copy that the notebook's stamp names: copies of failed runs lie in the same folder."""
+    remedy = "run `make study` first, or ask for the documents alone (--documents)."
+    stamps = [stamp for stamp in stamps_of(run) if (stamp["folder"], stamp["notebook"]) == (".", name)]
+    named = [Path(stamp["executed"]).name for stamp in sorted(stamps, key=lambda stamp: stamp["ended_utc"])]
+    if not named or not (found := run / "executed" / named[-1]).is_file():
+        raise FileNotFoundError(f"data/results/{run.name} has no finished, executed {name}: {remedy}")
+    outputs = [output for cell in load_notebook(found)["cells"] for output in cell.get("outputs", ())]
+    if any(output["output_type"] == "error" for output in outputs):
+        raise FileNotFoundError(f"data/results/{run.name}: the executed {name} holds an error: {remedy}")
+    return found
 
 
 def _title(executed: Path) -> str:

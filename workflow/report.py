@@ -19,7 +19,17 @@ from typing import Any
 
 from docs_frame import BASE_STYLE, Frame, head, notebook_html
 from notebook_parameters import meant, words
-from result_tables import latency_table, origin, other_tables, rows_of, run_name, scorer_table, stamps_of
+from result_tables import (
+    by_folder,
+    latency_table,
+    origin,
+    other_tables,
+    rows_of,
+    run_name,
+    scorer_table,
+    stamps_of,
+    unfinished_of,
+)
 
 from sdtp_lib.records import atomic_write, project_root, provenance_of
 
@@ -44,16 +54,16 @@ def page(run: Path) -> str:
     if not rows:
         raise FileNotFoundError(f"there are no rows under {run.name}: run `make study` first.")
     tables = [table for table in (latency_table(rows), scorer_table(rows)) if table] + other_tables(rows)
-    picture = pareto_svg(rows)
+    left = [name if folder == "." else f"{name} [{folder}]" for (folder, _), name in unfinished_of(run).items()]
     title = f"SDTP sweep: {run.name}"
     parts = [
         f'<!doctype html>\n<html lang="en">{head(title, STYLE)}<body><h1>{html.escape(title)}</h1>',
         f"<p>{len(rows):,} rows of {len(stamps)} notebook runs. {html.escape(origin(rows))}</p>",
+        *([f"<p>Not finished: {html.escape(', '.join(left))}.</p>"] if left else []),
         "<h2>What ran</h2>",
         runs_table(run, stamps),
     ]
-    if picture:
-        parts += ["<h2>Quality against cost</h2>", f"<figure>{picture}</figure>"]
+    parts += quality_pictures(rows)
     parts += pictures(run)
     parts += ["<h2>Results</h2>", *(table.html() for table in tables), "<h2>Provenance</h2>", provenance(rows)]
     return "\n".join(parts) + "\n</body></html>\n"
@@ -99,8 +109,23 @@ def runs_table(run: Path, stamps: Sequence[Mapping[str, Any]]) -> str:
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 
+def quality_pictures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Quality against cost, one picture per folder (the sweep's cell), named where there are several."""
+    made = {folder: pareto_svg(own) for folder, own in by_folder(rows).items()}
+    made = {folder: picture for folder, picture in made.items() if picture}
+    parts = []
+    for folder, picture in made.items():
+        parts.append(f"<figure>{picture}</figure>")
+        if len(made) > 1:
+            parts.append(f"<p class=note>{html.escape(folder)}</p>")
+    return ["<h2>Quality against cost</h2>", *parts] if parts else []
+
+
 def pareto_svg(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """KL against the share of prefill FLOPs that is left, one point per scorer and budget, as inline SVG."""
+    """KL against the share of prefill FLOPs that is left, one point per scorer and budget, as inline SVG.
+
+    Of rows of one folder: those of several would be averaged.
+    """
     import pandas
 
     rows = [row for row in rows if row.get("kind") == "scorer" and row.get("kl_nats") is not None]

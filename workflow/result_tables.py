@@ -29,6 +29,7 @@ SETTINGS = {"prompt_tokens", "keep_ratio", "new_tokens", "threads", "salient_abo
 
 
 BOLD = re.compile(r"^\*\*(.*)\*\*$")
+PLACES = {"prompt", "new tokens"}  # numbers that name a row
 WIDEST = 11  # columns that fit a page of 1280 pixels
 
 
@@ -63,7 +64,8 @@ class Table:
         columns = list(range(len(self.header)))
         if len(columns) <= WIDEST:
             return [columns]
-        named = next((i for i in columns if i and all(_is_number(row[i]) for row in self.body)), 1)
+        numbers = [i for i in columns if i and self.header[i] not in PLACES]
+        named = next((i for i in numbers if all(_is_number(row[i]) for row in self.body)), 1)
         named = min(named, WIDEST // 2)
         rest, step = columns[named:], WIDEST - named
         return [columns[:named] + rest[i : i + step] for i in range(0, len(rest), step)]
@@ -88,11 +90,18 @@ class Table:
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """All rows of notebooks under a run's folder, each with its notebook and the folder (the sweep's cell) it lies in.
 
-    What a notebook's own tools write beside them (`heldout.jsonl` of a training run) has no number and is left out.
+    What a notebook's own tools write beside them (`heldout.jsonl` of a training run) has no number and is left out. So
+    are rows of a folder whose notebook has no stamp, where `make study` began it there or stamped it in another folder:
+    it was not finished, or is no cell of the sweep any more. A run without any stamp was made by hand: all rows count.
     """
-    rows = []
+    rows, unfinished = [], set(unfinished_of(run)) if stamps_of(run) else set()
+    stamped = {(path.parent.parent, path.name[:3]) for path in run.rglob(".stamps/*.json")}
+    elsewhere = {number for _, number in stamped}
     for path in sorted(run.rglob("[0-9][0-9]_*.jsonl")):
         folder = path.parent.relative_to(run).as_posix()
+        number = path.name[:3]  # what a notebook writes begins with its number, whatever the rest
+        if (path.parent, number) not in stamped and (number in elsewhere or (folder, number) in unfinished):
+            continue
         rows += [{**row, "notebook": path.stem, "folder": "" if folder == "." else folder} for row in read_rows(path)]
     return rows
 
@@ -103,6 +112,31 @@ def stamps_of(run: Path) -> list[dict[str, Any]]:
         {**json.loads(path.read_text(encoding="utf-8")), "folder": path.parent.parent.relative_to(run).as_posix()}
         for path in sorted(run.rglob(".stamps/*.json"))
     ]
+
+
+def unfinished_of(run: Path) -> dict[tuple[str, str], str]:
+    """(folder, number such as ``04_``) -> name of each notebook that `make study` began and that has no stamp yet."""
+    return {
+        (path.parent.parent.relative_to(run).as_posix(), path.stem[:3]): path.stem
+        for path in sorted(run.rglob(".stamps/*.begun"))
+        if not path.with_name(path.read_text(encoding="utf-8").strip()).is_file()
+    }
+
+
+def refuse_unfinished(run: Path) -> None:
+    """Raise `FileNotFoundError`, naming them, where notebooks of a run were begun and are not finished."""
+    if left := [name if folder == "." else f"{name} [{folder}]" for (folder, _), name in unfinished_of(run).items()]:
+        raise FileNotFoundError(
+            f"data/results/{run.name}: {', '.join(left)} failed or is not finished: run `make study` first."
+        )
+
+
+def by_folder(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by the folder (the sweep's cell) they lie in: another model, seed or setting, so never averaged together."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row.get("folder") or "", []).append(row)
+    return found
 
 
 def origin(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -121,31 +155,39 @@ def origin(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Prefill, decode and end to end beside the limit, one line per prompt length and method."""
-    from sdtp_lib.latency.report import summary
+    """Prefill, decode and end to end beside the limit, one line per prompt length and method.
+
+    Where rows lie in several folders, or differ in how many tokens were generated, each line says which.
+    """
+    from sdtp_lib.latency.report import several_new_tokens, summary
 
     rows = [row for row in rows if row.get("kind") == "latency"]
     if not rows:
         return None
     generated = "/".join(map(str, sorted({row["new_tokens"] for row in rows if row.get("new_tokens")})))
+    lines = [(folder, line) for folder, own in by_folder(rows).items() for line in summary(own)]
+    folders, several = len(by_folder(rows)) > 1, several_new_tokens(line for _, line in lines)
     header = (
-        "prompt", "method", "prefill ms", "prefill speed-up", "limit", "share of the limit",
+        *(["folder"] if folders else []), "prompt", *(["new tokens"] if several else []), "method",
+        "prefill ms", "prefill speed-up", "limit", "share of the limit",
         f"decode ms ({generated} tokens)", "end to end ms", "end-to-end speed-up", "KV cache", "1/tau",
     )  # fmt: skip
     body = []
-    for line in summary(rows):
+    for folder, line in lines:
+        place = [*([folder] if folders else []), f"{line['prompt_tokens']:,}"]
+        place += [*([str(line["new_tokens"] or "")] if several else []), line["method"]]
         if line["status"] != "ok":
-            body.append((f"{line['prompt_tokens']:,}", line["method"], line["status"], *[""] * (len(header) - 3)))
+            body.append((*place, line["status"], *[""] * (len(header) - len(place) - 1)))
             continue
         body.append((
-            f"{line['prompt_tokens']:,}", line["method"], number(line["prefill_ms"]),
+            *place, number(line["prefill_ms"]),
             times(line.get("prefill_speedup")), times(line.get("prefill_limit")),
             number(line.get("prefill_share_of_limit")), number(line.get("decode_ms")),
             number(line.get("end_to_end_ms")), times(line.get("end_to_end_speedup")),
             f"-{line['kv_reduction_percent']:.0f} %" if line.get("kv_reduction_percent") else "",
             number(line.get("compression_ratio")),
         ))  # fmt: skip
-    repeats = sorted({line["repetitions"] for line in summary(rows)})
+    repeats = sorted({line["repetitions"] for _, line in lines})
     note = (
         f"Medians of {'/'.join(map(str, repeats))} repetitions taken in turn; a speed-up is the median of ratios to "
         "the unpruned run of the same turn. "
@@ -162,21 +204,22 @@ def scorer_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     rows = [row for row in rows if row.get("kind") == "scorer"]
     if not rows:
         return None
-    lines = scorer_summary(pandas.DataFrame(rows))
+    by = [*(["folder"] if len(by_folder(rows)) > 1 else []), "cell", "setting"]
+    lines = scorer_summary(pandas.DataFrame(rows), by=by)
     scorers = list(dict.fromkeys(lines.scorer))
     body = []
-    for (cell, setting), part in lines.groupby(["cell", "setting"], sort=False):
+    for place, part in lines.groupby(by, sort=False):
         values = dict(zip(part.scorer, part.kl_nats, strict=True))
         best = min((value for value in values.values() if not math.isnan(value)), default=None)
         shown = [f"**{values[s]:.3f}**" if values.get(s) == best else number(values.get(s), 3) for s in scorers]
-        body.append((str(cell), str(setting), str(int(part["items"].iloc[0])), *shown))
+        body.append((*map(str, place), str(int(part["items"].iloc[0])), *shown))
     lengths = sorted({int(row["prompt_tokens"]) for row in rows if row.get("prompt_tokens")})
     span = f" Prompts of {' to '.join(f'{n:,}' for n in sorted({lengths[0], lengths[-1]}))} tokens." if lengths else ""
     note = (
         "KL to the unpruned model's next-token distributions, nats per token, lower is better; the best is bold."
         f"{span} "
     )
-    header = ("data", "budget", "items", *scorers)
+    header = (*by[:-2], "data", "budget", "items", *scorers)
     return Table("scorers", "How far the output moves, by scorer", header, tuple(body), note + origin(rows))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from headlines import costs, headline
-from result_tables import Table, latency_table, other_tables, rows_of, run_name, scorer_table
+from result_tables import Table, latency_table, other_tables, refuse_unfinished, rows_of, run_name, scorer_table
 
 from sdtp_lib.leaderboard import opening
 from sdtp_lib.leaderboard.committed import every_committed
@@ -79,6 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
             run = root / "data" / "results" / name
             if not run.is_dir():
                 print(f"REFUSED  there is no data/results/{name}: run `make study` first.", file=sys.stderr)
+                return 2
+            try:
+                refuse_unfinished(run)
+            except FileNotFoundError as error:
+                print(f"REFUSED  {error}", file=sys.stderr)
                 return 2
             tables |= collect(run)
         shown = {match["name"] for page in pages(root) for match in BLOCK.finditer(page.read_text(encoding="utf-8"))}

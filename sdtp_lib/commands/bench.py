@@ -58,6 +58,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
             given.lengths,
             new_tokens=given.new_tokens, repeats=given.repeats, progress=run.progress_on(bar),
         )  # fmt: skip
-    print(report.markdown(read_rows(writer.path)))
-    print(f"rows: {writer.path}")
+    rows = [row for row in read_rows(writer.path) if row.get("kind") == "latency"]
+    asked = [row for row in rows if row["prompt_tokens"] in given.lengths and row["new_tokens"] == given.new_tokens]
+    others = len(rows) - len(asked)
+    print(report.markdown(asked))
+    more = f" ({others} more there, of other prompt lengths or numbers of new tokens, are not shown)" if others else ""
+    print(f"rows: {writer.path}{more}")
     return 0

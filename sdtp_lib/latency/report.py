@@ -26,11 +26,14 @@ _NOISE = 0.03  # share of a median below which two runs are called equal whateve
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per prompt length and method: medians, quartiles, paired speed-ups, limits and shares of them.
+    """One row per prompt length, number of new tokens and method: medians, quartiles, paired speed-ups, limits.
 
-    Columns: ``prompt_tokens, method, status, repetitions``; ``prefill_ms, decode_ms, end_to_end_ms`` and each with
-    ``_q1``, ``_q3``; ``prefill_speedup, decode_speedup, end_to_end_speedup`` (medians of ratios of paired repetitions)
-    with ``_q1``, ``_q3``; ``prefill_limit, end_to_end_limit, prefill_share_of_limit, end_to_end_share_of_limit``;
+    Repetitions are paired with the unpruned run's of the same length and number of new tokens.
+
+    Columns: ``prompt_tokens, new_tokens, method, status, repetitions``; ``prefill_ms, decode_ms, end_to_end_ms`` and
+    each with ``_q1``, ``_q3``; ``prefill_speedup, decode_speedup, end_to_end_speedup`` (medians of ratios of
+    paired repetitions) with ``_q1``, ``_q3``; ``prefill_limit, end_to_end_limit, prefill_share_of_limit,
+    end_to_end_share_of_limit``;
     ``tflops, flops_reduction_percent, kv_bytes, kv_reduction_percent, kv_tokens_per_layer, kept_tokens,
     peak_memory_mb, energy_j, decode_tokens_per_s, compression_ratio, family, keep_ratio``.
     """
@@ -38,8 +41,14 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     # Of type object: a missing number is None then, and a whole one stays whole.
     frame = pandas.DataFrame([row for row in rows if row.get("kind") == "latency"], dtype=object)
     frame = frame.where(frame.notna(), None)
-    for (tokens, method), group in frame.groupby(["prompt_tokens", "method"], sort=False) if len(frame) else ():
-        ok = frame[(frame.prompt_tokens == tokens) & (frame.status == "ok")].set_index("repetition")
+    if frame.empty:
+        return table
+    frame = frame.assign(new_tokens=frame.get("new_tokens"))  # None where rows do not say it
+    # One number per prompt length and number of new tokens: within it repetitions are pairs.
+    frame["paired"] = frame.groupby(["prompt_tokens", "new_tokens"], sort=False, dropna=False).ngroup()
+    for (paired, method), group in frame.groupby(["paired", "method"], sort=False):
+        ok = frame[(frame.paired == paired) & (frame.status == "ok")].set_index("repetition")
+        tokens = group.iloc[0].prompt_tokens
         own, base = ok[ok.method == method], ok[ok.method == UNPRUNED]
         entry = {"prompt_tokens": tokens, "method": method, "repetitions": len(own)}
         entry["status"] = "ok" if len(own) else "out of memory"
@@ -84,15 +93,20 @@ def _or_none(value: float) -> float | None:
 
 
 def by_length(rows: Iterable[Mapping[str, Any]], sdtp: str = "keep09") -> dict[str, dict[str, Any]]:
-    """The report as data: prompt length -> ``baseline``, ``sdtp``, ``speedup``, ``kv_reduction`` (share, 0 to 1)."""
+    """The report as data: prompt length -> ``baseline``, ``sdtp``, ``speedup``, ``kv_reduction`` (share, 0 to 1).
+
+    A key is the prompt length (``"1024"``); where rows have several numbers of new tokens, with it (``"1024+64"``).
+    """
     report: dict[str, dict[str, Any]] = {}
     table = summary(rows)
+    several = several_new_tokens(table)
+    unpruned = {(e["prompt_tokens"], e["new_tokens"]): e for e in table if e["method"] == UNPRUNED}
     for entry in table:
-        base = next((e for e in table if (e["prompt_tokens"], e["method"]) == (entry["prompt_tokens"], UNPRUNED)), None)
+        base = unpruned.get((entry["prompt_tokens"], entry["new_tokens"]))
         if entry["method"] != sdtp or base is None or "ok" not in (entry["status"], base["status"]):
             continue
         percent = entry.get("kv_reduction_percent")
-        report[str(entry["prompt_tokens"])] = {
+        report[f"{entry['prompt_tokens']}" + (f"+{entry['new_tokens']}" if several else "")] = {
             "baseline": _figures(base),
             "sdtp": _figures(entry),
             "speedup": {name: entry.get(f"{name}_speedup") for name in ("prefill", "decode", "end_to_end")},
@@ -100,6 +114,11 @@ def by_length(rows: Iterable[Mapping[str, Any]], sdtp: str = "keep09") -> dict[s
             "kv_reduction": None if percent is None else percent / 100,
         }
     return report
+
+
+def several_new_tokens(table: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a table's rows differ in how many tokens were generated: only then is it said row by row."""
+    return len({row.get("new_tokens") for row in table}) > 1
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -119,20 +138,26 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "in brackets the share of the FLOPs limit.",
         "",
     ]
-    header = ["prompt", "method"]
+    several = several_new_tokens(table)
+    places = ["prompt", *(["new tokens"] if several else []), "method"]
+    header = [*places]
     for part in ("prefill", "decode", "end to end"):
         header += [f"{part} ms", "speed-up"]
-    lines.append(markdown_table(header, [_times_of(row) for row in table]))
+    lines.append(markdown_table(header, [_times_of(row, several) for row in table]))
     # Joules only where the device counts them.
     energy = any(row.get("energy_j") is not None for row in table)
-    costs = [_costs_of(row, energy) for row in table if row["status"] == "ok"]
-    header = ["prompt", "method", "TFLOPs", "1/tau", "KV MB", "peak MB", *(["energy J"] if energy else [])]
+    costs = [_costs_of(row, several, energy) for row in table if row["status"] == "ok"]
+    header = [*places, "TFLOPs", "1/tau", "KV MB", "peak MB", *(["energy J"] if energy else [])]
     lines += ["", markdown_table(header, costs)]
     return "\n".join(lines) + "\n"
 
 
-def _times_of(row: Mapping[str, Any]) -> list[str]:
-    cells = [str(row["prompt_tokens"]), row["method"]]
+def _place_of(row: Mapping[str, Any], several: bool) -> list[str]:
+    return [str(row["prompt_tokens"]), *([str(row["new_tokens"] or "-")] if several else []), row["method"]]
+
+
+def _times_of(row: Mapping[str, Any], several: bool) -> list[str]:
+    cells = _place_of(row, several)
     if row["status"] != "ok":
         return [*cells, "out of memory", *[""] * 5]
     for name in ("prefill", "decode", "end_to_end"):
@@ -140,24 +165,26 @@ def _times_of(row: Mapping[str, Any]) -> list[str]:
     return cells
 
 
-def _costs_of(row: Mapping[str, Any], energy: bool) -> list[str]:
-    cells = [str(row["prompt_tokens"]), row["method"], f"{row['tflops']:.3f}", f"{row['compression_ratio']:.2f}"]
+def _costs_of(row: Mapping[str, Any], several: bool, energy: bool) -> list[str]:
+    cells = [*_place_of(row, several), f"{row['tflops']:.3f}", f"{row['compression_ratio']:.2f}"]
     cells += [f"{row['kv_bytes'] / 1e6:.1f}", _number(row.get("peak_memory_mb"))]
     return [*cells, _number(row.get("energy_j"), 1)] if energy else cells
 
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Two runs, by prompt length and method: ``prompt_tokens, method, field, before_ms, after_ms, ratio, verdict``.
+    """Two runs, by prompt length, number of new tokens and method, one entry per field (prefill, decode).
 
-    ``ratio`` is after / before. A change counts (``faster``, ``slower``) if it is above 3 % and the quartiles of the
-    two runs do not overlap; else the verdict is ``equal``. What only one run has is ``missing``.
+    Of an entry: ``prompt_tokens, new_tokens, method, field, before_ms, after_ms, ratio, verdict``. ``ratio`` is
+    after / before. A change counts (``faster``, ``slower``) if it is above 3 % and the quartiles of the two runs do not
+    overlap; else the verdict is ``equal``. What only one run has is ``missing``.
     """
-    old, new = ({(row["prompt_tokens"], row["method"]): row for row in summary(rows)} for rows in (before, after))
+    names = ("prompt_tokens", "new_tokens", "method")
+    old, new = ({tuple(row[name] for name in names): row for row in summary(rows)} for rows in (before, after))
     found = []
     for place in dict.fromkeys([*old, *new]):
         for field in ("prefill_ms", "decode_ms"):
             a, b = old.get(place, {}), new.get(place, {})
-            entry = {"prompt_tokens": place[0], "method": place[1], "field": field, "before_ms": a.get(field),
+            entry = {**dict(zip(names, place, strict=True)), "field": field, "before_ms": a.get(field),
                      "after_ms": b.get(field), "ratio": None, "verdict": "missing"}  # fmt: skip
             if a.get(field) and b.get(field):
                 entry["ratio"] = ratio = b[field] / a[field]

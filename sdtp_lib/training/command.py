@@ -11,9 +11,10 @@ from sdtp_lib.config import PruningNotSupported
 from sdtp_lib.data.samples import DOLLY
 from sdtp_lib.data.training_mix import LENGTHS
 from sdtp_lib.extras import MissingExtra
+from sdtp_lib.files import BeingWritten
 from sdtp_lib.models import load_model
 from sdtp_lib.processes import Share
-from sdtp_lib.training.recipes import DEFAULT, RECIPES
+from sdtp_lib.training.recipes import DEFAULT, RECIPES, NothingMeasured
 from sdtp_lib.training.run import train_by_recipe
 
 
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
             heldout=given.heldout, layers=given.layers, start=given.start, start_share=given.start_share,
             out=given.out, force=given.force, labels_only=given.labels_only, seed=given.seed,
         )  # fmt: skip
-    except (ValueError, OSError, PruningNotSupported, MissingExtra) as error:
+    except (ValueError, OSError, PruningNotSupported, MissingExtra, BeingWritten, NothingMeasured) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -39,6 +39,10 @@ KIND_OF = {"digest": "summaries", "summary": "summaries", "text": "text", "code"
                            "instructions")}  # fmt: skip
 
 
+class NothingMeasured(RuntimeError):
+    """Not one prompt could be measured; the text has the first failure."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How pruners are made.
@@ -196,7 +200,7 @@ def choose_blend(
 
     Raises
     ------
-    RuntimeError
+    NothingMeasured
         If no prompt could be measured.
     """
     if len(blends) == 1:
@@ -219,7 +223,7 @@ def choose_blend(
     }
     figures = {method.name: figures[method.name] for method in methods if method.name in figures}
     if not figures:
-        raise RuntimeError(f"no blend could be measured on {len(samples)} prompts: {failures(read_rows(rows))}")
+        raise NothingMeasured(f"no blend could be measured on {len(samples)} prompts: {failures(read_rows(rows))}")
     return json.loads(min(figures, key=figures.__getitem__)), figures
 
 

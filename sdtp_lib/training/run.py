@@ -35,6 +35,7 @@ from sdtp_lib.training.labels import checked_labels
 from sdtp_lib.training.prompts import choose_prompts, listed
 from sdtp_lib.training.recipes import (
     DEFAULT,
+    NothingMeasured,
     Recipe,
     choose_blend,
     held_back,
@@ -207,7 +208,7 @@ def train_by_recipe(
         lines = verdict.measure(model, pruners, held_out, layers, work / "heldout.jsonl", provenance, share)
         if failed := failures(read_rows(work / "heldout.jsonl")):
             if not lines:
-                raise RuntimeError(f"no held-out prompt could be measured: {failed}")
+                raise NothingMeasured(f"no held-out prompt could be measured: {failed}")
             say(f"not all held-out prompts could be measured: {failed}")
         say(verdict.as_text(lines))
         say(verdict.in_words(lines), flush=True)

@@ -14,6 +14,7 @@ import torch
 
 from sdtp_lib import PruningConfig, TokenPruners
 from sdtp_lib.__main__ import COMMANDS, main
+from sdtp_lib.records import RowWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "the rain in the plain stays on the mainland, it is said, and so on. " * 4
@@ -195,6 +196,14 @@ def test_bench_times_presets_and_lengths_and_goes_on_where_it_stopped(folder, ca
     assert said(capsys, *arguments) == text and (tmp_path / "sdtp-bench" / "bench.jsonl").read_bytes() == rows
 
 
+def test_bench_shows_the_lengths_and_new_tokens_that_were_asked_for_and_keeps_the_others(folder, capsys):
+    arguments = ("bench", folder, "--scorer", "recency", "--repeats", 2, "--lengths")
+    assert "not shown" not in said(capsys, *arguments, 64, "--new-tokens", 2, "--presets", "keep09")
+    text = said(capsys, *arguments, 64, "--new-tokens", 3, "--presets", "keep08")
+    assert re.findall(r"^\| (\d+) \| (\w+) ", text, re.M) == 2 * [("64", "unpruned"), ("64", "keep08")]
+    assert "batch 1, 3 new tokens" in text and "(4 more there, of other prompt lengths or numbers of new" in text
+
+
 def test_verify_tells_the_differences_and_what_rounding_explains(folder, capsys):
     text = said(capsys, "verify", folder, "--repeats", 3)
     assert re.match(r"LlamaForCausalLM with sdpa: (not )?in this release's list .*transformers 5", text)
@@ -266,6 +275,13 @@ def test_an_error_is_one_sentence_and_exit_code_two(folder, arguments, sentence,
     assert re.search(f"error: .*(?:{sentence})", error), error
     assert error.count("error: ") == 1 and "Traceback" not in error
     assert error.rpartition("error: ")[2].count("\n") == 1
+
+
+def test_a_folder_that_another_run_writes_is_said_in_one_sentence(folder, capsys, tmp_path):
+    with RowWriter(tmp_path / "sdtp-bench" / "bench.jsonl", {}):
+        assert main(["bench", str(folder), "--lengths", "64", "--repeats", "1", "--scorer", "recency"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"^error: bench.jsonl is being written by process \d+ on .*a folder of its own.$", error, re.M)
 
 
 def test_a_fault_of_ours_is_not_hidden(folder, monkeypatch):

@@ -71,6 +71,32 @@ def test_a_comparison_tells_slower_from_noise():
     assert {e["verdict"] for e in latency_report.compare(BY_HAND, BY_HAND[:3])} == {"equal", "missing"}
 
 
+def test_numbers_of_new_tokens_are_paired_and_shown_apart():
+    """They were one group: repetitions stood twice in it, and the paired ratios were a cross product."""
+    longer = [{**r, "new_tokens": 40, "decode_ms": 10 * r["decode_ms"]} for r in BY_HAND]
+    table = latency_report.summary([*BY_HAND, *longer])
+    assert [(e["new_tokens"], e["method"], e["repetitions"], e["decode_ms"]) for e in table] == [
+        (4, "unpruned", 3, 105.0), (4, "keep09", 3, 100.0), (40, "unpruned", 3, 1050.0), (40, "keep09", 3, 1000.0)
+    ]  # fmt: skip
+    assert table[1] == latency_report.summary(BY_HAND)[1]
+    assert table[3]["decode_speedup_q3"] == pytest.approx(1.076, 1e-3)
+    report = latency_report.by_length([*BY_HAND, *longer])
+    assert list(report) == ["1000+4", "1000+40"]
+    assert report["1000+40"]["baseline"]["decode_ms"] == 1050.0 and report["1000+4"]["baseline"]["decode_ms"] == 105.0
+    text = latency_report.markdown([*BY_HAND, *longer])
+    assert "| prompt | new tokens | method |" in text and "4/40 new tokens" in text
+    assert text.count("| 1000 | 40 | keep09 |") == text.count("| 1000 | 4 | keep09 |") == 2
+    found = latency_report.compare([*BY_HAND, *longer], longer)
+    verdicts = {(e["new_tokens"], e["verdict"]) for e in found}
+    assert verdicts == {(4, "missing"), (40, "equal")}
+
+
+def test_rows_that_do_not_say_how_many_tokens_were_generated_are_one_group():
+    rows = [{name: value for name, value in r.items() if name != "new_tokens"} for r in BY_HAND]
+    assert [e["prefill_ms"] for e in latency_report.summary(rows)] == [210.0, 110.0]
+    assert list(latency_report.by_length(rows)) == ["1000"]
+
+
 def quality(method, family, ratio, prefill, kl, sample="a"):
     return {"kind": "quality", "text": "needle", "sample": sample, "method": method, "family": family,
             "keep_ratio": ratio, "prefill_ms": prefill, "kl_nats": kl, "tflops": prefill / 50}  # fmt: skip

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import training_mix
 from sdtp_lib.data.own_records import own_samples
 from sdtp_lib.data.samples import dolly_split
+from sdtp_lib.files import BeingWritten
 from sdtp_lib.processes import Share
 from sdtp_lib.provenance import fingerprint, provenance_of
 from sdtp_lib.records import RowWriter
@@ -23,7 +25,7 @@ from sdtp_lib.scorers.found import pruners_for
 from sdtp_lib.shipped import folder_for, pruner_folders
 from sdtp_lib.training import recipes, run, saliency, verdict
 from sdtp_lib.training.command import main
-from sdtp_lib.training.recipes import RECIPES, choose_blend, joined_label
+from sdtp_lib.training.recipes import RECIPES, NothingMeasured, choose_blend, joined_label
 
 STORY = "The mill by the river ground corn for the whole valley, and its wheel never stood still in spring. "
 
@@ -310,6 +312,39 @@ def test_the_blend_with_the_lowest_divergence_is_chosen(tiny_model, tmp_path):
         model, tmp_path / "set", blends, samples, config, tmp_path / "rows.jsonl", provenance_of(model, seed=0), Share()
     )
     assert len(figures) == 3 and figures[json.dumps(chosen)] == min(figures.values()) < max(figures.values())
+
+
+@pytest.mark.parametrize("error", [BeingWritten("rows are being written"), NothingMeasured("nothing was measured")])
+def test_what_stops_a_training_run_and_is_no_fault_of_ours_is_one_sentence(model_folder, error, capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise error
+
+    monkeypatch.setattr("sdtp_lib.training.command.train_by_recipe", stopped)
+    assert main([str(model_folder)]) == 2
+    assert capsys.readouterr().err.endswith(f"error: {error}\n")
+
+
+@pytest.mark.slow
+def test_training_whose_prompts_cannot_be_measured_or_whose_rows_are_being_written_ends_in_one_sentence(
+    model_folder, tmp_path, capsys, monkeypatch
+):
+    def failing(model, samples, settings, methods, writer, **more):
+        if not writer.done("a"):
+            writer.add("a", kind="failure", error="RuntimeError: no room")
+
+    for module in (recipes, verdict):
+        monkeypatch.setattr(module, "compare_scorers", failing)
+    arguments = [str(model_folder), "--instructions", "embedded", "--prompts", "10", "--prompt-tokens", "1000", "1100",
+                 "--epochs", "1", "--heldout", "1", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(arguments) == 2, "blends are measured first"
+    assert re.search(r"error: no blend could be measured on \d+ prompts: 1 failed, .* no room", capsys.readouterr().err)
+    (work,) = {path.parent for path in tmp_path.rglob("blends.jsonl")}
+    with RowWriter(work / "blends.jsonl", json.loads((work / "blends.jsonl").read_text())):
+        assert main(arguments) == 2
+    assert "error: blends.jsonl is being written by process" in capsys.readouterr().err
+    monkeypatch.setattr(run, "choose_blend", lambda *_: ({"learned": 1.0}, {}))
+    assert main(arguments) == 2
+    assert "error: no held-out prompt could be measured: 1 failed, the first" in capsys.readouterr().err
 
 
 def _rows(learned: list[float], free: list[float], kind: str = "text") -> list[dict]:

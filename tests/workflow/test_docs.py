@@ -13,7 +13,7 @@ import render_docs as docs
 from docs_frame import link_pages, markdown_html, notebook_html
 
 import sdtp_lib
-from sdtp_lib.records import RowWriter, provenance_of
+from sdtp_lib.records import RowWriter, provenance_of, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -40,7 +40,11 @@ def executed(path: Path, title: str) -> None:
 def run(tmp_path):
     folder = tmp_path / "results" / "run"
     for name in docs.NOTEBOOKS:
-        executed(folder / "executed" / f"{name}-0123456789ab.ipynb", f"{name[:2]} · What?")
+        copy = folder / "executed" / f"{name}-0123456789ab.ipynb"
+        executed(copy, f"{name[:2]} · What?")
+        stamp = {"notebook": name, "executed": copy, "ended_utc": "2026-01-01T00:00:00+00:00"}
+        write_json(folder / ".stamps" / f"{copy.stem}.json", stamp)
+        (folder / ".stamps" / f"{name}.begun").write_text(f"{copy.stem}.json")
     for picture in docs.PICTURES.values():
         (folder / f"{picture}.png").write_bytes(b"png")
     with RowWriter(folder / "05_longbench.jsonl", provenance_of(model_name="embedded") | {"device": "cpu"}) as rows:
@@ -79,7 +83,21 @@ def test_a_study_becomes_pages_without_a_broken_link_or_a_request(run, tmp_path)
 
 def test_a_run_without_an_executed_notebook_is_refused(run, tmp_path):
     shutil.rmtree(run / "executed")
-    with pytest.raises(FileNotFoundError, match="no executed 01_saliency: run `make study` first"):
+    with pytest.raises(FileNotFoundError, match="no finished, executed 01_saliency: run `make study` first"):
+        docs.build(run, tmp_path)
+
+
+def test_the_copy_of_a_failed_run_is_never_the_page(run, tmp_path):
+    """The newest copy was taken, and a failed one lies beside the one that ended well."""
+    executed(run / "executed" / "04_latency-bbbbbbbbbbbb.ipynb", "failed")
+    assert docs._executed(run, "04_latency").stem == "04_latency-0123456789ab"
+    (run / ".stamps" / "04_latency.begun").write_text("04_latency-bbbbbbbbbbbb.json")
+    with pytest.raises(FileNotFoundError, match="run: 04_latency failed or is not finished: run `make study` first"):
+        docs.build(run, tmp_path)
+    (run / ".stamps" / "04_latency.begun").unlink()
+    cell = nbformat.v4.new_code_cell("1 / 0", outputs=[nbformat.v4.new_output("error", ename="ZeroDivisionError")])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), run / "executed" / "04_latency-0123456789ab.ipynb")
+    with pytest.raises(FileNotFoundError, match="the executed 04_latency holds an error: run `make study` first"):
         docs.build(run, tmp_path)
 
 

@@ -15,6 +15,7 @@ import result_tables
 import tables
 from result_tables import Table
 
+import figures
 from sdtp_lib.records import RowWriter, provenance_of, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,70 @@ def test_the_scorer_table_marks_the_best(run):
 def test_rows_of_another_kind_are_averaged_by_what_tells_them_apart(run):
     (table,) = result_tables.other_tables(result_tables.rows_of(run))
     assert table.header == ("task", "score") and table.body == (("needle", "0.7500"), ("qa", "0.1250"))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two cells of a sweep, of models that differ fifty times in speed."""
+    folder = tmp_path / "run"
+    for cell, ms, kl in (("m-A", 100.0, 0.1), ("m-B", 5000.0, 0.9)):
+        with RowWriter(folder / cell / "04_latency.jsonl", ORIGIN) as rows:
+            rows.add("full", **latency_row(1024, "unpruned", 0, ms, 2.0))
+            rows.add("pruned", **latency_row(1024, "keep09", 0, ms / 2, 1.0))
+        with RowWriter(folder / cell / "05_longbench.jsonl", ORIGIN) as rows:
+            rows.add("a", kind="scorer", cell="text", setting="r=0.9", scorer="learned", block="b", sample="0",
+                     kl_nats=kl, loss_full_nats=2.0, loss_nats=2.0, compression_ratio=1.5,
+                     prefill_flops_share=0.6)  # fmt: skip
+    return folder
+
+
+def stamped(folder: Path, name: str) -> Path:
+    stamp = folder / ".stamps" / f"{name}-0123456789ab.json"
+    write_json(stamp, {"notebook": name})
+    stamp.with_name(f"{name}.begun").write_text(stamp.name)
+    return stamp
+
+
+def test_cells_of_a_sweep_are_never_averaged_together(sweep):
+    rows = result_tables.rows_of(sweep)
+    latency, scorers = result_tables.latency_table(rows), result_tables.scorer_table(rows)
+    assert [(*row[:4], row[4]) for row in latency.body if row[2] == "unpruned"] == [
+        ("m-A", "1,024", "unpruned", "100", "1.00x"), ("m-B", "1,024", "unpruned", "5,000", "1.00x")
+    ]  # fmt: skip
+    assert scorers.header[:4] == ("folder", "data", "budget", "items")
+    assert [(row[0], row[4]) for row in scorers.body] == [("m-A", "**0.100**"), ("m-B", "**0.900**")]
+    assert "keep09 in m-A **2.00x** (FLOPs allow 2.00x), keep09 in m-B" in headlines.faster(latency)
+    assert "text in m-A 0.100; text in m-B 0.900" in headlines.cost(scorers)
+    assert latency.html().count("<td>keep09</td>") == 4, "the cut table names its rows again"
+    pictures = report.quality_pictures(rows)
+    assert sum("<svg" in part for part in pictures) == 2 and "<p class=note>m-B</p>" in pictures
+    one = [row for row in rows if row["folder"] == "m-A"]
+    assert result_tables.latency_table(one).header[0] == "prompt" and len(report.quality_pictures(one)) == 2
+
+
+def test_rows_without_a_stamp_are_left_out_where_the_notebook_has_stamps_and_kept_where_it_has_none(sweep):
+    def shown():
+        return {(row["folder"], row["notebook"]) for row in result_tables.rows_of(sweep)}
+
+    everything = {(cell, name) for cell in ("m-A", "m-B") for name in ("04_latency", "05_longbench")}
+    assert shown() == everything, "a run made by hand has no stamp"
+    stamped(sweep / "m-A", "04_latency")
+    assert shown() == everything - {("m-B", "04_latency")}
+    stamped(sweep / "m-B", "05_longbench").unlink()
+    assert shown() == everything - {("m-B", "04_latency"), ("m-B", "05_longbench")}
+
+
+def test_tables_and_figures_of_an_unfinished_run_are_refused_by_the_notebooks_name(sweep, monkeypatch, capsys):
+    stamped(sweep / "m-A", "04_latency").unlink()
+    root = sweep.parent / "root"
+    (root / "data" / "results").mkdir(parents=True)
+    sweep.rename(root / "data" / "results" / "mine")
+    for made in figures.SHOWN.values():
+        (root / "data" / "results" / "mine" / f"{made}.png").write_bytes(b"png")
+    for module in (tables, figures):
+        monkeypatch.setattr(module, "project_root", lambda: root)
+        assert module.main(["mine"]) == 2
+        assert "data/results/mine: 04_latency [m-A] failed or is not finished: run `make" in capsys.readouterr().err
 
 
 def test_a_pipe_in_a_cell_does_not_break_a_markdown_table():
