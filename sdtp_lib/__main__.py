@@ -25,7 +25,7 @@ PROGRAMS = {
     "sdtp_lib.budget": "tokens, FLOPs and KV bytes, counted",
     "sdtp_lib.latency.cost_model": "times predicted for named hardware",
     "sdtp_lib.harness": "lm-evaluation-harness with pruned prompts",
-    "sdtp_lib.explorer.app": "sliders in a browser",
+    "sdtp_lib.explorer.app": "sliders in a browser, from the checkout (make app)",
     "sdtp_lib.paper": "the paper's figures beside ours",
 }
 
