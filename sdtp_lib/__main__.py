@@ -14,7 +14,7 @@ from pathlib import Path
 
 COMMANDS = {
     "generate": ("sdtp_lib.commands.generate", "answer prompts with and without pruning, side by side"),
-    "train": ("sdtp_lib.training.command", "train token pruners for any model"),
+    "train": ("sdtp_lib.commands.train", "train token pruners for any model"),
     "compare": ("sdtp_lib.commands.compare", "every score and method on your prompts: KL, answers, prefill time"),
     "bench": ("sdtp_lib.commands.bench", "prefill and decode time by preset and prompt length"),
     "pruners": ("sdtp_lib.commands.pruners", "trained pruners at hand, and for which weights"),

@@ -12,6 +12,7 @@ import torch
 
 import sdtp_lib
 from sdtp_lib import TokenPruners, load_model, token_pruning
+from sdtp_lib.commands.train import main
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import training_mix
 from sdtp_lib.data.own_records import own_samples
@@ -22,7 +23,6 @@ from sdtp_lib.records import RowWriter
 from sdtp_lib.scorers.found import pruners_for
 from sdtp_lib.shipped import folder_for, pruner_folders
 from sdtp_lib.training import recipes, run, saliency, verdict
-from sdtp_lib.training.command import main
 from sdtp_lib.training.recipes import RECIPES, choose_blend, joined_label
 
 STORY = "The mill by the river ground corn for the whole valley, and its wheel never stood still in spring. "
