@@ -14,7 +14,7 @@ from pathlib import Path
 
 COMMANDS = {
     "generate": ("sdtp_lib.commands.generate", "answer prompts with and without pruning, side by side"),
-    "train": ("sdtp_lib.training.command", "train token pruners for any model"),
+    "train": ("sdtp_lib.commands.train", "train token pruners for any model"),
     "compare": ("sdtp_lib.commands.compare", "every score and method on your prompts: KL, answers, prefill time"),
     "bench": ("sdtp_lib.commands.bench", "prefill and decode time by preset and prompt length"),
     "pruners": ("sdtp_lib.commands.pruners", "trained pruners at hand, and for which weights"),
@@ -25,7 +25,7 @@ PROGRAMS = {
     "sdtp_lib.budget": "tokens, FLOPs and KV bytes, counted",
     "sdtp_lib.latency.cost_model": "times predicted for named hardware",
     "sdtp_lib.harness": "lm-evaluation-harness with pruned prompts",
-    "sdtp_lib.explorer.app": "sliders in a browser",
+    "sdtp_lib.explorer.app": "sliders in a browser, from the checkout (make app)",
     "sdtp_lib.paper": "the paper's figures beside ours",
 }
 

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults, but not that a default is None or nothing."""
+    """Tells defaults, a 0 too, but not that a default is None or nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        default = action.default
+        silent = default is None or default is False or default == []
+        return action.help if silent else super()._get_help_string(action)
 
 
 def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
@@ -144,6 +146,21 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def make_folder(option: str, path: Path) -> None:
+    """Make the folder of results, before anything is loaded or measured; one that is there is kept as it is.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be made, or is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "that is a file" if path.is_file() else error.strerror
+        raise ValueError(f"{option} {path}: {reason}: name another folder.") from error
 
 
 def _content(path: Path) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,17 +38,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     from sdtp_lib.evaluation import tables  # first, so that a missing package is said before anything is loaded
     from sdtp_lib.latency import side_by_side as compared
 
+    shared.make_folder("--out", given.out)
     model, tokenizer = shared.load(given)
     ids_of = shared.prompt_ids(prompts, model, tokenizer, given)
     found = compared.choices(model, given.budget)
     if unknown := set(given.only) - {choice.name for choice in found}:
         raise ValueError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(choice.name for choice in found)}.")
     found = [choice for choice in found if not given.only or choice.name in given.only]
-    with tqdm(total=len(found) * len(ids_of), unit=" choice", leave=False) as bar:
+    begun = itertools.count()
+    with tqdm(total=compared.steps(ids_of, found, given.repeats), unit=" step", leave=False) as bar:
 
         def progress(text: str) -> None:
+            bar.n = next(begun)  # steps before this one: the bar is full when the last has ended
             bar.set_description(text)
-            bar.update()
 
         rows = compared.side_by_side(
             model, ids_of, given.budget, found, new_tokens=given.new_tokens, repeats=given.repeats, progress=progress
@@ -97,7 +100,8 @@ def _save(given: Any, model: Any, rows: Sequence[Any], lines: Sequence[Any], tex
     from sdtp_lib.extras import MissingExtra, extra
     from sdtp_lib.records import atomic_write, provenance_of, write_json
 
-    given.out.mkdir(parents=True, exist_ok=True)
+    for name in ("compare.png", "compare.json"):  # this comparison may draw no picture
+        (given.out / name).unlink(missing_ok=True)
     provenance = provenance_of(model, model_name=given.model, budget=given.budget, repeats=given.repeats)
     with atomic_write(given.out / "compare.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -110,9 +114,11 @@ def _save(given: Any, model: Any, rows: Sequence[Any], lines: Sequence[Any], tex
     except MissingExtra as missing:
         print(f"table and rows: {given.out}; no picture: {missing}")
         return
+    frame = pandas.DataFrame([line for line in lines if line["kind"] != "unpruned"])
+    if frame.empty:
+        print(f"table and rows: {given.out}")
+        return
     with style.use_style():
-        frame = pandas.DataFrame([line for line in lines if line["kind"] != "unpruned"])
-        if len(frame):
-            ax = results.pareto(frame, x="prefill_ms", y="kl_nats", hue="kind", family="", text="choice")
-            style.save(ax.figure, given.out / "compare.png", provenance)
+        ax = results.pareto(frame, x="prefill_ms", y="kl_nats", hue="kind", family="", text="choice")
+        style.save(ax.figure, given.out / "compare.png", provenance)
     print(f"table, picture and rows: {given.out}")

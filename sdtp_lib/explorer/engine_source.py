@@ -233,9 +233,14 @@ def default_scorers(pruners: str | Path | None = PRUNERS) -> dict[str, Any]:
 
 
 def fitting_scorers(model: Any, pruners: str | Path | None = PRUNERS) -> tuple[dict[str, Any], list[str]]:
-    """`default_scorers` without pruners that do not fit ``model``, and a sentence for each that was left out."""
+    """`default_scorers` without pruners that do not fit ``model``, and a sentence for each that was left out.
+
+    A sentence too for pruners that are named and are not there.
+    """
     found, notes = default_scorers(pruners), []
     learned = found.get("learned")
+    if learned is None and pruners:
+        notes.append(f"There are no trained pruners {pruners}: no folder of pruners and no name of any that ship.")
     if learned is not None:
         try:
             learned.check(model, PruningConfig(layers=learned.layers, keep_ratio=1.0))

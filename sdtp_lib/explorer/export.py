@@ -17,6 +17,7 @@ from sdtp_lib.explorer.state import ExplorerState
 from sdtp_lib.extras import extra
 from sdtp_lib.plots.style import save
 from sdtp_lib.plots.text import text_and_map
+from sdtp_lib.provenance import content_id
 
 with extra("study"):
     from matplotlib.figure import Figure
@@ -28,7 +29,8 @@ def export_state(
     """Write the view of ``state`` as HTML, PNG, SVG and JSON into ``folder``; the files, in that order of kinds.
 
     The HTML is the live page (`page.live_page`) of this prompt: its slider moves without a kernel. What the engine was
-    run at is exact in it. The default name holds prompt, scorer and ratio, so that views do not overwrite each other.
+    run at is exact in it. The default name ends in a short hash of all that the view depends on, model and prompt
+    included, so that views do not overwrite each other; the same view, saved again, does.
 
     Parameters
     ----------
@@ -38,8 +40,7 @@ def export_state(
     tokens, fates = state.scored.tokens, state.fates
     places = state.source.prompt(state.prompt).places
     ratio = state.config.keep_ratio
-    kind = "approximate" if fates.approximate else "engine"
-    name = name or re.sub(r"[^\w.-]+", "-", f"{state.prompt}_{state.scorer}_{ratio}_{kind}")[:120]
+    name = name or _name_of(state, against)
     title = f"{state.prompt}: tokens dropped by layer, scorer {state.scorer}, keep ratio {ratio}"
     return export(
         Path(folder) / name,
@@ -48,6 +49,14 @@ def export_state(
         figure=text_and_map(tokens, fates, title, places=places),
         provenance=state.provenance(),
     )
+
+
+def _name_of(state: ExplorerState, against: str | None) -> str:
+    """Readable words first, cut where they are long, then 8 digits that tell views apart where words do not."""
+    source, kind = state.source, "approximate" if state.fates.approximate else "engine"
+    words = (state.prompt, state.scorer, state.config.keep_ratio, kind)
+    content = content_id(source.name, source.prompt(state.prompt).ids, words, state.config, state.protect, against)
+    return re.sub(r"[^\w.-]+", "-", "_".join(map(str, words)))[:120] + f"_{content[:8]}"
 
 
 def view_payload(state: ExplorerState, title: str, against: str | None = None) -> dict[str, Any]:

@@ -15,11 +15,11 @@ def parse_protected(text: str, tokens: Sequence[str]) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If a position lies outside the prompt, or the text is not in it.
+        If a part is neither a position nor a span that runs upward, a position lies outside the prompt, or the text is
+        not in it.
     """
     if re.fullmatch(r"[\d\s,-]*", text):
-        spans = [tuple(int(end) for end in part.split("-")) for part in text.replace(",", " ").split()]
-        spans = [(span[0], span[-1]) for span in spans]
+        spans = [_span("protect", part, part, "120-131") for part in text.replace(",", " ").split()]
         beyond = [last for _, last in spans if last >= len(tokens)]
         if beyond:
             raise ValueError(f"protect: there is no token {beyond[0]}, the prompt has 0 to {len(tokens) - 1}.")
@@ -31,16 +31,32 @@ def parse_protected(text: str, tokens: Sequence[str]) -> tuple[int, ...]:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """``"4, 7 10"`` as (4, 7, 10); ``"4-25:3"`` as every third layer from 4 to 25."""
+    """``"4, 7 10"`` as (4, 7, 10); ``"4-25:3"`` as every third layer from 4 to 25.
+
+    Raises
+    ------
+    ValueError
+        If a part is neither a layer nor a span that runs upward, in steps of 1 or more.
+    """
     layers: list[int] = []
     for part in text.replace(",", " ").split():
-        try:
-            span, _, step = part.partition(":")
-            first, dash, last = span.partition("-")
-            layers += range(int(first), int(last) + 1, int(step or 1)) if dash else [int(part)]
-        except ValueError:
-            raise ValueError(f"layers: {part!r} is neither a number such as 4 nor a span such as 4-25:3.") from None
+        # A step belongs to a span: of "4:3" and "4-25:" the whole is refused.
+        stepped = re.fullmatch(r"(\d+-\d+):0*([1-9]\d*)", part)
+        first, last = _span("layers", stepped[1] if stepped else part, part, "4-25:3")
+        layers += range(first, last + 1, int(stepped[2]) if stepped else 1)
     return tuple(layers)
+
+
+def _span(field: str, span: str, typed: str, such_as: str) -> tuple[int, int]:
+    """First and last of ``"120-131"``, or of ``"120"``; ``typed`` is what an error quotes."""
+    numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", span)
+    if numbers is None:
+        single = such_as.partition("-")[0]
+        raise ValueError(f"{field}: {typed!r} is neither a number such as {single} nor a span such as {such_as}.")
+    first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+    if first > last:
+        raise ValueError(f"{field}: {typed!r} runs backwards; give the smaller number first: {last}-{first}.")
+    return first, last
 
 
 def said_spans(positions: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ picture.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ def side_by_side(
         Longest answer of the unpruned model, along which distributions are compared.
     repeats
         Timed prefills, in turn with the other choices', after one that is not timed.
+    progress
+        Told what begins, `steps` times: each choice of a prompt, and each repetition of its timed prefills.
 
     Returns
     -------
@@ -93,6 +95,8 @@ def side_by_side(
                 measured[choice.name] = {"refused": " ".join(str(error).split()) or type(error).__name__}
         times: dict[str, list[float]] = {variant.name: [] for variant in timed}
         for repetition in range(repeats):
+            if progress:
+                progress(f"{name}: timed prefills, {repetition + 1} of {repeats}")
             turn = repetition % len(timed)
             for variant in timed[turn:] + timed[:turn]:
                 times[variant.name].append(_prefill_ms(model, variant, input_ids))
@@ -103,6 +107,11 @@ def side_by_side(
                 row["prefill_speedup"] = statistics.median(a / b for a, b in zip(times[UNPRUNED], own_ms, strict=True))
             rows.append(row | measured[choice.name])
     return rows
+
+
+def steps(prompts: Sized, found: Sized, repeats: int) -> int:
+    """How often `side_by_side` tells its progress."""
+    return len(prompts) * (len(found) + repeats)
 
 
 def _prefill_ms(model: Any, variant: Variant, input_ids: torch.Tensor) -> float:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sdtp_lib import PruningConfig, TokenPruners
+from sdtp_lib import PruningConfig, TokenPruners, models
 from sdtp_lib.__main__ import COMMANDS, main
+from sdtp_lib.commands import train
 from sdtp_lib.records import RowWriter
+from sdtp_lib.training import recipes, run
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "the rain in the plain stays on the mainland, it is said, and so on. " * 4
@@ -63,9 +67,7 @@ def test_help_lists_every_command(capsys):
     assert all(re.search(rf"^  {name} +\w", text, re.M) for name in COMMANDS)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS if name != "train"), ["pruners"]], ids=str
-)
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["pruners"]], ids=str)
 def test_help_loads_no_torch(arguments):
     program = (
         "import sys\nfrom sdtp_lib.__main__ import main\n"
@@ -84,6 +86,37 @@ def test_help_tells_defaults(name, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0 and f"sdtp_lib {name} [-h]" in text and "(default: default)" in text
     assert "None)" not in text and "[])" not in text
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_of_train_names_the_recipes_and_defaults_of_training_itself():
+    defaults = {name: one.default for name, one in inspect.signature(run.train_by_recipe).parameters.items()}
+    given = vars(train.parser().parse_args(["MODEL"]))
+    assert list(train.RECIPES) == list(recipes.RECIPES)
+    text = " ".join(train.parser().format_help().split())
+    assert "of prompts, order and weights (default: 0)" in text and "(default: 0.0)" in text, "0 is a default too"
+    shared = sorted(given.keys() & defaults.keys() - {"model"})
+    assert len(shared) == 15 and {name: given[name] for name in shared} == {name: defaults[name] for name in shared}
+
+
+def test_train_loads_the_model_as_the_other_commands_do(folder, monkeypatch):
+    loaded = {}
+    monkeypatch.setattr(models, "load_model", lambda name, **how: (loaded.update(how, name=name), "tokenizer"))
+    monkeypatch.setattr(run, "train_by_recipe", lambda *_, **options: loaded.update(recipe=options["recipe"]))
+    how = ["--device", "cpu", "--attn-implementation", "eager", "--trust-remote-code", "--dtype", "bfloat16"]
+    assert main(["train", str(folder), *how]) == 0
+    assert loaded == {
+        "name": str(folder), "device": "cpu", "attn_implementation": "eager", "trust_remote_code": True,
+        "dtype": "bfloat16", "recipe": "sdtp",
+    }  # fmt: skip
+
+
+def test_a_device_beside_a_launcher_is_refused_since_each_process_has_its_own(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sdtp_lib.processes.Share", lambda: SimpleNamespace(device=torch.device("cuda", 1)))
+    assert main(["train", str(folder), "--device", "cuda:0"]) == 2
+    assert "error: --device cuda:0: this process of a launch has cuda:1; leave" in capsys.readouterr().err
 
 
 # --- generate --------------------------------------------------------------------------------------------------------
@@ -153,6 +186,64 @@ def test_compare_makes_one_table_and_one_picture_of_everything_at_hand(folder, o
     assert rows["provenance"]["model"] == str(folder) and len(rows["rows"]) == 3 * len({*table, *refused})
     assert all(f"{name}:" in text for name in refused), "what a method cannot do is said"
     assert all(row["kl_nats"] > 0 for row in rows["rows"] if row["kind"] == "training-free")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "taken").write_text("mine")
+    for out in ("taken", "taken/below"):
+        assert main(["compare", "no/such/model", "--prompt", TEXT, "--out", out]) == 2
+        assert re.search(rf"^error: --out {out}: .*: name another folder\.$", capsys.readouterr().err, re.M)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_picture_of_an_earlier_comparison_goes_where_the_new_one_draws_none(folder, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need the extra 'study'")
+    out = tmp_path / "sdtp-compare"
+    short = ("compare", folder, "--new-tokens", 2, "--repeats", 1, "--only", "recency")
+    first = said(capsys, *short, "--prompt", TEXT, "--budget", "1.3x")
+    assert first.splitlines()[-1] == "table, picture and rows: sdtp-compare"
+    (out / "notes.txt").write_text("mine")
+    # A prompt too short for the budget: nothing is left to draw.
+    second = said(capsys, *short, "--prompt", "so it is said in the rain of it", "--budget", "3x")
+    assert second.splitlines()[-1] == "table and rows: sdtp-compare"
+    assert {path.name for path in out.iterdir()} == {"compare.md", "rows.json", "notes.txt"}
+
+
+def test_progress_counts_the_timed_repetitions_and_ends_when_they_do(folder, monkeypatch):
+    from sdtp_lib import load_model
+    from sdtp_lib.latency import side_by_side as compared
+
+    model, _ = load_model(str(folder))
+    found = [choice for choice in compared.choices(model, "1.3x") if choice.name in ("recency", "random")]
+    told = []
+    timed = compared._prefill_ms
+    monkeypatch.setattr(compared, "_prefill_ms", lambda *given: (told.append("timed"), timed(*given))[1])
+    prompts = {"one": list(range(6, 106)), "two": list(range(6, 116))}
+    compared.side_by_side(model, prompts, "1.3x", found, new_tokens=2, repeats=3, progress=told.append)
+    steps = [text for text in told if text != "timed"]
+    assert len(steps) == compared.steps(prompts, found, 3) == 2 * (2 + 3)
+    assert steps[2:5] == [f"one: timed prefills, {turn} of 3" for turn in (1, 2, 3)]
+    assert told[2:6] == [steps[2], *["timed"] * 3], "told before its prefills, the unpruned one among them"
+
+
+def test_the_bar_is_not_full_while_anything_is_measured(folder, monkeypatch):
+    import tqdm as bars
+
+    seen, made = [], []
+    from sdtp_lib.latency import side_by_side as compared
+
+    class Bar(bars.tqdm):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            made.append(self)
+
+    timed = compared._prefill_ms
+    monkeypatch.setattr(bars, "tqdm", Bar)
+    monkeypatch.setattr(compared, "_prefill_ms", lambda *given: (seen.append(made[0].n), timed(*given))[1])
+    assert main(["compare", str(folder), "--prompt", TEXT, "--budget", "1.3x", "--only", "recency",
+                 "--new-tokens", "2", "--repeats", "2"]) == 0  # fmt: skip
+    assert made[0].total == 3 and seen == [1, 1, 2, 2], "one choice and two repetitions, those done when each is timed"
 
 
 def test_all_choices_cost_the_same_flops(folder):

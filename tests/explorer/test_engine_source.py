@@ -53,6 +53,12 @@ def test_pruners_of_another_model_are_left_out_with_a_sentence(tiny_model, tmp_p
     assert "left out" in note and "hidden_size=64" in note
 
 
+def test_pruners_that_are_not_there_are_told_in_a_sentence(tiny_model):
+    found, (note,) = engine_source.fitting_scorers(tiny_model(), "no-such-pruners")
+    assert "learned" not in found and note.startswith("There are no trained pruners no-such-pruners: ")
+    assert engine_source.fitting_scorers(tiny_model(), None)[1] == []
+
+
 def test_protected_tokens_reach_the_last_layer_in_the_picture_and_in_the_engine(source):
     state = ExplorerState(source, scorer="recency", layers=(2, 4), keep_ratio=0.3)
     assert (state.fates.dropped_at[30:34] == 2).all()

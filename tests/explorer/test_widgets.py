@@ -14,6 +14,7 @@ import pytest
 
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.explorer import controls, live_html, widgets
+from sdtp_lib.explorer.export import export_state
 from sdtp_lib.explorer.state import ExplorerState
 from sdtp_lib.explorer.typed import parse_layers, parse_protected
 from sdtp_lib.views.places import find_spans
@@ -122,8 +123,12 @@ def test_the_provenance_is_json_and_holds_no_prompt_text(source):
 def test_layers_are_read_from_lists_and_spans():
     assert parse_layers("4, 7 10") == (4, 7, 10)
     assert parse_layers("4-10:3, 12") == (4, 7, 10, 12)
-    with pytest.raises(ValueError, match="'4-x' is neither"):
-        parse_layers("4-x")
+    assert parse_layers("4-4") == (4,) and parse_layers("") == ()
+    for text in ("4-x", "4-", "-", "4-7-10", "4:3", "4-25:", "4-25:0", "4-25:-3"):
+        with pytest.raises(ValueError, match=f"layers: '{text}' is neither a number such as 4 nor a span such as 4-25"):
+            parse_layers(text)
+    with pytest.raises(ValueError, match="layers: '25-4:3' runs backwards; .*: 4-25"):
+        parse_layers("25-4:3")
 
 
 def test_the_text_is_cut_into_blocks_at_line_ends_where_there_are_any():
@@ -213,6 +218,28 @@ def test_a_token_can_be_inspected_without_a_mouse(source):
     explorer = widgets.Explorer(ExplorerState(source))
     explorer.token.value = 17
     assert "<code> w17</code>" in explorer.inspected.value and "position 17" in explorer.inspected.value
+
+
+def test_views_that_differ_in_anything_but_their_words_do_not_overwrite_each_other(source, tmp_path):
+    changes = [{}, {"layers": (4, 7)}, {"protect": (30, 31)}, {"positions": "compact"}]
+    saved = [_saved(source, tmp_path, **change) for change in changes]
+    saved += [_saved(source, tmp_path, "recency"), _saved(MadeUpSource(name="another"), tmp_path)]
+    saved += [_saved(MadeUpSource(tokens=110), tmp_path)]  # another prompt of the same name
+    assert len(set(saved)) == len(saved) == len(list(tmp_path.glob("*.html")))
+    assert all(name.startswith("short_learned_0.9_approximate_") for name in saved)
+    assert _saved(MadeUpSource(), tmp_path) == saved[0], "the same view has the same name in any process"
+
+
+def test_a_long_name_is_cut_and_still_tells_views_apart(source, tmp_path):
+    source.prompts.append("long " * 40)
+    saved = {_saved(source, tmp_path, prompt="long " * 40, protect=(n,)) for n in (30, 31)}
+    assert len(saved) == 2 and all(len(name) < 140 for name in saved)
+
+
+def _saved(source, folder, against=None, **choices) -> str:
+    state = ExplorerState(source)
+    state.update(**choices)
+    return next(path.name for path in export_state(state, folder, against=against) if path.suffix == ".html")
 
 
 def test_two_explorers_on_one_page_do_not_colour_each_others_text(source):
@@ -323,6 +350,12 @@ def test_protected_text_is_found_by_its_words_or_its_numbers():
     assert find_spans(tokens, "42") == [(3, 4)] and find_spans(tokens, "The") == [(0, 0), (6, 6)]
     assert parse_protected("1-2, 5", tokens) == (1, 2, 5) and parse_protected("", tokens) == ()
     assert parse_protected("code is", tokens) == (1, 2)
+    assert parse_protected("3-3", tokens) == (3,)
+    for text in ("5-", "-", "-5", "1-2-3"):
+        with pytest.raises(ValueError, match=f"protect: '{text}' is neither a number such as 120 nor a span such as 1"):
+            parse_protected(f"1, {text}", tokens)
+    with pytest.raises(ValueError, match="protect: '20-10' runs backwards; give the smaller number first: 10-20"):
+        parse_protected("20-10", tokens)
     with pytest.raises(ValueError, match="no token 8"):
         parse_protected("8", tokens)
     with pytest.raises(ValueError, match="'nowhere' is not in the prompt"):
@@ -341,5 +374,6 @@ def test_views_of_two_ratios_do_not_overwrite_each_other(source, tmp_path):
         explorer.keep_ratio.value = ratio
         explorer.save.click()
     names = {path.name for path in tmp_path.glob("*.html")}
-    assert names == {f"short_learned_{ratio}_approximate.html" for ratio in ("0.8", "0.85", "0.9")}
+    words = {re.fullmatch(r"(.*)_[0-9a-f]{8}\.html", name)[1] for name in names}
+    assert words == {f"short_learned_{ratio}_approximate" for ratio in ("0.8", "0.85", "0.9")}
     assert len(list(tmp_path.iterdir())) == 12

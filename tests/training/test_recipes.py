@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sdtp_lib
-from sdtp_lib import TokenPruners, load_model, token_pruning
+from sdtp_lib import TokenPruners, __main__, load_model, token_pruning
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import training_mix
 from sdtp_lib.data.own_records import own_samples
@@ -24,8 +24,12 @@ from sdtp_lib.records import RowWriter
 from sdtp_lib.scorers.found import pruners_for
 from sdtp_lib.shipped import folder_for, pruner_folders
 from sdtp_lib.training import recipes, run, saliency, verdict
-from sdtp_lib.training.command import main
 from sdtp_lib.training.recipes import RECIPES, NothingMeasured, choose_blend, joined_label
+
+
+def main(arguments: list[str]) -> int:
+    return __main__.main(["train", *arguments])
+
 
 STORY = "The mill by the river ground corn for the whole valley, and its wheel never stood still in spring. "
 
@@ -319,7 +323,7 @@ def test_what_stops_a_training_run_and_is_no_fault_of_ours_is_one_sentence(model
     def stopped(*_, **__):
         raise error
 
-    monkeypatch.setattr("sdtp_lib.training.command.train_by_recipe", stopped)
+    monkeypatch.setattr("sdtp_lib.training.run.train_by_recipe", stopped)
     assert main([str(model_folder)]) == 2
     assert capsys.readouterr().err.endswith(f"error: {error}\n")
 

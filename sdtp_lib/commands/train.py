@@ -1,42 +1,35 @@
-"""The command behind ``python -m sdtp_lib train MODEL``: arguments, and errors as one sentence."""
+"""``train``: pruners for a model; a door to `training.run`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from sdtp_lib.config import PruningNotSupported
+from sdtp_lib.commands import arguments as shared
 from sdtp_lib.data.samples import DOLLY
 from sdtp_lib.data.training_mix import LENGTHS
-from sdtp_lib.extras import MissingExtra
-from sdtp_lib.files import BeingWritten
-from sdtp_lib.models import load_model
-from sdtp_lib.processes import Share
-from sdtp_lib.training.recipes import DEFAULT, RECIPES, NothingMeasured
-from sdtp_lib.training.run import train_by_recipe
 
-
-class _SetDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults, but not that a default is None."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+# Names of `training.recipes.RECIPES`, which loads torch; the first is its default.
+RECIPES = (
+    "sdtp", "paper", "sdtp, refined", "sdtp, on evidence", "sdtp, hidden alone", "sdtp, without attention",
+    "sdtp, without passages", "sdtp, without memory", "sdtp, whole prompts", "sdtp, without rank",
+    "sdtp, without rank and mse",
+)  # fmt: skip
 
 
 def parser(prog: str = "python -m sdtp_lib train") -> argparse.ArgumentParser:
     """The arguments of the command."""
-    made = argparse.ArgumentParser(
-        prog=prog,
-        description="Train token pruners for a model, measure them on held-out prompts and save them where "
-        "token_pruning finds them. A killed run goes on where it stopped when the same command is given again. "
-        "Several GPUs: accelerate launch -m sdtp_lib train MODEL ...; several processes on a CPU: torchrun "
-        "--nproc-per-node 2 -m sdtp_lib train MODEL ... (labels are made without --start, which torchrun takes for its "
-        "own; add it afterwards, in one process).",
-        formatter_class=_SetDefaults,
+    made = shared.parser_of(
+        prog,
+        "Train token pruners for a model, measure them on held-out prompts and save them where token_pruning finds "
+        "them. A killed run goes on where it stopped when the same command is given again. Several GPUs: accelerate "
+        "launch -m sdtp_lib train MODEL ...; several processes on a CPU: torchrun --nproc-per-node 2 -m sdtp_lib train "
+        "MODEL ... (labels are made without --start, which torchrun takes for its own; add it afterwards, in one "
+        "process).",
     )
-    made.add_argument("model", help="a folder, a .gguf file, a Hub id, or 'embedded'")
+    shared.add_model(made)
     made.add_argument("--data", type=Path, metavar="FILE.jsonl", help="your own records, one per line: prompt and "
                       "response, instruction (with or without context) and response, or messages")  # fmt: skip
     made.add_argument("--out", type=Path, metavar="DIR", help="folder of the pruners; default: your folder of pruners "
@@ -44,8 +37,8 @@ def parser(prog: str = "python -m sdtp_lib train") -> argparse.ArgumentParser:
     made.add_argument("--force", action="store_true", help="replace what is in that folder")
     made.add_argument(
         "--recipe",
-        choices=list(RECIPES),
-        default=DEFAULT,
+        choices=RECIPES,
+        default=RECIPES[0],
         metavar="NAME",
         help=f"labels, inputs and losses: one of {'; '.join(RECIPES)}",
     )
@@ -61,24 +54,30 @@ def parser(prog: str = "python -m sdtp_lib train") -> argparse.ArgumentParser:
     made.add_argument("--start", metavar="PRUNERS", help="go on from these: a folder, or the name of shipped ones")
     made.add_argument("--start-share", type=float, default=0.0, metavar="SHARE", help="share of --start in the "
                       "averaged weights that come out, such as 0.5 with --recipe 'sdtp, on evidence'")  # fmt: skip
-    made.add_argument("--dtype", default="default", help="of the model: default, auto, float32, bfloat16, ...")
     made.add_argument("--seed", type=int, default=0, help="of prompts, order and weights")
     made.add_argument("--labels-only", action="store_true", help="stop when all prompts are labelled")
     return made
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib train") -> int:
-    """Run the command; 0 if pruners were saved (or labels made), 2 with one sentence on standard error if not."""
+    """Run the command; 0: pruners were saved, or labels made."""
     given = parser(prog).parse_args(arguments)
-    try:
-        model, tokenizer = load_model(given.model, dtype=given.dtype, device=Share().device)
-        train_by_recipe(
-            model, tokenizer, given.data, recipe=given.recipe, instructions=given.instructions, prompts=given.prompts,
-            prompt_tokens=tuple(given.prompt_tokens), most_tokens=given.most_tokens, epochs=given.epochs,
-            heldout=given.heldout, layers=given.layers, start=given.start, start_share=given.start_share,
-            out=given.out, force=given.force, labels_only=given.labels_only, seed=given.seed,
-        )  # fmt: skip
-    except (ValueError, OSError, PruningNotSupported, MissingExtra, BeingWritten, NothingMeasured) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from sdtp_lib.processes import Share
+    from sdtp_lib.training.run import train_by_recipe
+
+    given.device = _device(given.device, Share().device)
+    model, tokenizer = shared.load(given)
+    train_by_recipe(
+        model, tokenizer, given.data, recipe=given.recipe, instructions=given.instructions, prompts=given.prompts,
+        prompt_tokens=tuple(given.prompt_tokens), most_tokens=given.most_tokens, epochs=given.epochs,
+        heldout=given.heldout, layers=given.layers, start=given.start, start_share=given.start_share,
+        out=given.out, force=given.force, labels_only=given.labels_only, seed=given.seed,
+    )  # fmt: skip
     return 0
+
+
+def _device(asked: str | None, of_process: Any) -> Any:
+    """Where the model goes: the launcher's choice for this process, if there is a launcher, else what was asked."""
+    if asked is not None and of_process is not None and asked != str(of_process):
+        raise ValueError(f"--device {asked}: this process of a launch has {of_process}; leave the option out.")
+    return of_process if of_process is not None else asked
