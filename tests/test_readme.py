@@ -64,7 +64,7 @@ def test_the_set_of_ones_own_model_has_six_lines_and_measures_with_what_it_train
 def test_what_the_presets_leave_for_the_last_layer_is_told_rightly(preset, percent):
     from sdtp_lib import PruningConfig, budget
 
-    sentence = r"last layer gets (\d+) % of a long prompt.s tokens; under `keep08` it is (\d+) %, under `keep07`\s(\d+) %"
+    sentence = r"layer gets (\d+) % of a long prompt.s tokens; under `keep08` it is (\d+) %, under `keep07`\s(\d+) %"
     told = re.search(sentence, README)
     config = PruningConfig.preset(preset, 30)
     assert len(config.layers) == 9
