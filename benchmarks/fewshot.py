@@ -21,7 +21,7 @@ from sdtp_lib import load_model
 from sdtp_lib.architectures import num_layers
 from sdtp_lib.commands.arguments import count, method_of
 from sdtp_lib.config import PRESETS, typed_budget
-from sdtp_lib.evaluation.answer_run import budget_argument, print_failures
+from sdtp_lib.evaluation.answer_run import budget_argument, print_failures, refuse_failures_alone
 from sdtp_lib.evaluation.answer_tables import fewshot_table
 from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
 from sdtp_lib.evaluation.tables import markdown, rows_in
@@ -94,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.tables:
         measure(options, path)
     frame = rows_in(path)
+    refuse_failures_alone(frame)
     print(f"\n{shots_of(frame)} accuracy x 100; difference to full, paired, 95 % bootstrap; margin in nats\n")
     print(markdown(fewshot_table(frame), digits=2))
     for name, (full, pruned) in PAPER.items():

@@ -20,7 +20,15 @@ import pandas
 
 from sdtp_lib.commands.arguments import count
 from sdtp_lib.data import longbench
-from sdtp_lib.evaluation.answer_run import Part, add_arguments, load, measured, print_failures, run_parts
+from sdtp_lib.evaluation.answer_run import (
+    Part,
+    add_arguments,
+    load,
+    measured,
+    print_failures,
+    refuse_failures_alone,
+    run_parts,
+)
 from sdtp_lib.evaluation.answer_tables import answers_table
 from sdtp_lib.evaluation.answers import FULL, positions
 from sdtp_lib.evaluation.items import longbench_items
@@ -69,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     frame = measured(options, path, measure)
     if frame is None:
         return
+    refuse_failures_alone(frame)
     print("\nScores (official metric, x 100), paired difference to full with its 95 % bootstrap interval\n")
     print(markdown(answers_table(frame, against=FULL), digits=2))
     full = frame[(frame.kind == "item") & (frame.variant == FULL)].groupby("dataset").score.mean()

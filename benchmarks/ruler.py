@@ -25,7 +25,15 @@ import pandas
 from sdtp_lib import plots
 from sdtp_lib.commands.arguments import count
 from sdtp_lib.data import copying, longbench2, ruler
-from sdtp_lib.evaluation.answer_run import Part, add_arguments, load, measured, print_failures, run_parts
+from sdtp_lib.evaluation.answer_run import (
+    Part,
+    add_arguments,
+    load,
+    measured,
+    print_failures,
+    refuse_failures_alone,
+    run_parts,
+)
 from sdtp_lib.evaluation.answer_tables import answers_table, means_over_tasks
 from sdtp_lib.evaluation.answers import FULL, positions
 from sdtp_lib.evaluation.items import copying_items, longbench2_items, ruler_items
@@ -130,6 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     frame = measured(options, path, measure)
     if frame is None:
         return
+    refuse_failures_alone(frame)
     done = frame[frame.kind == "item"]
     for column in ("target_tokens", "answer_depth", "text_source"):
         if column not in done:  # rows of LongBench v2 alone

@@ -144,6 +144,12 @@ def run_parts(
             bar.close()
 
 
+def refuse_failures_alone(frame: Any) -> None:
+    """A ``ValueError`` where every item of ``frame`` failed, with the first one's reason: there is no table of none."""
+    if not (frame.kind == "item").any():
+        raise ValueError(f"all {len(frame)} measurements failed, the first: {frame.error.iloc[0]}")
+
+
 def print_failures(frame: Any) -> None:
     """One line per item that failed, with its reason."""
     for row in frame[frame.kind == "failure"].itertuples():

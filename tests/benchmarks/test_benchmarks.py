@@ -615,6 +615,15 @@ def test_a_run_none_of_whose_parts_has_its_data_says_so(model_folder, tmp_path, 
     assert "is left out: " in said and f"error: {tmp_path / name}.jsonl has no rows" in said
 
 
+@pytest.mark.parametrize("name", ["longbench", "fewshot", "ruler", "scorers"])
+def test_a_run_of_failures_alone_says_the_first_ones_reason(tmp_path, capsys, name):
+    """LongBench ended in an AttributeError, the others in a table without columns."""
+    row = {"key": "a", "kind": "failure", "dataset": "a", "item": "b", "variant": "full", "cell": "c", "error": "E: x"}
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    assert script("command_line").told(command(name), ["--tables", "--run-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.rstrip().rstrip(".").endswith("E: x")
+
+
 @pytest.mark.parametrize("arguments", [
     "longbench --batch-size 0", "longbench --limit -3", "longbench --max-tokens 0", "ruler --batch-size 0",
     "ruler --limit 0", "ruler --lengths -1", "fewshot --limit -3", "fewshot --shots -1", "fewshot --batch-size 0",
