@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.records import project_root
 from sdtp_lib.training.recipes import RECIPES
 
@@ -36,14 +37,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", choices=recipes(),
                         default=[name for name, each in RECIPES.items() if not each.refinement and not each.evidence],
                         help="default: all but those that go on from others")  # fmt: skip
-    parser.add_argument("--prompts", type=int, default=180, help="labelled prompts to train on")
+    parser.add_argument("--prompts", type=count, default=180, help="labelled prompts to train on")
     parser.add_argument("--epochs", type=float, default=10.0)
-    parser.add_argument("--samples", type=int, default=6, help="held-out prompts per test set")
+    parser.add_argument("--samples", type=count, default=6, help="held-out prompts per test set")
     parser.add_argument("--test-sets", nargs="+",
                         default=["text", "needle", "multi_doc_qa", "instructions"], help="test sets")  # fmt: skip
     parser.add_argument("--settings", nargs="+", default=["r=0.8"])
     parser.add_argument("--fewshot", default=None, help="folder of the 5-shot tasks")
-    parser.add_argument("--limit", type=int, default=100, help="items a 5-shot task")
+    parser.add_argument("--limit", type=count, default=100, help="items a 5-shot task")
     parser.add_argument("--longbench", default=None, help="folder or data.zip of LongBench")
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "ablations")
     return parser.parse_args(arguments)
@@ -66,8 +67,10 @@ def is_trained(folder: Path, recipe: str, options: argparse.Namespace) -> bool:
 
 
 def call(script: str, *arguments: object) -> None:
-    """One of the other commands, its output passed on; ends with it if it fails."""
-    subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)], check=True)
+    """One of the other commands, its output passed on; ends with its exit code if it fails, which it has said why."""
+    ended = subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)], check=False)
+    if ended.returncode:
+        raise SystemExit(ended.returncode)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -98,4 +101,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import told
+
+    sys.exit(told(main))

@@ -11,17 +11,20 @@ All variants run with eager attention, which H2O reads. One row per test set, sa
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, budget, evaluation, load_model
+from sdtp_lib.architectures import num_layers
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.config import PRESETS
 from sdtp_lib.data.test_sets import TEST_SETS, samples_of
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape, element_bytes
-from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
+from sdtp_lib.records import RowWriter, project_root, provenance_of
 from sdtp_lib.scorers.by_name import scorer_named
 
 PRESSES = {"H2O": "ObservedAttentionPress", "SnapKV": "SnapKVPress"}
@@ -35,8 +38,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv", type=float, default=0.4, help="share of the cached tokens that a press keeps")
     parser.add_argument("--test-sets", nargs="+", choices=TEST_SETS,
                         default=["text", "needle", "multi_key", "instructions"], help="test sets")  # fmt: skip
-    parser.add_argument("--samples", type=int, default=4, help="samples per test set")
-    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--samples", type=count, default=4, help="samples per test set")
+    parser.add_argument("--prompt-tokens", type=count, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "compression")
     options = parser.parse_args(arguments)
@@ -55,16 +58,17 @@ def main(arguments: list[str] | None = None) -> None:
         ) from None
     model, tokenizer = load_model(options.model, attn_implementation="eager")
     scorer = options.scorer.load(model)
-    layers = model.config.num_hidden_layers
+    layers, name = num_layers(model), options.scorer.name
     whole = {"unpruned": PruningConfig.preset(options.presets[0], layers, keep_ratio=1.0)}
     pruned = {preset: PruningConfig.preset(preset, layers) for preset in options.presets}
     presses = {
-        f"{name} {options.kv:.0%}": partial(getattr(kvpress, kind), compression_ratio=1 - options.kv)
-        for name, kind in PRESSES.items()
+        f"{press} {100 * options.kv:g}%": partial(getattr(kvpress, kind), compression_ratio=1 - options.kv)
+        for press, kind in PRESSES.items()
     }
-    arounds = {name: lambda made=made: made()(model) for name, made in presses.items()}
-    alone = [evaluation.Variant(name, scorer=scorer, around=around) for name, around in arounds.items()]
-    behind = [evaluation.Variant(f"SDTP + {name}", scorer=scorer, around=around) for name, around in arounds.items()]
+    arounds = {press: lambda made=made: made()(model) for press, made in presses.items()}
+    alone = [evaluation.Variant(press, scorer=scorer, around=around) for press, around in arounds.items()]
+    behind = [evaluation.Variant(f"{name} + {press}", scorer=scorer, around=around)
+              for press, around in arounds.items()]  # fmt: skip
     stamp = provenance_of(model, model_name=options.model, seed=options.seed)
     with RowWriter(options.run_dir / "compression.jsonl", stamp) as writer:
         test_sets = {
@@ -75,9 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
         }
         plan = [(test_set, sample) for test_set, samples in test_sets.items() for sample in samples]
         for test_set, sample in tqdm(plan, unit="sample", mininterval=5):
-            for configs, methods in ((whole, alone), (pruned, [evaluation.Variant("SDTP", scorer=scorer), *behind])):
+            for configs, methods in ((whole, alone), (pruned, [evaluation.Variant(name, scorer=scorer), *behind])):
                 evaluation.compare_scorers(model, [sample], configs, methods, writer, test_set=test_set)
-        frame = read_frame(writer.path)
+        frame = evaluation_tables.rows_in(writer.path)
     report(frame, ModelShape.from_model(model), element_bytes(model.dtype))
 
 
@@ -85,6 +89,8 @@ def report(frame, shape: ModelShape, number_bytes: int) -> None:
     for row in frame[frame.kind == "failure"].itertuples():
         print(f"failed: {row.cell} {row.sample} {row.setting} {row.scorer}: {row.error}")
     rows = frame[frame.kind == "scorer"].copy()
+    if rows.empty:
+        return
     whole = [budget.kv_bytes(shape, [tokens] * shape.num_layers, number_bytes) for tokens in rows.prompt_tokens]
     rows["kv share %"] = 100 * rows.kv_bytes / whole
     summary = evaluation_tables.scorer_summary(rows)
@@ -96,4 +102,6 @@ def report(frame, shape: ModelShape, number_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import told
+
+    sys.exit(told(main))

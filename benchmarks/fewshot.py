@@ -13,18 +13,22 @@ import argparse
 import sys
 from pathlib import Path
 
+import pandas
+from command_line import amount
 from tqdm import tqdm
 
 from sdtp_lib import load_model
+from sdtp_lib.architectures import num_layers
+from sdtp_lib.commands.arguments import count, method_of
 from sdtp_lib.config import PRESETS, typed_budget
-from sdtp_lib.evaluation.answer_run import budget_argument, print_failures
+from sdtp_lib.evaluation.answer_run import budget_argument, print_failures, refuse_failures_alone
 from sdtp_lib.evaluation.answer_tables import fewshot_table
 from sdtp_lib.evaluation.fewshot import TASKS, local_task, run_task
-from sdtp_lib.evaluation.tables import markdown
+from sdtp_lib.evaluation.tables import markdown, rows_in
 from sdtp_lib.harness import SDTPLM
 from sdtp_lib.methods.call import budget_for
-from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
-from sdtp_lib.scorers.by_name import scorer_named
+from sdtp_lib.records import RowWriter, project_root, provenance_of
+from sdtp_lib.scorers.by_name import loaded, scorer_named
 from sdtp_lib.scorers.simple import NAMED
 
 # Table 3 of arXiv 2504.04514, full -> SDTP; printed only beside the same model.
@@ -38,16 +42,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device-map", default=None)
     parser.add_argument("--data", type=Path, default=project_root().parent / "shared" / "data" / "fewshot")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--limit", type=int, default=200, help="items per task")
-    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--limit", type=count, default=200, help="items per task")
+    parser.add_argument("--shots", type=amount, default=5)
     parser.add_argument("--presets", nargs="+", type=budget_argument, default=["keep09"], metavar="BUDGET",
                         help=f"{', '.join(PRESETS)}, a speed-up such as 2x, or a keep ratio such as 0.8")  # fmt: skip
     parser.add_argument("--pruners", nargs="*", type=scorer_named, default=None, metavar="NAME[=DIR]",
                         help="learned pruners; default SDTP, the shipped set; no value: none")  # fmt: skip
     parser.add_argument("--scorers", nargs="*", default=[], choices=tuple(NAMED))
-    parser.add_argument("--method", nargs="+", default=[], metavar="NAME",
+    parser.add_argument("--method", nargs="+", type=method_of, default=[], metavar="NAME",
                         help="published methods too, as NAME (its paper's budget) or NAME@2x")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=count, default=1)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "fewshot")
     parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
     return parser.parse_args(arguments)
@@ -58,12 +62,12 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     shared = {"pretrained": model, "tokenizer": tokenizer, "batch_size": options.batch_size}
     pruners = [scorer_named("SDTP")] if options.pruners is None else options.pruners
     named = [*pruners, *map(scorer_named, options.scorers)]
-    chosen = {each.name: each.load(model) for each in named}
+    chosen = loaded(named, model)
     if not chosen and not options.method:
         raise SystemExit("neither --pruners nor --scorers nor --method: name one of them.")
     models = {"full": SDTPLM(**shared)}
     for preset in options.presets:
-        budget = budget_for(typed_budget(preset), model.config.num_hidden_layers)
+        budget = budget_for(typed_budget(preset), num_layers(model))
         models |= {f"{name} {preset}": SDTPLM(**shared, pruning=budget, scorer=s) for name, s in chosen.items()}
     models |= {name: SDTPLM(**shared, method=name) for name in options.method}
     with RowWriter(path, provenance_of(model, model_name=options.model)) as writer:
@@ -78,13 +82,20 @@ def measure(options: argparse.Namespace, path: Path) -> None:
             bar.close()
 
 
+def shots_of(frame: pandas.DataFrame) -> str:
+    """How many examples stood before each item, such as ``5-shot``; ``few-shot`` for older rows, which do not say."""
+    found = sorted(frame.shots.dropna().astype(int).unique()) if "shots" in frame else []
+    return f"{' and '.join(f'{shots}-' for shots in found).removesuffix('-') or 'few'}-shot"
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     path = options.run_dir / "fewshot.jsonl"
     if not options.tables:
         measure(options, path)
-    frame = read_frame(path)
-    print(f"\n{options.shots}-shot accuracy x 100; difference to full, paired, 95 % bootstrap; margin in nats\n")
+    frame = rows_in(path)
+    refuse_failures_alone(frame)
+    print(f"\n{shots_of(frame)} accuracy x 100; difference to full, paired, 95 % bootstrap; margin in nats\n")
     print(markdown(fewshot_table(frame), digits=2))
     for name, (full, pruned) in PAPER.items():
         if name.lower() in str(frame.model.iloc[0]).lower():
@@ -94,4 +105,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import told
+
+    sys.exit(told(main))

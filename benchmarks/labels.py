@@ -14,17 +14,22 @@ the label. One row per sample, layer and label, and one per sample, setting and 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import pandas
 import torch
+from command_line import amount
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model, scorers
+from sdtp_lib.architectures import num_layers
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.config import PRESETS
 from sdtp_lib.data.test_sets import TEST_SETS, samples_in_turn
 from sdtp_lib.evaluation import tables as evaluation_tables
-from sdtp_lib.records import RowWriter, content_id, project_root, provenance_of, read_frame
+from sdtp_lib.evaluation.compare import sample_hash
+from sdtp_lib.records import RowWriter, project_root, provenance_of
 from sdtp_lib.training.labels import LABELS, block_effects, saliency_of
 from sdtp_lib.training.oracles import oracle_methods, step_by_step
 
@@ -35,13 +40,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
     parser.add_argument("--test-sets", nargs="+",
                         choices=TEST_SETS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
-    parser.add_argument("--samples", type=int, default=3, help="samples per test set")
-    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--samples", type=count, default=3, help="samples per test set")
+    parser.add_argument("--prompt-tokens", type=count, default=512)
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
     parser.add_argument("--step-by-step", nargs="*", choices=LABELS, default=[], help="labels also made stage by stage")
     parser.add_argument("--blocks", nargs="*", choices=LABELS, default=[], help="labels also within gold blocks")
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 16], help="of the gold check")
-    parser.add_argument("--block-tokens", type=int, default=16, help="removed together in the gold check")
+    parser.add_argument("--layers", type=amount, nargs="+", default=[4, 16], help="of the gold check")
+    parser.add_argument("--block-tokens", type=count, default=16, help="removed together in the gold check")
     parser.add_argument("--presets", nargs="*", choices=list(PRESETS), default=["keep09", "keep07"],
                         help="at which labels serve as oracles")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
@@ -57,9 +62,9 @@ def agreement(model, sample: dict, options: argparse.Namespace, writer: RowWrite
         for layer in options.layers
         for label in options.labels
     }
-    made_from = {"block_tokens": options.block_tokens}
-    made_from["sample_hash"] = content_id(sample["prompt_ids"], sample["response_ids"])
-    if all(writer.done(key, **made_from) for key in keys.values()):
+    made_from = {"block_tokens": options.block_tokens, "sample_hash": sample_hash(sample)}
+    done = {key: writer.done(key, **made_from) for key in keys.values()}
+    if all(done.values()):
         return
     prompt = len(sample["prompt_ids"])
     ids, response = row_of(model, sample)
@@ -69,7 +74,7 @@ def agreement(model, sample: dict, options: argparse.Namespace, writer: RowWrite
         for label in options.labels:
             by_block = [part.sum().item() for part in found[label][layer][0, :prompt].split(options.block_tokens)]
             key = keys[layer, label]
-            writer.done(key) or writer.add(
+            done[key] or writer.add(
                 key, kind="agreement", cell=test_set, sample=sample["id"], layer=layer, label=label,
                 rank_agreement=float(pandas.Series(by_block).corr(gold, method="spearman")), blocks=len(gold),
                 **made_from,
@@ -112,13 +117,15 @@ def within_blocks(label: str, layers: list[int], block_tokens: int) -> evaluatio
             scores[stage] = torch.cat(shares, dim=1)
         return scorers.given(scores)
 
+    # What rows call the scorer that made them: a function's name alone would say neither layers nor blocks.
+    from_sample.identity = f"{label} within gold blocks of {block_tokens} tokens at layers {layers}"
     name = f"oracle: {label}, within gold blocks"
     return evaluation.Variant(name, scorer=from_sample, kind="oracle", from_sample=True)
 
 
 def measure(options: argparse.Namespace, path: Path) -> None:
     model, tokenizer = load_model(options.model, dtype=options.dtype)
-    depth = model.config.num_hidden_layers
+    depth = num_layers(model)
     configs = {preset: PruningConfig.preset(preset, num_layers=depth) for preset in options.presets}
     stamp = provenance_of(model, model_name=options.model, seed=options.seed)
     sizes = {"prompt_tokens": options.prompt_tokens, "count": options.samples, "seed": options.seed}
@@ -143,7 +150,7 @@ def by_test_set(rows: pandas.DataFrame, name: str, value: str) -> pandas.DataFra
 
 
 def report(path: Path) -> None:
-    frame = read_frame(path)
+    frame = evaluation_tables.rows_in(path)
     gold = frame[frame.kind == "agreement"]
     if len(gold):
         print("\nSpearman correlation with the gold check, mean over samples and layers\n")
@@ -167,4 +174,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import told
+
+    sys.exit(told(main))

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sdtp_lib.commands.arguments import count, method_of
 from sdtp_lib.config import PRESETS
 from sdtp_lib.latency import report as latency_report
 from sdtp_lib.records import RowWriter, atomic_write, markdown_table, project_root, provenance_of, read_rows, write_json
@@ -50,8 +51,8 @@ def parser() -> argparse.ArgumentParser:
                         "embedded model, for others untrained ones that see the hidden state alone")  # fmt: skip
     common.add_argument("--out", type=Path, default=None, help="folder of the rows, default data/results/latency")
     common.add_argument("--seed", type=int, default=0, help="of the prompts")
-    common.add_argument("--repeats", type=int, default=5, help="measured repetitions of each method and length")
-    common.add_argument("--threads", type=int, default=None, help="CPU threads, default torch's own choice")
+    common.add_argument("--repeats", type=count, default=5, help="measured repetitions of each method and length")
+    common.add_argument("--threads", type=count, default=None, help="CPU threads, default torch's own choice")
 
     def command(name: str, call, help_text: str, parents=(common,)) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_text, parents=list(parents))
@@ -59,25 +60,25 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     run = command("run", run_latency, "time methods in turn")
-    run.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="prompt tokens")
-    run.add_argument("--new-tokens", type=int, default=128, help="generated, the prefill's included")
+    run.add_argument("--lengths", type=count, nargs="+", default=[1024, 2048, 4096], help="prompt tokens")
+    run.add_argument("--new-tokens", type=count, default=128, help="generated, the prefill's included")
     run.add_argument("--presets", nargs="*", choices=list(PRESETS), default=["keep09", "keep08", "keep07"],
                      help="of SDTP")  # fmt: skip
     run.add_argument("--alternatives", nargs="*", choices=list(PRESETS), default=[], metavar="PRESET",
                      help="also time everything else at the prefill FLOPs of these presets")  # fmt: skip
-    run.add_argument("--method", nargs="+", default=[], metavar="NAME",
+    run.add_argument("--method", nargs="+", type=method_of, default=[], metavar="NAME",
                      help="published methods too, as NAME (its paper's budget) or NAME@2x")  # fmt: skip
     run.add_argument("--identity", action="store_true", help="also time SDTP at keep ratio 1.0")
     quality = command("quality", run_quality, "KL and prefill time of every method on held-out texts")
-    quality.add_argument("--prompt-tokens", type=int, default=1024)
-    quality.add_argument("--samples", type=int, default=6, help="of each kind of text")
+    quality.add_argument("--prompt-tokens", type=count, default=1024)
+    quality.add_argument("--samples", type=count, default=6, help="of each kind of text")
     dtypes = command("dtypes", run_dtypes, "bfloat16 against float32")
-    dtypes.add_argument("--prompt-tokens", type=int, default=1024)
+    dtypes.add_argument("--prompt-tokens", type=count, default=1024)
     training = command("training", run_training, "saliency passes and training steps as ratios of plain forwards")
-    training.add_argument("--prompt-tokens", type=int, default=512)
-    training.add_argument("--samples", type=int, default=8, help="trained on, to time a step")
+    training.add_argument("--prompt-tokens", type=count, default=512)
+    training.add_argument("--samples", type=count, default=8, help="trained on, to time a step")
     memory = command("memory", run_memory, "peak bytes of one prefill, unpruned and keep09")
-    memory.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    memory.add_argument("--lengths", type=count, nargs="+", default=[2048, 4096, 8192])
     predict = command("predict", run_predict, "the cost model, with this machine's rates, against its rows")
     predict.add_argument("rows", type=Path, help="a row file that `run` wrote on this machine")
     report = command("report", write_report, "Markdown and JSON beside a row file", parents=())
@@ -91,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_latency(options: argparse.Namespace) -> int:
+    from sdtp_lib.architectures import num_layers
     from sdtp_lib.config import PruningConfig
     from sdtp_lib.latency import run as latency_run
     from sdtp_lib.latency import variants
@@ -102,7 +104,7 @@ def run_latency(options: argparse.Namespace) -> int:
     def methods_at(tokens: int) -> list[Variant]:
         found = variants.presets(model, scorer, options.presets)
         if options.identity:
-            whole = PruningConfig.preset("keep09", model.config.num_hidden_layers, keep_ratio=1.0)
+            whole = PruningConfig.preset("keep09", num_layers(model), keep_ratio=1.0)
             found.insert(1, Variant("keep1.0", whole, scorer, kind="SDTP"))
         found += variants.alternatives(model, scorer, tokens, options.alternatives)
         return found + variants.named(model, options.method, tokens, scorer)
@@ -167,20 +169,21 @@ def run_dtypes(options: argparse.Namespace) -> int:
 
 
 def run_training(options: argparse.Namespace) -> int:
+    from sdtp_lib.architectures import num_layers
     from sdtp_lib.latency import training_cost as latency_training
     from sdtp_lib.latency.measure import threads
 
     model, _, _, writer = _prepared(options)
-    layers = range(4, model.config.num_hidden_layers, 3)
+    layers = range(4, num_layers(model), 3)
     with threads(options.threads), writer:
         rows = latency_training.measure_costs(
             model, layers, prompt_tokens=options.prompt_tokens, samples=options.samples, repeats=options.repeats,
             seed=options.seed,
         )  # fmt: skip
         for row in rows:
-            key = f"training/{options.prompt_tokens}/{row['what']}"
+            key = f"training/{options.prompt_tokens}/{options.samples}/{row['what']}"
             if not writer.done(key):
-                writer.add(key, kind="training", prompt_tokens=options.prompt_tokens, **row)
+                writer.add(key, kind="training", prompt_tokens=options.prompt_tokens, samples=options.samples, **row)
             print(f"{row['what']:38} {row['ms']:9,.0f} ms  {row['forwards']:5.2f} forwards  "
                   f"{row['over_backward']:5.2f} of forward + backward")  # fmt: skip
     return 0
@@ -192,18 +195,23 @@ def run_memory(options: argparse.Namespace) -> int:
     from sdtp_lib.latency import variants
 
     model, _, scorer, writer = _prepared(options)
+    methods = variants.presets(model, scorer, ("keep09",))
+    vocabulary = model.config.get_text_config().vocab_size
     with writer:
+        scorer_ids = writer.scored_by({method.name: method.scorer for method in methods})
         for tokens in options.lengths:
-            for method in variants.presets(model, scorer, ("keep09",)):
-                if writer.done(f"memory/{tokens}/{method.name}"):
+            for method in methods:
+                key, config_hash = f"memory/{tokens}/{method.name}", latency_run.config_hash(method, model, tokens)
+                if writer.done(key, config_hash=config_hash):
                     continue
-                ids = latency_run.prompt_ids(model.config.vocab_size, tokens, options.seed).to(model.device)
+                ids = latency_run.prompt_ids(vocabulary, tokens, options.seed).to(model.device)
                 once = profiling.measure_once(
                     lambda m=method, i=ids: latency_run.row_fields(m, model, i, 1), model.device
                 )
                 allocated = latency_run.peak_allocated(model, method, tokens, options.seed)
                 row = writer.add(
-                    f"memory/{tokens}/{method.name}", kind="memory", prompt_tokens=tokens, method=method.name,
+                    key, kind="memory", prompt_tokens=tokens, method=method.name, config_hash=config_hash,
+                    scorer_id=scorer_ids[method.name],
                     peak_memory_mb=once["peak_memory_mb"], memory_growth_mb=once["memory_growth_mb"],
                     peak_allocated_mb=allocated / 1e6, kv_bytes=once["kv_bytes"],
                 )  # fmt: skip
@@ -271,6 +279,7 @@ def _prepared(options: argparse.Namespace):
     import torch
 
     from sdtp_lib import TokenPruners, load_model
+    from sdtp_lib.architectures import num_layers
     from sdtp_lib.config import PruningConfig
     from sdtp_lib.shipped import shipped_for
 
@@ -281,9 +290,9 @@ def _prepared(options: argparse.Namespace):
     if pruners:
         scorer = TokenPruners.from_pretrained(str(pruners))
     else:
-        config = PruningConfig.preset("keep09", model.config.num_hidden_layers)
+        config = PruningConfig.preset("keep09", num_layers(model))
         torch.manual_seed(options.seed)  # their numbers decide no time, but a run that goes on has the same scorer
-        scorer = TokenPruners(model.config.hidden_size, config.layers)
+        scorer = TokenPruners(model.config.get_text_config().hidden_size, config.layers)
     out = options.out or project_root() / "data" / "results" / "latency"
     # The number of CPU threads decides no time on a GPU.
     threads = options.threads or torch.get_num_threads() if model.device.type == "cpu" else None
@@ -310,4 +319,6 @@ def _report(path: Path, quiet_only: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from command_line import told
+
+    sys.exit(told(main))

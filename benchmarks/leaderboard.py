@@ -37,6 +37,7 @@ from sdtp_lib import load_model, methods
 from sdtp_lib.commands.arguments import count
 from sdtp_lib.data import ruler, ruler_texts
 from sdtp_lib.data.test_sets import TEST_SETS
+from sdtp_lib.evaluation.answers import positions
 from sdtp_lib.latency import measure as timing
 from sdtp_lib.leaderboard import committed, plan
 from sdtp_lib.leaderboard.entrants import entrants
@@ -215,7 +216,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             model, tokenizer = random_model(options.config, options.dtype, share.device), None
         else:
             model, tokenizer = load_model(options.model, dtype=options.dtype, device=share.device)
-        most = getattr(model.config, "max_position_embeddings", None)
+        most = positions(model)
         if most and max(options.lengths) > most and not options.as_measured:
             raise SystemExit(f"--lengths {max(options.lengths)}: the model has {most} positions.")
         with warnings.catch_warnings():

@@ -13,20 +13,32 @@ bootstrap intervals; a run that was stopped goes on with the same command. On se
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import pandas
 
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.data import longbench
-from sdtp_lib.evaluation.answer_run import Part, add_arguments, load, measured, positions, print_failures, run_parts
+from sdtp_lib.evaluation.answer_run import (
+    Part,
+    add_arguments,
+    load,
+    measured,
+    print_failures,
+    refuse_failures_alone,
+    run_parts,
+)
 from sdtp_lib.evaluation.answer_tables import answers_table
-from sdtp_lib.evaluation.answers import FULL
+from sdtp_lib.evaluation.answers import FULL, positions
 from sdtp_lib.evaluation.items import longbench_items
 from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.paper import TABLE1
 from sdtp_lib.processes import Share
 
 CHAT_TOKENS = 64
+# Of a model whose configuration says none.
+UNSAID_POSITIONS = 8192
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,9 +46,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_arguments(parser, "longbench", presets=["keep09", "keep08", "keep07"])
     parser.add_argument("--data", default="hub", help="folder of <dataset>.jsonl, the official data.zip, or hub")
     parser.add_argument("--datasets", nargs="+", default=["paper"])
-    parser.add_argument("--limit", type=int, default=None, help="the first so many items by _id")
+    parser.add_argument("--batch-size", type=count, default=1, help="prompts per batch; times are then of whole "
+                        "batches")  # fmt: skip
+    parser.add_argument("--limit", type=count, default=None, help="the first so many items by _id")
     parser.add_argument(
-        "--max-tokens", type=int, default=None, help="official truncation; default: what the model takes"
+        "--max-tokens", type=count, default=None, help="official truncation; default: what the model takes"
     )
     return parser.parse_args(arguments)
 
@@ -44,9 +58,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
     datasets = longbench.resolve(options.datasets)
     model, tokenizer = load(options, share)
+    room = positions(model) or UNSAID_POSITIONS
 
     def part(dataset: str) -> Part:
-        most = options.max_tokens or positions(model) - longbench.task(dataset).max_new_tokens - CHAT_TOKENS
+        most = options.max_tokens or room - longbench.task(dataset).max_new_tokens - CHAT_TOKENS
         return Part(
             dataset,
             lambda: longbench.read_records(options.data, dataset)[: options.limit],
@@ -62,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     frame = measured(options, path, measure)
     if frame is None:
         return
+    refuse_failures_alone(frame)
     print("\nScores (official metric, x 100), paired difference to full with its 95 % bootstrap interval\n")
     print(markdown(answers_table(frame, against=FULL), digits=2))
     full = frame[(frame.kind == "item") & (frame.variant == FULL)].groupby("dataset").score.mean()
@@ -77,4 +93,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import told
+
+    sys.exit(told(main))

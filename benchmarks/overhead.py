@@ -27,6 +27,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdtp_lib import PruningConfig, TokenPruners, budget, load_model, scorers, token_pruning
+from sdtp_lib.architectures import num_layers
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.config import PRESETS
 from sdtp_lib.latency.measure import measure, quartiles
 from sdtp_lib.latency.memory import peak_allocated_bytes
@@ -54,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     def command(name: str, call: Callable[..., None], lengths: list[int], repeats: int) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=[common])
         sub.set_defaults(call=call)
-        sub.add_argument("--lengths", type=int, nargs="+", default=lengths, help="prompt tokens")
-        sub.add_argument("--repeats", type=int, default=repeats)
+        sub.add_argument("--lengths", type=count, nargs="+", default=lengths, help="prompt tokens")
+        sub.add_argument("--repeats", type=count, default=repeats)
         return sub
 
     batches = command("batches", run_batches, list(range(500, 4001, 500)), 3)
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     command("scoring", run_scoring, [1024, 2048, 4096], 5)
     experts = command("experts", run_experts, [2048], 5)
     experts.add_argument("--families", nargs="+", default=list(EXPERTS), choices=list(EXPERTS), help="model types")
-    experts.add_argument("--layers", type=int, default=16)
+    experts.add_argument("--layers", type=count, default=16)
     options = whole.parse_args(arguments)
     options.call(options, *(() if options.call is run_experts else _loaded(options)))
     return 0
@@ -209,7 +211,7 @@ def run_experts(options: argparse.Namespace) -> None:
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, Any, PruningConfig]:
     model, _ = load_model(options.model)
-    config = PruningConfig.preset(options.preset, model.config.num_hidden_layers)
+    config = PruningConfig.preset(options.preset, num_layers(model))
     shipped = shipped_for(options.model)
     scorer = TokenPruners.from_pretrained(str(shipped)).eval() if shipped else scorers.attention(8)
     return model, scorer, config
@@ -252,4 +254,6 @@ def _verdict(what: str, found: float, goal: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from command_line import told
+
+    sys.exit(told(main))

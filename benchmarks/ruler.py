@@ -16,16 +16,26 @@ solves; draws the needle map. A run that was stopped goes on with the same comma
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas
 
 from sdtp_lib import plots
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.data import copying, longbench2, ruler
-from sdtp_lib.evaluation.answer_run import Part, add_arguments, load, measured, positions, print_failures, run_parts
+from sdtp_lib.evaluation.answer_run import (
+    Part,
+    add_arguments,
+    load,
+    measured,
+    print_failures,
+    refuse_failures_alone,
+    run_parts,
+)
 from sdtp_lib.evaluation.answer_tables import answers_table, means_over_tasks
-from sdtp_lib.evaluation.answers import FULL
+from sdtp_lib.evaluation.answers import FULL, positions
 from sdtp_lib.evaluation.items import copying_items, longbench2_items, ruler_items
 from sdtp_lib.evaluation.tables import markdown
 from sdtp_lib.processes import Share
@@ -40,9 +50,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_arguments(parser, "ruler", presets=["keep09"])
     parser.add_argument("--tasks", nargs="+", default=["offline"], metavar="NAME",
                         help=", ".join((*ruler.SETS, "agent", LONGBENCH2, *ruler.TASKS, *copying.TASKS)))  # fmt: skip
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024], metavar="TOKENS",
+    parser.add_argument("--lengths", nargs="+", type=count, default=[1024], metavar="TOKENS",
                         help=f"new tokens included: {', '.join(map(str, ruler.LENGTHS))} or others")  # fmt: skip
-    parser.add_argument("--limit", type=int, default=12, help="items per task and length")
+    parser.add_argument("--batch-size", type=count, default=1, help="prompts per batch; times are then of whole "
+                        "batches")  # fmt: skip
+    parser.add_argument("--limit", type=count, default=12, help="items per task and length")
     parser.add_argument("--texts", nargs="+", default=list(ruler.PLACES), metavar="PLACE",
                         help="of essays and questions, the first that has them: hub, a folder, embedded")  # fmt: skip
     parser.add_argument("--data", default="hub", help="LongBench v2: the official data.json, its folder, or hub")
@@ -65,9 +77,9 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
     for name in options.ruler:
         ruler.task(name)  # says what is not installed before a model is loaded
     model, tokenizer = load(options, share)
-    longest = max(options.lengths)
-    if longest > positions(model):
-        raise SystemExit(f"--lengths {longest} is more than the model's {positions(model)} positions: leave it out.")
+    longest, room = max(options.lengths), positions(model)
+    if room is not None and longest > room:
+        raise SystemExit(f"--lengths {longest} is more than the model's {room} positions: leave it out.")
 
     def part(name: str, length: int) -> Part:
         if name in copying.TASKS:
@@ -126,8 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     frame = measured(options, path, measure)
     if frame is None:
         return
-    if frame.empty:
-        raise SystemExit(f"{path} has no rows: no task had its data, see above.")
+    refuse_failures_alone(frame)
     done = frame[frame.kind == "item"]
     for column in ("target_tokens", "answer_depth", "text_source"):
         if column not in done:  # rows of LongBench v2 alone
@@ -152,4 +163,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import told
+
+    sys.exit(told(main))

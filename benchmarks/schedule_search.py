@@ -17,7 +17,6 @@ import pandas as pd
 from sdtp_lib import PruningConfig, budget, evaluation, plots
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
-from sdtp_lib.records import read_frame
 from sdtp_lib.training.recipes import NEGLIGIBLE_NATS
 
 # How unevenly stages drop: the share that a stage drops, relative to the first, falls or rises linearly to this.
@@ -83,8 +82,10 @@ def at_speedups(
 
 def scorer_rows(path: Path, settings: Sequence[str], where: str) -> pd.DataFrame:
     """The rows of these settings on one split and length (``where``), ``cell`` being the test set alone."""
-    frame = read_frame(path)
+    frame = evaluation_tables.rows_in(path)
     frame = frame[(frame.kind == "scorer") & frame.setting.isin(list(settings)) & frame.cell.str.endswith(f"|{where}")]
+    if frame.empty:
+        raise ValueError(f"{path} has no measurement of {where}: all failed, or no budget could be had at this length.")
     return frame.assign(cell=frame.cell.str.partition("|")[0])
 
 

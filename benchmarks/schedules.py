@@ -17,6 +17,7 @@ and schedule; runs resume. Writes a picture beside the rows.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from schedule_search import COARSE, PROFILES, at_budget, means_by, scorer_rows, 
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model, plots, scorers
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.data.test_sets import TEST_SETS, samples_in_turn
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.model_shape import ModelShape
@@ -43,15 +45,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scorer", type=scorer_named, default="SDTP", help="SDTP, SDTP=DIR, attention, recency, ...")
     parser.add_argument("--test-sets", nargs="+",
                         choices=TEST_SETS, default=["text", "needle", "instructions"], help="test sets")  # fmt: skip
-    parser.add_argument("--samples", type=int, default=6, help="samples per test set")
-    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--samples", type=count, default=6, help="samples per test set")
+    parser.add_argument("--prompt-tokens", type=count, default=1024)
     parser.add_argument("--speedup", type=float, default=2.2, help="of `stages`: wanted ratio of FLOPs")
     parser.add_argument("--scores", nargs="+", choices=list(training_free()), help="of `pairs`: only these")
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0], help="of `search` and `pairs`")
-    parser.add_argument("--starts", type=int, default=4, help="of `search`: begin at one of the first so many layers")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3], help="of `search`: use every n-th layer")
-    parser.add_argument("--ends", type=int, nargs="+", default=[], metavar="LAYER", help="of `search`: no stage beyond "
-                        "one of these (default: all layers that the score has)")  # fmt: skip
+    parser.add_argument("--starts", type=count, default=4, help="of `search`: begin at one of the first so many layers")
+    parser.add_argument("--steps", type=count, nargs="+", default=[1, 2, 3], help="of `search`: use every n-th layer")
+    parser.add_argument("--ends", type=count, nargs="+", default=[], metavar="LAYER", help="of `search`: no stage "
+                        "beyond one of these (default: all layers that the score has)")  # fmt: skip
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(COARSE), help="of `search`: which "
                         f"stages drop most (default: {', '.join(COARSE)})")  # fmt: skip
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="keep ratios of `first`")
@@ -75,12 +77,12 @@ def by_stages(shape: ModelShape, layers: list[int], tokens: int, speedup: float)
     """Figure 5: so many stages, spread evenly from the first layer on, at equal FLOPs."""
     layers = [layer for layer in layers if layer >= 4] or layers
     found = {}
-    for count in sorted({1, 2, 3, 5, 7, 10, len(layers)}):
-        if count <= len(layers):
-            places = [layers[round(number * len(layers) / count)] for number in range(count)]
+    for stages in sorted({1, 2, 3, 5, 7, 10, len(layers)}):
+        if stages <= len(layers):
+            places = [layers[round(number * len(layers) / stages)] for number in range(stages)]
             config = at_budget(shape, sorted(set(places)), tokens, speedup)
             if config is not None:
-                found[f"{count} stages"] = config
+                found[f"{stages} stages"] = config
     return found
 
 
@@ -208,4 +210,6 @@ def draw(rows, configs: dict[str, PruningConfig], what: str, path: Path, stamp: 
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import told
+
+    sys.exit(told(main))

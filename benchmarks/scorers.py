@@ -20,14 +20,17 @@ import time
 from pathlib import Path
 
 import torch
+from command_line import amount
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model, methods, plots
+from sdtp_lib.architectures import num_layers
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.data.test_sets import TEST_SETS, samples_of
 from sdtp_lib.evaluation import tables as evaluation_tables
 from sdtp_lib.processes import Share
 from sdtp_lib.records import project_root, provenance_of, read_frame
-from sdtp_lib.scorers.by_name import scorer_named
+from sdtp_lib.scorers.by_name import loaded, scorer_named
 from sdtp_lib.shipped import shipped_for
 from sdtp_lib.training.oracles import oracle_methods
 
@@ -43,9 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, auto; default by device")
     parser.add_argument("--pruners", action="append", type=scorer_named, metavar="NAME=DIR", help="begins with SDTP")
-    parser.add_argument("--prompts", type=int, default=32, help="samples per test set")
-    parser.add_argument("--oracle-prompts", type=int, default=8, help="of these, how many for the oracles")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="prompt tokens")
+    parser.add_argument("--prompts", type=count, default=32, help="samples per test set")
+    parser.add_argument("--oracle-prompts", type=amount, default=8, help="of these, how many for the oracles")
+    parser.add_argument("--lengths", type=count, nargs="+", default=[1024, 2048], help="prompt tokens")
     parser.add_argument("--settings", nargs="+", choices=list(PRESETS), default=list(PRESETS))
     parser.add_argument("--test-sets", nargs="+",
                         choices=TEST_SETS, default=list(TEST_SETS), help="test sets")  # fmt: skip
@@ -72,7 +75,7 @@ def learned_methods(options: argparse.Namespace, model) -> list[evaluation.Varia
     """The pruners named on the command line, or those that ship with the project."""
     shipped = [scorer_named(evaluation_tables.LEARNED_PREFIX)] if shipped_for(options.model) else []
     named = options.pruners or shipped
-    return [evaluation.Variant(each.name, scorer=each.load(model)) for each in named]
+    return [evaluation.Variant(name, scorer=scorer) for name, scorer in loaded(named, model).items()]
 
 
 def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share, path: Path, stamp: dict) -> float:
@@ -85,7 +88,11 @@ def tuned_weight(model, tokenizer, configs, length: int, seed: int, share: Share
     with share.rows(path, stamp) as writer:
         evaluation.compare_scorers(model, share.of(samples), config, methods, writer, test_set="tuning")
     rows = read_frame(path)
-    rows = rows[(rows.cell == "tuning") & (rows.kind == "scorer")]
+    # The file may hold those of another first setting or length, too.
+    asked = rows.setting.isin(config) & rows["sample"].isin([sample["id"] for sample in samples])
+    rows = rows[(rows.cell == "tuning") & (rows.kind == "scorer") & asked]
+    if rows.empty:
+        raise ValueError("no weight of recency could be measured on the tuning samples: give --recency-weight.")
     return float(rows.groupby("scorer").kl_nats.mean().idxmin().removeprefix("weight "))
 
 
@@ -100,7 +107,7 @@ def wanted(methods: list[evaluation.Variant], names: list[str] | None) -> list[e
 
 def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=share.device)
-    layers = model.config.num_hidden_layers
+    layers = num_layers(model)
     configs = {name: PruningConfig.preset(PRESETS[name], num_layers=layers) for name in options.settings}
     stamp = provenance_of(model, model_name=options.model, seed=options.seed)
     weight = options.recency_weight
@@ -134,11 +141,14 @@ def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
 
 
 def report(rows_path: Path, only: list[str] | None = None) -> None:
-    frame = read_frame(rows_path)
+    frame = evaluation_tables.rows_in(rows_path)
     if only is not None:
         frame = frame[frame.scorer.isin(only)]
     failures = frame[frame.kind == "failure"]
     frame = frame[frame.cell != "tuning"]
+    if not (frame.kind == "scorer").any():
+        why = f"; the first of {len(failures)} that failed: {failures.iloc[0].error}" if len(failures) else ""
+        raise ValueError(f"{rows_path} has no measurement of {', '.join(only) if only else 'a score'}{why}.")
     summary = evaluation_tables.scorer_summary(evaluation_tables.beside_oracles(frame))
     for setting in summary.setting.unique():
         one = summary[summary.setting == setting]
@@ -207,4 +217,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import told
+
+    sys.exit(told(main))

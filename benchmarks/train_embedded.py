@@ -16,8 +16,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+
+from command_line import amount
 
 from sdtp_lib import load_model
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.data.samples import DOLLY
 from sdtp_lib.data.training_mix import LENGTHS
 from sdtp_lib.processes import Share
@@ -30,10 +34,10 @@ from sdtp_lib.training.run import train_by_recipe
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dolly", default=DOLLY, help="Dolly-15k: a JSON-lines file or a Hub data set")
-    parser.add_argument("--prompts", type=int, default=480, help="how many to label and train on")
-    parser.add_argument("--prompt-tokens", type=int, nargs=2, metavar=("FROM", "TO"), default=LENGTHS)
+    parser.add_argument("--prompts", type=count, default=480, help="how many to label and train on")
+    parser.add_argument("--prompt-tokens", type=count, nargs=2, metavar=("FROM", "TO"), default=LENGTHS)
     parser.add_argument("--epochs", type=float, help="passes over the prompts; default: the recipe's")
-    parser.add_argument("--heldout", type=int, default=0, help="held-out prompts per kind to measure on")
+    parser.add_argument("--heldout", type=amount, default=0, help="held-out prompts per kind to measure on")
     parser.add_argument("--recipe", choices=list(RECIPES), default=DEFAULT, help="labels, inputs and losses")
     parser.add_argument("--start", help="pruners to go on from: a folder, or the name of shipped ones; default: anew")
     parser.add_argument("--start-share", type=float, default=0.0, help="share of --start in the averaged weights")
@@ -65,4 +69,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import told
+
+    sys.exit(told(main))

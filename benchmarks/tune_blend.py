@@ -13,16 +13,20 @@ import argparse
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model
+from sdtp_lib.architectures import num_layers
+from sdtp_lib.commands.arguments import count
 from sdtp_lib.config import PRESETS
 from sdtp_lib.data.tasks import TASKS
 from sdtp_lib.data.test_sets import samples_of
-from sdtp_lib.records import RowWriter, project_root, provenance_of, read_frame
+from sdtp_lib.evaluation.tables import rows_in
+from sdtp_lib.records import RowWriter, project_root, provenance_of
 from sdtp_lib.shipped import pruners_folder, shipped_pruners
 from sdtp_lib.training.recipes import with_blend
 
@@ -39,9 +43,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention", type=float, nargs="+", default=[1.0])
     parser.add_argument("--recency", type=float, nargs="+", default=[0.5])
     parser.add_argument("--floor", type=float, nargs="+", default=[0.0], help="where the learned part begins to count")
-    parser.add_argument("--smoothing", type=int, nargs="+", default=[3, 5])
-    parser.add_argument("--prompt-tokens", type=int, default=1024)
-    parser.add_argument("--samples", type=int, default=10, help="a group: text, tasks (spread over them), instructions")
+    parser.add_argument("--smoothing", type=count, nargs="+", default=[3, 5])
+    parser.add_argument("--prompt-tokens", type=count, default=1024)
+    parser.add_argument("--samples", type=count, default=10, help="a group: text, tasks (spread over them), "
+                        "instructions")  # fmt: skip
     parser.add_argument("--seed", type=int, default=7, help="of the samples; 0 and 1 are what training drew with")
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "blend")
     parser.add_argument("--dry-run", action="store_true", help="print the winner, leave the folder as it is")
@@ -68,7 +73,7 @@ def write_blend(folder: Path, blend: dict) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     model, tokenizer = load_model(options.model)
-    layers = model.config.num_hidden_layers
+    layers = num_layers(model)
     configs = {preset: PruningConfig.preset(preset, num_layers=layers) for preset in options.presets}
     grid = itertools.product(options.learned, options.attention, options.recency, options.floor, options.smoothing)
     fields = ("learned", "attention", "recency", "floor", "smoothing")
@@ -88,8 +93,12 @@ def main(arguments: list[str] | None = None) -> None:
                 )  # fmt: skip
                 with torch.inference_mode(False):
                     evaluation.compare_scorers(model, samples, configs, methods, writer, test_set=group)
-        rows = read_frame(writer.path)
-    rows = rows[(rows.kind == "scorer") & rows.scorer.isin([method.name for method in methods])]
+        rows = rows_in(writer.path)
+    # The file may hold other presets, too: they choose nothing here.
+    asked = rows.scorer.isin([method.name for method in methods]) & rows.setting.isin(configs)
+    failed, rows = rows[asked & (rows.kind == "failure")], rows[asked & (rows.kind == "scorer")]
+    if rows.empty:
+        raise ValueError(f"no candidate could be measured: {failed.iloc[0].error if len(failed) else 'no samples'}.")
     table = rows.pivot_table(index="scorer", columns=["setting", "cell"], values="kl_nats", aggfunc="mean")
     means = table.map(math.log).mean(axis=1).map(math.exp)
     table["geometric mean", ""] = means
@@ -102,4 +111,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command_line import told
+
+    sys.exit(told(main))

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 from sdtp_lib import methods
 from sdtp_lib.architectures.caches import cache_argument, cache_in
-from sdtp_lib.architectures.layers import pad_left
+from sdtp_lib.architectures.layers import num_layers, pad_left
 from sdtp_lib.config import PRESETS, PruningConfig
 from sdtp_lib.extras import MissingExtra, extra
 from sdtp_lib.methods.call import token_pruning
@@ -45,6 +47,29 @@ except MissingExtra as missing:
 
 _LOGGER = logging.getLogger(__name__)
 _LOADER_OPTIONS = ("dtype", "device", "device_map", "attn_implementation", "trust_remote_code", "revision")
+
+
+def _device_for(asked: Any) -> Any:
+    """Where the model goes: lm-eval asks for ``cuda:0`` where nobody named a device, on every machine.
+
+    Where torch sees no GPU that is the CPU, as in lm-eval's own model, and is said. Of several processes each has the
+    GPU of its own number (``LOCAL_RANK``).
+    """
+    if str("cuda" if asked is None else asked).partition(":")[0] != "cuda":
+        return asked
+    if not torch.cuda.is_available():
+        if asked is not None:
+            _say_once(f"device={asked!r} (lm-eval's own choice where none is named): torch sees no GPU here, so the "
+                      "model runs on the CPU.")  # fmt: skip
+        return "cpu"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return asked
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    print(f"note: {sentence}", file=sys.stderr)
 
 
 @register_model("sdtp")
@@ -90,12 +115,14 @@ class SDTPLM(HFLM):
             options = {name: kwargs.pop(name) for name in _LOADER_OPTIONS if name in kwargs}
             if options.get("device_map") is not None:
                 options.pop("device", None)
+            else:
+                options["device"] = _device_for(options.get("device"))
             pretrained, tokenizer = load_model(pretrained, **options)
         else:
             kwargs.pop("device", None)
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **kwargs)
         if preset is not None:
-            pruning = PruningConfig.preset(preset, num_layers=self.model.config.num_hidden_layers)
+            pruning = PruningConfig.preset(preset, num_layers=num_layers(self.model))
         if pruners is not None:
             scorer = TokenPruners.from_pretrained(str(pruners)).to(self.device).eval()
         elif isinstance(scorer, str):

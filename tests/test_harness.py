@@ -18,6 +18,7 @@ from sdtp_lib import harness, scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.divergence import continuation_logits
 from sdtp_lib.harness import SDTPLM
+from tests.evaluation.multimodal import multimodal_model
 
 # One of the contexts is a single token: a prefill, and said to be short.
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt of 1 tokens is too short")
@@ -162,3 +163,49 @@ def test_a_published_method_brings_its_budget_and_its_scorer(tiny_model, tiny_to
         SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, method="lazyllm", scorer="recency")
     with pytest.raises(ValueError, match="method=5 is no text: give a name"):
         SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, method=5)
+
+
+@pytest.fixture
+def as_lm_eval_makes_it(tiny_model, tiny_tokenizer, tmp_path):
+    """``as_lm_eval_makes_it(device)``: the model of ``--model sdtp --model_args pretrained=FOLDER,...``."""
+    from lm_eval.api.registry import get_model
+
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    harness._say_once.cache_clear()
+    arguments = f"pretrained={tmp_path},preset=keep09,scorer=recency"
+    return lambda device: get_model("sdtp").create_from_arg_string(
+        arguments, {"batch_size": 1, "max_batch_size": None, "device": device}
+    )
+
+
+def test_without_a_gpu_lm_evals_own_device_is_the_cpu_which_is_said_once(as_lm_eval_makes_it, monkeypatch, capsys):
+    """It was an error that asked to leave out what had been left out: lm-eval fills in cuda:0 on every machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for _ in range(2):
+        ours = as_lm_eval_makes_it("cuda:0")
+    assert ours.device.type == "cpu" and len(ours.loglikelihood(requests()[:1], disable_tqdm=True)) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(said) == 1 and "device='cuda:0'" in said[0] and "runs on the CPU" in said[0]
+    harness._say_once.cache_clear()
+    assert as_lm_eval_makes_it("cpu").device.type == "cpu" and as_lm_eval_makes_it(None).device.type == "cpu"
+    assert "note: " not in capsys.readouterr().err
+
+
+def test_each_of_several_processes_has_the_gpu_of_its_own_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [harness._device_for(asked) for asked in ("cuda:0", "cuda:1", None)] == ["cuda:0", "cuda:1", None]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, own in enumerate(["cuda:0", "cuda:1", "cuda:0", "cuda:1"]):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert harness._device_for("cuda:0") == harness._device_for(None) == own
+    assert harness._device_for("cpu") == "cpu"
+
+
+def test_a_preset_is_made_for_the_layers_of_a_model_inside_a_multimodal_one(tiny_tokenizer):
+    model = multimodal_model()
+    ours = SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, preset="keep09", scorer="recency", batch_size=1)
+    layers = model.config.get_text_config().num_hidden_layers
+    assert ours.pruning == PruningConfig.preset("keep09", num_layers=layers)
+    assert len(ours.loglikelihood(requests()[:1], disable_tqdm=True)) == 1

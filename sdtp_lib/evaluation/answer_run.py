@@ -16,15 +16,17 @@ from typing import Any
 from tqdm import tqdm
 
 from sdtp_lib import methods
+from sdtp_lib.architectures.layers import num_layers
 from sdtp_lib.config import PRESETS, typed_budget
 from sdtp_lib.evaluation.answers import FULL, run_items
 from sdtp_lib.evaluation.items import Item
+from sdtp_lib.evaluation.tables import rows_in
 from sdtp_lib.methods.call import budget_for
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.models import load_model
 from sdtp_lib.processes import Share
-from sdtp_lib.records import project_root, provenance_of, read_frame
-from sdtp_lib.scorers.by_name import scorer_named
+from sdtp_lib.records import project_root, provenance_of
+from sdtp_lib.scorers.by_name import loaded, scorer_named
 from sdtp_lib.scorers.simple import NAMED
 
 
@@ -48,7 +50,8 @@ class Part:
 
 
 def add_arguments(parser: argparse.ArgumentParser, run: str, *, presets: Sequence[str]) -> None:
-    """The arguments that every such command takes; ``run`` names its folder under ``data/results``."""
+    """The arguments that every such command takes but ``--batch-size`` and the sizes of its data, whose types
+    (`commands.arguments`) stand in a layer above; ``run`` names its folder under ``data/results``."""
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--device-map", default=None)
@@ -58,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser, run: str, *, presets: Sequenc
                         help=f"SDTP (default), NAME=DIR, {', '.join(NAMED)}")  # fmt: skip
     parser.add_argument("--method", nargs="+", type=_method, default=[], metavar="NAME",
                         help="published methods too, as NAME (its paper's budget) or NAME@2x")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=1, help="prompts per batch; times are then of whole batches")
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / run)
     parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
 
@@ -91,11 +93,16 @@ def measured(
     """The rows of ``path`` as a frame, after ``measure`` unless ``--tables`` was given.
 
     None in a process that is not the first of its launch: one prints.
+
+    Raises
+    ------
+    ValueError
+        If there are no rows (`rows_in`).
     """
     share = Share()
     if not options.tables:
         measure(options, path, share)
-    return read_frame(path) if share.is_first else None
+    return rows_in(path) if share.is_first else None
 
 
 def load(options: argparse.Namespace, share: Share) -> tuple[Any, Any]:
@@ -107,12 +114,11 @@ def load(options: argparse.Namespace, share: Share) -> tuple[Any, Any]:
 
 def variants(options: argparse.Namespace, model: Any) -> list[Variant]:
     """The unpruned model, then each budget with each score, then the published methods."""
-    layers = model.config.num_hidden_layers
-    chosen = [(named.name, named.load(model)) for named in options.scorers or [scorer_named("SDTP")]]
-    found = [Variant(FULL)]
+    layers, found = num_layers(model), [Variant(FULL)]
+    chosen = loaded(options.scorers or [scorer_named("SDTP")], model)
     for preset in options.presets:
         budget = budget_for(typed_budget(preset), layers)
-        found += [Variant(f"{name} {preset}", budget, scorer) for name, scorer in chosen]
+        found += [Variant(f"{name} {preset}", budget, scorer) for name, scorer in chosen.items()]
     return found + [Variant(name, method, method.scorer_for(model)) for name, method in options.method]
 
 
@@ -138,9 +144,10 @@ def run_parts(
             bar.close()
 
 
-def positions(model: Any) -> int:
-    """How many tokens the model takes."""
-    return getattr(model.config, "max_position_embeddings", None) or 8192
+def refuse_failures_alone(frame: Any) -> None:
+    """A ``ValueError`` where every item of ``frame`` failed, with the first one's reason: there is no table of none."""
+    if not (frame.kind == "item").any():
+        raise ValueError(f"all {len(frame)} measurements failed, the first: {frame.error.iloc[0]}")
 
 
 def print_failures(frame: Any) -> None:

@@ -27,6 +27,11 @@ from sdtp_lib.records import RowWriter, content_id
 FULL = "full"
 
 
+def positions(model: Any) -> int | None:
+    """How many tokens the model takes; None where its configuration does not say (alibi)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def run_items(
     model: Any,
     tokenizer: Any,
@@ -132,7 +137,7 @@ class _FirstToken:
 @torch.no_grad()
 def _answered(model: Any, tokenizer: Any, items: Sequence[Item], variant: Variant) -> list[dict[str, Any]]:
     """The measured fields of each item, all generated in one batch."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit, layers = positions(model), model.config.get_text_config().num_hidden_layers
     longest, new_tokens = max(len(item.prompt_ids) for item in items), items[0].max_new_tokens
     follow_up = items[0].follow_up_ids
     if follow_up:
@@ -169,7 +174,7 @@ def _answered(model: Any, tokenizer: Any, items: Sequence[Item], variant: Varian
         new_ids = _up_to_its_end(output.sequences[row, new_from:].tolist(), ends)
         prediction = tokenizer.decode(new_ids, skip_special_tokens=True)
         answer = {"prediction": prediction, "score": item.score(prediction), "new_tokens": len(new_ids)} | times
-        answers.append(answer | _kept(trace, row, len(item.prompt_ids), model.config.num_hidden_layers))
+        answers.append(answer | _kept(trace, row, len(item.prompt_ids), layers))
     return answers
 
 

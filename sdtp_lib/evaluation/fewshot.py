@@ -68,8 +68,9 @@ def run_task(
 ) -> None:
     """One row for each of the first ``limit`` items and each model that ``writer`` does not have yet.
 
-    A row has ``dataset, item, variant, score`` (accuracy, 0 or 1), ``margin_nats`` (log-likelihood of the right choice
-    minus that of the best wrong one), ``loglikelihoods``, ``prompt_tokens`` and, where pruned, ``compression_ratio``.
+    A row has ``dataset, item, variant, shots, score`` (accuracy, 0 or 1), ``margin_nats`` (log-likelihood of the right
+    choice minus that of the best wrong one), ``loglikelihoods``, ``prompt_tokens`` and, where pruned,
+    ``compression_ratio``.
     ``OtherProvenance`` where ``writer`` has rows of these names that another scorer, prompt (its shots, say) or pruning
     config made.
     """
@@ -87,6 +88,7 @@ def run_task(
             if writer.done(key, **made_from):
                 continue
             labels = {"dataset": task.config.task, "item": str(number), "variant": variant}
+            labels["shots"] = task.config.num_fewshot
             labels |= {"scorer_id": ids[variant], **made_from}
             try:
                 fields = _scored(task, instances, model)

@@ -6,11 +6,12 @@ Views of rows (see `records`); nothing is computed on a model here. A row is of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sdtp_lib.evaluation.statistics import paired_bootstrap, perplexity_growth
 from sdtp_lib.extras import extra
-from sdtp_lib.records import markdown_table
+from sdtp_lib.records import markdown_table, read_frame
 
 with extra("train"):
     import pandas
@@ -18,6 +19,22 @@ with extra("train"):
 LEARNED_PREFIX = "SDTP"
 # Under six pairs even the sign test cannot reach 5 % (2 / 2**5 > 0.05), and resampling them only hides that.
 FEWEST_PAIRS = 6
+
+
+def rows_in(path: Path) -> pandas.DataFrame:
+    """The rows of a run that is over or under way, at least one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or it has no rows.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no {path} yet: measure first (without --tables).")
+    frame = read_frame(path)
+    if frame.empty:
+        raise ValueError(f"{path} has no rows: nothing that was asked for had its data, see above.")
+    return frame
 
 
 def scorer_summary(frame: pandas.DataFrame, *, by: Sequence[str] = ("cell", "setting")) -> pandas.DataFrame:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 
+import pandas
 import pytest
 
 from sdtp_lib.records import OtherProvenance, project_root, read_rows
-from sdtp_lib.scorers.by_name import scorer_named
+from sdtp_lib.scorers.by_name import NamedScorer, loaded, scorer_named
 from sdtp_lib.shipped import shipped_pruners
 from tests.benchmarks.commands import command, script
+from tests.evaluation.multimodal import multimodal_model
+
+needs_chunks = pytest.mark.skipif(
+    tuple(map(int, importlib.metadata.version("transformers").split(".")[:2])) < (5, 24),
+    reason="prefill_chunk_size is refused",
+)
 
 
 def test_the_measure_writes_rows_a_table_and_a_picture_and_a_second_run_adds_nothing(model_folder, tmp_path, capsys):
@@ -188,9 +197,35 @@ def test_scores_are_named_simple_shipped_or_by_folder(tiny_model, tmp_path):
     assert recency.folder is None and recency.layers(recency.load(model), 6) == [1, 2, 3, 4, 5]
     learned = scorer_named("SDTP")
     assert learned.layers(learned.load(model), 30) == list(range(4, 30, 3))
-    for wrong in (f"SDTP={tmp_path}", "=somewhere"):
+    for wrong in (f"SDTP={tmp_path}", "=somewhere", "SDTP=", "recency="):
         with pytest.raises(argparse.ArgumentTypeError, match="no pruners in"):
             scorer_named(wrong)
+
+
+def test_a_misspelt_score_is_refused_and_never_the_shipped_pruners(tmp_path, monkeypatch):
+    """Any unknown name was measured as the shipped pruners, under that name."""
+    for wrong in ("atention", "hidden-norm", "./mine/own", "mine/none", "sdtp", "", "Recency"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no score and no pruners' folder: .*SDTP.*hidden_norm"):
+            scorer_named(wrong)
+    monkeypatch.chdir(tmp_path)
+    shipped = shipped_pruners()["smollm2-135m-instruct"]
+    for name in ("mine/own", "recency"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text((shipped / "config.json").read_text())
+    assert scorer_named("./mine/own").name == "own" and scorer_named("./mine/own").folder.samefile("mine/own")
+    assert scorer_named("smollm2-135m-instruct") == NamedScorer("smollm2-135m-instruct", shipped)
+    for wrong in ("./recency", "recency=mine/own"):
+        with pytest.raises(argparse.ArgumentTypeError, match="recency is the name of a score without training"):
+            scorer_named(wrong)
+    assert scorer_named("recency").folder is None
+
+
+def test_two_scores_of_one_name_are_refused_before_any_is_loaded(tmp_path):
+    """The second one's rows counted as done by the first one's."""
+    shipped, other = scorer_named("SDTP"), NamedScorer("SDTP", tmp_path)
+    with pytest.raises(ValueError, match="SDTP names several scores"):
+        loaded([shipped, other], model=None)
+    assert list(loaded([scorer_named("recency")] * 2, model=None)) == ["recency"]
 
 
 @pytest.mark.parametrize("arguments", [("longbench", "--scorers"), ("schedules", "first", "--scorer"),
@@ -323,10 +358,7 @@ def test_pruners_trained_on_other_data_are_not_taken_for_an_ablations_own(tmp_pa
         module.main([*arguments, "--epochs", "3"])
 
 
-@pytest.mark.skipif(
-    tuple(map(int, importlib.metadata.version("transformers").split(".")[:2])) < (5, 24),
-    reason="prefill_chunk_size is refused",
-)
+@needs_chunks
 def test_chunks_are_held_against_one_shot_and_their_memory_is_read_in_a_process_of_its_own(
     model_folder, tmp_path, capsys, monkeypatch
 ):
@@ -338,7 +370,7 @@ def test_chunks_are_held_against_one_shot_and_their_memory_is_read_in_a_process_
     assert [row["chunk"] for row in rows] == [0, 64]
     assert rows[0]["kl_to_one_shot_nats"] < 1e-9 < rows[1]["kl_to_one_shot_nats"]
     assert rows[0]["tokens_per_layer"] == rows[1]["tokens_per_layer"]
-    assert "| recency | one-shot | 1 |" in capsys.readouterr().out
+    assert "| keep07 | recency | one-shot | 1 |" in capsys.readouterr().out
     told = {}
     for variant, size in (("unpruned", "0"), ("one-shot", "0"), ("pruned", "128"), ("unpruned", "128")):
         chunks.main(["--child", "random", "500", variant, size])
@@ -360,7 +392,7 @@ def test_chunks_are_held_against_one_shot_and_their_memory_is_read_in_a_process_
         ("failure", "pruned", 64), ("chunk memory", "unpruned", 128), ("failure", "unpruned", 64),
     ]  # fmt: skip
     printed = capsys.readouterr().out
-    assert "| random | 500 | one-shot | none |" in printed and "failed: random pruned 64: no room" in printed
+    assert "| random | 500 | one-shot | own | none |" in printed and "failed: random pruned 64: no room" in printed
 
 
 @pytest.mark.parametrize("arguments", [("batches", "--lengths", "60", "90"), ("identity", "--lengths", "64"),
@@ -376,3 +408,250 @@ def test_a_mixture_of_experts_is_timed_beside_its_limit(capsys):
     family, tokens, _, _, speedup, limit = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
     assert (family, tokens) == ("olmoe", "128") and float(speedup.partition("x")[0]) > 0
     assert 1 < float(limit.removesuffix("x")) < 1.5, "a fifth of the tokens leaves before the last two of six layers"
+
+
+@needs_chunks
+def test_chunks_of_another_preset_stand_beside_the_first_and_other_pruning_or_prompts_are_refused(
+    model_folder, tmp_path, capsys, monkeypatch
+):
+    """A second run with another preset measured nothing and printed the first one's rows under its name."""
+    arguments = ["--model", str(model_folder), "--run-dir", str(tmp_path), "--scorers", "recency", "--chunks", "64"]
+    arguments += ["--parts", "quality", "--test-sets", "text", "--samples", "1", "--prompt-tokens", "200"]
+    chunks = script("chunks")
+    for preset in ("keep09", "keep07"):
+        chunks.main([*arguments, "--preset", preset])
+    rows = read_rows(tmp_path / "quality.jsonl")
+    assert [(row["preset"], row["chunk"]) for row in rows] == [(p, c) for p in ("keep09", "keep07") for c in (0, 64)]
+    assert all(rows[0][field] != rows[2][field] for field in ("tokens_per_layer", "config_hash"))
+    printed = capsys.readouterr().out
+    assert "| keep07 | recency | 64 | 1 |" in printed and "| keep09 | recency | 64 | 1 |" in printed
+    preset = chunks.PruningConfig.preset
+    monkeypatch.setattr(chunks.PruningConfig, "preset", lambda *given: preset(*given).replace(keep_ratio=0.5))
+    with pytest.raises(OtherProvenance, match="config_hash"):
+        chunks.main([*arguments, "--preset", "keep07"])
+    monkeypatch.setattr(chunks.PruningConfig, "preset", preset)
+    monkeypatch.setattr(chunks, "sample_hash", lambda sample: "of another tokenizer")
+    with pytest.raises(OtherProvenance, match="sample_hash"):
+        chunks.main([*arguments, "--preset", "keep07"])
+    monkeypatch.setattr(chunks, "loaded", lambda *_: {"recency": chunks.scorers.random()})
+    with pytest.raises(OtherProvenance, match="rows of 'recency' that were made by"):
+        chunks.main([*arguments, "--preset", "keep08"])
+
+
+def test_memory_of_another_preset_is_measured_where_the_preset_counts(tmp_path, monkeypatch):
+    chunks, asked = script("chunks"), []
+
+    def ran(command, **_):
+        asked.append((command[command.index("--preset") + 1], *command[-4:]))
+        row = {"memory_growth_mb": 1.0, "kv_mb": 1.0, "seconds": 1.0, "tokens_in_last_layer": 9}
+        return subprocess.CompletedProcess(command, 0, json.dumps(row), "")
+
+    monkeypatch.setattr(chunks.subprocess, "run", ran)
+    arguments = ["--run-dir", str(tmp_path), "--parts", "memory", "--memory", "embedded:500", "--memory-chunks", "128"]
+    for preset in ("keep09", "keep07"):
+        chunks.main([*arguments, "--preset", preset])
+    assert [(preset, variant) for preset, _, _, variant, _ in asked] == [
+        ("keep09", "unpruned"), ("keep09", "one-shot"), ("keep09", "pruned"), ("keep09", "unpruned"),
+        ("keep07", "one-shot"), ("keep07", "pruned"),
+    ]  # fmt: skip
+
+
+def test_another_layer_of_the_gold_check_is_refused_for_oracles_within_blocks(model_folder, tmp_path):
+    """The rows named a function, so those of other layers counted as this run's."""
+    arguments = [*RUNS["labels"], "--model", str(model_folder), "--run-dir", str(tmp_path), "--presets", "keep09"]
+    arguments += ["--blocks", "removal"]
+    command("labels")(arguments)
+    with pytest.raises(OtherProvenance, match="within gold blocks.* at layers"):
+        command("labels")([*arguments, "--layers", "4", "5"])
+
+
+def test_the_gold_check_of_every_label_is_held_against_its_own_row(model_folder, tmp_path):
+    """Behind a label that was not there yet, rows of other blocks counted as done."""
+    arguments = [*RUNS["labels"], "--model", str(model_folder), "--run-dir", str(tmp_path), "--presets"]
+    command("labels")(arguments)
+    with pytest.raises(OtherProvenance, match="block_tokens=16"):
+        command("labels")([*arguments, "--labels", "gradient_x_hidden", "removal", "--block-tokens", "8"])
+
+
+def test_memory_of_other_pruners_under_the_same_folder_name_is_refused(model_folder, tiny_model, tmp_path):
+    """Rows said the folder's last name alone, and the second set's peak was the first one's."""
+    from sdtp_lib import TokenPruners
+
+    model, main = tiny_model(), command("latency")
+    for place in ("a", "b"):
+        TokenPruners.for_model(model, (4,), features=("hidden",)).save_pretrained(tmp_path / place / "set")
+    arguments = ["memory", "--model", str(model_folder), "--lengths", "64", "--out", str(tmp_path), "--pruners"]
+    main([*arguments, str(tmp_path / "a" / "set")])
+    rows = read_rows(tmp_path / "latency.jsonl")
+    assert all("config_hash" in row and "scorer_id" in row for row in rows) and len(rows) == 2
+    with pytest.raises(OtherProvenance, match="made by TokenPruners"):
+        main([*arguments, str(tmp_path / "b" / "set")])
+
+
+def test_presses_of_two_shares_have_two_names_and_the_scorer_has_its_own(monkeypatch, model_folder, tmp_path):
+    """40.4 % was called 40%, and every scorer SDTP."""
+    press = types.SimpleNamespace(ObservedAttentionPress=None, SnapKVPress=None)
+    press.ObservedAttentionPress = press.SnapKVPress = lambda **_: lambda model: contextlib.nullcontext()
+    monkeypatch.setitem(sys.modules, "kvpress", press)
+    arguments = ["--model", str(model_folder), "--scorer", "recency", "--test-sets", "text", "--samples", "1"]
+    arguments += ["--prompt-tokens", "128", "--run-dir", str(tmp_path)]
+    for share in ("0.4", "0.404"):
+        command("compression")([*arguments, "--kv", share])
+    found = {row["scorer"] for row in read_rows(tmp_path / "compression.jsonl")}
+    assert found == {"recency"} | {f"{before}{name} {share}" for before in ("", "recency + ")
+                                   for name in ("H2O", "SnapKV") for share in ("40%", "40.4%")}  # fmt: skip
+
+
+def test_a_blend_is_chosen_at_the_presets_that_are_asked_for(model_folder, tiny_model, tmp_path, monkeypatch, capsys):
+    """Rows of other presets in the same folder chose with them."""
+    from sdtp_lib import TokenPruners
+
+    module = script("tune_blend")
+    monkeypatch.setattr(module, "GROUPS", {"text": ("text",)})
+    TokenPruners.for_model(tiny_model(), (4,), features=("hidden",)).save_pretrained(tmp_path / "a")
+    arguments = [str(tmp_path / "a"), "--model", str(model_folder), "--prompt-tokens", "128", "--samples", "1",
+                 "--learned", "1", "--smoothing", "1", "--run-dir", str(tmp_path / "rows"), "--dry-run"]  # fmt: skip
+    module.main([*arguments, "--presets", "keep08"])
+    capsys.readouterr()
+    module.main([*arguments, "--presets", "keep07"])
+    printed = capsys.readouterr().out
+    assert "keep07" in printed and "keep08" not in printed
+
+
+def test_another_command_that_fails_ends_an_ablation_with_its_exit_code(monkeypatch):
+    module = script("ablations")
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 2))
+    with pytest.raises(SystemExit) as ended:
+        module.call("scorers.py")
+    assert ended.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def multimodal_folder(tiny_tokenizer, tmp_path_factory):
+    """A model whose sizes stand in a configuration within its own."""
+    model = multimodal_model()
+    model.config.get_text_config().max_position_embeddings = 2048
+    folder = tmp_path_factory.mktemp("gemma3")
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+NESTED = {
+    "scorers": RUNS["scorers"],
+    "labels": [*RUNS["labels"], "--presets", "keep09"],
+    "schedules": RUNS["schedules"],
+    "latency": RUNS["latency"],
+    "latency memory": ["--lengths", "64"],
+    "overhead scoring": ["--lengths", "64", "--repeats", "1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_model_inside_a_multimodal_one_is_measured_as_any_other(multimodal_folder, tmp_path, name):
+    """Its sizes were read off the outer configuration, which has none."""
+    script_name, *rest = name.split()
+    where = [] if script_name == "overhead" else ["--out" if script_name == "latency" else "--run-dir", str(tmp_path)]
+    command(script_name)([*rest, *NESTED[name], "--model", str(multimodal_folder), *where])
+    if where:
+        (path,) = tmp_path.glob("*.jsonl")
+        rows = read_rows(path)
+        failed = [row["error"] for row in rows if row["kind"] == "failure"]
+        assert len(rows) > len(failed) and all(error.startswith("PruningNotSupported: renum") for error in failed)
+
+
+def test_every_command_says_in_one_sentence_what_is_wrong():
+    for path in sorted((project_root() / "benchmarks").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if 'if __name__ == "__main__":' in text and path.stem != "leaderboard":
+            assert text.endswith("    from command_line import told\n\n    sys.exit(told(main))\n"), path.name
+
+
+def test_a_mistake_ends_a_command_with_a_sentence_and_exit_code_2(tmp_path):
+    started = [sys.executable, str(project_root() / "benchmarks" / "latency.py"), "report", str(tmp_path / "no.jsonl")]
+    ended = subprocess.run(started, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and "no.jsonl" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    *((f"{name} --tables --run-dir none", f"none/{name}.jsonl yet: measure first")
+      for name in ("longbench", "ruler", "fewshot", "labels", "scorers")),
+    ("latency compare nope.jsonl nope.jsonl", "nope.jsonl"),
+    ("longbench --datasets nope", "dataset='nope' is unknown"),
+    ("longbench --model ./nope", "Cannot load './nope'"),
+    ("scorers --model ./nope", "Cannot load './nope'"),
+    ("fewshot --model ./nope", "Cannot load './nope'"),
+])  # fmt: skip
+def test_ordinary_mistakes_are_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    """They were tracebacks."""
+    monkeypatch.chdir(tmp_path)
+    name, *rest = arguments.split()
+    assert script("command_line").told(command(name), rest) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and sentence in said and said.count("\n") == 1
+
+
+def test_what_is_no_mistake_of_the_user_still_raises(capsys):
+    def main(arguments):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        script("command_line").told(main)
+    assert script("command_line").told(lambda arguments: None) == 0
+    assert script("command_line").told(lambda arguments: 1) == 1
+
+
+@pytest.mark.parametrize("name", ["longbench", "fewshot", "ruler"])
+def test_a_run_none_of_whose_parts_has_its_data_says_so(model_folder, tmp_path, capsys, name):
+    """It was an AttributeError of an empty table."""
+    none, model = str(tmp_path / "none"), str(model_folder)
+    arguments = ["--model", model, "--data", none, "--run-dir", str(tmp_path), "--presets", "keep09", "--scorers",
+                 "recency"]  # fmt: skip
+    arguments += {"longbench": ["--datasets", "trec"], "fewshot": ["--tasks", "copa", "--pruners"],
+                  "ruler": ["--tasks", "longbench2"]}[name]  # fmt: skip
+    assert script("command_line").told(command(name), arguments) == 2
+    said = capsys.readouterr().err
+    assert "is left out: " in said and f"error: {tmp_path / name}.jsonl has no rows" in said
+
+
+@pytest.mark.parametrize("name", ["longbench", "fewshot", "ruler", "scorers"])
+def test_a_run_of_failures_alone_says_the_first_ones_reason(tmp_path, capsys, name):
+    """LongBench ended in an AttributeError, the others in a table without columns."""
+    row = {"key": "a", "kind": "failure", "dataset": "a", "item": "b", "variant": "full", "cell": "c", "error": "E: x"}
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    assert script("command_line").told(command(name), ["--tables", "--run-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.rstrip().rstrip(".").endswith("E: x")
+
+
+@pytest.mark.parametrize("arguments", [
+    "longbench --batch-size 0", "longbench --limit -3", "longbench --max-tokens 0", "ruler --batch-size 0",
+    "ruler --limit 0", "ruler --lengths -1", "fewshot --limit -3", "fewshot --shots -1", "fewshot --batch-size 0",
+    "scorers --prompts 0", "scorers --oracle-prompts -1", "labels --samples 0", "labels --layers -1",
+    "chunks --chunks 0", "chunks --memory random", "chunks --memory random:0", "compression --samples 0",
+    "schedules first --samples 0", "latency run --repeats 0", "latency memory --lengths 0",
+    "overhead scoring --repeats 0", "tune_blend smollm2-135m-instruct --samples 0", "ablations --dolly x --limit 0",
+    "train_embedded --prompts 0",
+])  # fmt: skip
+def test_a_size_below_one_ends_a_command_before_it_loads_a_model(arguments, capsys):
+    """Most were taken: no item, the last three left out, or an error deep in a run."""
+    name, *rest = arguments.split()
+    with pytest.raises(SystemExit) as ended:
+        command(name)(rest)
+    assert ended.value.code == 2 and f"argument {rest[-2]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["fewshot", "latency run"])
+def test_a_method_that_there_is_not_ends_a_command_before_it_loads_a_model(name, capsys):
+    name, *rest = name.split()
+    with pytest.raises(SystemExit):
+        command(name)([*rest, "--method", "lazzyllm"])
+    assert "did you mean 'lazyllm'" in capsys.readouterr().err
+
+
+def test_the_few_shot_table_says_the_shots_that_its_rows_were_measured_with():
+    """It said those of its own arguments, whatever the rows were."""
+    shots_of, frame = script("fewshot").shots_of, pandas.DataFrame
+    assert shots_of(frame({"shots": [0, 0]})) == "0-shot" and shots_of(frame({"shots": [5]})) == "5-shot"
+    assert shots_of(frame({"shots": [5, 0, None]})) == "0- and 5-shot"
+    assert shots_of(frame({"kind": ["item"]})) == "few-shot"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 import types
 
@@ -12,7 +11,8 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from sdtp_lib.data import ruler_generators
-from sdtp_lib.records import OtherProvenance, project_root, read_rows
+from sdtp_lib.records import OtherProvenance, read_rows
+from tests.benchmarks.commands import command
 
 LENGTH = 1400  # the tiny tokenizer has about a token per letter
 
@@ -27,7 +27,7 @@ def run(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     ruler_generators.needles.cache_clear()
     tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    main = runpy.run_path(str(project_root() / "benchmarks" / "ruler.py"))["main"]
+    main = command("ruler")
     arguments = ["--model", str(tmp_path / "model"), "--scorers", "recency", "--run-dir", str(tmp_path)]
     yield lambda *more: main([*arguments, "--lengths", str(LENGTH), *more])
     ruler_generators.needles.cache_clear()

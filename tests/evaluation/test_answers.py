@@ -7,11 +7,13 @@ import dataclasses
 import subprocess
 import sys
 import textwrap
+import types
 
 import numpy as np
 import pandas
 import pytest
 import torch
+import transformers
 
 from sdtp_lib import scorers
 from sdtp_lib.architectures.caches import cache_argument, cache_in
@@ -19,7 +21,7 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import tasks
 from sdtp_lib.evaluation.answer_run import add_arguments, variants
 from sdtp_lib.evaluation.answer_tables import answers_table, means_over_tasks
-from sdtp_lib.evaluation.answers import FULL, _next_turn, run_items, token_fates
+from sdtp_lib.evaluation.answers import FULL, _next_turn, positions, run_items, token_fates
 from sdtp_lib.evaluation.items import Item, longbench_items, synthetic_items
 from sdtp_lib.evaluation.statistics import stratified_bootstrap
 from sdtp_lib.evaluation.tables import (
@@ -33,6 +35,7 @@ from sdtp_lib.evaluation.tables import (
 from sdtp_lib.methods.variant import Variant
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.records import OtherProvenance, RowWriter, read_frame, read_rows
+from tests.evaluation.multimodal import multimodal_model
 
 CONFIG = PruningConfig(layers=(2, 4), keep_ratio=0.6, min_local_tokens=4)
 VARIANTS = [Variant(FULL), Variant("recency", CONFIG, scorers.recency()), Variant("all", CONFIG.replace(keep_ratio=1.0),
@@ -343,3 +346,20 @@ def test_published_methods_are_variants_by_the_names_that_were_typed(tiny_model,
     with pytest.raises(SystemExit):
         parser.parse_args(["--method", "lazzyllm"])
     assert "did you mean 'lazyllm'" in capsys.readouterr().err
+
+
+def test_a_model_inside_a_multimodal_one_answers_within_its_own_positions(tiny_model, tiny_tokenizer, tmp_path):
+    """Its outer configuration has no layers, which was an error, and no positions, which were then 8,192."""
+    model, parser = multimodal_model(), argparse.ArgumentParser()
+    model.config.get_text_config().max_position_embeddings = 64
+    unsaid = types.SimpleNamespace(config=transformers.BloomConfig())
+    assert positions(model) == 64 and positions(tiny_model()) == 512 and positions(unsaid) is None
+    add_arguments(parser, "x", presets=["keep09"])
+    chosen = variants(parser.parse_args(["--scorers", "recency"]), model)
+    with RowWriter(tmp_path / "rows.jsonl", {}) as writer:
+        run_items(model, tiny_tokenizer, [an_item(0, tokens=40), an_item(1, tokens=80)], chosen, writer)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [row["kind"] for row in rows] == ["item", "item", "failure", "failure"]
+    layers = model.config.get_text_config().num_hidden_layers
+    assert rows[0]["tokens_per_layer"] == [40] * layers and rows[1]["tokens_per_layer"][-1] < 40
+    assert "more than the model's 64 positions" in rows[2]["error"]

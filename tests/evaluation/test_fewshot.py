@@ -69,6 +69,7 @@ def test_a_row_has_accuracy_and_the_margin_of_the_right_choice_and_a_second_run_
                 run_task(local_task(name, folder, shots=2), models, writer, limit=3)
     rows = read_rows(path)
     assert len(rows) == 2 * 3 * 3 and {row["kind"] for row in rows} == {"item"}
+    assert {row["shots"] for row in rows} == {2}
     by = {(row["dataset"], row["item"], row["variant"]): row for row in rows}
     for row in rows:
         assert row["score"] == (row["margin_nats"] > 0)

@@ -103,7 +103,7 @@ def test_compression_with_padding_is_refused(tiny_model):
             model(input_ids=PROMPT[:, :1].expand(2, -1), **cache_argument(model, cache))
 
 
-def test_the_tables_command_measures_each_press_alone_and_behind_sdtp(tiny_model, tiny_tokenizer, tmp_path, capsys):
+def test_the_tables_command_measures_each_press_alone_and_behind_pruning(tiny_model, tiny_tokenizer, tmp_path, capsys):
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "compression.py"
     main = runpy.run_path(str(path))["main"]
     folder = tmp_path / "model"
@@ -114,11 +114,11 @@ def test_the_tables_command_measures_each_press_alone_and_behind_sdtp(tiny_model
     main(arguments)
     rows = [json.loads(line) for line in (tmp_path / "run" / "compression.jsonl").read_text().splitlines()]
     assert [row.get("error") for row in rows if row["kind"] == "failure"] == []
-    assert len(rows) == 2 * 5 and "| keep09 | SDTP + SnapKV 40% |" in capsys.readouterr().out
+    assert len(rows) == 2 * 5 and "| keep09 | recency + SnapKV 40% |" in capsys.readouterr().out
     held = {(row["sample"], row["scorer"]): row["kv_bytes"] for row in rows}
     for (sample, name), kv in held.items():
-        if name.startswith("SDTP + "):
-            assert kv == pytest.approx(0.4 * held[sample, "SDTP"], rel=0.02)
-            assert kv < held[sample, name.removeprefix("SDTP + ")]
+        if name.startswith("recency + "):
+            assert kv == pytest.approx(0.4 * held[sample, "recency"], rel=0.02)
+            assert kv < held[sample, name.removeprefix("recency + ")]
     main(arguments)
     assert len((tmp_path / "run" / "compression.jsonl").read_text().splitlines()) == len(rows)
