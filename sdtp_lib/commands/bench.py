@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.presets if name not in PRESETS]:
         raise ValueError(f"--presets {' '.join(unknown)}: choose among {', '.join(PRESETS)}.")
+    shared.make_folder("--out", given.out)
     from sdtp_lib.latency import report  # first, so that a missing package is said before anything is loaded
 
     model, _ = shared.load(given)

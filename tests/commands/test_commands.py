@@ -188,11 +188,12 @@ def test_compare_makes_one_table_and_one_picture_of_everything_at_hand(folder, o
     assert all(row["kl_nats"] > 0 for row in rows["rows"] if row["kind"] == "training-free")
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", [("compare", "no/such/model", "--prompt", TEXT), ("bench", "no/such/model")])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(command, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "taken").write_text("mine")
     for out in ("taken", "taken/below"):
-        assert main(["compare", "no/such/model", "--prompt", TEXT, "--out", out]) == 2
+        assert main([*command, "--out", out]) == 2
         assert re.search(rf"^error: --out {out}: .*: name another folder\.$", capsys.readouterr().err, re.M)
     assert (tmp_path / "taken").read_text() == "mine"
 
