@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 
 import pandas
-from command_line import amount
 from tqdm import tqdm
 
 from sdtp_lib import load_model
 from sdtp_lib.architectures import num_layers
-from sdtp_lib.commands.arguments import count, method_of
+from sdtp_lib.commands.arguments import amount, count, method_of
 from sdtp_lib.config import PRESETS, typed_budget
 from sdtp_lib.evaluation.answer_run import budget_argument, print_failures, refuse_failures_alone
 from sdtp_lib.evaluation.answer_tables import fewshot_table
@@ -105,6 +104,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from command_line import told
+    from sdtp_lib.__main__ import told
 
     sys.exit(told(main))

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import pandas
 import torch
-from command_line import amount
 from tqdm import tqdm
 
 from sdtp_lib import PruningConfig, evaluation, load_model, scorers
 from sdtp_lib.architectures import num_layers
-from sdtp_lib.commands.arguments import count
+from sdtp_lib.commands.arguments import amount, count
 from sdtp_lib.config import PRESETS
 from sdtp_lib.data.test_sets import TEST_SETS, samples_in_turn
 from sdtp_lib.evaluation import tables as evaluation_tables
@@ -174,6 +173,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from command_line import told
+    from sdtp_lib.__main__ import told
 
     sys.exit(told(main))

@@ -34,7 +34,7 @@ import yaml
 from tqdm import tqdm
 
 from sdtp_lib import load_model, methods
-from sdtp_lib.commands.arguments import count
+from sdtp_lib.commands.arguments import amount, count
 from sdtp_lib.data import ruler, ruler_texts
 from sdtp_lib.data.test_sets import TEST_SETS
 from sdtp_lib.evaluation.answers import positions
@@ -48,11 +48,6 @@ from sdtp_lib.records import RowWriter, project_root, provenance_of, read_rows
 from sdtp_lib.scorers.found import TRAINING_FREE, scorer_called
 
 PARAMS = Path(__file__).resolve().parent / "params"
-
-
-def amount(text: str) -> int:
-    """For ``type=``: a whole number of 0 or more."""
-    return 0 if text.strip() == "0" else count(text)
 
 
 def hours(text: str) -> float:
@@ -367,4 +362,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from sdtp_lib.__main__ import told
+
+    sys.exit(told(main))

@@ -210,6 +210,6 @@ def draw(rows, configs: dict[str, PruningConfig], what: str, path: Path, stamp: 
 
 
 if __name__ == "__main__":
-    from command_line import told
+    from sdtp_lib.__main__ import told
 
     sys.exit(told(main))

@@ -18,10 +18,8 @@ import argparse
 import dataclasses
 import sys
 
-from command_line import amount
-
 from sdtp_lib import load_model
-from sdtp_lib.commands.arguments import count
+from sdtp_lib.commands.arguments import amount, count
 from sdtp_lib.data.samples import DOLLY
 from sdtp_lib.data.training_mix import LENGTHS
 from sdtp_lib.processes import Share
@@ -69,6 +67,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from command_line import told
+    from sdtp_lib.__main__ import told
 
     sys.exit(told(main))

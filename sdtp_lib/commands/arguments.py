@@ -163,6 +163,11 @@ def make_folder(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path}: {reason}: name another folder.") from error
 
 
+def amount(text: str) -> int:
+    """For ``type=``: a whole number of 0 or more."""
+    return 0 if text.strip() == "0" else count(text)
+
+
 def _content(path: Path) -> bytes:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a text or .jsonl file with prompts.")

@@ -15,6 +15,7 @@ import types
 import pandas
 import pytest
 
+from sdtp_lib.__main__ import told
 from sdtp_lib.records import OtherProvenance, project_root, read_rows
 from sdtp_lib.scorers.by_name import NamedScorer, loaded, scorer_named
 from sdtp_lib.shipped import shipped_pruners
@@ -563,8 +564,8 @@ def test_a_model_inside_a_multimodal_one_is_measured_as_any_other(multimodal_fol
 def test_every_command_says_in_one_sentence_what_is_wrong():
     for path in sorted((project_root() / "benchmarks").glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if 'if __name__ == "__main__":' in text and path.stem != "leaderboard":
-            assert text.endswith("    from command_line import told\n\n    sys.exit(told(main))\n"), path.name
+        if 'if __name__ == "__main__":' in text:
+            assert text.endswith("    from sdtp_lib.__main__ import told\n\n    sys.exit(told(main))\n"), path.name
 
 
 def test_a_mistake_ends_a_command_with_a_sentence_and_exit_code_2(tmp_path):
@@ -587,19 +588,18 @@ def test_ordinary_mistakes_are_one_sentence(arguments, sentence, tmp_path, monke
     """They were tracebacks."""
     monkeypatch.chdir(tmp_path)
     name, *rest = arguments.split()
-    assert script("command_line").told(command(name), rest) == 2
+    assert told(lambda: command(name)(rest)) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and sentence in said and said.count("\n") == 1
 
 
 def test_what_is_no_mistake_of_the_user_still_raises(capsys):
-    def main(arguments):
+    def buggy() -> int:
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        script("command_line").told(main)
-    assert script("command_line").told(lambda arguments: None) == 0
-    assert script("command_line").told(lambda arguments: 1) == 1
+        told(buggy)
+    assert told(lambda: None) == 0 and told(lambda: 1) == 1
 
 
 @pytest.mark.parametrize("name", ["longbench", "fewshot", "ruler"])
@@ -610,7 +610,7 @@ def test_a_run_none_of_whose_parts_has_its_data_says_so(model_folder, tmp_path, 
                  "recency"]  # fmt: skip
     arguments += {"longbench": ["--datasets", "trec"], "fewshot": ["--tasks", "copa", "--pruners"],
                   "ruler": ["--tasks", "longbench2"]}[name]  # fmt: skip
-    assert script("command_line").told(command(name), arguments) == 2
+    assert told(lambda: command(name)(arguments)) == 2
     said = capsys.readouterr().err
     assert "is left out: " in said and f"error: {tmp_path / name}.jsonl has no rows" in said
 
@@ -620,7 +620,7 @@ def test_a_run_of_failures_alone_says_the_first_ones_reason(tmp_path, capsys, na
     """LongBench ended in an AttributeError, the others in a table without columns."""
     row = {"key": "a", "kind": "failure", "dataset": "a", "item": "b", "variant": "full", "cell": "c", "error": "E: x"}
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    assert script("command_line").told(command(name), ["--tables", "--run-dir", str(tmp_path)]) == 2
+    assert told(lambda: command(name)(["--tables", "--run-dir", str(tmp_path)])) == 2
     assert capsys.readouterr().err.rstrip().rstrip(".").endswith("E: x")
 
 
