@@ -1,4 +1,5 @@
-"""``train``: pruners for a model; a door to `training.run`."""
+"""``train``: token pruners for a model, by a recipe, on a user's own records or on prompts that come along; a door to
+`training.run`."""
 
 from __future__ import annotations
 
