@@ -59,7 +59,7 @@ def is_trained(folder: Path, recipe: str, options: argparse.Namespace) -> bool:
     asked = {"recipe": recipe, "dolly": options.dolly, "prompts": options.prompts, "epochs": options.epochs}
     other = [f"{name} {there.get(name)!r} (asked: {v!r})" for name, v in asked.items() if there.get(name) != v]
     if other:
-        raise SystemExit(
+        raise ValueError(
             f"{folder.name} holds pruners trained with {', '.join(other)}: give this run a folder of its own "
             "(--run-dir), or move that one away."
         )

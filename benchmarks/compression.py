@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         import kvpress
     except ImportError:
-        raise SystemExit(
+        raise ValueError(
             "kvpress is not installed (it needs transformers < 5.3): run `make bench-compression`."
         ) from None
     model, tokenizer = load_model(options.model, attn_implementation="eager")

@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     named = [*pruners, *map(scorer_named, options.scorers)]
     chosen = loaded(named, model)
     if not chosen and not options.method:
-        raise SystemExit("neither --pruners nor --scorers nor --method: name one of them.")
+        raise ValueError("neither --pruners nor --scorers nor --method: name one of them.")
     models = {"full": SDTPLM(**shared)}
     for preset in options.presets:
         budget = budget_for(typed_budget(preset), num_layers(model))

@@ -235,7 +235,7 @@ def run_predict(options: argparse.Namespace) -> int:
     rows = read_rows(options.rows)
     timed = {row["model"] for row in rows}
     if timed != {options.model}:
-        raise SystemExit(f"--model {options.model}: {options.rows} has rows of {sorted(timed)}; name that model.")
+        raise ValueError(f"--model {options.model}: {options.rows} has rows of {sorted(timed)}; name that model.")
     model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
     shape = ModelShape.from_model(model)
     with threads(options.threads):
@@ -246,7 +246,7 @@ def run_predict(options: argparse.Namespace) -> int:
     table = latency_report.summary(rows)
     found = costmodel.against_measured(shape, hardware, table, {"unpruned": None, **presets}, dtype=dtype)
     if not found:
-        raise SystemExit(f"{options.rows} has no times of the unpruned model or a preset: make some with `run`.")
+        raise ValueError(f"{options.rows} has no times of the unpruned model or a preset: make some with `run`.")
     found = pandas.DataFrame(found)
     print(", ".join(f"{name} {value:.4g}" for name, value in rates.items()))
     print(evaluation_tables.markdown(found, digits=1))

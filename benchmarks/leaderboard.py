@@ -213,7 +213,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
             model, tokenizer = load_model(options.model, dtype=options.dtype, device=share.device)
         most = positions(model)
         if most and max(options.lengths) > most and not options.as_measured:
-            raise SystemExit(f"--lengths {max(options.lengths)}: the model has {most} positions.")
+            raise ValueError(f"--lengths {max(options.lengths)}: the model has {most} positions.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # which method has no pruners of its own stands in its rows
             pruners = scorer_called(options.pruners, model) if options.pruners else None
@@ -277,7 +277,7 @@ def planned(
         return plan.steps(chosen, options.speedups, test_sets=options.test_sets, tasks=options.tasks, datasets=datasets)
     found, lacking = measured.steps(items)
     if not found:
-        raise SystemExit(f"--as-measured: there are no rows of {options.name} yet: name --lengths and --items.")
+        raise ValueError(f"--as-measured: there are no rows of {options.name} yet: name --lengths and --items.")
     where = dict.fromkeys(f"{step.speedup:g}x at {step.length}" for step in found)
     print(f"as measured: {len(found)} steps, {', '.join(where)}", file=sys.stderr)
     if lacking:
@@ -313,7 +313,7 @@ def rows_beside(files: list[Path]) -> list[dict[str, Any]]:
     for file in files:
         for row in read_rows(file):
             if lacking := [name for name in ("key", "kind", "method", "length", "speedup") if name not in row]:
-                raise SystemExit(f"--join {file}: row {row.get('key')!r} is none of a leaderboard: no {lacking[0]}.")
+                raise ValueError(f"--join {file}: row {row.get('key')!r} is none of a leaderboard: no {lacking[0]}.")
             found.append(row)
     return found
 
@@ -344,7 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     rows = read_rows(path) if path.exists() else committed.read_committed(committed.path_of(options.name))
     if not rows:
-        raise SystemExit(f"there are no rows in {path}.")
+        raise ValueError(f"there are no rows in {path}.")
     if beside := rows_beside(options.join):
         whole = committed.joined(beside, rows)
         print(f"{len(whole) - len(rows)} of {len(beside)} rows of --join are joined: without times, of this model, of "

@@ -37,7 +37,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], root: Path | None = None) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     before = committed.read_committed(path)
     if lost := committed.of_other_origin(before, rows):
-        raise SystemExit(
+        raise ValueError(
             f"{path.name}: {len(lost)} of its {len(before)} rows are of another device, dtype, seed or number of "
             "threads than these and would go. Measure with --no-times and add the rows by --join, or as those were "
             "measured (`make leaderboard` has one thread), or remove the file first."

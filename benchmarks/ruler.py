@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, path: Path, share: Share) -> None:
     model, tokenizer = load(options, share)
     longest, room = max(options.lengths), positions(model)
     if room is not None and longest > room:
-        raise SystemExit(f"--lengths {longest} is more than the model's {room} positions: leave it out.")
+        raise ValueError(f"--lengths {longest} is more than the model's {room} positions: leave it out.")
 
     def part(name: str, length: int) -> Part:
         if name in copying.TASKS:

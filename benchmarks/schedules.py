@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,20 +147,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     shape = ModelShape.from_model(model)
-    scorer = options.scorer.load(model)
-    layers = options.scorer.layers(scorer, shape.num_layers)
     tokens, path = options.prompt_tokens, options.run_dir / "schedules.jsonl"
-    name = options.scorer.name
-    method = evaluation.Variant(name, scorer=scorer)
     stamp = provenance_of(model, model_name=options.model, seed=options.seed)
 
-    def measure(configs: dict[str, PruningConfig], split: str, methods: Sequence[evaluation.Variant] = ()) -> None:
+    def measure(configs: dict[str, PruningConfig], split: str, methods: Sequence[evaluation.Variant]) -> None:
         sizes = {"prompt_tokens": tokens, "count": options.samples, "seed": options.seed, "split": split}
         plan = samples_in_turn(options.test_sets, tokenizer, **sizes)
         with RowWriter(path, stamp) as writer, torch.inference_mode(False):
             for test_set, sample in tqdm(plan, unit="sample", desc=split):
                 where = f"{test_set}|{split}|{tokens}"
-                evaluation.compare_scorers(model, [sample], configs, methods or [method], writer, test_set=where)
+                evaluation.compare_scorers(model, [sample], configs, methods, writer, test_set=where)
 
     if options.what == "pairs":
         configs = pairs_at(shape, tokens, options.speedups)
@@ -170,15 +167,19 @@ def main(arguments: list[str] | None = None) -> None:
             print(evaluation_tables.markdown(table, digits=4))
         print(f"\nrows: {path}")
         return
+    scorer = options.scorer.load(model)
+    layers = options.scorer.layers(scorer, shape.num_layers)
+    name = options.scorer.name
+    of_it = partial(measure, methods=[evaluation.Variant(name, scorer=scorer)])
     if options.what == "search":
-        search(shape, layers, options, path, name, measure, stamp)
+        search(shape, layers, options, path, name, of_it, stamp)
         return
     if options.what == "first":
         configs = by_first_layer(layers, shape.num_layers, options.ratios)
     else:
         made = by_stages(shape, layers, tokens, options.speedup)
         configs = {f"x{options.speedup}: {key}": config for key, config in made.items()}
-    measure(configs, "heldout")
+    of_it(configs, "heldout")
     found, rows = summary_of(path, configs, f"heldout|{tokens}", name)
     print(evaluation_tables.markdown(found.reset_index(), digits=4))
     print(f"rows: {path}\nfigure: {draw(rows, configs, options.what, path, stamp)}")

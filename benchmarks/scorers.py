@@ -15,6 +15,7 @@ Prints Markdown tables and writes `quality_over_flops.png` beside the rows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,14 @@ MIXED = "attention + recency"
 WEIGHTS = (0.1, 0.3, 1.0, 3.0)
 
 
+def not_negative(text: str) -> float:
+    """For ``type=``: a number of 0 or more."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := float(text)) < float("inf"):
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub id")
@@ -55,7 +64,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scores", nargs="+", default=None, metavar="NAME", help="only these scores; default all")
     parser.add_argument("--method", nargs="+", choices=methods.names(), default=[], metavar="NAME",
                         help="published methods too, at the FLOPs of each setting")  # fmt: skip
-    parser.add_argument("--recency-weight", type=float, default=None, help="of attention + recency; default: tuned")
+    parser.add_argument("--recency-weight", type=not_negative, default=None, help="of attention + recency; default: "
+                        "tuned")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / "scorers")
     parser.add_argument("--quick", action="store_true", help="small sizes: 10 minutes on 2 cores")
@@ -100,7 +110,7 @@ def wanted(methods: list[evaluation.Variant], names: list[str] | None) -> list[e
     known = [method.name for method in methods]
     unknown = [name for name in names or [] if name not in known]
     if unknown:
-        raise SystemExit(f"--scores {unknown[0]!r} is unknown: choose among {', '.join(known)}.")
+        raise ValueError(f"--scores {unknown[0]!r} is unknown: choose among {', '.join(known)}.")
     return [method for method in methods if names is None or method.name in names]
 
 
@@ -109,12 +119,13 @@ def measure(options: argparse.Namespace, rows_path: Path, share: Share) -> None:
     layers = num_layers(model)
     configs = {name: PruningConfig.preset(PRESETS[name], num_layers=layers) for name in options.settings}
     stamp = provenance_of(model, model_name=options.model, seed=options.seed)
+    learned = learned_methods(options, model)  # first: pruners of another model end the run
     weight = options.recency_weight
     if weight is None and (options.scores is None or MIXED in options.scores):
         weight = tuned_weight(model, tokenizer, configs, min(options.lengths), options.seed, share, rows_path, stamp)
     deployable = [
-        *evaluation.baseline_methods(recency_weight=weight or 1.0),
-        *learned_methods(options, model),
+        *evaluation.baseline_methods(recency_weight=1.0 if weight is None else weight),
+        *learned,
     ]
     known = [method.name for method in deployable]
     more = [name for name in options.method if name not in known]

@@ -36,12 +36,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     import torch
     from tqdm import tqdm
 
+    from sdtp_lib.evaluation.answers import positions
     from sdtp_lib.latency import run, variants
     from sdtp_lib.model_shape import ModelShape
     from sdtp_lib.pruning.stage import name_of
     from sdtp_lib.records import RowWriter, provenance_of, read_rows
     from sdtp_lib.scorers.found import default_scorer, scorer_called
 
+    most, longest = positions(model), max(given.lengths) + given.new_tokens - 1
+    if most and longest > most:
+        raise ValueError(f"--lengths {max(given.lengths)} with --new-tokens {given.new_tokens} is more than the "
+                         f"model's {most} positions: give less.")  # fmt: skip
     layers = ModelShape.from_model(model).num_layers
     configs = [PruningConfig.preset(name, layers) for name in given.presets]
     if given.scorer is None:

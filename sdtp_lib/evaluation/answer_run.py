@@ -108,7 +108,7 @@ def measured(
 def load(options: argparse.Namespace, share: Share) -> tuple[Any, Any]:
     """The model on this process's device, and its tokenizer."""
     if share.count > 1 and options.device_map:
-        raise SystemExit("--device-map spreads one model over all devices: not with several processes.")
+        raise ValueError("--device-map spreads one model over all devices: not with several processes.")
     return load_model(options.model, dtype=options.dtype, device=share.device, device_map=options.device_map)
 
 

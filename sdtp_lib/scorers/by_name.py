@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdtp_lib.config import PruningConfig
 from sdtp_lib.pruning.stage import Scorer
 from sdtp_lib.scorers.simple import NAMED
 from sdtp_lib.scorers.token_pruners import TokenPruners
@@ -33,10 +34,18 @@ class NamedScorer:
     folder: Path | None
 
     def load(self, model: Any) -> Scorer:
-        """The scorer, on the model's device."""
+        """The scorer, on the model's device.
+
+        Raises
+        ------
+        ValueError, PruningNotSupported
+            For pruners of a model of other sizes, or that need attention which cannot be read (`TokenPruners.check`).
+        """
         if self.folder is None:
             return NAMED[self.name]()
-        return TokenPruners.from_pretrained(str(self.folder)).to(model.device).eval()
+        pruners = TokenPruners.from_pretrained(str(self.folder)).to(model.device).eval()
+        pruners.check(model, PruningConfig(pruners.layers))
+        return pruners
 
     def layers(self, scorer: Scorer, num_layers: int) -> list[int]:
         """The layers before which it can score: learned ones their own, simple ones any."""

@@ -15,6 +15,7 @@ import types
 import pandas
 import pytest
 
+from sdtp_lib import TokenPruners
 from sdtp_lib.__main__ import told
 from sdtp_lib.records import OtherProvenance, project_root, read_rows
 from sdtp_lib.scorers.by_name import NamedScorer, loaded, scorer_named
@@ -70,7 +71,7 @@ def test_the_latency_command_says_what_quality_costs_and_what_the_cost_model_mis
     assert main(["run", *where, "--lengths", "128", "--new-tokens", "3", "--presets", "keep09"]) == 0
     assert main(["predict", *where, str(tmp_path / "latency.jsonl")]) == 0
     assert "prefill_ms: error" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--model embedded: .* name that model"):
+    with pytest.raises(ValueError, match="--model embedded: .* name that model"):
         main(["predict", str(tmp_path / "latency.jsonl")])
 
 
@@ -86,7 +87,7 @@ def test_named_scores_alone_are_measured_on_answers_that_the_model_gets_right(mo
     command("scorers")([*arguments, "--tables"])
     printed = capsys.readouterr().out
     assert "of those that the unpruned model gets right (needle@600 2)" in printed and "| 50.0 |" in printed
-    with pytest.raises(SystemExit, match="--scores 'recentness' is unknown: choose among random"):
+    with pytest.raises(ValueError, match="--scores 'recentness' is unknown: choose among random"):
         command("scorers")([*arguments, "--scores", "recentness"])
 
 
@@ -191,13 +192,16 @@ def test_ablations_train_what_is_missing_and_compare_all_of_them(tmp_path, monke
 
 def test_scores_are_named_simple_shipped_or_by_folder(tiny_model, tmp_path):
     model, name = tiny_model(), "smollm2-135m-instruct"
+    TokenPruners.for_model(model, [2, 4]).save_pretrained(tmp_path / "own")
     shipped = shipped_pruners()[name]
     assert scorer_named("SDTP") == scorer_named(f"SDTP={shipped}") == scorer_named(f"SDTP={name}")
     assert scorer_named("SDTP").folder == shipped
     recency = scorer_named("recency")
     assert recency.folder is None and recency.layers(recency.load(model), 6) == [1, 2, 3, 4, 5]
-    learned = scorer_named("SDTP")
-    assert learned.layers(learned.load(model), 30) == list(range(4, 30, 3))
+    learned = scorer_named(f"own={tmp_path / 'own'}")
+    assert learned.layers(learned.load(model), 6) == [2, 4]
+    with pytest.raises(ValueError, match="does not fit the model's"):
+        scorer_named("SDTP").load(model)
     for wrong in (f"SDTP={tmp_path}", "=somewhere", "SDTP=", "recency="):
         with pytest.raises(argparse.ArgumentTypeError, match="no pruners in"):
             scorer_named(wrong)
@@ -355,7 +359,7 @@ def test_pruners_trained_on_other_data_are_not_taken_for_an_ablations_own(tmp_pa
     (tmp_path / "paper" / "training.json").write_text(json.dumps({"asked": asked}))
     arguments = ["--dolly", "d.jsonl", "--recipes", "paper", "--run-dir", str(tmp_path)]
     module.main(arguments)
-    with pytest.raises(SystemExit, match=r"paper holds pruners trained with epochs 10.0 \(asked: 3.0\): give this run"):
+    with pytest.raises(ValueError, match=r"paper holds pruners trained with epochs 10.0 \(asked: 3.0\): give this run"):
         module.main([*arguments, "--epochs", "3"])
 
 
@@ -655,3 +659,21 @@ def test_the_few_shot_table_says_the_shots_that_its_rows_were_measured_with():
     assert shots_of(frame({"shots": [0, 0]})) == "0-shot" and shots_of(frame({"shots": [5]})) == "5-shot"
     assert shots_of(frame({"shots": [5, 0, None]})) == "0- and 5-shot"
     assert shots_of(frame({"kind": ["item"]})) == "few-shot"
+
+
+def test_a_recency_weight_of_0_is_0_and_none_is_below(model_folder, tmp_path):
+    """0 was measured as 1."""
+    asked = ["--model", str(model_folder), "--scores", "attention + recency", "--recency-weight", "0", "--prompts", "1",
+             "--lengths", "256", "--test-sets", "needle", "--settings", "r=0.9", "--oracles", "--run-dir"]  # fmt: skip
+    command("scorers")([*asked, str(tmp_path)])
+    (row,) = [row for row in read_rows(tmp_path / "scorers.jsonl") if row["kind"] == "scorer"]
+    assert "Recency(name='recency'), 0.0]" in row["scorer_id"]
+    with pytest.raises(SystemExit):
+        command("scorers")(["--recency-weight", "-1"])
+
+
+def test_pruners_of_another_model_end_a_run_before_anything_is_measured(model_folder, tmp_path, capsys):
+    """They were one failure at the end of hours, and exit code 0."""
+    arguments = ["--model", str(model_folder), "--pruners", "SDTP", "--run-dir", str(tmp_path)]
+    assert told(lambda: command("scorers")(arguments)) == 2
+    assert "does not fit the model's" in capsys.readouterr().err and not list(tmp_path.glob("*.jsonl"))

@@ -28,7 +28,7 @@ def arguments(tiny_model, tiny_tokenizer, tmp_path):
 
 def test_a_run_that_is_stopped_goes_on_and_is_reported_with_page_rows_and_picture(arguments, tmp_path, capsys):
     path = tmp_path / "run" / "leaderboard.jsonl"
-    with pytest.raises(SystemExit, match="no rows"):
+    with pytest.raises(ValueError, match="no rows"):
         leaderboard.main([*arguments, "--hours", "1e-9"])
     assert "hours" in capsys.readouterr().err
     leaderboard.main(arguments)
@@ -102,7 +102,7 @@ def test_a_report_of_rows_of_other_settings_loses_no_committed_row(arguments, tm
     leaderboard_report.write_report(rows, tmp_path)
     path = committed.path_of("mine", tmp_path)
     before = path.read_bytes()
-    with pytest.raises(SystemExit, match="mine.jsonl: 6 of its 6 rows are of another device"):  # times, memory
+    with pytest.raises(ValueError, match="mine.jsonl: 6 of its 6 rows are of another device"):  # times, memory
         leaderboard_report.write_report([{**row, "threads": 16} for row in rows], tmp_path)
     assert path.read_bytes() == before
 
@@ -205,7 +205,7 @@ def test_a_new_method_is_measured_on_the_items_that_there_are_rows_of(arguments,
     ]  # fmt: skip
     assert found[0]["sample"] == second, "not the first item, which not all others have"
     monkeypatch.setattr(committed, "path_of", {"mine": tmp_path / "nothing.jsonl"}.get)
-    with pytest.raises(SystemExit, match="no rows of mine yet"):
+    with pytest.raises(ValueError, match="no rows of mine yet"):
         leaderboard.main([*arguments, "--run-dir", str(tmp_path / "none"), "--as-measured"])
 
 
@@ -303,7 +303,7 @@ def test_the_report_of_another_models_run_folder_goes_where_that_models_rows_are
 
 def test_rows_of_another_benchmark_are_not_joined(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"key": "1", "kind": "item", "method": "sdtp", "score": 1.0}\n')
-    with pytest.raises(SystemExit, match="row '1' is none of a leaderboard: no length"):
+    with pytest.raises(ValueError, match="row '1' is none of a leaderboard: no length"):
         leaderboard.rows_beside([tmp_path / "other.jsonl"])
 
 

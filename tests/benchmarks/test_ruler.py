@@ -88,6 +88,6 @@ def test_unknown_tasks_and_too_long_prompts_end_the_command_before_it_computes(r
     with pytest.raises(SystemExit):
         run("--tasks", "niah_9")
     assert "task='niah_9' is unknown: choose among ruler" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="--lengths 4096 is more than the model's 2048 positions"):
+    with pytest.raises(ValueError, match="--lengths 4096 is more than the model's 2048 positions"):
         run("--tasks", "niah_single_1", "--lengths", "4096")
     assert not (tmp_path / "ruler.jsonl").exists()

@@ -412,3 +412,8 @@ def test_bench_times_a_published_method_in_turn_with_the_presets(folder, tmp_pat
     arguments += ["--new-tokens", "2", "--scorer", "recency", "--out", tmp_path / "b"]
     text = said(capsys, "bench", folder, *arguments)
     assert "lazyllm@1.5x" in text and "keep09" in text
+
+
+def test_bench_refuses_lengths_beyond_the_models_positions(folder, capsys, tmp_path):
+    assert main(["bench", str(folder), "--lengths", "64", "510", "--new-tokens", "4", "--out", str(tmp_path)]) == 2
+    assert "--lengths 510 with --new-tokens 4 is more than the model's 512 positions" in capsys.readouterr().err
