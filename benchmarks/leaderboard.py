@@ -37,11 +37,11 @@ from sdtp_lib import load_model, methods
 from sdtp_lib.commands.arguments import amount, count
 from sdtp_lib.data import ruler, ruler_texts
 from sdtp_lib.data.test_sets import TEST_SETS
-from sdtp_lib.evaluation.answers import positions
 from sdtp_lib.latency import measure as timing
 from sdtp_lib.leaderboard import committed, plan
 from sdtp_lib.leaderboard.entrants import entrants
 from sdtp_lib.leaderboard.measure import Measurement
+from sdtp_lib.model_shape import positions
 from sdtp_lib.processes import Share, share_files
 from sdtp_lib.provenance import scorer_id
 from sdtp_lib.records import RowWriter, project_root, provenance_of, read_rows

@@ -30,9 +30,10 @@ from sdtp_lib.evaluation.answer_run import (
     run_parts,
 )
 from sdtp_lib.evaluation.answer_tables import answers_table
-from sdtp_lib.evaluation.answers import FULL, positions
+from sdtp_lib.evaluation.answers import FULL
 from sdtp_lib.evaluation.items import longbench_items
 from sdtp_lib.evaluation.tables import markdown
+from sdtp_lib.model_shape import positions
 from sdtp_lib.paper import TABLE1
 from sdtp_lib.processes import Share
 
@@ -46,8 +47,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_arguments(parser, "longbench", presets=["keep09", "keep08", "keep07"])
     parser.add_argument("--data", default="hub", help="folder of <dataset>.jsonl, the official data.zip, or hub")
     parser.add_argument("--datasets", nargs="+", default=["paper"])
-    parser.add_argument("--batch-size", type=count, default=1, help="prompts per batch; times are then of whole "
-                        "batches")  # fmt: skip
     parser.add_argument("--limit", type=count, default=None, help="the first so many items by _id")
     parser.add_argument(
         "--max-tokens", type=count, default=None, help="official truncation; default: what the model takes"

@@ -35,9 +35,10 @@ from sdtp_lib.evaluation.answer_run import (
     run_parts,
 )
 from sdtp_lib.evaluation.answer_tables import answers_table, means_over_tasks
-from sdtp_lib.evaluation.answers import FULL, positions
+from sdtp_lib.evaluation.answers import FULL
 from sdtp_lib.evaluation.items import copying_items, longbench2_items, ruler_items
 from sdtp_lib.evaluation.tables import markdown
+from sdtp_lib.model_shape import positions
 from sdtp_lib.processes import Share
 
 LONGBENCH2 = "longbench2"
@@ -52,8 +53,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help=", ".join((*ruler.SETS, "agent", LONGBENCH2, *ruler.TASKS, *copying.TASKS)))  # fmt: skip
     parser.add_argument("--lengths", nargs="+", type=count, default=[1024], metavar="TOKENS",
                         help=f"new tokens included: {', '.join(map(str, ruler.LENGTHS))} or others")  # fmt: skip
-    parser.add_argument("--batch-size", type=count, default=1, help="prompts per batch; times are then of whole "
-                        "batches")  # fmt: skip
     parser.add_argument("--limit", type=count, default=12, help="items per task and length")
     parser.add_argument("--texts", nargs="+", default=list(ruler.PLACES), metavar="PLACE",
                         help="of essays and questions, the first that has them: hub, a folder, embedded")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import operator
 from collections.abc import Iterable
@@ -75,3 +76,15 @@ def one_of(field: str, value: Any, known: Iterable[str]) -> Any:
     if value not in known:
         raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(known)}.")
     return value
+
+
+def typed_count(text: str) -> int:
+    """For ``add_argument(type=...)``: a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def typed_amount(text: str) -> int:
+    """For ``add_argument(type=...)``: a whole number of 0 or more."""
+    return 0 if text.strip() == "0" else typed_count(text)

@@ -29,6 +29,11 @@ def element_bytes(dtype: Any) -> int:
     return _BYTES_PER_ELEMENT[name]
 
 
+def positions(model: Any) -> int | None:
+    """How many tokens a loaded model takes; None where its configuration does not say (alibi)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder-only transformer, in elements.

@@ -54,7 +54,7 @@ def page(run: Path) -> str:
     if not rows:
         raise FileNotFoundError(f"there are no rows under {run.name}: run `make study` first.")
     tables = [table for table in (latency_table(rows), scorer_table(rows)) if table] + other_tables(rows)
-    left = [name if folder == "." else f"{name} [{folder}]" for (folder, _), name in unfinished_of(run).items()]
+    left = unfinished_of(run).values()
     title = f"SDTP sweep: {run.name}"
     parts = [
         f'<!doctype html>\n<html lang="en">{head(title, STYLE)}<body><h1>{html.escape(title)}</h1>',

@@ -94,9 +94,9 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     are rows of a folder whose notebook has no stamp, where `make study` began it there or stamped it in another folder:
     it was not finished, or is no cell of the sweep any more. A run without any stamp was made by hand: all rows count.
     """
-    rows, unfinished = [], set(unfinished_of(run)) if stamps_of(run) else set()
     stamped = {(path.parent.parent, path.name[:3]) for path in run.rglob(".stamps/*.json")}
     elsewhere = {number for _, number in stamped}
+    rows, unfinished = [], set(unfinished_of(run)) if stamped else set()
     for path in sorted(run.rglob("[0-9][0-9]_*.jsonl")):
         folder = path.parent.relative_to(run).as_posix()
         number = path.name[:3]  # what a notebook writes begins with its number, whatever the rest
@@ -115,19 +115,21 @@ def stamps_of(run: Path) -> list[dict[str, Any]]:
 
 
 def unfinished_of(run: Path) -> dict[tuple[str, str], str]:
-    """(folder, number such as ``04_``) -> name of each notebook that `make study` began and that has no stamp yet."""
-    return {
-        (path.parent.parent.relative_to(run).as_posix(), path.stem[:3]): path.stem
-        for path in sorted(run.rglob(".stamps/*.begun"))
-        if not path.with_name(path.read_text(encoding="utf-8").strip()).is_file()
-    }
+    """(folder, number such as ``04_``) -> name of each notebook that `make study` began and that has no stamp yet, with
+    its folder where that is a sweep's cell."""
+    found = {}
+    for path in sorted(run.rglob(".stamps/*.begun")):
+        if not path.with_name(path.read_text(encoding="utf-8").strip()).is_file():
+            folder = path.parent.parent.relative_to(run).as_posix()
+            found[folder, path.stem[:3]] = path.stem if folder == "." else f"{path.stem} [{folder}]"
+    return found
 
 
 def refuse_unfinished(run: Path) -> None:
     """Raise `FileNotFoundError`, naming them, where notebooks of a run were begun and are not finished."""
-    if left := [name if folder == "." else f"{name} [{folder}]" for (folder, _), name in unfinished_of(run).items()]:
+    if left := unfinished_of(run):
         raise FileNotFoundError(
-            f"data/results/{run.name}: {', '.join(left)} failed or is not finished: run `make study` first."
+            f"data/results/{run.name}: {', '.join(left.values())} failed or is not finished: run `make study` first."
         )
 
 
@@ -165,8 +167,9 @@ def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     if not rows:
         return None
     generated = "/".join(map(str, sorted({row["new_tokens"] for row in rows if row.get("new_tokens")})))
-    lines = [(folder, line) for folder, own in by_folder(rows).items() for line in summary(own)]
-    folders, several = len(by_folder(rows)) > 1, several_new_tokens(line for _, line in lines)
+    cells = by_folder(rows)
+    lines = [(folder, line) for folder, own in cells.items() for line in summary(own)]
+    folders, several = len(cells) > 1, several_new_tokens(line for _, line in lines)
     header = (
         *(["folder"] if folders else []), "prompt", *(["new tokens"] if several else []), "method",
         "prefill ms", "prefill speed-up", "limit", "share of the limit",

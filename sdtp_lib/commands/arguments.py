@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtp_lib.checked import typed_amount as amount  # noqa: F401  (commands and benchmarks find all types here)
+from sdtp_lib.checked import typed_count as count  # noqa: F401
 from sdtp_lib.config import PRESETS, typed_budget
 
 if TYPE_CHECKING:
@@ -91,7 +93,9 @@ def prompt_ids(
     ValueError
         For a prompt that the model has too few positions for.
     """
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from sdtp_lib.model_shape import positions
+
+    room = positions(model)
     found = {}
     for prompt in prompts:
         ids = prompt.token_ids(tokenizer, chat=not given.no_chat)
@@ -141,13 +145,6 @@ def check_budget(budget: str | float) -> None:
     budget_for(budget, 28)
 
 
-def count(text: str) -> int:
-    """For ``type=``: a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
 def make_folder(option: str, path: Path) -> None:
     """Make the folder of results, before anything is loaded or measured; one that is there is kept as it is.
 
@@ -161,11 +158,6 @@ def make_folder(option: str, path: Path) -> None:
     except OSError as error:
         reason = "that is a file" if path.is_file() else error.strerror
         raise ValueError(f"{option} {path}: {reason}: name another folder.") from error
-
-
-def amount(text: str) -> int:
-    """For ``type=``: a whole number of 0 or more."""
-    return 0 if text.strip() == "0" else count(text)
 
 
 def _content(path: Path) -> bytes:

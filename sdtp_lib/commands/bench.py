@@ -36,9 +36,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sdtp_lib
     import torch
     from tqdm import tqdm
 
-    from sdtp_lib.evaluation.answers import positions
     from sdtp_lib.latency import run, variants
-    from sdtp_lib.model_shape import ModelShape
+    from sdtp_lib.model_shape import ModelShape, positions
     from sdtp_lib.pruning.stage import name_of
     from sdtp_lib.records import RowWriter, provenance_of, read_rows
     from sdtp_lib.scorers.found import default_scorer, scorer_called

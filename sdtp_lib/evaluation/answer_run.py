@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sdtp_lib import methods
 from sdtp_lib.architectures.layers import num_layers
+from sdtp_lib.checked import typed_count
 from sdtp_lib.config import PRESETS, typed_budget
 from sdtp_lib.evaluation.answers import FULL, run_items
 from sdtp_lib.evaluation.items import Item
@@ -50,8 +51,7 @@ class Part:
 
 
 def add_arguments(parser: argparse.ArgumentParser, run: str, *, presets: Sequence[str]) -> None:
-    """The arguments that every such command takes but ``--batch-size`` and the sizes of its data, whose types
-    (`commands.arguments`) stand in a layer above; ``run`` names its folder under ``data/results``."""
+    """The arguments that every such command takes; ``run`` names its folder under ``data/results``."""
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--device-map", default=None)
@@ -61,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser, run: str, *, presets: Sequenc
                         help=f"SDTP (default), NAME=DIR, {', '.join(NAMED)}")  # fmt: skip
     parser.add_argument("--method", nargs="+", type=_method, default=[], metavar="NAME",
                         help="published methods too, as NAME (its paper's budget) or NAME@2x")  # fmt: skip
+    parser.add_argument("--batch-size", type=typed_count, default=1, help="prompts per batch; times are then of whole "
+                        "batches")  # fmt: skip
     parser.add_argument("--run-dir", type=Path, default=project_root() / "data" / "results" / run)
     parser.add_argument("--tables", action="store_true", help="print the rows that are there, compute nothing")
 

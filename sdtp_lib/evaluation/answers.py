@@ -20,16 +20,12 @@ from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.architectures.layers import pad_left
 from sdtp_lib.evaluation.items import Item
 from sdtp_lib.methods.variant import Variant
+from sdtp_lib.model_shape import positions
 from sdtp_lib.pruning.token_fates import TokenFates
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.records import RowWriter, content_id
 
 FULL = "full"
-
-
-def positions(model: Any) -> int | None:
-    """How many tokens the model takes; None where its configuration does not say (alibi)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def run_items(

@@ -21,7 +21,7 @@ from sdtp_lib.config import PruningConfig
 from sdtp_lib.data import tasks
 from sdtp_lib.evaluation.answer_run import add_arguments, variants
 from sdtp_lib.evaluation.answer_tables import answers_table, means_over_tasks
-from sdtp_lib.evaluation.answers import FULL, _next_turn, positions, run_items, token_fates
+from sdtp_lib.evaluation.answers import FULL, _next_turn, run_items, token_fates
 from sdtp_lib.evaluation.items import Item, longbench_items, synthetic_items
 from sdtp_lib.evaluation.statistics import stratified_bootstrap
 from sdtp_lib.evaluation.tables import (
@@ -33,6 +33,7 @@ from sdtp_lib.evaluation.tables import (
     wide_table,
 )
 from sdtp_lib.methods.variant import Variant
+from sdtp_lib.model_shape import positions
 from sdtp_lib.pruning.engine import token_pruning
 from sdtp_lib.records import OtherProvenance, RowWriter, read_frame, read_rows
 from tests.evaluation.multimodal import multimodal_model
