@@ -123,12 +123,12 @@ def draw_needles(frame: pandas.DataFrame, path: Path) -> None:
     needles = frame[frame.dataset.isin(ruler.SETS["niah"]) & frame.answer_depth.notna()]
     if needles.empty:
         return
-    plots.use_style()
-    figure = plots.needle_maps({name: needles[needles.variant == name] for name in needles.variant.unique()})
-    commits = sorted(set(needles.commit))
-    made = {"rows": path.name, "commits": commits, "model": needles.model.iloc[0], "items": len(needles)}
-    print(f"picture: {plots.save(figure, path.with_name('needle_map.png'), made)}")
-    plt.close(figure)
+    with plots.use_style():
+        figure = plots.needle_maps({name: needles[needles.variant == name] for name in needles.variant.unique()})
+        commits = sorted(set(needles.commit))
+        made = {"rows": path.name, "commits": commits, "model": needles.model.iloc[0], "items": len(needles)}
+        print(f"picture: {plots.save(figure, path.with_name('needle_map.png'), made)}")
+        plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -167,26 +167,28 @@ def draw(means: pd.DataFrame, held: pd.DataFrame, even: str, path: Path, stamp: 
     """KL over prefill speed-up by FLOPs: every candidate (training side), and what was chosen (held out)."""
     import matplotlib.pyplot as plt
 
-    plots.use_style()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
-    candidates = means.index.get_level_values("schedule").nunique()
-    sides = ((f"all {candidates} schedules, training-side prompts", means), ("chosen ones, held-out prompts", held))
-    for ax, (title, table) in zip(axes, sides, strict=True):
-        lines = table["geometric mean"].reset_index()
-        lines["x"] = lines.speedup.str.removesuffix("x").astype(float)
-        for number, (name, line) in enumerate(lines.groupby("schedule", sort=False)):
-            line = line.sort_values("x")
-            named = ax is axes[1] or name == even
-            style = {"linewidth": 2.6 if name == even else 1.6, "marker": "os^Dv"[number % 5], "label": name} if named \
-                else {"linewidth": 0.8, "marker": ".", "color": "gray", "alpha": 0.6}  # fmt: skip
-            ax.plot(line.x, line["geometric mean"], **style)
-        title = f"{title} (n = {int(table['items'].to_numpy().max())})"
-        ax.set(title=title, xlabel="prefill speed-up by FLOPs", yscale="log", xticks=sorted(set(lines.x)))
-        ax.xaxis.set_major_formatter(lambda value, _place: f"{value:g}x")
-        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            axis(lambda value, _place: f"{value:g}")
-        ax.legend()
-    axes[0].set_ylabel("KL to the unpruned model [nats/token]\n(geometric mean over test sets, lower is better)")
-    saved = plots.save(figure, path.with_name("by_search.png"), dict(stamp) | {"rows": path.name})
-    plt.close(figure)
+    with plots.use_style():
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+        candidates = means.index.get_level_values("schedule").nunique()
+        sides = ((f"all {candidates} schedules, training-side prompts", means), ("chosen ones, held-out prompts", held))
+        for ax, (title, table) in zip(axes, sides, strict=True):
+            lines = table["geometric mean"].reset_index()
+            lines["x"] = lines.speedup.str.removesuffix("x").astype(float)
+            for number, (name, line) in enumerate(lines.groupby("schedule", sort=False)):
+                line = line.sort_values("x")
+                named = ax is axes[1] or name == even
+                style = {"linewidth": 0.8, "marker": ".", "color": "gray", "alpha": 0.6}
+                if named:
+                    width = 2.6 if name == even else 1.6
+                    style = {"linewidth": width, "marker": "os^Dv"[number % 5], "label": name}
+                ax.plot(line.x, line["geometric mean"], **style)
+            title = f"{title} (n = {int(table['items'].to_numpy().max())})"
+            ax.set(title=title, xlabel="prefill speed-up by FLOPs", yscale="log", xticks=sorted(set(lines.x)))
+            ax.xaxis.set_major_formatter(lambda value, _place: f"{value:g}x")
+            for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+                axis(lambda value, _place: f"{value:g}")
+            ax.legend()
+        axes[0].set_ylabel("KL to the unpruned model [nats/token]\n(geometric mean over test sets, lower is better)")
+        saved = plots.save(figure, path.with_name("by_search.png"), dict(stamp) | {"rows": path.name})
+        plt.close(figure)
     return saved

@@ -188,25 +188,25 @@ def main(arguments: list[str] | None = None) -> None:
 def draw(rows, configs: dict[str, PruningConfig], what: str, path: Path, stamp: dict) -> Path:
     import matplotlib.pyplot as plt
 
-    plots.use_style()
-    test_sets = list(rows.cell.unique())
-    size = (4.6 * len(test_sets), 3.8)
-    figure, axes = plt.subplots(1, len(test_sets), figsize=size, squeeze=False, layout="constrained")
-    label = "first pruned layer" if what == "first" else "stages (equal FLOPs)"
-    for ax, test_set in zip(axes.flat, test_sets, strict=True):
-        part = rows[rows.cell == test_set].copy()
-        stages = part.setting.map(lambda key: configs[key])
-        part["x"] = [c.layers[0] if what == "first" else len(c.layers) for c in stages]
-        part["ratio"] = [f"r = {c.keep_ratio}" if what == "first" else test_set for c in stages]
-        for number, (ratio, line) in enumerate(part.groupby("ratio", sort=False)):
-            means = line.groupby("x").kl_nats.mean()
-            ax.plot(means.index, means, marker="os^Dv"[number % 5], label=ratio)
-        ax.set(xlabel=label, ylabel="KL to the unpruned model [nats/token]", yscale="log",
-               title=f"{test_set} (n = {part['sample'].nunique()})")  # fmt: skip
-        if what == "first":
-            ax.legend()
-    saved = plots.save(figure, path.with_name(f"by_{what}.png"), stamp | {"rows": path.name})
-    plt.close(figure)
+    with plots.use_style():
+        test_sets = list(rows.cell.unique())
+        size = (4.6 * len(test_sets), 3.8)
+        figure, axes = plt.subplots(1, len(test_sets), figsize=size, squeeze=False, layout="constrained")
+        label = "first pruned layer" if what == "first" else "stages (equal FLOPs)"
+        for ax, test_set in zip(axes.flat, test_sets, strict=True):
+            part = rows[rows.cell == test_set].copy()
+            stages = part.setting.map(lambda key: configs[key])
+            part["x"] = [c.layers[0] if what == "first" else len(c.layers) for c in stages]
+            part["ratio"] = [f"r = {c.keep_ratio}" if what == "first" else test_set for c in stages]
+            for number, (ratio, line) in enumerate(part.groupby("ratio", sort=False)):
+                means = line.groupby("x").kl_nats.mean()
+                ax.plot(means.index, means, marker="os^Dv"[number % 5], label=ratio)
+            ax.set(xlabel=label, ylabel="KL to the unpruned model [nats/token]", yscale="log",
+                   title=f"{test_set} (n = {part['sample'].nunique()})")  # fmt: skip
+            if what == "first":
+                ax.legend()
+        saved = plots.save(figure, path.with_name(f"by_{what}.png"), stamp | {"rows": path.name})
+        plt.close(figure)
     return saved
 
 

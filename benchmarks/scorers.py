@@ -191,25 +191,25 @@ def report(rows_path: Path, only: list[str] | None = None) -> None:
 def draw(summary, rows_path: Path, frame) -> Path:
     import matplotlib.pyplot as plt
 
-    plots.use_style()
-    # Intervals of the means overlap by the samples' own spread; the paired table says what differs.
-    deployable = summary[summary.block == "deployable"].drop(columns=["kl_nats_low", "kl_nats_high"])
-    test_sets = list(deployable.cell.unique())
-    columns = min(3, len(test_sets))
-    lines = -(-len(test_sets) // columns)
-    size = (5.2 * columns, 3.8 * lines + 0.9)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax, test_set in zip(axes.flat, test_sets, strict=False):
-        part = deployable[deployable.cell == test_set]
-        plots.quality_over_flops(part, ax)
-        ax.set_title(f"{test_set} (n = {part['items'].max()})")
-        ax.set_xlim(0, 1)
-    for ax in list(axes.flat)[len(test_sets) :]:
-        ax.set_visible(False)
-    plots.one_legend(axes.flat[: len(test_sets)])
-    stamp = {name: frame[name].iloc[0] for name in ("commit", "model", "weights", "device", "dtype", "seed")}
-    path = plots.save(figure, rows_path.with_name("quality_over_flops.png"), stamp | {"rows": rows_path.name})
-    plt.close(figure)
+    with plots.use_style():
+        # Intervals of the means overlap by the samples' own spread; the paired table says what differs.
+        deployable = summary[summary.block == "deployable"].drop(columns=["kl_nats_low", "kl_nats_high"])
+        test_sets = list(deployable.cell.unique())
+        columns = min(3, len(test_sets))
+        lines = -(-len(test_sets) // columns)
+        size = (5.2 * columns, 3.8 * lines + 0.9)
+        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+        for ax, test_set in zip(axes.flat, test_sets, strict=False):
+            part = deployable[deployable.cell == test_set]
+            plots.quality_over_flops(part, ax)
+            ax.set_title(f"{test_set} (n = {part['items'].max()})")
+            ax.set_xlim(0, 1)
+        for ax in list(axes.flat)[len(test_sets) :]:
+            ax.set_visible(False)
+        plots.one_legend(axes.flat[: len(test_sets)])
+        stamp = {name: frame[name].iloc[0] for name in ("commit", "model", "weights", "device", "dtype", "seed")}
+        path = plots.save(figure, rows_path.with_name("quality_over_flops.png"), stamp | {"rows": rows_path.name})
+        plt.close(figure)
     return path
 
 

@@ -85,6 +85,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     item.add_marker(skips[marker])
 
 
+def _process_settings() -> dict[str, object]:
+    """What one test could leave behind for the next: settings of the process and of the libraries loaded so far."""
+    found: dict[str, object] = {"environment": dict(os.environ), "working folder": os.getcwd()}
+    found["environment"].pop("PYTEST_CURRENT_TEST", None)
+    if matplotlib := sys.modules.get("matplotlib"):
+        drawn = {name: value for name, value in dict.items(matplotlib.rcParams) if name != "backend"}
+        found["matplotlib's settings"] = drawn
+    if torch := sys.modules.get("torch"):
+        found["torch"] = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
+                          torch.are_deterministic_algorithms_enabled())  # fmt: skip
+    if "transformers.modeling_utils" in sys.modules:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        found["attention functions"] = sorted(ALL_ATTENTION_FUNCTIONS.valid_keys())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was():
+    """A test that changes a setting for those after it fails itself; the others would fail in some orders only."""
+    before = _process_settings()
+    yield
+    after = _process_settings()
+    changed = [name for name, value in before.items() if value != after[name]]
+    said = {name: _changes(before[name], after[name]) for name in changed}
+    assert not changed, f"left changed for the tests that follow: {said}"
+
+
+def _changes(before: object, after: object) -> object:
+    if isinstance(before, dict):
+        return {name: after.get(name) for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    return f"{before} -> {after}"
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """``tiny_model(family="llama", seed=0, dtype=..., **config)``: a random causal LM in eval mode, always the same."""
