@@ -102,6 +102,6 @@ def report(frame, shape: ModelShape, number_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    from sdtp_lib.__main__ import told
+    from sdtp_lib.checked import told
 
     sys.exit(told(main))

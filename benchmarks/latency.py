@@ -319,6 +319,6 @@ def _report(path: Path, quiet_only: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    from sdtp_lib.__main__ import told
+    from sdtp_lib.checked import told
 
     sys.exit(told(main))

@@ -92,6 +92,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from sdtp_lib.__main__ import told
+    from sdtp_lib.checked import told
 
     sys.exit(told(main))

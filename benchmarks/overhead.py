@@ -254,6 +254,6 @@ def _verdict(what: str, found: float, goal: float) -> None:
 
 
 if __name__ == "__main__":
-    from sdtp_lib.__main__ import told
+    from sdtp_lib.checked import told
 
     sys.exit(told(main))

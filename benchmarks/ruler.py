@@ -22,7 +22,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas
 
-from sdtp_lib import plots
+from sdtp_lib import checked, plots
 from sdtp_lib.commands.arguments import count
 from sdtp_lib.data import copying, longbench2, ruler
 from sdtp_lib.evaluation.answer_run import (
@@ -69,6 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.ruler = ruler.resolve([name for name in options.tasks if name not in own])
     except ValueError as error:
         parser.error(f"{error} Or {', '.join(('agent', *own))}.")
+    checked.share("--solved-from", options.solved_from)
     return options
 
 
@@ -162,6 +163,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from sdtp_lib.__main__ import told
+    from sdtp_lib.checked import told
 
     sys.exit(told(main))

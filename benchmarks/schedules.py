@@ -211,6 +211,6 @@ def draw(rows, configs: dict[str, PruningConfig], what: str, path: Path, stamp: 
 
 
 if __name__ == "__main__":
-    from sdtp_lib.__main__ import told
+    from sdtp_lib.checked import told
 
     sys.exit(told(main))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from sdtp_lib.checked import told
 
 COMMANDS = {
     "generate": ("sdtp_lib.commands.generate", "answer prompts with and without pruning, side by side"),
@@ -50,25 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         return told(lambda: importlib.import_module(COMMANDS[name][0]).main(rest, f"{prog} {name}"))
-
-
-def told(command: Callable[[], int | None]) -> int:
-    """The exit code of ``command``: 0 for None; 2 for an error of use or of the machine, which is then one sentence on
-    standard error; 130 for Ctrl-C. All else is a bug and raises."""
-    try:
-        return command() or 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if type(error).__name__ not in _SAYABLE and not isinstance(error, (ValueError, OSError, MemoryError)):
-            raise
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 2
-
-
-# By name: their modules load torch, and a command has loaded them by then.
-_SAYABLE = {"PruningNotSupported", "MissingExtra", "OtherProvenance", "OutOfMemoryError", "BeingWritten",
-            "NothingMeasured"}  # fmt: skip
 
 
 def _prog() -> str:

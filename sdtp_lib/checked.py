@@ -1,11 +1,15 @@
-"""What a person gave, checked by name: each is returned, or a ``ValueError`` says field, value and remedy."""
+"""What a person gave, checked by name: each is returned, or a ``ValueError`` says field, value and remedy.
+
+`told` is how a program ends on such an error: one sentence and an exit code.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
 import operator
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -88,3 +92,22 @@ def typed_count(text: str) -> int:
 def typed_amount(text: str) -> int:
     """For ``add_argument(type=...)``: a whole number of 0 or more."""
     return 0 if text.strip() == "0" else typed_count(text)
+
+
+def told(command: Callable[[], int | None]) -> int:
+    """The exit code of ``command``: 0 for None; 2 for an error of use or of the machine, which is then one sentence on
+    standard error; 130 for Ctrl-C. All else is a bug and raises."""
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if type(error).__name__ not in _SAYABLE and not isinstance(error, (ValueError, OSError, MemoryError)):
+            raise
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+
+
+# By name: their modules load torch, and a command has loaded them by then.
+_SAYABLE = {"PruningNotSupported", "MissingExtra", "OtherProvenance", "OutOfMemoryError", "BeingWritten",
+            "NothingMeasured"}  # fmt: skip

@@ -87,10 +87,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _process_settings() -> dict[str, object]:
     """What one test could leave behind for the next: settings of the process and of the libraries loaded so far."""
-    found: dict[str, object] = {"environment": dict(os.environ), "working folder": os.getcwd()}
-    found["environment"].pop("PYTEST_CURRENT_TEST", None)
-    if matplotlib := sys.modules.get("matplotlib"):
-        drawn = {name: value for name, value in dict.items(matplotlib.rcParams) if name != "backend"}
+    # pytest's own, and what OpenMP's runtime sets when it is loaded.
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(("PYTEST_", "KMP_"))}
+    found: dict[str, object] = {"environment": environment, "working folder": os.getcwd()}
+    if matplotlib := sys.modules.get("matplotlib"):  # which chooses its backend when pyplot is loaded
+        drawn = {name: value for name, value in dict.items(matplotlib.rcParams) if not name.startswith("backend")}
         found["matplotlib's settings"] = drawn
     if torch := sys.modules.get("torch"):
         found["torch"] = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),

@@ -55,7 +55,12 @@ def samples(
     module = _module(file, tokenizer, count, places, source)
     with _seeded(seed):
         _refuse_too_short(name, module, tokenizer, length, max_new_tokens)
-        made = getattr(module, function)(max_seq_lengths=[length])
+        try:
+            made = getattr(module, function)(max_seq_lengths=[length])
+        except ValueError as error:  # of the needle tasks, in the words of lm-eval's own settings
+            if "max_seq_length" not in str(error):
+                raise
+            raise ValueError(f"length={length} has no room for {name}: give a longer one.") from error
     return made["test"], source[0]
 
 

@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sdtp_lib.checked import told
 from sdtp_lib.explorer.engine_source import PRUNERS, EngineSource, default_scorers, open_source
-from sdtp_lib.extras import MissingExtra, extra
+from sdtp_lib.extras import extra
 from sdtp_lib.records import project_root
 
 __all__ = ["PRUNERS", "EngineSource", "default_scorers", "main", "open_source"]
@@ -28,16 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--token", default=None, help="token in the address (default: a new one at each start)")
     parser.add_argument("--browser", action="store_true", help="open a browser as well")
     options = parser.parse_args(arguments)
-    folder = project_root() / "app"
-    try:
-        if not (folder / "explore.ipynb").is_file():
-            raise FileNotFoundError("app/explore.ipynb is not here: the sliders need the checkout (make app).")
-        with extra("study"):
-            from voila.app import Voila
-    except (FileNotFoundError, MissingExtra) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return told(lambda: _serve(options))
 
+
+def _serve(options: argparse.Namespace) -> None:
+    folder = project_root() / "app"
+    if not (folder / "explore.ipynb").is_file():
+        raise FileNotFoundError("app/explore.ipynb is not here: the sliders need the checkout (make app).")
+    with extra("study"):
+        from voila.app import Voila
     for name in ("model", "pruners", "prompt_tokens"):
         os.environ[f"SDTP_APP_{name.upper()}"] = str(getattr(options, name))
     # Voila looks for templates below each folder of JUPYTER_PATH
@@ -52,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *([] if options.browser else ["--no-browser"]),
     ]
     Voila.launch_instance(flags)
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdtp_lib.checked import told
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.explorer import page
 from sdtp_lib.explorer.engine_source import PRUNERS, EngineSource, fitting_scorers
 from sdtp_lib.explorer.prompts import example_prompts
 from sdtp_lib.explorer.state import Prompt
-from sdtp_lib.extras import MissingExtra
 from sdtp_lib.files import atomic_write, shown_path
 from sdtp_lib.models import load_model
 from sdtp_lib.provenance import project_root, provenance_of, weights_note
@@ -91,20 +91,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="run the model even where recorded runs are")
     options = parser.parse_args(arguments)
     given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
+    return told(lambda: _publish(options, given))
+
+
+def _publish(options: argparse.Namespace, given: dict[str, Any]) -> None:
     recorded, target = (project_root() / path for path in (options.recorded, options.out))
-    try:
-        if options.again or not recorded.is_file():
-            _write(recorded, json.dumps(_run(**{**OPTIONS, **given}), ensure_ascii=False))
-        data = json.loads(recorded.read_text("utf-8"))
-        _refuse_others(recorded, data, given)
-        # The page needs no options of the command: what it was made by stands in its own table.
-        text = page.live_page({name: value for name, value in data.items() if name != "options"})
-        _write(target, text)
-    except (ValueError, OSError, MissingExtra) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.again or not recorded.is_file():
+        _write(recorded, json.dumps(_run(**{**OPTIONS, **given}), ensure_ascii=False))
+    data = json.loads(recorded.read_text("utf-8"))
+    _refuse_others(recorded, data, given)
+    # The page needs no options of the command: what it was made by stands in its own table.
+    text = page.live_page({name: value for name, value in data.items() if name != "options"})
+    _write(target, text)
     print(f"{shown_path(target)}: {len(text.encode()) / 1e6:.2f} MB")
-    return 0
 
 
 def _run(model: str, pruners: str, prompt_tokens: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ def peak_allocated_bytes(call: Callable[[], Any], device: torch.device | str = "
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()  # else what an earlier call left in circles is freed in this one, and counts against it
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else "profiler_start" and "_stop" on standard error at each call
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    watched = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True}
+    with _quiet_profiler(), torch.profiler.profile(**watched) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     present = peak = 0
@@ -74,6 +74,18 @@ def peak_allocated_bytes(call: Callable[[], Any], device: torch.device | str = "
         present += event.nbytes()
         peak = max(peak, present)
     return peak
+
+
+@contextlib.contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """No "profiler_start" and "_stop" on standard error at each call; the environment is as before behind it."""
+    before = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["KINETO_LOG_LEVEL"]
 
 
 class EnergyWatch:

@@ -55,7 +55,7 @@ def speedup_over_length(
         for name, part in frame.groupby(hue, sort=False) if hue in frame.columns else [(None, frame)]:
             middle = part.dropna(subset=[limit]).groupby(x)[limit].median()
             ax.plot(middle.index, middle, "--", color=look[name]["color"], linewidth=1.4, alpha=0.9)
-        ax.plot([], [], "--", color=PALETTE["black"], linewidth=1.4, label="limit (FLOPs)")
+        ax.plot([], [], "--", color=PALETTE["black"], linewidth=1.4, label="limit")
     ax.axhline(1, color=PALETTE["black"], linewidth=1, linestyle=":")
     length_axis(ax, frame[x])
     ax.set_ylabel(y_label or f"{y.removesuffix('_speedup').replace('_', ' ')} speed-up [times]")

@@ -63,10 +63,12 @@ def simulated_pruning(
     Raises
     ------
     ValueError
-        For a blend whose window of query tokens is not the one that training reads.
+        For a blend whose window of query tokens is not the one that training reads, and for a model in training mode
+        with gradient checkpointing: backward would run its layers again, without what was simulated.
     """
     run = _Simulation(pruners, prompt_mask, keep_ratio, config, protect)
     architecture = describe(model)
+    _refuse_checkpointing(architecture.model)
     bias_route(architecture)  # found before the hooks below are on, for it runs the model
     with (
         layer_inputs(architecture, pruners.layers) as run.seen,
@@ -74,6 +76,14 @@ def simulated_pruning(
         key_bias(architecture, run.bias),
     ):
         yield run.keeps
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    if any(part.training and getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is in training mode with gradient checkpointing, which runs layers a second time "
+            "in backward, when pruning is no longer simulated: call model.eval(), or turn checkpointing off."
+        )
 
 
 class KeptTokens:

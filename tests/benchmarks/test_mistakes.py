@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sdtp_lib.__main__ import told
+from sdtp_lib.checked import told
 from sdtp_lib.records import project_root
 from tests.benchmarks.commands import command
 
@@ -17,7 +17,7 @@ def test_every_command_says_in_one_sentence_what_is_wrong():
     for path in sorted((project_root() / "benchmarks").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         if 'if __name__ == "__main__":' in text:
-            assert text.endswith("    from sdtp_lib.__main__ import told\n\n    sys.exit(told(main))\n"), path.name
+            assert text.endswith("    from sdtp_lib.checked import told\n\n    sys.exit(told(main))\n"), path.name
 
 
 def test_a_mistake_ends_a_command_with_a_sentence_and_exit_code_2(tmp_path):

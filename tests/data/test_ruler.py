@@ -121,7 +121,8 @@ def test_nothing_is_downloaded_or_printed_and_other_draws_go_on_as_if_nothing_ha
 
 @pytest.mark.parametrize(("name", "length", "message"), [
     ("vt", 200, "length=200 has no room for vt"), ("cwe", 150, "length=150 has no room for cwe"),
-    ("fwe", 60, "length=60 has no room for fwe"), ("niah_single_1", 200, "leaves no room"),
+    ("fwe", 60, "length=60 has no room for fwe"),
+    ("niah_single_1", 200, "length=200 has no room for niah_single_1: give a longer one"),
 ])  # fmt: skip
 def test_a_length_with_no_room_is_refused_where_lm_eval_would_try_for_ever(name, length, message):
     with pytest.raises(ValueError, match=message):

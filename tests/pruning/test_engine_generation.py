@@ -204,9 +204,14 @@ def test_an_offloaded_cache_gives_the_same_ids(model, prompt):
     assert torch.equal(_generate(model, prompt.cuda(), cache_implementation="offloaded")[0], expected)
 
 
-def test_a_quantised_cache_is_pruned_and_decodes(model, prompt):
-    pytest.importorskip("optimum.quanto")
-    cache = QuantizedCache("quanto", model.config, nbits=4, q_group_size=16, residual_length=16)
+@pytest.mark.parametrize(("package", "backend", "axes"), [
+    ("hqq", "hqq", {"axis_key": 1, "axis_value": 1}),
+    # it compiles C++ when first used: more than a minute
+    pytest.param("optimum.quanto", "quanto", {}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_quantised_cache_is_pruned_and_decodes(model, prompt, package, backend, axes):
+    pytest.importorskip(package)
+    cache = QuantizedCache(backend, model.config, nbits=4, q_group_size=8, residual_length=16, **axes)
     ids, trace = _generate(model, prompt, **cache_argument(model, cache), max_new_tokens=4)
     assert ids.shape == (1, 68)
     assert [cache.get_seq_length(layer) for layer in range(6)] == [t + 3 for t in trace.tokens_per_layer]

@@ -183,6 +183,22 @@ def test_simulated_pruning_keeps_what_the_engine_keeps_and_predicts_what_it_pred
     torch.testing.assert_close(simulated, pruned, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_layers_that_backward_would_run_again_without_the_simulation_are_refused(tiny_model):
+    model, pruners = tiny_model(), TokenPruners(32, LAYERS)
+    ids = torch.tensor([samples(1, 60)[0]["prompt_ids"]])
+    model.gradient_checkpointing_enable()
+    with (
+        pytest.raises(ValueError, match=r"LlamaForCausalLM is in training mode with .*: call model.eval\(\)"),
+        simulated_pruning(model.train(), pruners, torch.ones_like(ids, dtype=torch.bool), 0.7, TrainingConfig()),
+    ):
+        pytest.fail("the forward must not begin")
+    with simulated_pruning(model.eval(), pruners, torch.ones_like(ids, dtype=torch.bool), 0.7, TrainingConfig()):
+        logits = model(ids, use_cache=False).logits
+    logits.sum().backward()
+    assert any(weight.grad is not None and weight.grad.any() for weight in pruners.parameters())
+
+
 @pytest.mark.parametrize(("keep_floor", "even"), [(0.044, False), (0.6, False), (1e-3, True)])
 def test_a_simulated_cut_keeps_as_many_as_the_engine_whatever_the_floor_and_where_scores_are_equal(
     tiny_model, keep_floor, even
