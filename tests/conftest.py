@@ -87,8 +87,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _process_settings() -> dict[str, object]:
     """What one test could leave behind for the next: settings of the process and of the libraries loaded so far."""
-    # pytest's own, and what OpenMP's runtime sets when it is loaded.
-    environment = {name: text for name, text in os.environ.items() if not name.startswith(("PYTEST_", "KMP_"))}
+    # pytest's own, and what OpenMP's runtime and torch's compiler set for themselves when they are loaded.
+    others = ("PYTEST_", "KMP_", "TORCHINDUCTOR_")
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(others)}
     found: dict[str, object] = {"environment": environment, "working folder": os.getcwd()}
     if matplotlib := sys.modules.get("matplotlib"):  # which chooses its backend when pyplot is loaded
         drawn = {name: value for name, value in dict.items(matplotlib.rcParams) if not name.startswith("backend")}
