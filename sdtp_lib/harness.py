@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from sdtp_lib import methods
+from sdtp_lib import checked, methods
 from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.architectures.layers import num_layers, pad_left
 from sdtp_lib.config import PRESETS, PruningConfig
 from sdtp_lib.extras import MissingExtra, extra
-from sdtp_lib.methods.call import token_pruning
+from sdtp_lib.methods.call import budget_for, resolved, token_pruning
 from sdtp_lib.models import load_model
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.scorers.simple import NAMED
@@ -80,12 +80,13 @@ class SDTPLM(HFLM):
     ----------
     pretrained
         A model (then give ``tokenizer`` too), or a name for `load_model`: ``"embedded"``, a folder, a Hub id.
-    pruning : PruningConfig or ``"2x"``, optional
+    pruning : PruningConfig, ``"2x"`` or another budget of `token_pruning`, optional
         What to prune; or ``preset``, by name; neither runs unpruned.
     method
         Instead of both: an entry of `sdtp_lib.methods`, or its name (``fastkv``, ``lazyllm@2x``).
     scorer
         Any scorer, or the name of one without training (``recency``); or ``pruners``, a folder of `TokenPruners`.
+        Neither: what `token_pruning` takes where nobody names a scorer.
     kwargs
         Everything else goes to `load_model` or to HFLM (``batch_size``, ``max_length``, ``add_bos_token`` ...).
     """
@@ -111,6 +112,12 @@ class SDTPLM(HFLM):
         method = method if method is None or isinstance(method, methods.Method) else methods.named(method)
         if isinstance(scorer, str) and scorer not in NAMED:
             raise ValueError(f"scorer={scorer!r} is unknown: choose one of {', '.join(NAMED)}, or give pruners=DIR.")
+        if preset is not None:
+            checked.one_of("preset", preset, PRESETS)
+        elif pruning is not None:
+            budget_for(pruning, 28)  # a budget that no model can have is refused before one is loaded
+        elif scorer is not None or pruners is not None:
+            raise ValueError("there is a scorer but nothing to prune: give a preset or pruning as well.")
         if isinstance(pretrained, str):
             options = {name: kwargs.pop(name) for name in _LOADER_OPTIONS if name in kwargs}
             if options.get("device_map") is not None:
@@ -127,8 +134,8 @@ class SDTPLM(HFLM):
             scorer = TokenPruners.from_pretrained(str(pruners)).to(self.device).eval()
         elif isinstance(scorer, str):
             scorer = NAMED[scorer]()
-        if (pruning is None) != (scorer is None):
-            raise ValueError("pruning needs both: what to prune (pruning or preset) and a scorer (scorer or pruners).")
+        elif scorer is None and pruning is not None:
+            pruning, scorer, _ = resolved(self.model, pruning, None)
         self.pruning, self.scorer = (method, method.scorer_for(self.model)) if method else (pruning, scorer)
         self.last_trace: PruningTrace | None = None
         self._rolling = False
@@ -247,9 +254,11 @@ usage: python -m sdtp_lib.harness run --model sdtp --model_args NAME=VALUE,... -
 Any task of lm-evaluation-harness on a model whose prompts are pruned. Of --model_args:
 
   pretrained=MODEL           embedded, a folder, or a Hub id (default: embedded)
-  preset=PRESET              {presets}; without it nothing is pruned
+  preset=PRESET              {presets}; or instead
+  pruning=BUDGET             a prefill speed-up such as 2x, or a preset; without either nothing is pruned
   pruners=DIR                trained pruners: a folder, a Hub id, or a set that ships; or instead
   scorer=NAME                {scorers}
+                             neither: pruners made for the model's very weights, else the training-free default
   method=NAME                instead of these: a published method (fastkv), or at a prefill speed-up (lazyllm@2x)
   {loader}
                              as load_model takes them; all else (max_length, add_bos_token, ...) is HFLM's
@@ -273,4 +282,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(checked.told(main))

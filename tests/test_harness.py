@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from sdtp_lib import harness, scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.divergence import continuation_logits
 from sdtp_lib.harness import SDTPLM
+from sdtp_lib.methods.call import token_pruning
 from tests.evaluation.multimodal import multimodal_model
 
 # One of the contexts is a single token: a prefill, and said to be short.
@@ -124,8 +127,11 @@ def test_without_pruning_it_is_lm_evals_model(model, tiny_tokenizer, plain):
     ("options", "message"),
     [
         ({"pruning": CONFIG, "preset": "keep09", "scorer": "recency"}, "preset='keep09' and pruning"),
-        ({"pruning": CONFIG}, "pruning needs both"),
-        ({"scorer": "recency"}, "pruning needs both"),
+        ({"scorer": "recency"}, "nothing to prune: give a preset or pruning"),
+        ({"pruners": "x"}, "nothing to prune: give a preset or pruning"),
+        ({"preset": "keep06"}, "preset='keep06' is unknown"),
+        ({"pruning": "keep06"}, "budget='keep06' is unknown"),
+        ({"pruning": "0.5x"}, "budget='0.5x' would be slower"),
         ({"pruning": CONFIG, "scorer": "recent"}, "scorer='recent' is unknown"),
         ({"pruning": CONFIG, "scorer": "recency", "pruners": "x"}, "exclude each other"),
     ],
@@ -133,6 +139,37 @@ def test_without_pruning_it_is_lm_evals_model(model, tiny_tokenizer, plain):
 def test_contradicting_arguments_are_refused(model, tiny_tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=1, **options)
+
+
+def test_a_budget_that_no_model_can_have_is_refused_before_one_is_loaded(monkeypatch):
+    monkeypatch.setattr(harness, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    for wrong in ({"preset": "keep06"}, {"pruning": "keep06"}, {"scorer": "recency"}):
+        with pytest.raises(ValueError, match="unknown|nothing to prune"):
+            SDTPLM(pretrained="embedded", **wrong)
+
+
+@pytest.mark.parametrize("budget", [{"pruning": CONFIG}, {"pruning": "1.5x"}], ids=["config", "speed-up"])
+def test_without_a_scorer_it_is_the_one_that_token_pruning_takes(tiny_model, tiny_tokenizer, budget):
+    """It was an error, though the one call chooses for itself."""
+    model = tiny_model()  # of its own: what was chosen is said once per model
+    with pytest.warns(UserWarning, match="scored by the pooled attention"):
+        by_itself = SDTPLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=1, **budget)
+    by_itself.loglikelihood(requests()[: len(CHOICES)], disable_tqdm=True)
+    ids = torch.tensor([tiny_tokenizer(CONTEXTS[0])["input_ids"]])
+    with torch.no_grad(), token_pruning(model, budget["pruning"]) as trace:
+        model(ids)
+    assert by_itself.last_trace.scorer == trace.scorer
+    assert by_itself.last_trace.tokens_per_layer[-1] < by_itself.last_trace.tokens_per_layer[0]
+
+
+@pytest.mark.embedded
+def test_a_mistake_in_model_args_ends_the_command_with_a_sentence():
+    """lm-eval's own program shows the stack of it."""
+    given = ["run", "--model", "sdtp", "--model_args", "pretrained=embedded,preset=keep06", "--tasks", "lambada_openai"]
+    started = [sys.executable, "-m", "sdtp_lib.harness", *given]
+    ended = subprocess.run(started, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert ended.stderr.rstrip().splitlines()[-1].startswith("error: preset='keep06' is unknown: choose one of keep09")
 
 
 def test_the_command_line_knows_the_model():
@@ -146,7 +183,7 @@ def test_help_is_ours_and_tells_what_model_args_may_hold(arguments, capsys):
     harness.main(arguments)
     text = capsys.readouterr().out
     assert text.startswith("usage: python -m sdtp_lib.harness run --model sdtp")
-    parameters = set(inspect.signature(SDTPLM).parameters) - {"tokenizer", "pruning", "kwargs"}
+    parameters = set(inspect.signature(SDTPLM).parameters) - {"tokenizer", "kwargs"}
     told = set(re.findall(r"^  (\w+)=", text, re.M))
     assert told == parameters
     assert all(name in text for name in (*harness._LOADER_OPTIONS, *harness.NAMED))
