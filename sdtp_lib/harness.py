@@ -80,7 +80,7 @@ class SDTPLM(HFLM):
     ----------
     pretrained
         A model (then give ``tokenizer`` too), or a name for `load_model`: ``"embedded"``, a folder, a Hub id.
-    pruning : PruningConfig, ``"2x"`` or another budget of `token_pruning`, optional
+    pruning : PruningConfig, ``"2x"`` or another budget of `token_pruning` that is no method, optional
         What to prune; or ``preset``, by name; neither runs unpruned.
     method
         Instead of both: an entry of `sdtp_lib.methods`, or its name (``fastkv``, ``lazyllm@2x``).
@@ -115,6 +115,8 @@ class SDTPLM(HFLM):
         if preset is not None:
             checked.one_of("preset", preset, PRESETS)
         elif pruning is not None:
+            if hasattr(pruning, "budget_for") or str(pruning).partition("@")[0] in methods.names():
+                raise ValueError(f"pruning={pruning} is a method, which brings its scorer: give it as method.")
             budget_for(pruning, 28)  # a budget that no model can have is refused before one is loaded
         elif scorer is not None or pruners is not None:
             raise ValueError("there is a scorer but nothing to prune: give a preset or pruning as well.")

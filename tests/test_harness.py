@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from sdtp_lib import harness, scorers
+from sdtp_lib import harness, methods, scorers
 from sdtp_lib.config import PruningConfig
 from sdtp_lib.evaluation.divergence import continuation_logits
 from sdtp_lib.harness import SDTPLM
@@ -132,6 +132,8 @@ def test_without_pruning_it_is_lm_evals_model(model, tiny_tokenizer, plain):
         ({"preset": "keep06"}, "preset='keep06' is unknown"),
         ({"pruning": "keep06"}, "budget='keep06' is unknown"),
         ({"pruning": "0.5x"}, "budget='0.5x' would be slower"),
+        ({"pruning": "fastkv@1.5x"}, "pruning=fastkv@1.5x is a method, .*: give it as method"),
+        ({"pruning": methods.get("fastkv")}, "is a method, .*: give it as method"),
         ({"pruning": CONFIG, "scorer": "recent"}, "scorer='recent' is unknown"),
         ({"pruning": CONFIG, "scorer": "recency", "pruners": "x"}, "exclude each other"),
     ],
