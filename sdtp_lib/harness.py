@@ -29,7 +29,7 @@ from sdtp_lib.architectures.caches import cache_argument, cache_in
 from sdtp_lib.architectures.layers import num_layers, pad_left
 from sdtp_lib.config import PRESETS, PruningConfig
 from sdtp_lib.extras import MissingExtra, extra
-from sdtp_lib.methods.call import budget_for, resolved, token_pruning
+from sdtp_lib.methods.call import refuse_impossible, resolved, token_pruning
 from sdtp_lib.models import load_model
 from sdtp_lib.pruning.trace import PruningTrace
 from sdtp_lib.scorers.simple import NAMED
@@ -115,9 +115,7 @@ class SDTPLM(HFLM):
         if preset is not None:
             checked.one_of("preset", preset, PRESETS)
         elif pruning is not None:
-            if hasattr(pruning, "budget_for") or str(pruning).partition("@")[0] in methods.names():
-                raise ValueError(f"pruning={pruning} is a method, which brings its scorer: give it as method.")
-            budget_for(pruning, 28)  # a budget that no model can have is refused before one is loaded
+            refuse_impossible("pruning=", pruning, "as method, which brings its scorer")
         elif scorer is not None or pruners is not None:
             raise ValueError("there is a scorer but nothing to prune: give a preset or pruning as well.")
         if isinstance(pretrained, str):

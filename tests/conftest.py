@@ -110,9 +110,8 @@ def _leaves_the_process_as_it_was():
     before = _process_settings()
     yield
     after = _process_settings()
-    changed = [name for name, value in before.items() if value != after[name]]
-    said = {name: _changes(before[name], after[name]) for name in changed}
-    assert not changed, f"left changed for the tests that follow: {said}"
+    changed = {name: _changes(old, after[name]) for name, old in before.items() if old != after[name]}
+    assert not changed, f"left changed for the tests that follow: {changed}"
 
 
 def _changes(before: object, after: object) -> object:

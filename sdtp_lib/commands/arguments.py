@@ -137,12 +137,9 @@ def method_of(text: str) -> str:
 
 def check_budget(budget: str | float) -> None:
     """Refuse a budget that no model can have, before one is loaded."""
-    from sdtp_lib import methods
-    from sdtp_lib.methods.call import budget_for
+    from sdtp_lib.methods.call import refuse_impossible
 
-    if str(budget).partition("@")[0] in methods.names():
-        raise ValueError(f"--budget {budget} is a method: give it by --method.")
-    budget_for(budget, 28)
+    refuse_impossible("--budget ", budget, "by --method")
 
 
 def make_folder(option: str, path: Path) -> None:

@@ -203,6 +203,19 @@ def budget_for(budget: Any, layers: int) -> Budget | str:
     return budget if speedup_in(budget) is not None else config_of(budget, layers)
 
 
+def refuse_impossible(field: str, budget: Any, way: str) -> None:
+    """Refuse a ``budget`` that no model can have, before one is loaded, and a method, which ``way`` takes instead.
+
+    Raises
+    ------
+    ValueError
+        Naming ``field`` for a method, and what a budget may be for all else.
+    """
+    if hasattr(budget, "budget_for") or str(budget).partition("@")[0] in registry.names():
+        raise ValueError(f"{field}{budget} is a method: give it {way}.")
+    budget_for(budget, 28)  # any number of layers that every preset has room in
+
+
 def speedup_in(budget: Any) -> float | None:
     """2.0 for ``"2x"``; None for what is no speed-up."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)x", budget.strip()) if isinstance(budget, str) else None
